@@ -1,0 +1,36 @@
+"""`tunefork train`: one method, one run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tunefork.cli.arguments import AsJson, RecipeFile, Sets, load_recipe
+
+
+def train(
+    recipe: RecipeFile,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder. [default: runs/NAME-OF-THE-RECIPE-METHOD]")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="lora, qlora or full; beats the recipe's `method`.")
+    ] = None,
+    sets: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train by one method, save the adapter or model, evaluate it."""
+    resolved = load_recipe(recipe, [*(sets or []), *([f"method={method}"] if method else [])])
+    from rich.console import Console
+
+    from tunefork.cli.record import print_record
+    from tunefork.compare.trial import train_run
+
+    folder = out or Path("runs") / f"{recipe.stem}-{resolved.method}"
+    record = train_run(resolved, folder)
+    if as_json:
+        typer.echo(record.model_dump_json(indent=2))
+    else:
+        print_record(record, folder, Console())
+    if record.status == "interrupted":
+        raise typer.Exit(130)

@@ -1,0 +1,1 @@
+"""The fair comparison: trials, learning-rate search, verdict, report."""

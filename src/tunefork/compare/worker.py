@@ -1,0 +1,132 @@
+"""One piece of a comparison in a process of its own, and how its parent starts it.
+
+A process each, so that a peak of memory is one method's own, and so that one method's death (out of
+memory, say) leaves the others' results standing. A child reads the comparison folder's recipe.yaml
+and writes its results there; its progress goes to the terminal it shares with its parent. When it
+fails it leaves `error.json`; when it leaves nothing, it was killed.
+
+    python -m tunefork.compare.worker FOLDER base
+    python -m tunefork.compare.worker FOLDER search METHOD
+    python -m tunefork.compare.worker FOLDER train METHOD SEED LEARNING_RATE
+"""
+
+import errno
+import json
+import signal
+import subprocess
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tunefork.compare.search import search
+from tunefork.compare.trial import run_trial
+from tunefork.errors import BadInputError, TuneforkError
+from tunefork.recipe import Method, load
+from tunefork.registry.run import RECIPE, write_atomically
+
+ERROR = "error.json"
+_CPU_MEMORY = "can't allocate memory"  # in the message of PyTorch's CPU allocator
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a piece failed."""
+
+    message: str
+    is_bad_input: bool = False
+
+
+def seed_folder(folder: Path, method: Method, seed: int) -> Path:
+    """Where the run of one method and seed lies in a comparison's folder."""
+    return folder / str(method) / f"seed-{seed}"
+
+
+def start(folder: Path, *task: str) -> Failure | None:
+    """Run one piece to its end; None if it succeeded.
+
+    Raises KeyboardInterrupt where the piece was interrupted: the comparison ends too.
+    """
+    error_file = folder / ERROR
+    error_file.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "tunefork.compare.worker", str(folder), *task]
+    with subprocess.Popen(command) as process:
+        while True:
+            try:
+                status = process.wait()
+                break
+            except KeyboardInterrupt:
+                continue  # the terminal has sent it to the child as well, which ends in good order
+    if status == 0:
+        return None
+    if status == _INTERRUPTED:
+        raise KeyboardInterrupt
+    if error_file.exists():
+        error = json.loads(error_file.read_text(encoding="utf-8"))
+        error_file.unlink()
+        return Failure(error["message"], error["is_bad_input"])
+    if status == -signal.SIGKILL:
+        return Failure("killed (SIGKILL): the machine was probably out of memory")
+    if status < 0:
+        return Failure(f"killed by {signal.Signals(-status).name}")
+    return Failure(f"its process ended with status {status} and no message")
+
+
+_INTERRUPTED = 130
+
+
+def main(arguments: list[str]) -> int:
+    """Run the piece that `arguments` name; returns the exit status."""
+    folder, task = Path(arguments[0]), arguments[1:]
+    try:
+        _run(folder, task)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except Exception as error:  # reported to the parent, whatever it is, with its traceback kept
+        write_atomically(folder / ERROR, json.dumps(_describe(error)))
+        if not isinstance(error, TuneforkError):
+            (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        return 1
+    return 0
+
+
+def _run(folder: Path, task: list[str]) -> None:
+    recipe = load(folder / RECIPE)
+    match task:
+        case ["base"]:
+            run_trial(recipe, None, folder / "base", seed=recipe.train.seed, learning_rate=None)
+        case ["search", method]:
+            search(recipe, Method(method), folder / method)
+        case ["train", method, seed, learning_rate]:
+            record = run_trial(
+                recipe,
+                Method(method),
+                seed_folder(folder, Method(method), int(seed)),
+                seed=int(seed),
+                learning_rate=float(learning_rate),
+            )
+            if record.status == "interrupted":
+                raise KeyboardInterrupt
+        case _:
+            raise ValueError(f"no such task: {task}")
+
+
+def _describe(error: Exception) -> dict[str, str | bool]:
+    if isinstance(error, TuneforkError):
+        return {"message": str(error), "is_bad_input": isinstance(error, BadInputError)}
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        message = (
+            f"the disk is full ({error.filename or 'while saving'}); free some space and rerun"
+        )
+    elif isinstance(error, MemoryError | torch.OutOfMemoryError) or _CPU_MEMORY in str(error):
+        message = f"out of memory: {error}; lower train.micro_batch_tokens, or set "
+        message += "train.activation_checkpointing: true"
+    else:
+        message = f"{type(error).__name__}: {error} (traceback.txt in the run folder has more)"
+    return {"message": message, "is_bad_input": False}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

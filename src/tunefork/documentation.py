@@ -1,0 +1,41 @@
+"""The reference pages that are generated: docs/recipe.md and docs/comparison.md.
+
+`python -m tunefork.documentation docs` writes them; tests/test_documentation.py fails when a
+schema has changed and its page has not.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tunefork.compare.comparison import comparison_markdown
+from tunefork.recipe import Recipe
+from tunefork.schema_markdown import schema_markdown
+
+
+def recipe_markdown() -> str:
+    """The text of docs/recipe.md."""
+    return schema_markdown(
+        Recipe,
+        "The recipe",
+        "One YAML file says what a run is. Only `model` and `data.train` must be given.\n"
+        "`--set section.key=value` beats the file. Unknown keys are errors.\n\n"
+        "Generated from `src/tunefork/recipe.py` by `python -m tunefork.documentation docs`.",
+    )
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "recipe.md": recipe_markdown,
+    "comparison.md": comparison_markdown,
+}
+"""File name under docs/ -> what makes its text."""
+
+
+def write_pages(folder: Path) -> None:
+    """Write every generated page into `folder`."""
+    for name, text in PAGES.items():
+        (folder / name).write_text(text(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_pages(Path(sys.argv[1]))

@@ -1,0 +1,51 @@
+"""How a run may fail, and the exit status each way has.
+
+Bad input is the user's to mend (exit status 2); everything else that goes wrong is a failure of
+the run (exit status 1). Messages say where the fault is (field or file:line), what was found, what
+is allowed and what to do next. They never quote the text of a data row: data may be confidential
+and messages end up in logs.
+"""
+
+from difflib import get_close_matches
+
+
+class TuneforkError(Exception):
+    """A run failed; the message says why and what to do. Exit status 1."""
+
+    exit_status = 1
+
+
+class BadInputError(TuneforkError):
+    """A recipe, a data file, a model name or a flag is wrong. Exit status 2."""
+
+    exit_status = 2
+
+
+class RecipeError(BadInputError):
+    """A recipe does not describe a run; the message names each wrong field."""
+
+
+class DataError(BadInputError):
+    """A data file is missing, unreadable or holds rows that cannot be used."""
+
+
+class ModelError(BadInputError):
+    """A model cannot be found, loaded or adapted as asked."""
+
+
+class AdapterError(BadInputError):
+    """An adapter does not fit its base, or would change nothing."""
+
+
+class RunFolderError(BadInputError):
+    """A run folder holds something else, or lacks what was asked of it."""
+
+
+class DivergedError(TuneforkError):
+    """A loss or a gradient is no longer finite. Exit status 1."""
+
+
+def nearest(word: str, allowed: list[str]) -> str:
+    """Say which of `allowed` was probably meant: `"; did you mean 'rank'?"`, or nothing."""
+    matches = get_close_matches(word, allowed, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

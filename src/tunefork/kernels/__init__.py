@@ -1,0 +1,1 @@
+"""Operations with a hand-written backward, each beside its plain PyTorch definition."""

@@ -1,0 +1,75 @@
+"""The LoRA linear layer with a frozen base, as one autograd function.
+
+Why not let autograd differentiate the definition (`reference.lora_linear`)? Three reasons, in
+order of weight. The delta is accumulated into the base product and its input gradient into the
+base's (`addmm_`), so no (tokens, features) intermediate is written twice. A frozen weight is not
+saved but asked for again (`weight()`), so an NF4 base is dequantised for one layer at a time, in
+the forward and once more in the backward pass. And A and B stay fp32 for the optimiser while
+every product runs in the base's dtype.
+
+Shape legend as in `reference.py`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_d: Tensor,
+        weight: Callable[[], Tensor],
+        bias_o: Tensor | None,
+        lora_a_rd: Tensor,
+        lora_b_or: Tensor,
+        scale: float,
+    ) -> Tensor:
+        x_sd = x_d.reshape(-1, x_d.shape[-1])
+        a_rd, b_or = lora_a_rd.to(x_d.dtype), lora_b_or.to(x_d.dtype)
+        weight_od = weight()
+        xa_sr = x_sd @ a_rd.t()
+        y_so = x_sd @ weight_od.t() if bias_o is None else torch.addmm(bias_o, x_sd, weight_od.t())
+        y_so.addmm_(xa_sr, b_or.t(), alpha=scale)
+        ctx.save_for_backward(x_sd, xa_sr, a_rd, b_or)
+        ctx.weight, ctx.scale, ctx.x_shape = weight, scale, x_d.shape
+        ctx.dtypes = (lora_a_rd.dtype, lora_b_or.dtype)
+        return y_so.view(*x_d.shape[:-1], y_so.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_o: Tensor) -> tuple[Tensor | None, ...]:
+        x_sd, xa_sr, a_rd, b_or = ctx.saved_tensors
+        dy_so = dy_o.reshape(-1, dy_o.shape[-1])
+        dy_b_sr = (dy_so @ b_or).mul_(ctx.scale)
+        da_rd = (dy_b_sr.t() @ x_sd).to(ctx.dtypes[0]) if ctx.needs_input_grad[3] else None
+        db_or = (
+            (dy_so.t() @ xa_sr).to(ctx.dtypes[1]).mul_(ctx.scale)
+            if ctx.needs_input_grad[4]
+            else None
+        )
+        dx_d = None
+        if ctx.needs_input_grad[0]:
+            dx_d = (dy_so @ ctx.weight()).addmm_(dy_b_sr, a_rd).view(ctx.x_shape)
+        return dx_d, None, None, da_rd, db_or, None
+
+
+def lora_linear(
+    x_d: Tensor,
+    weight: Callable[[], Tensor],
+    bias_o: Tensor | None,
+    lora_a_rd: Tensor,
+    lora_b_or: Tensor,
+    scale: float,
+) -> Tensor:
+    """y = W x + bias + scale * B A x, where W is frozen.
+
+    x_d (..., D) has the dtype of W; `weight` returns W (O, D), the same each time; A (R, D) and
+    B (O, R) may be fp32 and get gradients in their own dtype. W and the bias get none.
+    """
+    apply: Callable[..., Tensor] = _LoraLinear.apply
+    return apply(x_d, weight, bias_o, lora_a_rd, lora_b_or, scale)

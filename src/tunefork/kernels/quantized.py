@@ -1,0 +1,45 @@
+"""bitsandbytes, imported in one place: NF4 with double quantisation, and 8-bit AdamW.
+
+On a CPU with bf16 instructions its import warns that the package `kernels` is missing. That
+package would fetch compiled code from a hub when imported, so it is never installed here, and the
+one message about it is dropped.
+"""
+
+import logging
+from typing import Any
+
+from torch import Tensor
+
+_logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    return "kernels-community" not in str(record.msg)
+
+
+_logger.addFilter(_is_wanted)
+try:
+    import bitsandbytes.functional
+    from bitsandbytes.optim import AdamW8bit
+finally:
+    _logger.removeFilter(_is_wanted)
+
+__all__ = ["AdamW8bit", "dequantize_nf4", "quantize_nf4"]
+
+
+def quantize_nf4(weight: Tensor) -> tuple[Tensor, Any]:
+    """A weight's 4-bit codes, two a byte, and the state that dequantises them.
+
+    Blocks of 64 share an absolute maximum, which is itself held in 8 bits in blocks of 256: about
+    4.13 bits a parameter (QLoRA, section 3; https://arxiv.org/abs/2305.14314).
+    """
+    codes, state = bitsandbytes.functional.quantize_4bit(
+        weight, blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
+    return codes, state
+
+
+def dequantize_nf4(codes: Tensor, state: Any) -> Tensor:
+    """The weight in the shape and dtype that it was quantised from."""
+    weight: Tensor = bitsandbytes.functional.dequantize_4bit(codes, state)
+    return weight

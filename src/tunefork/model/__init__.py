@@ -1,0 +1,1 @@
+"""Load a base model and put low-rank deltas on it."""

@@ -1,0 +1,149 @@
+"""From a loaded base to a model that a method can train.
+
+    lora    every parameter frozen, `LoraLinear` in place of each target
+    qlora   the same over bases quantised to NF4; linear layers that are no target are quantised too
+    full    every parameter trained, no deltas
+
+Module paths stay those of the base, so an adapter's keys are the PEFT library's.
+"""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tunefork.errors import ModelError, nearest
+from tunefork.model.linear import LoraLinear, Nf4Linear
+from tunefork.recipe import LoraSection, Method
+
+_BLOCKS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn")}
+
+
+def build(model: PreTrainedModel, method: Method, lora: LoraSection, *, seed: int) -> None:
+    """Make `model` trainable by `method`, in place. `seed` initialises the deltas."""
+    match method:
+        case Method.FULL:
+            model.requires_grad_(True)
+        case Method.LORA:
+            add_deltas(model, lora, seed=seed)
+        case Method.QLORA:
+            quantize_nf4(model)
+            add_deltas(model, lora, seed=seed)
+
+
+def check_lora(model: PreTrainedModel, lora: LoraSection) -> list[str]:
+    """Paths of the layers that `lora` adapts, in order; `model` may be on the meta device.
+
+    Raises ModelError for targets that match nothing, a rank above a layer's size, or layers whose
+    weights are not a linear layer's.
+    """
+    paths = find_targets(model, lora.targets)
+    for path in paths:
+        layer = model.get_submodule(path)
+        assert isinstance(layer, nn.Linear | Nf4Linear)
+        smaller = min(layer.in_features, layer.out_features)
+        if lora.rank > smaller:
+            raise ModelError(
+                f"lora.rank: {lora.rank} is above the size of {path} ({layer.in_features} -> "
+                f"{layer.out_features}); at most {smaller} makes sense there, or leave it out of "
+                "lora.targets"
+            )
+    return paths
+
+
+def add_deltas(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> list[str]:
+    """Freeze `model` and put a delta on each of `lora.targets`; returns their paths in order.
+
+    Raises ModelError as `check_lora` does.
+    """
+    paths = check_lora(model, lora)
+    model.requires_grad_(False)
+    scale = lora_scale(lora)
+    generator = torch.Generator().manual_seed(seed)
+    for path in paths:
+        base = model.get_submodule(path)
+        assert isinstance(base, nn.Linear | Nf4Linear)
+        layer = LoraLinear(
+            base, rank=lora.rank, scale=scale, dropout=lora.dropout, generator=generator
+        )
+        replace(model, path, layer)
+    return paths
+
+
+def quantize_nf4(model: PreTrainedModel) -> None:
+    """Replace every linear layer but the output head by its NF4 form, layer by layer."""
+    _refuse_unusual_weights(model)
+    for path in _linear_paths(model):
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        replace(model, path, Nf4Linear(linear))
+
+
+def lora_scale(lora: LoraSection) -> float:
+    """What B A x is multiplied by: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+    return lora.alpha / (lora.rank**0.5 if lora.scaling == "rslora" else lora.rank)
+
+
+def find_targets(model: PreTrainedModel, targets: str | tuple[str, ...]) -> list[str]:
+    """Paths of the linear layers that `targets` names, in module order, never the output head."""
+    linear = _linear_paths(model)
+    if targets == "all-linear":
+        _refuse_unusual_weights(model)
+        return linear
+    if isinstance(targets, str):
+        marks = _BLOCKS[targets]
+        found = [p for p in linear if any(m in part for part in p.split(".")[:-1] for m in marks)]
+        if not found:
+            raise ModelError(
+                f"lora.targets: {targets!r} matches no linear layer of {type(model).__name__}; "
+                f"name some of {_names(linear)}"
+            )
+        return found
+    for target in targets:
+        if not any(_is(path, target) for path in linear):
+            raise ModelError(
+                f"lora.targets: {target!r} matches no linear layer of {type(model).__name__}"
+                f"{nearest(target, _names(linear))}; there are {', '.join(_names(linear))}"
+            )
+    return [path for path in linear if any(_is(path, target) for target in targets)]
+
+
+def replace(model: PreTrainedModel, path: str, module: nn.Module) -> None:
+    """Put `module` where `path` points."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def _is(path: str, target: str) -> bool:
+    return path == target or path.endswith("." + target)
+
+
+def _names(paths: list[str]) -> list[str]:
+    return sorted({path.rpartition(".")[2] for path in paths})
+
+
+def _linear_paths(model: PreTrainedModel) -> list[str]:
+    """Paths of the linear layers, quantised or not, but for the output head."""
+    head = model.get_output_embeddings()
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Nf4Linear) and module is not head
+    ]
+
+
+def _refuse_unusual_weights(model: PreTrainedModel) -> None:
+    """Name the first layer that is a projection but no nn.Linear, rather than leave it out."""
+    for path, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            raise ModelError(
+                f"{type(model).__name__}: {path} is a Conv1D, not a linear layer; models built on "
+                "Conv1D (GPT-2) can be trained with method full only"
+            )
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3:
+                raise ModelError(
+                    f"{type(model).__name__}: {path}.{name} holds the weights of several experts "
+                    "in one 3-D tensor, which deltas do not cover; name the linear layers to adapt "
+                    "in lora.targets (method lora), or use method full"
+                )

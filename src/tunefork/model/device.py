@@ -1,0 +1,91 @@
+"""Which device and dtype a run computes in, and how much memory it has taken."""
+
+import ctypes
+import gc
+import os
+import platform
+from pathlib import Path
+
+import psutil
+import torch
+
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def pick_device() -> torch.device:
+    """The first CUDA device, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Dtype of weights and activations for the recipe's `train.precision`."""
+    if precision == "fp32":
+        return torch.float32
+    if precision == "bf16" or device.type == "cuda" or has_fast_bf16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware; elsewhere bf16 is slowly emulated."""
+    if not _CPUINFO.exists():
+        return False
+    flags = set(_CPUINFO.read_text().split())
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})  # "bf16" is Arm's name
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget memory peaks so far, after returning freed memory to the system."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    if _CLEAR_REFS.exists() and os.access(_CLEAR_REFS, os.W_OK):
+        _CLEAR_REFS.write_text("5")  # proc(5): resets VmHWM to the present resident size
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak since `reset_peak`: CUDA memory allocated, or the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return int(psutil.Process().memory_info().rss)
+
+
+def used_bytes(device: torch.device) -> int:
+    """In use now: CUDA memory allocated, or the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    return int(psutil.Process().memory_info().rss)
+
+
+def describe(device: torch.device) -> dict[str, str | int]:
+    """Name, threads and memory of `device`, for a run's record."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return {
+            "name": properties.name,
+            "threads": torch.get_num_threads(),
+            "memory_bytes": properties.total_memory,
+        }
+    return {
+        "name": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+
+
+def _cpu_name() -> str:
+    if _CPUINFO.exists():
+        for line in _CPUINFO.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

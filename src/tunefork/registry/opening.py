@@ -1,0 +1,79 @@
+"""A model from whatever names one: a run folder, an adapter folder, a model's id."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunefork.errors import RunFolderError
+from tunefork.model.build import quantize_nf4
+from tunefork.model.device import pick_device, pick_dtype
+from tunefork.model.load import load_model, load_tokenizer
+from tunefork.recipe import Method, ModelSection
+from tunefork.registry.peft_format import CONFIG, load_adapter, read_config
+from tunefork.registry.run import ADAPTER, MODEL, RECIPE, RunRecord, read_record
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model ready to be evaluated or talked to, frozen and in eval mode."""
+
+    model: Any
+    tokenizer: Any
+    section: ModelSection
+    """The base, or the fully fine-tuned model."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    section: ModelSection
+    adapter: Path | None = None
+    is_nf4: bool = False
+
+
+def open_model(target: str, *, precision: str = "auto") -> Opened:
+    """Load what `target` names, in `precision` (as `train.precision`).
+
+    A QLoRA run's adapter goes onto its base quantised as it was in training. Raises
+    RunFolderError, ModelError or AdapterError.
+    """
+    parts = _parts(target)
+    device = pick_device()
+    model = load_model(parts.section, dtype=pick_dtype(precision, device), device=device)
+    if parts.is_nf4:
+        quantize_nf4(model)
+    if parts.adapter is not None:
+        load_adapter(model, parts.adapter)
+    model.requires_grad_(False).eval()
+    return Opened(model, load_tokenizer(parts.section), parts.section)
+
+
+def _parts(target: str) -> _Parts:
+    folder = Path(target).expanduser()
+    run = folder.parent if folder.name in (ADAPTER, MODEL) else folder
+    record = read_record(run)
+    if record is not None:
+        return _parts_of_run(run, record)
+    if (folder / CONFIG).is_file():
+        base = read_config(folder).get("base_model_name_or_path")
+        if not base:
+            raise RunFolderError(f"{folder / CONFIG}: base_model_name_or_path is missing")
+        return _Parts(ModelSection(id=base), adapter=folder)
+    if (folder / RECIPE).is_file():
+        inside = sorted(str(path.parent) for path in folder.rglob("run.json"))
+        raise RunFolderError(
+            f"{target}: holds no finished run of its own"
+            + (f"; give one of {', '.join(inside)}" if inside else "")
+        )
+    return _Parts(ModelSection(id=target))
+
+
+def _parts_of_run(run: Path, record: RunRecord) -> _Parts:
+    base = ModelSection(id=record.model_id, revision=record.model_revision)
+    if record.artifact is None:
+        return _Parts(base)
+    artifact = run / record.artifact
+    if not artifact.is_dir():
+        raise RunFolderError(f"{run}: its {record.artifact} folder is gone")
+    if record.method is Method.FULL:
+        return _Parts(ModelSection(id=str(artifact)))
+    return _Parts(base, adapter=artifact, is_nf4=record.method is Method.QLORA)

@@ -1,0 +1,1 @@
+"""One training loop for LoRA, QLoRA and full fine-tuning."""

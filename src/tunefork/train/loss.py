@@ -1,0 +1,47 @@
+"""The loss of a micro-batch: cross-entropy summed over its supervised tokens.
+
+It is a sum, never a mean: the loop divides by the supervised tokens of the whole optimiser step,
+so that accumulating k micro-batches equals one big batch (the mean of micro-batch means does not;
+transformers#37766, trl#2175).
+
+Only supervised positions go through the output head, in one of two ways (`model.head` says which):
+the decoder's hidden states straight into the fused kernel, or, for an architecture that does
+something to its logits afterwards (soft-capping, scaling), the model's own head, PyTorch's loss.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tunefork.data.pack import MicroBatch
+from tunefork.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_sum
+from tunefork.model.head import Head
+
+
+def loss_sum(model: PreTrainedModel, head: Head, batch: MicroBatch) -> Tensor:
+    """Summed loss of the batch's supervised tokens: scalar, fp32, nats, with its gradient."""
+    rows, columns = _supervised(batch)
+    targets_s = batch.targets[rows, columns]
+    if head.is_plain:
+        hidden_sd = head.hidden(model, batch.input_ids, batch.position_ids)[rows, columns]
+        return linear_cross_entropy_sum(hidden_sd, head.weight, targets_s)
+    logits_sv = head.logits(model, batch.input_ids, batch.position_ids, (rows, columns))
+    return F.cross_entropy(logits_sv.float(), targets_s, reduction="sum")
+
+
+@torch.no_grad()
+def token_losses(model: PreTrainedModel, head: Head, batch: MicroBatch) -> Tensor:
+    """Loss of each supervised token in row-major order: (S,), fp32, nats, without a gradient."""
+    rows, columns = _supervised(batch)
+    targets_s = batch.targets[rows, columns]
+    if head.is_plain:
+        hidden_sd = head.hidden(model, batch.input_ids, batch.position_ids)[rows, columns]
+        return linear_cross_entropy(hidden_sd, head.weight, targets_s)
+    logits_sv = head.logits(model, batch.input_ids, batch.position_ids, (rows, columns))
+    return F.cross_entropy(logits_sv.float(), targets_s, reduction="none")
+
+
+def _supervised(batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    rows, columns = (batch.targets != -100).nonzero(as_tuple=True)
+    return rows, columns

@@ -1,0 +1,99 @@
+"""What a method trains: the built model and the optimiser that fits it."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from tunefork.data.example import Encoded
+from tunefork.data.loader import steps
+from tunefork.model.build import build
+from tunefork.model.load import load_model
+from tunefork.recipe import Method, Recipe
+from tunefork.train.loop import Optimizer, StepRecord, TrainResult, train
+from tunefork.train.optim import LoraAdamW, ShadowAdamW, learning_rate_at
+
+
+def load_for_training(
+    recipe: Recipe, method: Method, *, dtype: torch.dtype, device: torch.device, seed: int
+) -> PreTrainedModel:
+    """The recipe's base, built for `method`."""
+    model = load_model(recipe.model, dtype=dtype, device=device)
+    build(model, method, recipe.lora, seed=seed)
+    if recipe.train.activation_checkpointing:
+        enable_checkpointing(model)
+    return model
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    # transformers 5.24 renamed it, and warns of the old name.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def make_optimizer(
+    model: PreTrainedModel, recipe: Recipe, method: Method, *, seed: int
+) -> Optimizer:
+    """The optimiser of what `method` trains in `model`."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    betas, decay = (recipe.train.beta1, recipe.train.beta2), recipe.train.weight_decay
+    if method is not Method.FULL:
+        return LoraAdamW(trained, betas=betas, weight_decay=decay)
+    return ShadowAdamW(
+        trained,
+        keep_shadows=recipe.full.weights == "fp32" and trained[0].dtype != torch.float32,
+        eight_bit=recipe.full.optimizer == "adamw_8bit",
+        betas=betas,
+        weight_decay=decay,
+        seed=seed,
+    )
+
+
+def plan_steps(recipe: Recipe, num_examples: int, *, seed: int) -> list[list[int]]:
+    """Indices of each optimiser step's examples: the same for every method of one seed."""
+    return steps(
+        num_examples,
+        batch_size=recipe.train.batch_size,
+        epochs=recipe.train.epochs,
+        max_steps=recipe.train.max_steps,
+        seed=seed,
+    )
+
+
+def train_method(
+    model: PreTrainedModel,
+    examples: Sequence[Encoded],
+    recipe: Recipe,
+    method: Method,
+    *,
+    learning_rate: float,
+    seed: int,
+    pad_id: int,
+    on_step: Callable[[StepRecord], None],
+) -> TrainResult:
+    """Train the built `model` on `examples` as the recipe says, at a peak `learning_rate`."""
+    schedule = plan_steps(recipe, len(examples), seed=seed)
+    section = recipe.train
+    return train(
+        model,
+        examples,
+        schedule,
+        make_optimizer(model, recipe, method, seed=seed),
+        learning_rates=[
+            learning_rate_at(
+                step,
+                num_steps=len(schedule),
+                peak=learning_rate,
+                schedule=section.schedule,
+                warmup_share=section.warmup_share,
+            )
+            for step in range(len(schedule))
+        ],
+        micro_batch_tokens=section.micro_batch_tokens,
+        packing=section.packing,
+        pad_id=pad_id,
+        max_grad_norm=section.max_grad_norm,
+        seed=seed,
+        on_step=on_step,
+    )

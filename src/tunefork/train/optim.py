@@ -1,0 +1,129 @@
+"""AdamW over what a method trains, and the learning rate's path.
+
+LoRA's parameters are fp32 and take PyTorch's fused AdamW as it is. Full fine-tuning computes in
+bf16, where a nearest-rounded update below 1/256 of a weight is lost, so the update happens on an
+fp32 *shadow* of each weight: kept (`fp32`, a master copy), or made for the update and written back
+by stochastic rounding (`bf16`; unbiased, so small updates survive in the mean; Gupta et al. 2015,
+https://arxiv.org/abs/1502.02551). One weight is updated at a time, so that fp32 gradients exist
+for one weight only.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from tunefork.kernels.quantized import AdamW8bit
+
+
+class ShadowAdamW:
+    """AdamW that updates bf16 or fp32 weights through fp32 shadows, one weight at a time."""
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        keep_shadows: bool,
+        eight_bit: bool,
+        betas: tuple[float, float],
+        weight_decay: float,
+        seed: int = 0,
+    ) -> None:
+        self.parameters = list(parameters)
+        self.keep_shadows = keep_shadows
+        self.generators: dict[torch.device, torch.Generator] = {}
+        self.seed = seed
+        kind = AdamW8bit if eight_bit else torch.optim.AdamW
+        self.shadows: list[nn.Parameter] = []
+        self.inner: list[torch.optim.Optimizer] = []
+        for parameter in self.parameters:
+            shadow = nn.Parameter(parameter.detach().float() if keep_shadows else parameter[:0])
+            options = {} if eight_bit else {"fused": True}
+            decay = weight_decay if parameter.dim() >= 2 else 0.0
+            self.shadows.append(shadow)
+            self.inner.append(kind([shadow], betas=betas, weight_decay=decay, **options))
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """Update every weight that has a gradient, and free the gradient."""
+        for parameter, shadow, inner in zip(self.parameters, self.shadows, self.inner, strict=True):
+            if parameter.grad is None:
+                continue
+            if not self.keep_shadows:
+                shadow.data = parameter.detach().float()
+            shadow.grad = parameter.grad.float()
+            parameter.grad = None
+            inner.param_groups[0]["lr"] = learning_rate
+            inner.step()
+            shadow.grad = None
+            if self.keep_shadows or parameter.dtype == torch.float32:
+                parameter.copy_(shadow)
+            else:
+                parameter.copy_(round_stochastically(shadow, self._generator(parameter.device)))
+            if not self.keep_shadows:
+                shadow.data = shadow.data.new_empty(0)
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self.generators:
+            self.generators[device] = torch.Generator(device).manual_seed(self.seed)
+        return self.generators[device]
+
+
+class LoraAdamW:
+    """PyTorch's fused AdamW over fp32 parameters, with the interface of `ShadowAdamW`."""
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        betas: tuple[float, float],
+        weight_decay: float,
+    ) -> None:
+        self.parameters = list(parameters)
+        self.inner = torch.optim.AdamW(
+            self.parameters, betas=betas, weight_decay=weight_decay, fused=True
+        )
+
+    def step(self, learning_rate: float) -> None:
+        """Update every parameter, and free the gradients."""
+        self.inner.param_groups[0]["lr"] = learning_rate
+        self.inner.step()
+        self.inner.zero_grad(set_to_none=True)
+
+
+def round_stochastically(wide: Tensor, generator: torch.Generator) -> Tensor:
+    """fp32 -> bf16, up or down with the probability that makes the mean right.
+
+    bf16 is fp32 without its lower 16 bits: a uniform integer below 2**16 is added to them, and
+    what carries over rounds up (away from zero, as the bits hold a magnitude).
+    """
+    noise = torch.randint(
+        0, 2**16, wide.shape, dtype=torch.int32, device=wide.device, generator=generator
+    )
+    bits = (wide.view(torch.int32) + noise) & -(2**16)
+    return bits.view(torch.float32).to(torch.bfloat16)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Scale gradients down to a global L2 norm of `max_norm`; returns the norm before (fp32)."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+    norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+    if math.isfinite(norm) and norm > max_norm:
+        torch._foreach_mul_(gradients, max_norm / norm)
+    return norm
+
+
+def learning_rate_at(
+    step: int, *, num_steps: int, peak: float, schedule: str, warmup_share: float
+) -> float:
+    """Learning rate of `step` (from 0): linear to `peak`, then cosine, linear or constant."""
+    warmup = round(warmup_share * num_steps)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return peak
+    done = (step - warmup) / max(1, num_steps - warmup)
+    return peak * (0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done)

@@ -1,0 +1,84 @@
+"""Progress of a run: a bar on a terminal, one line every few seconds anywhere else.
+
+A bar in a log file is thousands of lines of noise; silence in one is worse.
+"""
+
+import time
+from types import TracebackType
+from typing import Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from tunefork.model.device import used_bytes
+from tunefork.train.loop import StepRecord
+
+
+class TrainProgress:
+    """Shows loss, tokens/s, memory and time left of a run of `num_steps` steps."""
+
+    def __init__(
+        self,
+        label: str,
+        *,
+        num_steps: int,
+        device: torch.device,
+        every_s: float,
+        console: Console | None = None,
+    ) -> None:
+        self.label, self.num_steps, self.device, self.every_s = label, num_steps, device, every_s
+        self.console = console or Console(stderr=True)
+        self.started = self.last_line = time.perf_counter()
+        self.bar: Progress | None = None
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description:<22}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed}/{task.total}  {task.fields[facts]}"),
+                console=self.console,
+                transient=True,
+            )
+            self.task = self.bar.add_task(label, total=num_steps, facts="first step ...")
+
+    def __enter__(self) -> Self:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def on_step(self, record: StepRecord) -> None:
+        """Show one finished step."""
+        now = time.perf_counter()
+        facts = self._facts(record, now - self.started)
+        if self.bar:
+            self.bar.update(self.task, completed=record.step, facts=facts)
+        elif now - self.last_line >= self.every_s or record.step == self.num_steps:
+            self.last_line = now
+            line = f"{self.label}: step {record.step}/{self.num_steps}  {facts}"
+            self.console.print(line, soft_wrap=True, highlight=False)
+
+    def _facts(self, record: StepRecord, seconds: float) -> str:
+        left_s = seconds / record.step * (self.num_steps - record.step)
+        return (
+            f"loss {record.loss:.3f}  {record.tokens / seconds:,.0f} tokens/s  "
+            f"{used_bytes(self.device) / 2**30:.1f} GiB  {duration(left_s)} left"
+        )
+
+
+def duration(seconds: float) -> str:
+    """`47 s`, `3 min 20 s` or `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,76 @@
+"""The fused LoRA layer against its definition, values and gradients."""
+
+import pytest
+import torch
+
+from tunefork.kernels import lora, reference
+
+SHAPES = [((3, 5), 8, 12, 4), ((1, 1), 16, 16, 1), ((2, 7), 9, 5, 3), ((13,), 8, 24, 8)]
+
+
+def _operands(
+    batch: tuple[int, ...], d: int, o: int, r: int, dtype: torch.dtype, bias: bool
+) -> dict[str, torch.Tensor | None]:
+    generator = torch.Generator().manual_seed(hash((batch, d, o, r)) % 2**31)
+
+    def draw(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    return {
+        "x": draw(*batch, d).requires_grad_(),
+        "weight": draw(o, d),
+        "bias": draw(o) if bias else None,
+        "a": draw(r, d, dtype=torch.float32).requires_grad_(),
+        "b": draw(o, r, dtype=torch.float32).requires_grad_(),
+    }
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("batch", "d", "o", "r"), SHAPES)
+def test_equals_the_definition_in_fp64(
+    batch: tuple[int, ...], d: int, o: int, r: int, bias: bool
+) -> None:
+    operands = _operands(batch, d, o, r, torch.float64, bias)
+    x, weight, b = operands["x"], operands["weight"], operands["bias"]
+    lora_a, lora_b = operands["a"], operands["b"]
+    assert x is not None and weight is not None and lora_a is not None and lora_b is not None
+    expected = reference.lora_linear(x, weight, b, lora_a, lora_b, 0.7)
+    actual = lora.lora_linear(x, lambda: weight, b, lora_a, lora_b, 0.7)
+    # Only the order of fp64 sums differs; A's and B's gradients are rounded to fp32.
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    upstream = torch.randn_like(expected)
+    for got, want, tolerance in zip(
+        torch.autograd.grad(actual, (x, lora_a, lora_b), upstream),
+        torch.autograd.grad(expected, (x, lora_a, lora_b), upstream),
+        (1e-10, 1e-5, 1e-5),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def test_bf16_is_as_close_to_the_truth_as_the_definition() -> None:
+    operands = _operands((64,), 96, 80, 8, torch.bfloat16, False)
+    x, weight = operands["x"], operands["weight"]
+    lora_a, lora_b = operands["a"], operands["b"]
+    assert x is not None and weight is not None and lora_a is not None and lora_b is not None
+    truth = reference.lora_linear(
+        x.double(), weight.double(), None, lora_a.double(), lora_b.double(), 0.5
+    )
+    actual = lora.lora_linear(x, lambda: weight, None, lora_a, lora_b, 0.5)
+    # bf16 keeps 8 bits: roundings of A, B, the rank-R product and the result, each 2^-9 relative.
+    error = (actual.double() - truth).norm() / truth.norm()
+    assert error < 4 * 2**-9
+
+
+def test_an_input_without_gradient_costs_none() -> None:
+    asked = 0
+
+    def weight() -> torch.Tensor:
+        nonlocal asked
+        asked += 1
+        return torch.ones(3, 2)
+
+    x, a, b = torch.ones(4, 2), torch.ones(1, 2, requires_grad=True), torch.ones(3, 1)
+    lora.lora_linear(x, weight, None, a, b.requires_grad_(), 1.0).sum().backward()
+    assert asked == 1  # the first layer's backward pass does not dequantise
+    assert a.grad is not None

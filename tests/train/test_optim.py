@@ -1,0 +1,119 @@
+"""AdamW through shadows, stochastic rounding, clipping and schedules."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tunefork.train.optim import (
+    LoraAdamW,
+    ShadowAdamW,
+    clip_gradients,
+    learning_rate_at,
+    round_stochastically,
+)
+
+BETAS = (0.9, 0.999)
+
+
+def _steps(parameters: list[nn.Parameter], optimizer: ShadowAdamW | LoraAdamW, n: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(n):
+        for parameter in parameters:
+            gradient = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = gradient.to(parameter.dtype)
+        optimizer.step(1e-2)
+        assert all(p.grad is None for p in parameters)
+
+
+def _parameters(dtype: torch.dtype) -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(shape).to(dtype)) for shape in ((6, 5), (7,))]
+
+
+def test_shadowed_fp32_equals_adamw() -> None:
+    expected, actual = _parameters(torch.float32), _parameters(torch.float32)
+    _steps(expected, LoraAdamW(expected, betas=BETAS, weight_decay=0.0), 5)
+    shadowed = ShadowAdamW(
+        actual, keep_shadows=False, eight_bit=False, betas=BETAS, weight_decay=0.0
+    )
+    _steps(actual, shadowed, 5)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("keep_shadows", [True, False])
+def test_bf16_weights_do_not_lose_small_updates(keep_shadows: bool) -> None:
+    """A hundred updates of 1e-4 on weights of 1.0, whose bf16 neighbours are 8e-3 and 4e-3 away."""
+    parameter = nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
+    optimizer = ShadowAdamW(
+        [parameter], keep_shadows=keep_shadows, eight_bit=False, betas=BETAS, weight_decay=0.0
+    )
+    for _ in range(100):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step(1e-4)
+    moved = 1.0 - float(parameter.detach().float().mean())
+    assert moved == pytest.approx(0.01, rel=0.25)
+
+
+def test_stochastic_rounding_is_unbiased_and_adjacent() -> None:
+    generator = torch.Generator().manual_seed(0)
+    value = 1.0 + 0.3 * 2**-7  # 0.3 of the way between two bf16 numbers
+    rounded = round_stochastically(torch.full((100_000,), value), generator).float()
+    assert set(rounded.unique().tolist()) == {1.0, 1.0 + 2**-7}
+    assert float(rounded.mean()) == pytest.approx(value, abs=4 * 2**-7 * math.sqrt(0.21 / 1e5))
+    negative = round_stochastically(torch.full((1000,), -value), generator).float()
+    assert set(negative.unique().tolist()) == {-1.0, -1.0 - 2**-7}
+    exact = torch.tensor([0.0, 1.5, -3.0])
+    assert torch.equal(round_stochastically(exact, generator).float(), exact)
+
+
+def test_eight_bit_moments_follow_adamw() -> None:
+    torch.manual_seed(0)
+    start = torch.randn(64, 128)
+    exact, small = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    _steps([exact], LoraAdamW([exact], betas=BETAS, weight_decay=0.0), 10)
+    optimizer = ShadowAdamW(
+        [small], keep_shadows=True, eight_bit=True, betas=BETAS, weight_decay=0.0
+    )
+    _steps([small], optimizer, 10)
+    moved, error = exact - start, small - exact
+    assert 0 < float((error.norm() / moved.norm()).detach()) < 0.1
+    state = optimizer.inner[0].state[optimizer.shadows[0]]
+    assert state["state1"].dtype == torch.uint8
+
+
+def test_weight_decay_spares_vectors() -> None:
+    parameters = _parameters(torch.float32)
+    before = [p.detach().clone() for p in parameters]
+    optimizer = ShadowAdamW(
+        parameters, keep_shadows=False, eight_bit=False, betas=BETAS, weight_decay=0.5
+    )
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(0.1)
+    torch.testing.assert_close(parameters[0].detach(), before[0] * (1 - 0.1 * 0.5))
+    torch.testing.assert_close(parameters[1].detach(), before[1])
+
+
+def test_clipping_is_global_and_reports_the_norm_before() -> None:
+    parameters = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
+    for parameter, gradient in zip(parameters, (3.0, 4.0), strict=True):
+        parameter.grad = torch.tensor([gradient])
+    assert clip_gradients(parameters, 10.0) == 5.0
+    assert parameters[0].grad is not None and float(parameters[0].grad) == 3.0
+    assert clip_gradients(parameters, 1.0) == 5.0
+    assert float(parameters[0].grad) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(("schedule", "half"), [("cosine", 0.5), ("linear", 0.5), ("constant", 1)])
+def test_schedules(schedule: str, half: float) -> None:
+    rates = [
+        learning_rate_at(s, num_steps=110, peak=2.0, schedule=schedule, warmup_share=10 / 110)
+        for s in range(110)
+    ]
+    assert rates[0] == pytest.approx(2.0 / 11)
+    assert rates[10] == pytest.approx(2.0) and max(rates) == pytest.approx(2.0)
+    assert rates[60] == pytest.approx(2.0 * half)
+    assert rates[-1] > 0
