@@ -25,12 +25,11 @@ from tunefork.compare.comparison import (
 )
 from tunefork.compare.search import SearchResult
 from tunefork.compare.verdict import decide
-from tunefork.evaluate.evaluate import Evaluation
+from tunefork.evaluate.evaluate import FORGETTING, load_columns
 from tunefork.evaluate.statistics import Columns, estimate, paired_difference
 from tunefork.recipe import Metric, Recipe
 from tunefork.registry.run import COLUMNS, STEPS, RunRecord, read_record
 
-FORGETTING = "forgetting_loss"
 MOST_POINTS = 200
 """Of a loss curve in comparison.json; the run folder keeps every step."""
 
@@ -52,7 +51,7 @@ class ArmRuns:
             record = read_record(folder)
             assert record is not None, folder
             self.records.append(record)
-            self.columns.append(Evaluation.load(folder / COLUMNS).columns)
+            self.columns.append(load_columns(folder / COLUMNS))
 
 
 def assemble(recipe: Recipe, out: Path, arms: dict[Arm, ArmRuns], data: Data) -> Comparison:

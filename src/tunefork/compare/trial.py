@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tunefork.data.loader import load_data
-from tunefork.evaluate.evaluate import Evaluation, check_metrics, evaluate
+from tunefork.evaluate.evaluate import Evaluation, check_metrics, evaluate, save_columns
 from tunefork.evaluate.statistics import estimate
 from tunefork.model.build import check_lora
 from tunefork.model.device import describe, pick_device, pick_dtype
@@ -83,7 +83,7 @@ def run_trial(
         _save(model, tokenizer, method, recipe, folder / artifact)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     evaluation = evaluate(model, tokenizer, data, recipe)
-    evaluation.save(folder / COLUMNS)
+    save_columns(evaluation.columns, folder / COLUMNS)
     record = {
         "status": "ok" if result is None else result.status,
         "method": method,

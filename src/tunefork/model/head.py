@@ -8,6 +8,7 @@ is not read from a list of names but measured once, on a few tokens.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,23 @@ class Head:
         """(V, D)"""
         return self.linear.weight
 
-    def hidden(self, model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Hidden states before the head for (R, T) ids: (R, T, D)."""
-        output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    def hidden(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Any = None,
+    ) -> Tensor:
+        """Hidden states before the head for (R, T) ids: (R, T, D).
+
+        The default mask is causal within each run of ascending positions.
+        """
+        output = model.base_model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+        )
         hidden: Tensor = output.last_hidden_state
         return hidden
 
@@ -41,6 +56,7 @@ class Head:
         input_ids: Tensor,
         position_ids: Tensor,
         at: tuple[Tensor, Tensor],
+        attention_mask: Any = None,
     ) -> Tensor:
         """Logits at the S positions (rows, columns) of (R, T) ids: (S, V)."""
 
@@ -50,7 +66,10 @@ class Head:
         handle = self.linear.register_forward_pre_hook(gather)
         try:
             logits: Tensor = model(
-                input_ids=input_ids, position_ids=position_ids, use_cache=False
+                input_ids=input_ids,
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+                use_cache=False,
             ).logits
         finally:
             handle.remove()

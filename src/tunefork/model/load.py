@@ -5,6 +5,8 @@ GGUF file is dequantised and written as a safetensors folder once, in the cache,
 (reading SmolLM2's GGUF takes 18 s here, its folder 0.3 s).
 """
 
+import contextlib
+import io
 import os
 import tempfile
 from dataclasses import dataclass
@@ -179,15 +181,16 @@ def _convert(file: Path, folder: Path) -> None:
         dense = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     else:
         dense = {}
-    transformers_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=torch.bfloat16, **dense, **options
-        )
+        # Its progress bar heeds no setting; in a log it would be hundreds of lines.
+        with contextlib.redirect_stderr(io.StringIO()):
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, dtype=torch.bfloat16, **dense, **options
+            )
+            model.save_pretrained(folder)
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise ModelError(
             f"model.id: {file}: transformers cannot read this GGUF: {error}"
         ) from error
-    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

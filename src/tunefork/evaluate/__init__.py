@@ -1,0 +1,1 @@
+"""Held-out loss, labels, generated answers and forgetting, each with its interval."""

@@ -1,0 +1,132 @@
+"""Everything that a recipe wants measured of one model, as columns that intervals come from."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from tunefork.data.loader import Data
+from tunefork.errors import RecipeError, TuneforkError
+from tunefork.evaluate.forgetting import forgetting_columns
+from tunefork.evaluate.generate import generation_columns
+from tunefork.evaluate.labels import label_columns
+from tunefork.evaluate.loss import loss_columns
+from tunefork.evaluate.statistics import Columns
+from tunefork.recipe import Metric, Recipe
+
+FORGETTING = "forgetting_loss"
+_LABELLED = ("accuracy", "macro_f1")
+_GENERATED = ("exact_match", "rouge_l")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What was measured of one model."""
+
+    metrics: tuple[str, ...]
+    """Names in `statistics.METRICS`; `forgetting_loss` last, if at all."""
+    columns: Columns
+    seconds: float
+    majority_share: float | None
+    """Accuracy of always giving the training data's most frequent label."""
+
+
+def check_metrics(recipe: Recipe, data: Data) -> tuple[Metric, ...]:
+    """The metrics to measure; raises RecipeError for one that the data cannot have."""
+    wanted = recipe.evaluate.metrics
+    if wanted is None:
+        return ("loss", "perplexity", *(_LABELLED if data.labels else ()))
+    for metric in wanted:
+        if metric in _LABELLED and data.labels is None:
+            raise RecipeError(
+                f"evaluate.metrics: {metric} needs labels, but the data's format is {data.format}; "
+                f"leave it out, or use one of {', '.join(_allowed(data))}"
+            )
+        if metric in _GENERATED and data.format == "text":
+            raise RecipeError(
+                f"evaluate.metrics: {metric} needs answers, but the data's format is text; "
+                f"use one of {', '.join(_allowed(data))}"
+            )
+    return wanted
+
+
+def evaluate(model: PreTrainedModel, tokenizer: Any, data: Data, recipe: Recipe) -> Evaluation:
+    """Measure `model` on the evaluation examples. Raises TuneforkError for a non-finite figure."""
+    start = time.perf_counter()
+    metrics = check_metrics(recipe, data)
+    max_tokens = recipe.train.micro_batch_tokens
+    pad_id = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+    batching: dict[str, Any] = {"max_tokens": max_tokens, "pad_id": pad_id}
+    packing = recipe.train.packing
+    columns = loss_columns(model, data.eval, packing=packing, **batching)
+    if data.labels and set(metrics) & set(_LABELLED):
+        columns |= label_columns(
+            model,
+            data.eval,
+            data.labels,
+            _answers(data),
+            by_token=recipe.evaluate.label_normalization == "tokens",
+            **batching,
+        )
+    if set(metrics) & set(_GENERATED):
+        columns |= generation_columns(
+            model,
+            tokenizer,
+            data.eval[: recipe.evaluate.max_generated],
+            max_new_tokens=recipe.evaluate.max_new_tokens,
+            **batching,
+        )
+    if recipe.evaluate.forgetting is not None:
+        columns |= forgetting_columns(
+            model, tokenizer, recipe.evaluate.forgetting, packing=packing, **batching
+        )
+    for name, values in columns.items():
+        if not bool(np.isfinite(values).all()):
+            raise TuneforkError(f"evaluation: {name} is not finite; the model is broken")
+    return Evaluation(
+        metrics=(*metrics, *((FORGETTING,) if recipe.evaluate.forgetting is not None else ())),
+        columns=columns,
+        seconds=time.perf_counter() - start,
+        majority_share=_majority_share(data),
+    )
+
+
+def save_columns(columns: Columns, file: Path) -> None:
+    """Write columns as .npz."""
+    with file.open("wb") as stream:
+        np.savez_compressed(stream, allow_pickle=False, **columns)
+
+
+def load_columns(file: Path) -> Columns:
+    """Read what `save_columns` wrote."""
+    with np.load(file, allow_pickle=False) as stored:
+        return {name: stored[name] for name in stored.files}
+
+
+def _allowed(data: Data) -> list[str]:
+    unlabelled = data.labels is None
+    return [
+        metric
+        for metric in get_args(Metric)
+        if not (metric in _LABELLED and unlabelled)
+        and not (metric in _GENERATED and data.format == "text")
+    ]
+
+
+def _answers(data: Data) -> list[list[int]]:
+    """Token ids of each label's answer, as they follow the first evaluation example's prompt."""
+    assert data.labels is not None
+    first = data.eval_examples[0]
+    encoded = [data.renderer.encode_answer(first, label) for label in data.labels]
+    return [e.input_ids[e.prompt_length :].tolist() for e in encoded]
+
+
+def _majority_share(data: Data) -> float | None:
+    if data.labels is None:
+        return None
+    [(majority, _)] = Counter(example.label for example in data.train).most_common(1)
+    return sum(example.label == majority for example in data.eval) / len(data.eval)

@@ -1,0 +1,146 @@
+import pytest
+
+from tests.compare.fabricated import fabricate
+from tunefork.compare.comparison import Arm, Verdict
+from tunefork.compare.verdict import decide, explanation, headline, subheading
+
+FULL_AHEAD: dict[Arm, float] = {"base": 0.248, "lora": 0.872, "qlora": 0.864, "full": 0.90}
+ALL_FAILED: dict[Arm, str] = dict.fromkeys(
+    ("lora", "qlora", "full"), "out of memory\nTraceback ..."
+)
+
+
+def _said(verdict: Verdict) -> str:
+    return " ".join((verdict.text, *verdict.would_change))
+
+
+def test_a_detected_best_is_the_verdict() -> None:
+    verdict = fabricate(FULL_AHEAD, half_width=0.004).verdict
+    assert (verdict.method, verdict.recommended) == ("full", "full")
+    assert verdict.confidence is not None and verdict.confidence > 0.99
+    assert verdict.text.startswith("Choose full fine-tuning. It reaches accuracy 90.0 % (87.0 to")
+    assert "ahead of LoRA by 2.8 points (95 % interval 2.4 to 3.2): a detectable" in verdict.text
+    assert "Against LoRA it takes 1.5 times the memory, 1.2 times the time" in verdict.text
+    assert "If 3.2 points would not matter (compare.margin), LoRA" in _said(verdict)
+
+
+def test_indistinguishable_methods_give_the_cheapest_and_what_could_be_lost() -> None:
+    verdict = fabricate().verdict
+    assert (verdict.method, verdict.recommended) == ("no_detectable_difference", "lora")
+    assert verdict.confidence is not None and verdict.confidence < 0.95
+    assert "that could be chance" in verdict.text
+    assert "up to 2.9 points worse, which is more than the margin of 1.0 point" in verdict.text
+
+
+def test_a_difference_within_the_margin_is_named_but_the_cheaper_is_recommended() -> None:
+    comparison = fabricate(half_width=0.004, margin=0.02)
+    verdict = comparison.verdict
+    assert (verdict.method, verdict.recommended) == ("full", "lora")
+    assert "at most 1.2 points worse, which is within the margin of 2.0 points" in verdict.text
+    assert "less than matters" in subheading(verdict, "accuracy")
+    assert "If less than 1.2 points mattered" in _said(verdict)
+
+
+@pytest.mark.parametrize("base", [0.86, 0.97])
+def test_without_a_gain_over_the_base_the_answer_is_not_to_fine_tune(base: float) -> None:
+    verdict = fabricate({"base": base, "lora": 0.872, "qlora": 0.864, "full": 0.88}).verdict
+    assert (verdict.method, verdict.recommended) == ("no_detectable_difference", "base")
+    assert headline(verdict) == "Do not fine-tune on this evidence"
+    assert ("Every method does worse" in verdict.text) == (base > 0.9)
+    assert "more passes over these 960 examples" in _said(verdict)
+
+
+def test_a_method_that_does_not_beat_the_base_is_not_recommended_for_being_cheap() -> None:
+    verdict = fabricate({"base": 0.855, "lora": 0.872, "qlora": 0.864, "full": 0.88}).verdict
+    assert (verdict.method, verdict.recommended) == ("no_detectable_difference", "full")
+    assert "LoRA does not detectably beat the untouched base" in verdict.text
+    assert "it also costs least" not in verdict.text
+
+
+def test_lower_loss_is_better() -> None:
+    verdict = fabricate(FULL_AHEAD, half_width=0.004, has_labels=False).verdict
+    assert verdict.method == "full"
+    assert "It reaches loss 0.3000" in verdict.text
+
+
+def test_a_failed_method_is_reported_as_itself() -> None:
+    verdict = fabricate(failed={"qlora": "out of memory\nmore\nlines"}).verdict
+    assert verdict.recommended == "lora"
+    assert "QLoRA failed and is not judged: out of memory. " in verdict.text
+    assert verdict.would_change[0].startswith("QLoRA has no figures")
+
+
+def test_nothing_to_compare() -> None:
+    verdict = fabricate(failed=ALL_FAILED).verdict
+    assert (verdict.recommended, verdict.confidence) == (None, None)
+    assert headline(verdict).startswith("No answer") and subheading(verdict, "accuracy") == ""
+    assert "Traceback" not in verdict.text
+    alone = fabricate({"base": 0.2, "lora": 0.8}, failed={"base": "killed"}).verdict
+    assert (alone.recommended, alone.method) == (None, "no_detectable_difference")
+    assert "there is nothing to compare" in alone.text
+
+
+def test_without_the_base_methods_are_still_compared() -> None:
+    verdict = fabricate(FULL_AHEAD, half_width=0.004, failed={"base": "killed"}).verdict
+    assert verdict.method == "full"
+    assert "whether fine-tuning pays at all is unmeasured" in verdict.text
+
+
+def test_one_method_alone_is_judged_against_the_base() -> None:
+    verdict = fabricate({"base": 0.2, "lora": 0.8}).verdict
+    assert (verdict.method, verdict.recommended) == ("lora", "lora")
+    assert "judged against the base alone" in verdict.text
+
+
+@pytest.mark.parametrize(("seeds", "is_said"), [((0,), True), ((0, 1), True), ((0, 1, 2), False)])
+def test_fewer_than_three_seeds_leave_training_variance_unmeasured(
+    seeds: tuple[int, ...], is_said: bool
+) -> None:
+    verdict = fabricate(seeds=seeds).verdict
+    assert ("the variance of training is unmeasured" in verdict.text) == is_said
+    assert ("Three seeds or more" in _said(verdict)) == is_said
+
+
+def test_the_text_names_the_size_that_was_measured() -> None:
+    text = fabricate().verdict.text
+    assert "134.5M parameters" in text and "says nothing about a model of another size" in text
+
+
+def test_the_most_frequent_label_is_named_and_warned_of() -> None:
+    text = fabricate().verdict.text
+    assert "most frequent label would reach 14.2 %." in text
+    low = fabricate({"base": 0.02, "lora": 0.10, "qlora": 0.09, "full": 0.11}).verdict.text
+    assert "would reach 14.2 %, and the best method is not above that." in low
+
+
+def test_examples_needed_follow_from_the_width_of_the_interval() -> None:
+    # +-2.1 points at 400 examples; +-1 point needs 400 * 2.1^2 = 1,764.
+    assert "About 1,800 evaluation examples" in fabricate().verdict.would_change[0]
+    assert "over a million" in _said(fabricate(margin=0.0001).verdict)
+    assert "evaluation examples or more" not in _said(fabricate(margin=0.03).verdict)
+
+
+@pytest.mark.parametrize(
+    ("rate", "said"), [(1e-4, "the lowest tried"), (1e-3, "the highest tried"), (3e-4, None)]
+)
+def test_a_learning_rate_at_the_edge_of_the_grid_is_named(rate: float, said: str | None) -> None:
+    made = fabricate()
+    lora = made.methods["lora"].model_copy(update={"learning_rate": rate})
+    verdict = decide(
+        made.methods | {"lora": lora},
+        made.paired,
+        metric="accuracy",
+        margin=0.01,
+        model=made.model,
+        data=made.data,
+    )
+    edges = [line for line in verdict.would_change if "LoRA's learning rate" in line]
+    assert [said in line for line in edges if said] == ([True] if said else [])
+    assert bool(edges) == (said is not None)
+
+
+def test_explanation_leaves_the_headline_out() -> None:
+    verdict = fabricate().verdict
+    paragraphs = explanation(verdict)
+    assert paragraphs[0].startswith("It reaches accuracy") and len(paragraphs) == 3
+    assert f"{headline(verdict)}. " + "\n\n".join(paragraphs) == verdict.text
