@@ -26,15 +26,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.results import write  # noqa: E402
-from tunefork.data.example import Encoded  # noqa: E402
-from tunefork.model.build import add_deltas  # noqa: E402
-from tunefork.model.device import describe, peak_bytes, reset_peak  # noqa: E402
-from tunefork.model.load import find, load_model  # noqa: E402
-from tunefork.recipe import LoraSection, ModelSection  # noqa: E402
-from tunefork.registry.peft_format import save_adapter  # noqa: E402
-from tunefork.train.loop import train  # noqa: E402
-from tunefork.train.optim import LoraAdamW, clip_gradients  # noqa: E402
+from benchmarks.results import write
+from tunefork.data.example import Encoded
+from tunefork.model.build import add_deltas
+from tunefork.model.device import describe, peak_bytes, reset_peak
+from tunefork.model.load import find, load_model
+from tunefork.recipe import LoraSection, ModelSection
+from tunefork.registry.peft_format import save_adapter
+from tunefork.train.loop import train
+from tunefork.train.optim import LoraAdamW, clip_gradients
 
 MODEL = ModelSection(id="smollm2-135m-instruct")
 LORA = LoraSection(rank=16)

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from math import exp, sin
 from statistics import NormalDist
 
-from tunefork.evaluate.statistics import METRICS
-
 from tunefork.compare.comparison import (
     Arm,
     Comparison,
@@ -21,6 +19,7 @@ from tunefork.compare.comparison import (
     Trained,
 )
 from tunefork.compare.verdict import decide
+from tunefork.evaluate.statistics import METRICS
 from tunefork.recipe import Metric
 
 ACCURACIES: dict[Arm, float] = {"base": 0.248, "lora": 0.872, "qlora": 0.864, "full": 0.88}

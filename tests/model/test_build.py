@@ -107,7 +107,7 @@ def test_a_rank_above_a_layer_names_it() -> None:
 
 
 def test_targets_that_match_nothing_name_what_there_is() -> None:
-    with pytest.raises(ModelError, match="'q_prj' matches no .* did you mean 'q_proj'"):
+    with pytest.raises(ModelError, match=r"'q_prj' matches no .* did you mean 'q_proj'"):
         find_targets(tiny_model(), ("q_prj",))
     with pytest.raises(ModelError, match="'lm_head' matches no linear layer"):
         find_targets(tiny_model(), ("lm_head",))

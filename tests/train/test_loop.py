@@ -71,7 +71,9 @@ def test_neither_accumulation_nor_packing_changes_what_is_learnt(method: Method)
     expected = _weights(reference)
     for max_tokens, packing in ((17, False), (17, True), (40, True)):
         model, result = _run(method, max_tokens=max_tokens, packing=packing)
-        assert [r.loss for r in result.steps] == pytest.approx([r.loss for r in whole.steps])
+        # fp32 sums in another order: some 1e-6 of a loss after two updates
+        losses = [r.loss for r in whole.steps]
+        assert [r.loss for r in result.steps] == pytest.approx(losses, rel=1e-5)
         for name, weight in _weights(model).items():
             # AdamW's first steps are sign-like: a gradient near zero may flip by rounding.
             difference = (weight - expected[name]).norm() / expected[name].norm()

@@ -2,8 +2,8 @@
 
 The definition is `score_apart`: each prompt with each label's answer, a sequence of its own. The
 way taken is `score_together`: one row a prompt, with all answers behind it as a tree
-(`answers.py`), so the prompt is computed once. It depends on how an architecture treats a hand-made mask, so it is
-compared with the definition on a few examples first, and left where it differs.
+(`answers.py`), so the prompt is computed once. It depends on how an architecture treats a hand-made
+mask, so it is compared with the definition on a few examples first, and left where it differs.
 """
 
 from collections.abc import Sequence
