@@ -17,7 +17,9 @@ def chat(
     message: Annotated[
         str | None, typer.Option("--message", "-m", help="Ask this once and exit.")
     ] = None,
-    system: Annotated[str | None, typer.Option(help="A system turn.")] = None,
+    system: Annotated[
+        str | None, typer.Option(help="A system turn; by default the one it was trained with.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")] = 256,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 always takes the likeliest token.")
@@ -31,6 +33,7 @@ def chat(
     talk = Conversation(
         opened.model,
         opened.tokenizer,
+        opened.data,
         system=system,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

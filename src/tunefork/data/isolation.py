@@ -8,6 +8,17 @@ have no mask at all: there every example reads those before it, silently.
 import torch
 from torch import nn
 
+from tunefork.errors import ModelError
+
+
+def check_packing(model: nn.Module) -> None:
+    """Raise ModelError for a model that must not be given packed rows."""
+    if not keeps_apart(model):
+        raise ModelError(
+            f"train.packing: {type(model).__name__} lets examples of one row read each other; set "
+            "train.packing: false"
+        )
+
 
 @torch.no_grad()
 def keeps_apart(model: nn.Module) -> bool:

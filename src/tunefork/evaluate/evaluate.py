@@ -9,6 +9,7 @@ from typing import Any, get_args
 import numpy as np
 from transformers import PreTrainedModel
 
+from tunefork.data.isolation import check_packing
 from tunefork.data.loader import Data
 from tunefork.errors import RecipeError, TuneforkError
 from tunefork.evaluate.forgetting import forgetting_columns
@@ -55,13 +56,19 @@ def check_metrics(recipe: Recipe, data: Data) -> tuple[Metric, ...]:
 
 
 def evaluate(model: PreTrainedModel, tokenizer: Any, data: Data, recipe: Recipe) -> Evaluation:
-    """Measure `model` on the evaluation examples. Raises TuneforkError for a non-finite figure."""
+    """Measure `model` on the evaluation examples.
+
+    Raises TuneforkError for a figure that is not finite, ModelError where `model` cannot be given
+    packed rows but the recipe asks for them.
+    """
     start = time.perf_counter()
     metrics = check_metrics(recipe, data)
     max_tokens = recipe.train.micro_batch_tokens
     pad_id = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
     batching: dict[str, Any] = {"max_tokens": max_tokens, "pad_id": pad_id}
     packing = recipe.train.packing
+    if packing:
+        check_packing(model)
     columns = loss_columns(model, data.eval, packing=packing, **batching)
     if data.labels and set(metrics) & set(_LABELLED):
         columns |= label_columns(

@@ -24,8 +24,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_sd: Tensor, weight_vd: Tensor, targets_s: Tensor) -> Tensor:
         need_hidden, need_weight, _ = ctx.needs_input_grad
         d_hidden_sd = torch.empty_like(hidden_sd) if need_hidden else None
-        # Chunks are summed in fp32: a bf16 sum over many chunks would lose the small ones.
-        d_weight_vd = torch.zeros_like(weight_vd, dtype=torch.float32) if need_weight else None
+        d_weight_vd: Tensor | None = None
+        d_logits_cv = hidden_sd.new_empty(0, weight_vd.shape[0])
+        is_one_chunk = hidden_sd.shape[0] <= _chunk_size(weight_vd)
+        if need_weight and not is_one_chunk:
+            # Chunks are summed in fp32: a bf16 sum over many chunks would lose the small ones.
+            d_weight_vd = torch.zeros_like(weight_vd, dtype=torch.float32)
         total = hidden_sd.new_zeros((), dtype=torch.float32)
         for chunk, logits_cv, work_cv in _chunks(hidden_sd, weight_vd):
             h_cd, targets_c = hidden_sd[chunk], targets_s[chunk, None]
@@ -37,19 +41,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(d_logits_cv, weight_vd, out=d_hidden_sd[chunk])
             if d_weight_vd is not None:
                 d_weight_vd += d_logits_cv.t() @ h_cd
-        ctx.save_for_backward(d_hidden_sd, d_weight_vd)
+        # The weight's gradient is as large as the head. Of one chunk its two factors, which are
+        # small, wait for the backward pass instead.
+        factors = (d_logits_cv, hidden_sd) if need_weight and is_one_chunk else (None, None)
+        ctx.save_for_backward(d_hidden_sd, d_weight_vd, *factors)
         ctx.weight_dtype = weight_vd.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden_sd, d_weight_vd = ctx.saved_tensors
-        return (
-            None if d_hidden_sd is None else d_hidden_sd * d_total.to(d_hidden_sd.dtype),
-            None if d_weight_vd is None else (d_weight_vd * d_total).to(ctx.weight_dtype),
-            None,
-        )
+        d_hidden_sd, d_weight_vd, d_logits_sv, hidden_sd = ctx.saved_tensors
+        if d_weight_vd is not None:
+            d_weight_vd = (d_weight_vd * d_total).to(ctx.weight_dtype)
+        elif d_logits_sv is not None:
+            d_weight_vd = (d_logits_sv * d_total.to(d_logits_sv.dtype)).t() @ hidden_sd
+        if d_hidden_sd is not None:
+            d_hidden_sd = d_hidden_sd * d_total.to(d_hidden_sd.dtype)
+        return d_hidden_sd, d_weight_vd, None
 
 
 def linear_cross_entropy_sum(hidden_sd: Tensor, weight_vd: Tensor, targets_s: Tensor) -> Tensor:
@@ -87,9 +96,13 @@ def _losses(
 def _chunks(hidden_sd: Tensor, weight_vd: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Slices of the tokens, each with its part of two (C, V) buffers: the weight's dtype, fp32."""
     num_tokens, vocabulary = hidden_sd.shape[0], weight_vd.shape[0]
-    size = max(1, min(num_tokens, CHUNK_BYTES // (4 * vocabulary)))
+    size = max(1, min(num_tokens, _chunk_size(weight_vd)))
     logits_cv = weight_vd.new_empty(size, vocabulary)
     work_cv = weight_vd.new_empty(size, vocabulary, dtype=torch.float32)
     for start in range(0, num_tokens, size):
         length = min(size, num_tokens - start)
         yield slice(start, start + length), logits_cv[:length], work_cv[:length]
+
+
+def _chunk_size(weight_vd: Tensor) -> int:
+    return max(1, CHUNK_BYTES // (4 * weight_vd.shape[0]))

@@ -82,10 +82,14 @@ def load_model(section: ModelSection, *, dtype: torch.dtype, device: torch.devic
     """
     source = find(section)
     config, model_class = _architecture(section, source)
-    attention.register()
-    implementation = attention.NAME if device.type == "cpu" else "sdpa"
-    if not model_class._supports_sdpa:
-        implementation = "eager"
+    implementation = "sdpa" if model_class._supports_sdpa else "eager"
+    if (
+        implementation == "sdpa"
+        and device.type == "cpu"
+        and model_class._supports_attention_backend
+    ):
+        attention.register()
+        implementation = attention.NAME
     model = _from_pretrained(
         AutoModelForCausalLM,
         section,

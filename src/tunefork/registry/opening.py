@@ -8,7 +8,7 @@ from tunefork.errors import RunFolderError
 from tunefork.model.build import quantize_nf4
 from tunefork.model.device import pick_device, pick_dtype
 from tunefork.model.load import load_model, load_tokenizer
-from tunefork.recipe import Method, ModelSection
+from tunefork.recipe import DataSection, Method, ModelSection, load
 from tunefork.registry.peft_format import CONFIG, load_adapter, read_config
 from tunefork.registry.run import ADAPTER, MODEL, RECIPE, RunRecord, read_record
 
@@ -21,6 +21,8 @@ class Opened:
     tokenizer: Any
     section: ModelSection
     """The base, or the fully fine-tuned model."""
+    data: DataSection | None
+    """How a run rendered its conversations; None for what is no run of tunefork's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,7 @@ class _Parts:
     section: ModelSection
     adapter: Path | None = None
     is_nf4: bool = False
+    data: DataSection | None = None
 
 
 def open_model(target: str, *, precision: str = "auto") -> Opened:
@@ -44,7 +47,7 @@ def open_model(target: str, *, precision: str = "auto") -> Opened:
     if parts.adapter is not None:
         load_adapter(model, parts.adapter)
     model.requires_grad_(False).eval()
-    return Opened(model, load_tokenizer(parts.section), parts.section)
+    return Opened(model, load_tokenizer(parts.section), parts.section, parts.data)
 
 
 def _parts(target: str) -> _Parts:
@@ -69,11 +72,21 @@ def _parts(target: str) -> _Parts:
 
 def _parts_of_run(run: Path, record: RunRecord) -> _Parts:
     base = ModelSection(id=record.model_id, revision=record.model_revision)
+    data = _data_section(run)
     if record.artifact is None:
-        return _Parts(base)
+        return _Parts(base, data=data)
     artifact = run / record.artifact
     if not artifact.is_dir():
         raise RunFolderError(f"{run}: its {record.artifact} folder is gone")
     if record.method is Method.FULL:
-        return _Parts(ModelSection(id=str(artifact)))
-    return _Parts(base, adapter=artifact, is_nf4=record.method is Method.QLORA)
+        return _Parts(ModelSection(id=str(artifact)), data=data)
+    is_nf4 = record.method is Method.QLORA
+    return _Parts(base, adapter=artifact, is_nf4=is_nf4, data=data)
+
+
+def _data_section(run: Path) -> DataSection | None:
+    """Of the recipe in the run's folder or, for a comparison's run, in the comparison's."""
+    for folder in (run, *run.parents[:2]):
+        if (folder / RECIPE).is_file():
+            return load(folder / RECIPE).data
+    return None

@@ -13,12 +13,17 @@ from tunefork.recipe import DataSection
 
 
 class Conversation:
-    """Turns so far, and the model that answers them."""
+    """Turns so far, and the model that answers them.
+
+    `data` is the section of the recipe that the model was trained with: its template is used, and
+    its system turn where `system` gives none.
+    """
 
     def __init__(
         self,
         model: Any,
         tokenizer: Any,
+        data: DataSection | None = None,
         *,
         system: str | None = None,
         max_new_tokens: int = 256,
@@ -26,8 +31,9 @@ class Conversation:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        # Only the template's choice is used of the section, and that is the default.
-        self.renderer = Renderer(tokenizer, DataSection(train="-"))
+        data = data or DataSection(train="-")  # of a model as it is: the defaults, and no data
+        system = data.system if system is None else system
+        self.renderer = Renderer(tokenizer, data)
         self.messages = [Message("system", system)] if system else []
 
     def ask(self, text: str) -> Iterator[str]:

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tunefork.data.example import Encoded
+from tunefork.data.isolation import check_packing
 from tunefork.data.loader import steps
 from tunefork.model.build import build
 from tunefork.model.load import load_model
@@ -17,8 +18,10 @@ from tunefork.train.optim import LoraAdamW, ShadowAdamW, learning_rate_at
 def load_for_training(
     recipe: Recipe, method: Method, *, dtype: torch.dtype, device: torch.device, seed: int
 ) -> PreTrainedModel:
-    """The recipe's base, built for `method`."""
+    """The recipe's base, built for `method`. Raises ModelError where it cannot be."""
     model = load_model(recipe.model, dtype=dtype, device=device)
+    if recipe.train.packing:
+        check_packing(model)
     build(model, method, recipe.lora, seed=seed)
     if recipe.train.activation_checkpointing:
         enable_checkpointing(model)

@@ -4,8 +4,8 @@ LoRA's parameters are fp32 and take PyTorch's fused AdamW as it is. Full fine-tu
 bf16, where a nearest-rounded update below 1/256 of a weight is lost, so the update happens on an
 fp32 *shadow* of each weight: kept (`fp32`, a master copy), or made for the update and written back
 by stochastic rounding (`bf16`; unbiased, so small updates survive in the mean; Gupta et al. 2015,
-https://arxiv.org/abs/1502.02551). One weight is updated at a time, so that fp32 gradients exist
-for one weight only.
+https://arxiv.org/abs/1502.02551). One weight is updated at a time, so that an fp32 gradient exists
+for one weight only, in memory that all of them take turns in (on a CPU, fresh memory is dear).
 """
 
 import math
@@ -47,20 +47,23 @@ class ShadowAdamW:
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         """Update every weight that has a gradient, and free the gradient."""
+        given = [p for p in self.parameters if p.grad is not None]
+        largest = max((p.numel() for p in given if p.dtype != torch.float32), default=0)
+        gradient_room = torch.empty(largest, dtype=torch.float32, device=self.parameters[0].device)
+        weight_room = gradient_room[:0] if self.keep_shadows else torch.empty_like(gradient_room)
         for parameter, shadow, inner in zip(self.parameters, self.shadows, self.inner, strict=True):
             if parameter.grad is None:
                 continue
             if not self.keep_shadows:
-                shadow.data = parameter.detach().float()
-            shadow.grad = parameter.grad.float()
+                shadow.data = _widen(parameter.detach(), weight_room)
+            shadow.grad = _widen(parameter.grad, gradient_room)
             parameter.grad = None
             inner.param_groups[0]["lr"] = learning_rate
             inner.step()
             shadow.grad = None
-            if self.keep_shadows or parameter.dtype == torch.float32:
-                parameter.copy_(shadow)
-            else:
-                parameter.copy_(round_stochastically(shadow, self._generator(parameter.device)))
+            if parameter.dtype != torch.float32 and not self.keep_shadows:
+                round_stochastically_(shadow, self._generator(parameter.device))
+            parameter.copy_(shadow)
             if not self.keep_shadows:
                 shadow.data = shadow.data.new_empty(0)
 
@@ -92,25 +95,35 @@ class LoraAdamW:
         self.inner.zero_grad(set_to_none=True)
 
 
-def round_stochastically(wide: Tensor, generator: torch.Generator) -> Tensor:
-    """fp32 -> bf16, up or down with the probability that makes the mean right.
+def _widen(narrow: Tensor, room: Tensor) -> Tensor:
+    """`narrow` in fp32: itself if it is, else a copy in `room`."""
+    if narrow.dtype == torch.float32:
+        return narrow
+    return room[: narrow.numel()].view(narrow.shape).copy_(narrow)
+
+
+def round_stochastically_(wide: Tensor, generator: torch.Generator) -> None:
+    """Round fp32 to bf16's values in place, up or down with the probability that keeps the mean.
 
     bf16 is fp32 without its lower 16 bits: a uniform integer below 2**16 is added to them, and
     what carries over rounds up (away from zero, as the bits hold a magnitude).
     """
+    bits = wide.view(torch.int32)
     noise = torch.randint(
         0, 2**16, wide.shape, dtype=torch.int32, device=wide.device, generator=generator
     )
-    bits = (wide.view(torch.int32) + noise) & -(2**16)
-    return bits.view(torch.float32).to(torch.bfloat16)
+    bits.add_(noise).bitwise_and_(-(2**16))
 
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """Scale gradients down to a global L2 norm of `max_norm`; returns the norm before (fp32)."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
-    norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+    # Row by row in the gradient's own dtype: on a CPU, PyTorch would copy a bf16 gradient to fp32
+    # to take one norm in fp32 (35 ms against 1.5 ms for SmolLM2's embedding). Sums are fp32 inside;
+    # the rows' rounding, 1/256 in bf16, averages out.
+    norms = [torch.linalg.vector_norm(g, dim=-1).flatten().float() for g in gradients]
+    norm = float(torch.linalg.vector_norm(torch.cat(norms)))
     if math.isfinite(norm) and norm > max_norm:
         torch._foreach_mul_(gradients, max_norm / norm)
     return norm
