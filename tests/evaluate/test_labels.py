@@ -11,6 +11,7 @@ from tunefork.errors import DataError
 from tunefork.evaluate import labels as module
 from tunefork.evaluate.answers import ROOT, grow
 from tunefork.evaluate.labels import label_columns, score_apart, score_together
+from tunefork.evaluate.loss import loss_columns
 from tunefork.model.attention import NAME, register
 
 ANSWERS = [[7, 8, 2], [7, 8, 9, 2], [7, 2], [10, 2], [11, 12, 13, 14, 2], [10, 8, 2]]
@@ -115,3 +116,14 @@ def test_an_answer_tokenised_otherwise_is_named() -> None:
         label_columns(
             tiny_model(), _examples(), LABELS, answers, max_tokens=99, by_token=False, pad_id=0
         )
+
+
+def test_the_loss_is_that_of_the_answers() -> None:
+    model, examples = tiny_model("llama"), _examples()
+    expected = loss_columns(model, examples, max_tokens=1000, packing=True, pad_id=0)
+    for by_token in (False, True):
+        columns = label_columns(
+            model, examples, LABELS, ANSWERS, max_tokens=1000, by_token=by_token, pad_id=0
+        )
+        np.testing.assert_allclose(columns["loss_sum"], expected["loss_sum"], rtol=1e-5)
+        assert columns["tokens"].tolist() == expected["tokens"].tolist()

@@ -69,9 +69,8 @@ def evaluate(model: PreTrainedModel, tokenizer: Any, data: Data, recipe: Recipe)
     packing = recipe.train.packing
     if packing:
         check_packing(model)
-    columns = loss_columns(model, data.eval, packing=packing, **batching)
     if data.labels and set(metrics) & set(_LABELLED):
-        columns |= label_columns(
+        columns = label_columns(
             model,
             data.eval,
             data.labels,
@@ -79,6 +78,8 @@ def evaluate(model: PreTrainedModel, tokenizer: Any, data: Data, recipe: Recipe)
             by_token=recipe.evaluate.label_normalization == "tokens",
             **batching,
         )
+    else:
+        columns = loss_columns(model, data.eval, packing=packing, **batching)
     if set(metrics) & set(_GENERATED):
         columns |= generation_columns(
             model,
@@ -129,7 +130,7 @@ def _answers(data: Data) -> list[list[int]]:
     assert data.labels is not None
     first = data.eval_examples[0]
     encoded = [data.renderer.encode_answer(first, label) for label in data.labels]
-    return [e.input_ids[e.prompt_length :].tolist() for e in encoded]
+    return [e.input_ids[e.supervised].tolist() for e in encoded]
 
 
 def _majority_share(data: Data) -> float | None:

@@ -29,7 +29,7 @@ _AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 """Most nats by which the two ways may differ on a probe, for rounding in each dtype."""
 
 Answers = Sequence[Sequence[int]]
-"""Token ids of each label's answer, end of turn included."""
+"""Token ids of each label's answer: all that is supervised, the end of turn included."""
 
 
 @torch.inference_mode()
@@ -43,16 +43,17 @@ def label_columns(
     by_token: bool,
     pad_id: int,
 ) -> Columns:
-    """Columns `predicted` and `gold`: ids into `labels`.
+    """Columns `predicted` and `gold`, ids into `labels`, and those of `loss_columns`.
 
-    `by_token` ranks by the mean over an answer's tokens instead of their sum. Raises DataError
-    where an example's own answer is not, token for token, what `answers` has for its label.
+    The right answer is one of those scored, so the loss costs no pass of its own. `by_token` ranks
+    by the mean over an answer's tokens instead of their sum. Raises DataError where an example's
+    own answer is not, token for token, what `answers` has for its label.
     """
     was_training = model.training
     model.eval()
     gold = np.array([labels.index(example.label or "") for example in examples])
     for example, label in zip(examples, gold, strict=True):
-        own = example.input_ids[example.prompt_length :].tolist()
+        own = example.input_ids[example.supervised].tolist()
         if own != list(answers[label]):
             raise DataError(
                 f"{example.source}: its answer is tokenised otherwise than the same label in other "
@@ -64,10 +65,15 @@ def label_columns(
     agree = float(np.abs(together - apart).max()) < _AGREEMENT.get(model.dtype, 0.25)
     score = score_together if agree else score_apart
     scores = score(model, examples, answers, max_tokens=max_tokens, pad_id=pad_id)
-    if by_token:
-        scores = scores / np.array([len(answer) for answer in answers])
     model.train(was_training)
-    return {"predicted": scores.argmax(-1), "gold": gold}
+    lengths = np.array([len(answer) for answer in answers])
+    ranked = scores / lengths if by_token else scores
+    return {
+        "predicted": ranked.argmax(-1),
+        "gold": gold,
+        "loss_sum": -scores[np.arange(len(examples)), gold],
+        "tokens": lengths[gold],
+    }
 
 
 def score_apart(
