@@ -148,8 +148,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--services", type=int, default=12, help=f"2 to {len(SERVICES)}")
-    parser.add_argument("--train", type=int, default=480, help="training rows")
-    parser.add_argument("--eval", type=int, default=300, help="evaluation rows")
+    parser.add_argument("--train", type=int, default=420, help="training rows")
+    parser.add_argument("--eval", type=int, default=240, help="evaluation rows")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if not 2 <= arguments.services <= len(SERVICES):

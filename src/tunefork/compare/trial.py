@@ -18,7 +18,12 @@ from tunefork.evaluate.evaluate import Evaluation, check_metrics, evaluate, save
 from tunefork.evaluate.statistics import estimate
 from tunefork.model.build import check_lora
 from tunefork.model.device import describe, pick_device, pick_dtype
-from tunefork.model.load import load_model, load_skeleton, load_tokenizer
+from tunefork.model.load import (
+    load_model,
+    load_skeleton,
+    load_tokenizer,
+    without_progress_bars,
+)
 from tunefork.recipe import Method, Recipe
 from tunefork.registry.opening import open_model
 from tunefork.registry.peft_format import save_adapter
@@ -166,7 +171,8 @@ def versions() -> dict[str, str]:
 
 def _save(model: Any, tokenizer: Any, method: Method, recipe: Recipe, folder: Path) -> None:
     if method is Method.FULL:
-        model.save_pretrained(folder)
+        with without_progress_bars():
+            model.save_pretrained(folder)
     else:
         save_adapter(model, folder, recipe.lora, base=recipe.model.id)
     tokenizer.save_pretrained(folder)

@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,18 +135,29 @@ def _architecture(section: ModelSection, source: Source) -> tuple[Any, Any]:
 
 def _from_pretrained(loader: Any, section: ModelSection, source: Source, **options: Any) -> Any:
     """Call transformers' loader quietly; what it cannot find becomes a ModelError."""
-    was_on = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     try:
-        return loader.from_pretrained(
-            source.location, revision=source.revision or "main", trust_remote_code=False, **options
-        )
+        with without_progress_bars():
+            return loader.from_pretrained(
+                source.location,
+                revision=source.revision or "main",
+                trust_remote_code=False,
+                **options,
+            )
     except (OSError, HFValidationError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelError(
             f"model.id: {section.id} cannot be loaded{nearest(section.id, list(PACKAGED))}: "
             f"{reason} (a hub id needs the network or its files in the cache)"
         ) from error
+
+
+@contextlib.contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep transformers' loading and saving from drawing bars over a run's own progress."""
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
     finally:
         if was_on:
             transformers_logging.enable_progress_bar()
