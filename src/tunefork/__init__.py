@@ -57,7 +57,10 @@ def evaluate(
 
 
 def check_data(recipe: Recipe | str | Path) -> dict[str, Any]:
-    """What `tunefork data check --json` prints. Raises DataError for data that cannot be used."""
+    """What `tunefork data check --json` prints; `errors` says what would stop a run.
+
+    Raises DataError only where a file cannot be read at all or the recipe does not suit it.
+    """
     from tunefork.data.check import check
     from tunefork.model.load import load_tokenizer
 

@@ -6,6 +6,8 @@ is allowed and what to do next. They never quote the text of a data row: data ma
 and messages end up in logs.
 """
 
+import errno
+import os
 from difflib import get_close_matches
 
 
@@ -43,6 +45,13 @@ class RunFolderError(BadInputError):
 
 class DivergedError(TuneforkError):
     """A loss or a gradient is no longer finite. Exit status 1."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space; safetensors says so in words only."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return os.strerror(errno.ENOSPC) in str(error)
 
 
 def nearest(word: str, allowed: list[str]) -> str:

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from tunefork.errors import RecipeError, nearest
@@ -40,6 +48,7 @@ Metric = Literal["loss", "perplexity", "accuracy", "macro_f1", "exact_match", "r
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Section(BaseModel):
@@ -48,6 +57,17 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic would read YAML's `yes` as 1."""
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise ValueError(
+                f"must not be {value} (which is also what YAML reads yes, no, on, off as)"
+            )
+        return value
 
 
 class ModelSection(Section):
@@ -211,7 +231,7 @@ class TrainSection(Section):
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     """Seeds data order, adapter initialisation and dropout. Two runs on one machine with the
     same versions are identical."""
 
@@ -258,7 +278,7 @@ class CompareSection(Section):
     """Which branches are tried, each in a process of its own. The untouched base is always
     measured too."""
 
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     """Seeds of the final runs, one run a method and seed. With fewer than three the variance of
     training is unmeasured, and the verdict says so."""
 
@@ -321,12 +341,18 @@ class Recipe(Section):
                 f"train.micro_batch_tokens: {self.train.micro_batch_tokens} is less than "
                 f"data.max_length ({self.data.max_length}): one sequence must fit in one pass"
             )
-        if not self.compare.methods:
-            raise ValueError("compare.methods: is empty; name at least one of lora, qlora, full")
-        for field in ("methods", "seeds"):
-            values = getattr(self.compare, field)
-            if len(set(values)) < len(values):
-                raise ValueError(f"compare.{field}: holds the same value twice")
+        lists: dict[str, tuple[object, ...] | str | None] = {
+            "data.labels": self.data.labels,
+            "lora.targets": self.lora.targets,
+            "evaluate.metrics": self.evaluate.metrics,
+            "compare.methods": self.compare.methods,
+            "compare.seeds": self.compare.seeds,
+        }
+        for field, values in lists.items():
+            if isinstance(values, tuple) and not values:
+                raise ValueError(f"{field}: is an empty list; name at least one")
+            if isinstance(values, tuple) and len(set(values)) < len(values):
+                raise ValueError(f"{field}: holds the same value twice")
         for method in self.compare.methods:
             rates = self.compare.learning_rates.get(method, ())
             if len(rates) < self.compare.search_trials:
@@ -349,16 +375,13 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """Read a recipe file; `overrides` are `a.b=c` strings that beat the file.
 
     Data and model paths in the file are relative to its folder and come back absolute.
-    Raises RecipeError with every wrong field, or with the file's line where it is not YAML.
+    Raises RecipeError with every wrong field, or with file:line where it is not YAML.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error}); give a recipe file") from error
-    try:
-        fields = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: is not YAML: {error}") from error
+    fields = _read_yaml(text, str(path))
     if not isinstance(fields, dict):
         raise RecipeError(f"{path}: must be a mapping of sections (model, data, ...)")
     for override in overrides:
@@ -377,11 +400,28 @@ def parse(fields: dict[str, Any], where: str = "recipe") -> Recipe:
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML, defaults included; `load` reads it back to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    fields = recipe.model_dump(mode="json")
+    return yaml.dump(fields, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(text: str, where: str) -> Any:
+    """`text` as plain values; raises RecipeError naming `where` and the line."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        at, began = error.problem_mark, error.context_mark
+        line = f":{at.line + 1}" if at else ""
+        context = f" ({error.context} from line {began.line + 1})" if began else ""
+        raise RecipeError(f"{where}{line}: is not YAML: {error.problem}{context}") from error
+    except yaml.reader.ReaderError as error:
+        line = f":{text.count(chr(10), 0, error.position) + 1}"
+        raise RecipeError(f"{where}{line}: is not YAML: {error.reason}") from error
+    except (ValueError, RecursionError) as error:  # 0x_ is a number to PyYAML until it converts it
+        raise RecipeError(f"{where}: is not YAML: {error}") from error
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats (PyYAML reads 1e-4 as a string) and no silently repeated keys."""
+    """YAML 1.2's floats (PyYAML reads 1e-4 as a string), no dates, no silently repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -393,11 +433,20 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes each string that `_Loader` would read as something else."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [resolver for resolver in resolvers if resolver[0] != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+        list("-+0123456789."),
+    )
 
 
 def _override(fields: dict[str, Any], override: str) -> None:
@@ -413,10 +462,7 @@ def _override(fields: dict[str, Any], override: str) -> None:
         at = at.setdefault(name, {})
         if not isinstance(at, dict):
             raise RecipeError(f"--set {override}: {name!r} is not a section")
-    try:
-        at[last] = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override}: the value is not YAML") from error
+    at[last] = _read_yaml(value, f"--set {key}")
 
 
 def _absolute(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -425,9 +471,12 @@ def _absolute(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     def resolve(value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        path = Path(value).expanduser()
-        is_path = path.suffix in _FILE_SUFFIXES or value.startswith((".", "~", "/"))
-        return str((folder / path).resolve()) if is_path or (folder / path).exists() else value
+        try:
+            path = folder / Path(value).expanduser()
+            is_path = path.suffix in _FILE_SUFFIXES or value.startswith((".", "~", "/"))
+            return str(path.resolve()) if is_path or path.exists() else value
+        except (OSError, RuntimeError, ValueError):  # too long, ~ of nobody, a NUL: no path
+            return value
 
     fields = dict(fields)
     for section, keys in (
@@ -448,25 +497,32 @@ _FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".txt", ".gguf"}
 
 def _explain(detail: ErrorDetails) -> str:
     """One line for one of pydantic's findings: the field, what was found, what is allowed."""
-    at = ".".join(
-        str(part) for part in detail["loc"] if not str(part).startswith(("literal[", "tuple["))
-    )
-    if detail["type"] == "extra_forbidden":
+    at = ".".join(part for part in map(str, detail["loc"]) if not part.startswith(_NO_FIELDS))
+    found, kind = detail["input"], detail["type"]
+    if kind == "extra_forbidden":
         allowed = _fields_at(detail["loc"][:-1])
-        key = str(detail["loc"][-1])
-        return f"{at}: unknown key{nearest(key, allowed) or '; allowed: ' + ', '.join(allowed)}"
-    if detail["type"] == "missing":
+        hint = nearest(str(detail["loc"][-1]), allowed) or "; allowed: " + ", ".join(allowed)
+        return f"{at}: unknown key{hint}"
+    if kind == "missing":
         return f"{at}: is missing; it has no default"
-    if detail["type"] == "value_error":
-        return detail["msg"].removeprefix("Value error, ")
-    found = detail["input"]
-    shown = f" (found {found!r})" if isinstance(found, str | int | float | bool | None) else ""
-    hint = ""
-    if detail["type"] in ("literal_error", "enum") and isinstance(found, str):
+    if kind == "model_type":
+        return f"{at}: must hold some of the keys {', '.join(_fields_at(detail['loc']))}"
+    if kind == "value_error":  # raised by a section about one field, or by the recipe about several
+        message = detail["msg"].removeprefix("Value error, ")
+        return f"{at}: {message}" if at else message
+    is_scalar = isinstance(found, str | int | float | bool | None)
+    hint = "; put it in quotes" if kind == "string_type" and is_scalar else ""
+    if kind in ("literal_error", "enum") and isinstance(found, str):
         allowed = detail.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ")
         hint = nearest(found, allowed.split(", "))
-    message = detail["msg"].removeprefix("Input ")
-    return f"{at}: {message}{shown}{hint}"
+    message = _PLAIN.get(kind) or detail["msg"].removeprefix("Input ")
+    return f"{at}: {message}{f' (found {found!r})' if is_scalar else ''}{hint}"
+
+
+_NO_FIELDS = ("literal[", "tuple[", "[key]")
+"""Parts of pydantic's locations that name a choice of types, not a field."""
+_PLAIN = {"tuple_type": "must be a list", "dict_type": "must be a mapping"}
+"""Words for those who write YAML, not Python."""
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:

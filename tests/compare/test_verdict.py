@@ -144,3 +144,18 @@ def test_explanation_leaves_the_headline_out() -> None:
     paragraphs = explanation(verdict)
     assert paragraphs[0].startswith("It reaches accuracy") and len(paragraphs) == 3
     assert f"{headline(verdict)}. " + "\n\n".join(paragraphs) == verdict.text
+
+
+def test_few_examples_are_a_caution() -> None:
+    facts = fabricate()
+    few = facts.data.model_copy(update={"eval_examples": 12})
+    said = decide(
+        facts.methods,
+        facts.paired,
+        metric=facts.primary_metric,
+        margin=facts.margin,
+        model=facts.model,
+        data=few,
+    ).text
+    assert "With only 12 evaluation examples the intervals are too narrow" in said
+    assert "too narrow" not in facts.verdict.text

@@ -102,3 +102,40 @@ def test_seeds_that_disagree_widen_the_interval_and_the_share() -> None:
     assert sure.low > 0 and sure.share_above > 0.99
     assert unsure.low < 0 and 0.5 < unsure.share_above < 0.9
     assert unsure.value == pytest.approx(sure.value)
+
+
+def test_many_seeds_get_no_less_than_their_t() -> None:
+    """12 seeds and examples all alike: the interval is 2.201 standard errors, or a little more."""
+    figures = np.linspace(-1, 1, 12)
+    runs = [{"rouge_l": np.full(50, figure)} for figure in figures]
+    found = estimate("rouge_l", runs, samples=200)
+    standard_error = figures.std(ddof=1) / math.sqrt(12)
+    assert 2.201 * standard_error <= found.high - found.value < 2.3 * standard_error
+
+
+def test_macro_f1_of_many_labels_is_covered() -> None:
+    """Left as they are, the resamples' interval holds the truth in half the trials."""
+    rng = np.random.default_rng(5)
+    share = 1 / np.arange(1, 78) ** 0.7
+    share /= share.sum()
+    right = np.clip(0.7 + 0.2 * np.cos(np.arange(77)), 0.05, 0.99)
+
+    def draw(size: int) -> Columns:
+        gold, other = rng.choice(77, (2, size), p=share)
+        return {
+            "gold": gold,
+            "predicted": np.where(rng.random(size) < right[gold], gold, other),
+        }
+
+    truth = estimate("macro_f1", [draw(400_000)], samples=1).value
+    covered = 0
+    for _ in range(50):
+        found = estimate("macro_f1", [draw(600)], samples=200)
+        assert found.low < found.value < found.high <= 1
+        covered += found.low <= truth <= found.high
+    assert covered >= 40
+
+
+def test_macro_f1_without_a_mistake_is_one() -> None:
+    found = estimate("macro_f1", [_labelled([0, 1, 2, 2], [0, 1, 2, 2])], samples=200)
+    assert (found.value, found.low, found.high) == (1, 1, 1)

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from tunefork.cli.arguments import AsJson, RecipeFile, Sets, load_recipe
+from tunefork.errors import BadInputError
 
 data = typer.Typer(help="Look at the data before training on it.", no_args_is_help=True)
 
@@ -24,6 +25,8 @@ def check(recipe: RecipeFile, sets: Sets = None, as_json: AsJson = False) -> Non
 
     report = run(resolved, load_tokenizer(resolved.model))
     typer.echo(json.dumps(report.as_dict(), indent=2) if as_json else render_report(report))
+    if report.errors:
+        raise typer.Exit(BadInputError.exit_status)
 
 
 @data.command()
@@ -38,7 +41,6 @@ def show(
 
     from tunefork.data.loader import load_data
     from tunefork.data.show import show as render
-    from tunefork.errors import BadInputError
     from tunefork.model.load import load_tokenizer
 
     tokenizer = load_tokenizer(resolved.model)

@@ -5,6 +5,7 @@ Nothing heavy is imported until a verb runs, so that --help answers at once. Exi
 """
 
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -16,7 +17,7 @@ from tunefork.cli.evaluate import evaluate
 from tunefork.cli.recipe import recipe
 from tunefork.cli.runs import runs
 from tunefork.cli.train import train
-from tunefork.errors import TuneforkError
+from tunefork.errors import TuneforkError, is_disk_full
 
 app = typer.Typer(
     name="tunefork",
@@ -54,22 +55,29 @@ def options(
 
 def main() -> None:
     """Run the command line and exit."""
-    if "--debug" in sys.argv[1:2]:
-        app()
     try:
         app()
-    except KeyboardInterrupt:
-        typer.echo("stopped; what was finished is kept", err=True)
-        sys.exit(130)
-    except TuneforkError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_status)
-    except BrokenPipeError:
-        sys.exit(1)
-    except Exception as error:
-        typer.echo(
-            f"error: {type(error).__name__}: {error}\n"
-            "This is a fault of tunefork or of a library; `tunefork --debug ...` shows where.",
-            err=True,
-        )
-        sys.exit(1)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            typer.echo("stopped; what was finished is kept", err=True)
+        raise
+    except Exception as error:  # the last stop: whatever it is, say it and set the exit status
+        if "--debug" in sys.argv[1:2]:
+            traceback.print_exc()
+        typer.echo(f"error: {_describe(error)}", err=True)
+        sys.exit(error.exit_status if isinstance(error, TuneforkError) else 1)
+
+
+_INTERRUPTED = 130
+"""What typer makes of Ctrl-C, and `tunefork train` of a run that it stopped."""
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, TuneforkError):
+        return str(error)
+    if is_disk_full(error):
+        return f"the disk is full ({error}); free some space and run the same command again"
+    return (
+        f"{type(error).__name__}: {error}\n"
+        "This is a fault of tunefork or of a library; `tunefork --debug ...` shows where."
+    )

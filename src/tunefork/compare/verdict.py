@@ -30,6 +30,10 @@ from tunefork.compare.units import (
 )
 from tunefork.recipe import Metric
 
+FEWEST_EXAMPLES = 30
+"""Below this many evaluation examples a percentile bootstrap is visibly too narrow (Hesterberg
+2015, https://doi.org/10.1080/00031305.2015.1089789, section 3), and the verdict says so."""
+
 
 def decide(
     methods: Mapping[Arm, MethodResult],
@@ -228,6 +232,11 @@ def _cautions(
         yield (
             f"With {runs} a method, the variance of training is unmeasured: the intervals cover "
             "the choice of evaluation examples only."
+        )
+    if data.eval_examples < FEWEST_EXAMPLES:
+        yield (
+            f"With only {data.eval_examples} evaluation examples the intervals are too narrow; "
+            f"give {FEWEST_EXAMPLES} or more."
         )
     yield (
         f"Measured on {model.id} ({count_text(model.parameters)} parameters) and "

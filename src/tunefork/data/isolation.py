@@ -36,4 +36,5 @@ def keeps_apart(model: nn.Module) -> bool:
     logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
     model.train(was_training)
     second = logits[:, 3:].float()
-    return bool((second[0] - second[1]).abs().max() <= 1e-3 * second.abs().max())
+    leak = (second[0] - second[1]).abs().max() > 1e-3 * second.abs().max()
+    return not bool(leak)  # NaN is no leak: a broken model is named where its loss is measured

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -9,9 +10,10 @@ from typing import Any, get_args
 import numpy as np
 from transformers import PreTrainedModel
 
+from tunefork.data.example import Encoded
 from tunefork.data.isolation import check_packing
 from tunefork.data.loader import Data
-from tunefork.errors import RecipeError, TuneforkError
+from tunefork.errors import DataError, RecipeError, TuneforkError
 from tunefork.evaluate.forgetting import forgetting_columns
 from tunefork.evaluate.generate import generation_columns
 from tunefork.evaluate.labels import label_columns
@@ -22,6 +24,8 @@ from tunefork.recipe import Metric, Recipe
 FORGETTING = "forgetting_loss"
 _LABELLED = ("accuracy", "macro_f1")
 _GENERATED = ("exact_match", "rouge_l")
+_FEWEST_DOCUMENTS = 20
+"""A bootstrap over fewer draws is worth less than one over sequences that are not independent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +62,9 @@ def check_metrics(recipe: Recipe, data: Data) -> tuple[Metric, ...]:
 def evaluate(model: PreTrainedModel, tokenizer: Any, data: Data, recipe: Recipe) -> Evaluation:
     """Measure `model` on the evaluation examples.
 
-    Raises TuneforkError for a figure that is not finite, ModelError where `model` cannot be given
-    packed rows but the recipe asks for them.
+    Raises TuneforkError for a figure that is not finite, DataError where no evaluation example has
+    what a metric needs, ModelError where `model` cannot be given packed rows but the recipe asks
+    for them.
     """
     start = time.perf_counter()
     metrics = check_metrics(recipe, data)
@@ -80,11 +85,13 @@ def evaluate(model: PreTrainedModel, tokenizer: Any, data: Data, recipe: Recipe)
         )
     else:
         columns = loss_columns(model, data.eval, packing=packing, **batching)
+        if data.format == "text":
+            columns = _by_document(columns, [example.source for example in data.eval])
     if set(metrics) & set(_GENERATED):
         columns |= generation_columns(
             model,
             tokenizer,
-            data.eval[: recipe.evaluate.max_generated],
+            _answered(data)[: recipe.evaluate.max_generated],
             max_new_tokens=recipe.evaluate.max_new_tokens,
             **batching,
         )
@@ -123,6 +130,28 @@ def _allowed(data: Data) -> list[str]:
         if not (metric in _LABELLED and unlabelled)
         and not (metric in _GENERATED and data.format == "text")
     ]
+
+
+def _by_document(columns: Columns, sources: Sequence[str]) -> Columns:
+    """Sums over each document's sequences, where there are documents enough to draw from.
+
+    Sequences of one document are alike: as independent draws they would give too narrow intervals.
+    """
+    documents, document = np.unique(sources, return_inverse=True)
+    if len(documents) < _FEWEST_DOCUMENTS:
+        return columns
+    return {name: np.bincount(document, weights=values) for name, values in columns.items()}
+
+
+def _answered(data: Data) -> list[Encoded]:
+    """The evaluation examples with an answer: `data.max_length` may have cut it away."""
+    answered = [example for example in data.eval if example.answer is not None]
+    if not answered:
+        raise DataError(
+            f"data.max_length: {data.renderer.section.max_length} cuts the last answer off every "
+            "evaluation example, so that no generated answer has a reference; raise it"
+        )
+    return answered
 
 
 def _answers(data: Data) -> list[list[int]]:

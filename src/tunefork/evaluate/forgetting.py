@@ -21,6 +21,8 @@ from tunefork.evaluate.loss import loss_columns
 from tunefork.evaluate.statistics import Columns
 
 GENERAL = "general"
+MAX_LENGTH = 128
+"""Tokens of a passage that count: the interval comes from many passages, not from long ones."""
 _FIELD = "evaluate.forgetting"
 
 
@@ -32,7 +34,7 @@ def forgetting_columns(
     max_tokens: int,
     packing: bool,
     pad_id: int,
-    max_length: int = 512,
+    max_length: int = MAX_LENGTH,
 ) -> Columns:
     """Columns `forgetting_loss_sum` (nats) and `forgetting_tokens` of each passage.
 
@@ -47,6 +49,8 @@ def forgetting_columns(
             examples.append(Encoded(source, input_ids, supervised))
     if not examples:
         raise DataError(f"{_FIELD}: {location} has no passage of two tokens or more")
+    longest = max(len(example.input_ids) for example in examples)  # may be over data.max_length
+    max_tokens = max(max_tokens, longest)
     columns = loss_columns(model, examples, max_tokens=max_tokens, packing=packing, pad_id=pad_id)
     return {f"forgetting_{name}": values for name, values in columns.items()}
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from rouge_score.rouge_scorer import RougeScorer
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from tunefork.data.example import Encoded
@@ -74,16 +75,33 @@ def greedy_answers(
             prompt = examples[at].input_ids[: examples[at].prompt_length]
             input_ids[row, longest - len(prompt) :] = torch.from_numpy(prompt).long()
             attention_mask[row, longest - len(prompt) :] = 1
-        output = model.generate(
-            input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            generation_config=config,
-        )
+        output = _generate(model, config, input_ids, attention_mask)
         texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
         for at, text in zip(batch, texts, strict=True):
             answers[at] = text.strip()
     model.train(was_training)
     return answers
+
+
+def _generate(
+    model: PreTrainedModel, config: GenerationConfig, input_ids: Tensor, attention_mask: Tensor
+) -> Tensor:
+    """`model.generate` by `config` alone.
+
+    transformers fills what a given config leaves open from the model's own (a repetition penalty,
+    beams), and then the answers are no longer greedy.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        output: Tensor = model.generate(
+            input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            generation_config=config,
+        )
+    finally:
+        model.generation_config = own
+    return output
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: Any, examples: Sequence[Encoded]) -> list[int]:

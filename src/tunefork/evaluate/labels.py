@@ -56,8 +56,9 @@ def label_columns(
         own = example.input_ids[example.supervised].tolist()
         if own != list(answers[label]):
             raise DataError(
-                f"{example.source}: its answer is tokenised otherwise than the same label in other "
-                "rows, so labels cannot be scored alike; use data.template: plain"
+                f"{example.source}: its answer is cut by data.max_length, or tokenised otherwise "
+                "than the same label in other rows, so labels cannot be scored alike; raise "
+                "data.max_length, or use data.template: plain"
             )
     probes = list(examples[:_PROBES])
     together = score_together(model, probes, answers, max_tokens=max_tokens, pad_id=pad_id)

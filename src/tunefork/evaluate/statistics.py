@@ -19,6 +19,12 @@ no such part, and the verdict says so.
 
 **Why percentiles.** The metrics are means and smooth functions of means over hundreds of examples;
 there the percentile interval is nearly exact and needs no acceleration constant.
+
+**Macro-F1 is biased.** With few examples a label, it comes out too low, and lower still in a
+resample (F1 is not linear, and rare labels drop out). The percentile interval then lies too low
+twice over: of 77 labels with 600 examples it held the truth 5 times of 10. So the resamples are
+moved up by twice their mean distance from the figure, the bootstrap's estimate of both (chapter
+10): 9 of 10. A paired difference needs none of it, since both sides are biased alike: 96 of 100.
 """
 
 import math
@@ -36,7 +42,7 @@ _CHUNK = 2_000_000
 """Resampled values held at once."""
 
 _T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Student's t, 97.5 % point, for 1 to 10 degrees of freedom."""
+"""Student's t, 97.5 % point, for 1 to 10 degrees of freedom; the last serves for more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +62,8 @@ class Difference:
     low: float
     high: float
     share_above: float
-    """Of the resamples; ties count half. With several seeds, of a t distribution."""
+    """Of the resamples; ties count half. With several seeds, of a normal distribution with this
+    95 % interval."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,8 @@ class MetricDefinition:
     """Columns resampled to (B, N) -> the metric of each resample, (B,)."""
     higher_is_better: bool
     unit: str
+    is_biased: bool = False
+    """Its bootstrap is moved by the bias found (module docstring), to 1 at most."""
 
 
 def _ratio(columns: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
@@ -107,7 +116,7 @@ METRICS: dict[str, MetricDefinition] = {
         ("loss_sum", "tokens"), lambda columns: np.exp(_ratio(columns)), False, ""
     ),
     "accuracy": MetricDefinition(("predicted", "gold"), _accuracy, True, "share"),
-    "macro_f1": MetricDefinition(("predicted", "gold"), _macro_f1, True, "share"),
+    "macro_f1": MetricDefinition(("predicted", "gold"), _macro_f1, True, "share", True),
     "exact_match": MetricDefinition(("exact_match",), _mean, True, "share"),
     "rouge_l": MetricDefinition(("rouge_l",), _mean, True, "share"),
     "forgetting_loss": MetricDefinition(
@@ -123,6 +132,8 @@ def estimate(metric: str, runs: Sequence[Columns], *, samples: int, seed: int = 
     resampled = np.concatenate(
         [_resampled(metric, runs, chosen) for chosen in _draws(metric, runs, samples, seed)]
     )
+    if METRICS[metric].is_biased:
+        resampled = np.minimum(resampled + 2 * (value - resampled.mean()), 1.0)
     low, high = _interval(value, resampled, values)
     return Interval(value, low, high)
 
@@ -209,7 +220,7 @@ def _interval(
 def _seed_half_width(values: NDArray[np.float64]) -> float:
     if len(values) < 2:
         return 0.0
-    t = _T_975[len(values) - 2] if len(values) - 2 < len(_T_975) else 2.0
+    t = _T_975[min(len(values) - 2, len(_T_975) - 1)]
     return float(t * values.std(ddof=1) / math.sqrt(len(values)))
 
 

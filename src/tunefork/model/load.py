@@ -1,28 +1,25 @@
 """A model and its tokenizer from a hub id, a local folder, a GGUF file or a packaged model's name.
 
-transformers defines the architectures; nothing here knows one by name. Remote code stays off. A
-GGUF file is dequantised and written as a safetensors folder once, in the cache, under its hash
-(reading SmolLM2's GGUF takes 18 s here, its folder 0.3 s).
+transformers defines the architectures; nothing here knows one by name. Remote code stays off, and
+a checkpoint that does not fill every weight of its architecture is refused: transformers would
+start the rest at random.
 """
 
 import contextlib
-import io
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from tunefork.errors import ModelError, nearest
 from tunefork.model import attention
-from tunefork.model.packaged import PACKAGED, locate, sha256_of
+from tunefork.model.damage import check_filled, unreadable
+from tunefork.model.gguf import converted
+from tunefork.model.packaged import PACKAGED, locate
 from tunefork.recipe import ModelSection
 
 
@@ -37,19 +34,22 @@ class Source:
 def find(section: ModelSection) -> Source:
     """Where the recipe's model is; converts a GGUF file on first use. Raises ModelError."""
     model_id = section.id
-    path = Path(model_id).expanduser()
-    is_local = model_id in PACKAGED or path.exists() or path.suffix == ".gguf"
+    try:
+        path = Path(model_id).expanduser()
+        is_local = model_id in PACKAGED or path.exists() or path.suffix == ".gguf"
+    except (OSError, RuntimeError) as error:  # a name too long, the home of nobody
+        raise ModelError(f"model.id: {model_id} is no model: {error}") from error
     if is_local and section.revision is not None:
         raise ModelError(
             f"model.revision: {section.revision!r} is given, but {model_id} is no hub id; only hub "
             "models have revisions"
         )
     if model_id in PACKAGED:
-        return Source(str(_converted(locate(model_id), expected=PACKAGED[model_id].sha256)))
+        return Source(str(converted(locate(model_id), expected=PACKAGED[model_id].sha256)))
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"model.id: {path}: no such file")
-        return Source(str(_converted(path)))
+        return Source(str(converted(path)))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(
@@ -91,14 +91,17 @@ def load_model(section: ModelSection, *, dtype: torch.dtype, device: torch.devic
     ):
         attention.register()
         implementation = attention.NAME
-    model = _from_pretrained(
+    model, loaded = _from_pretrained(
         AutoModelForCausalLM,
         section,
         source,
         config=config,
         dtype=dtype,
         attn_implementation=implementation,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
+    check_filled(model, loaded, f"model.id: {section.id}")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -123,32 +126,43 @@ def _architecture(section: ModelSection, source: Source) -> tuple[Any, Any]:
             "quantises them itself)"
         )
     model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if model_class is None:
-        raise ModelError(
-            f"model.id: {section.id} is a {config.model_type} model, which transformers knows no "
-            "causal language model for; tunefork trains decoder-only language models"
-        )
     if isinstance(model_class, tuple):
         model_class = model_class[0]
+    if model_class is None or not _is_decoder_only(config, model_class):
+        raise ModelError(
+            f"model.id: {section.id} is a {config.model_type} model "
+            f"({', '.join(config.architectures or ['no architecture named'])}), not a "
+            "decoder-only language model, which is what tunefork trains"
+        )
     return config, model_class
 
 
+def _is_decoder_only(config: Any, model_class: Any) -> bool:
+    """Whether each token sees only those before it.
+
+    transformers has causal classes for encoders too (BertLMHeadModel, BartForCausalLM). They see
+    both ways where `is_decoder` is false, but GPT-NeoX has that field and heeds it not: what it
+    was saved as decides.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    return getattr(config, "is_decoder", True) or model_class.__name__ in (
+        config.architectures or []
+    )
+
+
 def _from_pretrained(loader: Any, section: ModelSection, source: Source, **options: Any) -> Any:
-    """Call transformers' loader quietly; what it cannot find becomes a ModelError."""
-    try:
-        with without_progress_bars():
-            return loader.from_pretrained(
-                source.location,
-                revision=source.revision or "main",
-                trust_remote_code=False,
-                **options,
-            )
-    except (OSError, HFValidationError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ModelError(
-            f"model.id: {section.id} cannot be loaded{nearest(section.id, list(PACKAGED))}: "
-            f"{reason} (a hub id needs the network or its files in the cache)"
-        ) from error
+    """Call transformers' loader quietly; what it cannot find or read becomes a ModelError."""
+    is_folder = Path(source.location).is_dir()
+    guess = "" if is_folder else nearest(section.id, list(PACKAGED))
+    hint = "" if is_folder else " (a hub id needs the network, or its files in the cache)"
+    with (
+        without_progress_bars(),
+        unreadable(f"model.id: {section.id} cannot be loaded{guess}", hint),
+    ):
+        return loader.from_pretrained(
+            source.location, revision=source.revision or "main", trust_remote_code=False, **options
+        )
 
 
 @contextlib.contextmanager
@@ -161,52 +175,3 @@ def without_progress_bars() -> Iterator[None]:
     finally:
         if was_on:
             transformers_logging.enable_progress_bar()
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: TUNEFORK_CACHE, else ~/.cache/tunefork."""
-    return Path(os.environ.get("TUNEFORK_CACHE", "~/.cache/tunefork")).expanduser()
-
-
-def _converted(file: Path, expected: str | None = None) -> Path:
-    """The safetensors folder of a GGUF file, converted on first use, visible by one rename."""
-    digest = sha256_of(file)
-    if expected is not None and digest != expected:
-        raise ModelError(f"model.id: {file.name} has sha256 {digest}, but {expected} is expected")
-    folder = cache_folder() / "converted" / digest
-    if (folder / "config.json").is_file():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="converting-") as scratch:
-        written = Path(scratch) / "model"
-        _convert(file, written)
-        try:
-            written.rename(folder)
-        except OSError:
-            if not (folder / "config.json").is_file():  # else another process was first
-                raise
-    return folder
-
-
-def _convert(file: Path, folder: Path) -> None:
-    """Dequantise a GGUF file to a bf16 Hugging Face folder."""
-    options: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
-    if hasattr(transformers, "GgufConfig"):
-        # Newer releases keep GGUF blocks quantised unless told otherwise; a quantised model can
-        # neither be trained nor saved.
-        dense = {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    else:
-        dense = {}
-    try:
-        # Its progress bar heeds no setting; in a log it would be hundreds of lines.
-        with contextlib.redirect_stderr(io.StringIO()):
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent, dtype=torch.bfloat16, **dense, **options
-            )
-            model.save_pretrained(folder)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise ModelError(
-            f"model.id: {file}: transformers cannot read this GGUF: {error}"
-        ) from error
-    tokenizer.save_pretrained(folder)

@@ -51,7 +51,10 @@ def open_model(target: str, *, precision: str = "auto") -> Opened:
 
 
 def _parts(target: str) -> _Parts:
-    folder = Path(target).expanduser()
+    try:
+        folder = Path(target).expanduser()
+    except RuntimeError as error:
+        raise RunFolderError(f"{target}: {error}") from error
     run = folder.parent if folder.name in (ADAPTER, MODEL) else folder
     record = read_record(run)
     if record is not None:

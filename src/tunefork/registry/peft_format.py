@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -84,7 +85,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
     weights = folder / WEIGHTS
     try:
         tensors = load_file(weights)
-    except (OSError, ValueError) as error:
+    except (OSError, SafetensorError) as error:
         raise AdapterError(f"{weights}: cannot be read: {error}") from error
     deltas = _pair(tensors, weights)
     targeted = _targeted(model, config, folder)
@@ -119,9 +120,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The adapter's configuration; refuses what this library cannot apply faithfully."""
     file = folder / CONFIG
     try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AdapterError(f"{file}: cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{file}: must hold a JSON object")
     if config.get("peft_type") != "LORA":
         raise AdapterError(
             f"{file}: peft_type is {config.get('peft_type')!r}; only LORA is supported"

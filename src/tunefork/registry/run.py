@@ -12,9 +12,9 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from tunefork.errors import RunFolderError
+from tunefork.errors import RunFolderError, is_disk_full
 from tunefork.recipe import Method, Recipe, dump, load
 
 RECORD = "run.json"
@@ -67,21 +67,23 @@ class RunRecord(BaseModel):
 def claim(folder: Path, recipe: Recipe) -> None:
     """Make `folder` this recipe's; raises RunFolderError if it holds another one's run."""
     file = folder / RECIPE
-    if file.exists():
-        if load(file) != recipe:
-            raise RunFolderError(
-                f"{folder}: holds a run of another recipe ({file}); give another folder with "
-                "--out, or remove this one"
-            )
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunFolderError(
-            f"{folder}: exists and is no run folder; give an empty or new folder with --out"
-        )
     try:
+        if file.exists():
+            if load(file) != recipe:
+                raise RunFolderError(
+                    f"{folder}: holds a run of another recipe ({file}); give another folder with "
+                    "--out, or remove this one"
+                )
+            return
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunFolderError(
+                f"{folder}: exists and is no run folder; give an empty or new folder with --out"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(file, dump(recipe))
     except OSError as error:
+        if is_disk_full(error):  # no fault of the name that was given
+            raise
         raise RunFolderError(f"{folder}: cannot be written: {error}") from error
 
 
@@ -91,18 +93,23 @@ def write_record(folder: Path, record: RunRecord) -> None:
 
 
 def read_record(folder: Path) -> RunRecord | None:
-    """The record of a finished run, or None where `folder` holds none."""
+    """The record of a finished run, or None where `folder` holds none.
+
+    Raises RunFolderError for a run.json that is damaged or another program's.
+    """
     file = folder / RECORD
     if not file.is_file():
         return None
     try:
         return RunRecord.model_validate_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValidationError) as error:
-        raise RunFolderError(f"{file}: is not a run's record: {error}") from error
+    except (OSError, ValueError) as error:
+        raise RunFolderError(
+            f"{file}: is not a run's record; move it or its folder away ({error})"
+        ) from error
 
 
 def find_runs(folder: Path) -> list[tuple[Path, RunRecord]]:
-    """Finished runs anywhere below `folder`, in path order."""
+    """Finished runs anywhere below `folder`, in path order; raises as `read_record` does."""
     found = []
     for file in sorted(folder.rglob(RECORD)):
         record = read_record(file.parent)
@@ -112,13 +119,19 @@ def find_runs(folder: Path) -> list[tuple[Path, RunRecord]]:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Replace `file`'s content in one rename: a reader sees the old text or the new one."""
+    """Replace `file`'s content in one rename: a reader sees the old text or the new one.
+
+    Raises OSError, and leaves the old text and nothing else, where the new one cannot be written.
+    """
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    with scratch.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    scratch.replace(file)
+    try:
+        with scratch.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        scratch.replace(file)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def folder_bytes(folder: Path) -> int:

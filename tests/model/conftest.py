@@ -1,0 +1,9 @@
+"""What the tests of loading share."""
+
+import pytest
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hub: its client reads the environment when it is imported, so its constant is set."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
