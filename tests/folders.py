@@ -59,6 +59,7 @@ def save_gguf(file: Path, *, leave_out: str = "") -> Any:
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])  # 3: control
     writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
+    writer.add_bos_token_id(tokens.index(EOS))  # transformers 5.17 cannot do without one
     writer.add_eos_token_id(tokens.index(EOS))
     writer.add_pad_token_id(tokens.index(EOS))
     writer.add_chat_template(CHATML)

@@ -262,7 +262,11 @@ def test_a_method_not_compared_may_have_any_grid() -> None:
         (TEXT + "---\n", "mine.yaml:3: is not YAML"),
         (TEXT + "# \a\n", "mine.yaml:3: is not YAML: special characters are not allowed"),
         (TEXT + "lora: {rank: 0b_}\n", "mine.yaml: is not YAML: invalid literal"),
-        (TEXT + "lora: " + "[" * 9000, "mine.yaml: is not YAML: maximum recursion depth"),
+        pytest.param(
+            TEXT + "lora: " + "[" * 9000,
+            "mine.yaml: is not YAML: maximum recursion depth",
+            id="deep nesting",
+        ),
         ("", "mine.yaml: must be a mapping of sections"),
         ("# nothing yet\n", "mine.yaml: must be a mapping of sections"),
         ("- model\n", "mine.yaml: must be a mapping of sections"),
