@@ -389,6 +389,11 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     return parse(_absolute(fields, path.resolve().parent), where=str(path))
 
 
+def anchor(recipe: Recipe, folder: Path) -> Recipe:
+    """`recipe` with its relative paths made absolute, from `folder`, as `load` does."""
+    return parse(_absolute(recipe.model_dump(mode="json"), folder.resolve()))
+
+
 def parse(fields: dict[str, Any], where: str = "recipe") -> Recipe:
     """Validate `fields`; raises RecipeError naming each wrong field under `where`."""
     try:

@@ -17,14 +17,15 @@ from tunefork.compare.report import write_report
 from tunefork.compare.search import RESULT, SearchResult, grid
 from tunefork.compare.worker import Failure, seed_folder, start
 from tunefork.data.loader import Data, load_data
-from tunefork.errors import BadInputError, RecipeError, TuneforkError
+from tunefork.errors import BadInputError, RecipeError, RunFolderError, TuneforkError
 from tunefork.evaluate.evaluate import check_metrics
 from tunefork.evaluate.statistics import METRICS
 from tunefork.model.build import check_lora
 from tunefork.model.load import load_skeleton, load_tokenizer
-from tunefork.recipe import Method, Recipe
-from tunefork.registry.run import claim, read_record
+from tunefork.recipe import Method, Recipe, anchor
+from tunefork.registry.run import claim, read_record, write_atomically
 
+DATA = "data.sha256"
 COMPARISON = "comparison.json"
 REPORT = "report.html"
 
@@ -36,8 +37,10 @@ def compare(recipe: Recipe, out: Path, *, say: Callable[[str], None] = print) ->
     any training where the recipe, the data or the model cannot be used, TuneforkError where no
     piece succeeded, KeyboardInterrupt on Ctrl-C (the same call goes on from there).
     """
+    recipe = anchor(recipe, Path.cwd())
     data = check(recipe)
     claim(out, recipe)
+    _claim_data(out, data)
     arms: dict[Arm, ArmRuns] = {"base": _base(out, say)}
     for method in recipe.compare.methods:
         arms[method.value] = _method(recipe, method, out, say)
@@ -64,6 +67,19 @@ def check(recipe: Recipe) -> Data:
             f"{', '.join(metrics)} of {', '.join(METRICS)}"
         )
     return data
+
+
+def _claim_data(out: Path, data: Data) -> None:
+    """Raise RunFolderError where the data is no longer what the comparison in `out` began with."""
+    file, digest = out / DATA, data.fingerprint()
+    if not file.exists():
+        write_atomically(file, digest + "\n")
+    elif file.read_text(encoding="utf-8").strip() != digest:
+        raise RunFolderError(
+            f"{out}: data.train, data.eval or the tokenizer has changed since this comparison "
+            "began, and what is done could not be compared with what is not; give another folder "
+            "with --out, or remove this one"
+        )
 
 
 def _base(out: Path, say: Callable[[str], None]) -> ArmRuns:

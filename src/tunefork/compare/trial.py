@@ -24,7 +24,7 @@ from tunefork.model.load import (
     load_tokenizer,
     without_progress_bars,
 )
-from tunefork.recipe import Method, Recipe
+from tunefork.recipe import Method, Recipe, anchor
 from tunefork.registry.opening import open_model
 from tunefork.registry.peft_format import save_adapter
 from tunefork.registry.run import (
@@ -121,6 +121,7 @@ def run_trial(
 
 def train_run(recipe: Recipe, folder: Path) -> RunRecord:
     """`tunefork train`: the recipe's method in a run folder of its own."""
+    recipe = anchor(recipe, Path.cwd())
     if recipe.method is not Method.FULL:
         check_lora(load_skeleton(recipe.model), recipe.lora)
     check_metrics(recipe, load_data(recipe, load_tokenizer(recipe.model)))

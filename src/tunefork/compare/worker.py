@@ -10,12 +10,14 @@ fails it leaves `error.json`; when it leaves nothing, it was killed.
     python -m tunefork.compare.worker FOLDER train METHOD SEED LEARNING_RATE
 """
 
-import errno
 import json
 import signal
 import subprocess
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +25,7 @@ import torch
 
 from tunefork.compare.search import search
 from tunefork.compare.trial import run_trial
-from tunefork.errors import BadInputError, TuneforkError
+from tunefork.errors import BadInputError, TuneforkError, is_disk_full
 from tunefork.recipe import Method, load
 from tunefork.registry.run import RECIPE, write_atomically
 
@@ -52,17 +54,18 @@ def start(folder: Path, *task: str) -> Failure | None:
     error_file = folder / ERROR
     error_file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "tunefork.compare.worker", str(folder), *task]
-    with subprocess.Popen(command) as process:
-        while True:
-            try:
-                status = process.wait()
-                break
-            except KeyboardInterrupt:
-                continue  # the terminal has sent it to the child as well, which ends in good order
-    if status == 0:
+    # A process group of its own: signals reach the child by way of this process only, once each.
+    with (
+        subprocess.Popen(command, process_group=0) as process,
+        _passing_on_signals(process) as was_asked_to_end,
+    ):
+        status = process.wait()
+    if status == 0 and not was_asked_to_end.is_set():
         return None
-    if status == _INTERRUPTED:
+    if status == _INTERRUPTED or was_asked_to_end.is_set():
         raise KeyboardInterrupt
+    if status == _DISK_FULL:
+        return Failure(_DISK_IS_FULL)
     if error_file.exists():
         error = json.loads(error_file.read_text(encoding="utf-8"))
         error_file.unlink()
@@ -75,6 +78,35 @@ def start(folder: Path, *task: str) -> Failure | None:
 
 
 _INTERRUPTED = 130
+_DISK_FULL = 74  # EX_IOERR of sysexits.h: a full disk takes no error.json either
+_DISK_IS_FULL = "the disk is full; free some space and run the same command again"
+
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, a scheduler's request, a terminal that was closed."""
+
+
+@contextmanager
+def _passing_on_signals(process: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
+    """Let the child end in good order where this process is told to end; tells whether it was.
+
+    Python handles signals in the main thread only; elsewhere they do what they did.
+    """
+    asked = threading.Event()
+
+    def pass_on(number: int, _frame: object) -> None:
+        asked.set()
+        process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {number: signal.signal(number, pass_on) for number in _ENDING}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(arguments: list[str]) -> int:
@@ -85,6 +117,8 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _INTERRUPTED
     except Exception as error:  # reported to the parent, whatever it is, with its traceback kept
+        if is_disk_full(error):
+            return _DISK_FULL
         write_atomically(folder / ERROR, json.dumps(_describe(error)))
         if not isinstance(error, TuneforkError):
             (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
@@ -116,11 +150,7 @@ def _run(folder: Path, task: list[str]) -> None:
 def _describe(error: Exception) -> dict[str, str | bool]:
     if isinstance(error, TuneforkError):
         return {"message": str(error), "is_bad_input": isinstance(error, BadInputError)}
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        message = (
-            f"the disk is full ({error.filename or 'while saving'}); free some space and rerun"
-        )
-    elif isinstance(error, MemoryError | torch.OutOfMemoryError) or _CPU_MEMORY in str(error):
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _CPU_MEMORY in str(error):
         message = f"out of memory: {error}; lower train.micro_batch_tokens, or set "
         message += "train.activation_checkpointing: true"
     else:

@@ -6,6 +6,7 @@
 what `check` reports. `load_data` is `survey`, and raises if any fault would stop a run.
 """
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,17 @@ class Data:
     eval_examples: list[Example]
     """Those of `eval`: what `Renderer.encode_answer` takes to score another answer. One for each
     of `eval`, in its order, but for plain text."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 of every sequence, in order, and of the labels: equal only for equal data."""
+        digest = hashlib.sha256(repr(self.labels).encode())
+        for name, examples in (("train", self.train), ("eval", self.eval)):
+            digest.update(f"{name} {len(examples)}".encode())
+            for example in examples:
+                digest.update(f" {len(example.input_ids)} ".encode())
+                digest.update(example.input_ids.tobytes())
+                digest.update(example.supervised.tobytes())
+        return digest.hexdigest()
 
 
 @dataclass(slots=True)
