@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tunefork.errors import RecipeError
-from tunefork.recipe import Method, Recipe, dump, load, parse
+from tunefork.recipe import Method, Recipe, anchor, dump, load, parse, relative
 
 SMALLEST: dict[str, Any] = {"model": "owner/name", "data": {"train": "owner/rows"}}
 TEXT = "model: owner/name\ndata: {train: owner/rows}\n"
@@ -298,3 +298,13 @@ def test_the_schema_is_closed_and_documents_every_field() -> None:
             described = field.get("description") or "$ref" in field
             assert described, f"{section['title']}.{name}"
     assert schema["required"] == ["model", "data"]
+
+
+def test_a_recipe_made_in_python_is_anchored_and_shortened_again(tmp_path: Path) -> None:
+    recipe = parse({"model": "owner/name", "data": {"train": "rows/train.jsonl", "eval": "o/e"}})
+    anchored = anchor(recipe, tmp_path)
+    assert anchored.data.train == str(tmp_path.resolve() / "rows/train.jsonl")
+    assert (anchored.model.id, anchored.data.eval) == ("owner/name", "o/e")
+    assert anchor(anchored, tmp_path / "elsewhere") == anchored
+    assert relative(anchored, tmp_path) == recipe
+    assert relative(anchored, tmp_path / "elsewhere") == anchored

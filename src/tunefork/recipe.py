@@ -13,6 +13,7 @@ Sources named below:
 """
 
 import re
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -394,6 +395,18 @@ def anchor(recipe: Recipe, folder: Path) -> Recipe:
     return parse(_absolute(recipe.model_dump(mode="json"), folder.resolve()))
 
 
+def relative(recipe: Recipe, folder: Path) -> Recipe:
+    """`recipe` with paths below `folder` made relative to it: for reports that others read."""
+    base = folder.resolve()
+
+    def shorten(value: str) -> str:
+        path = Path(value)
+        is_below = path.is_absolute() and path.is_relative_to(base)
+        return path.relative_to(base).as_posix() if is_below else value
+
+    return parse(_with_paths(recipe.model_dump(mode="json"), shorten))
+
+
 def parse(fields: dict[str, Any], where: str = "recipe") -> Recipe:
     """Validate `fields`; raises RecipeError naming each wrong field under `where`."""
     try:
@@ -473,9 +486,7 @@ def _override(fields: dict[str, Any], override: str) -> None:
 def _absolute(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Make those paths absolute that exist under the recipe's `folder` or look like files."""
 
-    def resolve(value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
+    def resolve(value: str) -> str:
         try:
             path = folder / Path(value).expanduser()
             is_path = path.suffix in _FILE_SUFFIXES or value.startswith((".", "~", "/"))
@@ -483,20 +494,23 @@ def _absolute(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
         except (OSError, RuntimeError, ValueError):  # too long, ~ of nobody, a NUL: no path
             return value
 
+    return _with_paths(fields, resolve)
+
+
+def _with_paths(fields: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """`fields` of a recipe, not yet validated, with `change` applied to what may be a path."""
     fields = dict(fields)
-    for section, keys in (
-        ("model", ("id",)),
-        ("data", ("train", "eval")),
-        ("evaluate", ("forgetting",)),
-    ):
-        if section == "model" and isinstance(fields.get("model"), str):
-            fields["model"] = {"id": fields["model"]}
-        if isinstance(fields.get(section), dict):
-            inner = dict(fields[section])
-            fields[section] = inner | {k: resolve(inner[k]) for k in keys if k in inner}
+    if isinstance(fields.get("model"), str):
+        fields["model"] = {"id": fields["model"]}
+    for section, keys in _PATHS.items():
+        inner = fields.get(section)
+        if isinstance(inner, dict):
+            paths = {k: change(inner[k]) for k in keys if isinstance(inner.get(k), str)}
+            fields[section] = inner | paths
     return fields
 
 
+_PATHS = {"model": ("id",), "data": ("train", "eval"), "evaluate": ("forgetting",)}
 _FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".txt", ".gguf"}
 
 

@@ -27,7 +27,7 @@ from tunefork.compare.search import SearchResult
 from tunefork.compare.verdict import decide
 from tunefork.evaluate.evaluate import FORGETTING, load_columns
 from tunefork.evaluate.statistics import Columns, estimate, paired_difference
-from tunefork.recipe import Metric, Recipe
+from tunefork.recipe import Metric, Recipe, relative
 from tunefork.registry.run import COLUMNS, STEPS, RunRecord, read_record
 
 MOST_POINTS = 200
@@ -84,7 +84,7 @@ def assemble(recipe: Recipe, out: Path, arms: dict[Arm, ArmRuns], data: Data) ->
         verdict=decide(
             methods, paired, metric=primary, margin=recipe.compare.margin, model=model, data=data
         ),
-        recipe=recipe.model_dump(mode="json"),
+        recipe=relative(recipe, Path.cwd()).model_dump(mode="json"),
     )
 
 
