@@ -23,7 +23,7 @@ check: $(READY)
 	$(BIN)/mypy
 
 docs: $(READY)
-	$(BIN)/python docs/generate.py
+	$(BIN)/python -m tunefork.documentation docs
 
 # torch first and pinned: a looser request may fetch gigabytes of CUDA libraries.
 $(READY): pyproject.toml constraints.txt requirements-demo.txt

@@ -1,15 +1,19 @@
-"""Make a real labelled data set without a hub: which AWS service does this request belong to?
+"""Make real data sets without a hub, from the documentation of AWS operations in botocore.
 
-The texts are the first sentences of each operation's documentation in the package botocore 1.44.5
-(Apache-2.0), the label is the service. It stands for routing a request to the right team: many
-texts name their service, many do not, and the services are near one another (EC2, ECS, Lambda and
+    route     {"text": ..., "label": ...}: which service does this request belong to?
+    name      {"prompt": ..., "completion": ...}: what is the operation called that does this?
+    document  {"text": ...}: whole documentation texts, for continued pre-training
+
+The texts of the first two are the first sentences of each operation's documentation in the package
+botocore 1.44.5 (Apache-2.0). `route` stands for routing a request to the right team: many texts
+name their service, many do not, and the services are near one another (EC2, ECS, Lambda and
 Lightsail all run things; RDS and Redshift are both databases). Nothing is taken out of the texts.
 
     pip install --no-deps botocore==1.44.5
     python examples/prepare_aws.py --out data/aws
 
 botocore is read as a package of files and never imported. The same version and arguments always
-give the same files, `train.jsonl` and `eval.jsonl`, with rows {"text": ..., "label": ...}.
+give the same files, `train.jsonl` and `eval.jsonl`.
 """
 
 import argparse
@@ -18,7 +22,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path, PurePosixPath
@@ -52,8 +56,15 @@ SERVICES = {
 LONGEST_TEXT = 200
 """Characters. Keeps a rendered row near 100 tokens."""
 
-Row = tuple[str, str]
-"""(text, label)"""
+Row = tuple[str, str, str]
+"""(text, operation, label)"""
+
+TASKS: dict[str, Callable[[Row], dict[str, str]]] = {
+    "route": lambda row: {"text": row[0], "label": row[2]},
+    "name": lambda row: {"prompt": row[0], "completion": row[1]},
+    "document": lambda row: {"text": row[0]},
+}
+"""Task -> what a row of its files holds."""
 
 
 class _Words(HTMLParser):
@@ -71,12 +82,16 @@ class _Words(HTMLParser):
             self.parts.append(" ")
 
 
-def shorten(documentation: str) -> str:
-    """The text of `documentation` without tags, cut at a sentence's end or else at a word's."""
+def untag(documentation: str) -> str:
+    """The text of `documentation` without tags."""
     words = _Words()
     words.feed(documentation)
     words.close()
-    text = " ".join("".join(words.parts).split())
+    return " ".join("".join(words.parts).split())
+
+
+def shorten(text: str) -> str:
+    """`text` cut at a sentence's end or else at a word's."""
     if len(text) <= LONGEST_TEXT:
         return text
     text = text[: LONGEST_TEXT + 1]
@@ -84,8 +99,8 @@ def shorten(documentation: str) -> str:
     return text[: sentence_ends[-1]] if sentence_ends else text[: text.rindex(" ")]
 
 
-def operations(package: Distribution, folder: str) -> Iterator[str]:
-    """Documentation of every operation in the newest version of one service's interface."""
+def operations(package: Distribution, folder: str) -> Iterator[tuple[str, str]]:
+    """Text and name of every operation in the newest version of one service's interface."""
     files = [
         file
         for file in package.files or []
@@ -96,22 +111,24 @@ def operations(package: Distribution, folder: str) -> Iterator[str]:
     newest = Path(str(package.locate_file(max(files))))
     service = json.loads(gzip.decompress(newest.read_bytes()))
     for name in sorted(service["operations"]):
-        yield service["operations"][name].get("documentation", "")
+        yield untag(service["operations"][name].get("documentation", "")), name
 
 
-def pools(package: Distribution, num_services: int, seed: int) -> dict[str, list[Row]]:
+def pools(
+    package: Distribution, num_services: int, seed: int, *, is_short: bool
+) -> dict[str, list[Row]]:
     """Rows of each label, shuffled. A text that two services share is in neither."""
-    rows = [
-        (text, label)
-        for folder, label in list(SERVICES.items())[:num_services]
-        for text in dict.fromkeys(map(shorten, operations(package, folder)))
-        if len(text.split()) >= 3
-    ]
-    counts = Counter(text.casefold() for text, _ in rows)
-    by_label: dict[str, list[Row]] = {label: [] for _, label in rows}
-    for text, label in rows:
-        if counts[text.casefold()] == 1:
-            by_label[label].append((text, label))
+    rows: list[Row] = []
+    for folder, label in list(SERVICES.items())[:num_services]:
+        names: dict[str, str] = {}  # a text that one service has twice goes to the first operation
+        for text, name in operations(package, folder):
+            names.setdefault(shorten(text) if is_short else text, name)
+        rows += [(text, name, label) for text, name in names.items() if len(text.split()) >= 3]
+    counts = Counter(text.casefold() for text, *_ in rows)
+    by_label: dict[str, list[Row]] = {label: [] for *_, label in rows}
+    for row in rows:
+        if counts[row[0].casefold()] == 1:
+            by_label[row[2]].append(row)
     for label, pool in by_label.items():
         random.Random(f"{seed} {label}").shuffle(pool)
     return by_label
@@ -131,13 +148,13 @@ def draw(by_label: dict[str, list[Row]], count: int, seed: int) -> list[Row]:
     return drawn
 
 
-def write(path: Path, rows: list[Row]) -> None:
+def write(path: Path, rows: list[Row], task: str) -> None:
     """Write the rows as JSONL and print what they are."""
-    lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in rows]
+    lines = [json.dumps(TASKS[task](row)) + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8")
-    counts = ", ".join(f"{label} {n}" for label, n in Counter(row[1] for row in rows).most_common())
-    mean_words = sum(len(text.split()) for text, _ in rows) / len(rows)
-    mean_tokens = sum(len(text) for text, _ in rows) / len(rows) / 5
+    counts = ", ".join(f"{label} {n}" for label, n in Counter(row[2] for row in rows).most_common())
+    mean_words = sum(len(text.split()) for text, *_ in rows) / len(rows)
+    mean_tokens = sum(len(text) for text, *_ in rows) / len(rows) / 5
     size = f"mean {mean_words:.0f} words, about {mean_tokens:.0f} tokens of text"
     print(f"{path}: {len(rows)} rows, {size}")
     print(f"  {counts}")
@@ -147,6 +164,7 @@ def main() -> None:
     """Write train.jsonl and eval.jsonl; no text is in both."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--task", choices=TASKS, default="route", help="what a row asks")
     parser.add_argument("--services", type=int, default=12, help=f"2 to {len(SERVICES)}")
     parser.add_argument("--train", type=int, default=420, help="training rows")
     parser.add_argument("--eval", type=int, default=240, help="evaluation rows")
@@ -164,11 +182,14 @@ def main() -> None:
         ) from None
     if package.version != VERSION:
         print(f"botocore {package.version} is not {VERSION}: the rows will differ from the demo's")
-    by_label = pools(package, arguments.services, arguments.seed)
+    by_label = pools(
+        package, arguments.services, arguments.seed, is_short=arguments.task != "document"
+    )
     held_out = draw(by_label, arguments.eval, arguments.seed)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    write(arguments.out / "eval.jsonl", held_out)
-    write(arguments.out / "train.jsonl", draw(by_label, arguments.train, arguments.seed))
+    write(arguments.out / "eval.jsonl", held_out, arguments.task)
+    training = draw(by_label, arguments.train, arguments.seed)
+    write(arguments.out / "train.jsonl", training, arguments.task)
 
 
 if __name__ == "__main__":

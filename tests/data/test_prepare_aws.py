@@ -88,3 +88,20 @@ def test_what_cannot_be_had(site: Path, tmp_path: Path) -> None:
     assert outcome.returncode == 1 and "no service 'rds'" in outcome.stderr
     outcome = run(site, "--out", str(tmp_path), "--services", "1")
     assert outcome.returncode == 2 and "not within 2 to 20" in outcome.stderr
+
+
+def test_other_tasks(site: Path, tmp_path: Path) -> None:
+    def rows(task: str, name: str) -> list[dict[str, str]]:
+        return [json.loads(line) for line in (tmp_path / task / name).read_text().splitlines()]
+
+    everything = ["--services", "2", "--train", "36", "--eval", "6"]
+    for task in ("name", "document"):
+        outcome = run(site, "--out", str(tmp_path / task), "--task", task, *everything)
+        assert outcome.returncode == 0, outcome.stderr
+    for row in rows("name", "train.jsonl"):
+        assert row.keys() == {"prompt", "completion"}
+        number = row["completion"].removeprefix("Op")
+        assert f" {number} of" in row["prompt"] or number == "Long"
+    documents = rows("document", "train.jsonl") + rows("document", "eval.jsonl")
+    assert all(row.keys() == {"text"} for row in documents)
+    assert sum(len(row["text"]) > 200 for row in documents) == 2
