@@ -10,7 +10,7 @@ https://doi.org/10.1137/0117039), in the fewest rows for which that fits. On the
 examples a fifth of the tokens was padding when rows were as long as the longest example was; so
 filled, 1 % is.
 
-Shape legend: R rows, T tokens of a row.
+Shape legend: R rows, T tokens of a row, S supervised tokens.
 """
 
 from collections.abc import Sequence
@@ -44,14 +44,19 @@ class MicroBatch:
     supervised, else -100. Shifted already."""
     example: Tensor
     """(R, T) int64, index into the examples given to `pack`; -1 for padding."""
+    supervised: tuple[Tensor, Tensor]
+    """Rows and columns, each (S,) int64, of the S supervised targets in row-major order. Found here
+    and not where they are used, because on a GPU the search would wait for all work before it."""
 
     def to(self, device: torch.device) -> Self:
         """The same on `device`."""
+        rows, columns = self.supervised
         return type(self)(
             self.input_ids.to(device),
             self.position_ids.to(device),
             self.targets.to(device),
             self.example.to(device),
+            (rows.to(device), columns.to(device)),
         )
 
 
@@ -129,4 +134,5 @@ def _lay_out(
             example[r, start:end] = at
             start = end
         position_ids[r, start:] = torch.arange(width - start)
-    return MicroBatch(input_ids, position_ids, targets, example)
+    rows_s, columns_s = (targets != IGNORED).nonzero(as_tuple=True)
+    return MicroBatch(input_ids, position_ids, targets, example, (rows_s, columns_s))

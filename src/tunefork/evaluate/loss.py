@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tunefork.data.example import Encoded
-from tunefork.data.pack import IGNORED, pack
+from tunefork.data.pack import pack
 from tunefork.evaluate.statistics import Columns
 from tunefork.model.head import find_head
 from tunefork.train.loss import token_losses
@@ -29,7 +29,7 @@ def loss_columns(
     loss_sum = np.zeros(len(examples))
     tokens = np.zeros(len(examples), dtype=np.int64)
     for batch in pack(examples, max_tokens=max_tokens, packing=packing, pad_id=pad_id):
-        of = batch.example[batch.targets != IGNORED].numpy()
+        of = batch.example[batch.supervised].numpy()
         losses = token_losses(model, head, batch.to(model.device)).cpu().double().numpy()
         np.add.at(loss_sum, of, losses)
         np.add.at(tokens, of, 1)

@@ -19,15 +19,26 @@ from tunefork.recipe import LoraSection, Method
 _BLOCKS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn")}
 
 
-def build(model: PreTrainedModel, method: Method, lora: LoraSection, *, seed: int) -> None:
-    """Make `model` trainable by `method`, in place. `seed` initialises the deltas."""
+def build(
+    model: PreTrainedModel,
+    method: Method,
+    lora: LoraSection,
+    *,
+    seed: int,
+    device: torch.device | None = None,
+) -> None:
+    """Make `model` trainable by `method` on `device` (default: where it is), in place.
+
+    `seed` initialises the deltas.
+    """
     match method:
         case Method.FULL:
-            model.requires_grad_(True)
+            model.to(device).requires_grad_(True)
         case Method.LORA:
+            model.to(device)
             add_deltas(model, lora, seed=seed)
         case Method.QLORA:
-            quantize_nf4(model)
+            quantize_nf4(model, device)
             add_deltas(model, lora, seed=seed)
 
 
@@ -70,13 +81,18 @@ def add_deltas(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> list[
     return paths
 
 
-def quantize_nf4(model: PreTrainedModel) -> None:
-    """Replace every linear layer but the output head by its NF4 form, layer by layer."""
+def quantize_nf4(model: PreTrainedModel, device: torch.device | None = None) -> None:
+    """Replace every linear layer but the output head by its NF4 form, and move `model` to `device`.
+
+    Layer by layer: a model in host memory never takes more of a GPU than one of its layers does
+    beside the 4-bit rest.
+    """
     _refuse_unusual_weights(model)
     for path in _linear_paths(model):
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
-        replace(model, path, Nf4Linear(linear))
+        replace(model, path, Nf4Linear(linear, device))
+    model.to(device)
 
 
 def lora_scale(lora: LoraSection) -> float:

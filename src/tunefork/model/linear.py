@@ -21,15 +21,15 @@ class Nf4Linear(nn.Module):
     """A frozen linear layer in 4-bit NormalFloat with double quantisation (QLoRA, section 3).
 
     The (O, D) weight takes about 4.13 bits a parameter and is dequantised, to the dtype it came
-    in, whenever it is used.
+    in, whenever it is used. It is quantised on `device` (default: where `linear` is) and stays there.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, device: torch.device | None = None) -> None:
         super().__init__()
-        codes, self.state = quantize_nf4(linear.weight.detach())
+        codes, self.state = quantize_nf4(linear.weight.detach().to(device))
         self.register_buffer("codes", codes)
         self.codes: Tensor
-        self.bias = linear.bias
+        self.bias = linear.bias if linear.bias is None else nn.Parameter(linear.bias.to(device))
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def materialize(self) -> Tensor:

@@ -76,9 +76,12 @@ def load_tokenizer(section: ModelSection) -> Any:
     return tokenizer
 
 
-def load_model(section: ModelSection, *, dtype: torch.dtype, device: torch.device) -> Any:
+def load_model(
+    section: ModelSection, *, dtype: torch.dtype, device: torch.device, in_host_memory: bool = False
+) -> Any:
     """The model (a `PreTrainedModel` with a causal-LM head) in `dtype` on `device`.
 
+    `in_host_memory` leaves it on the CPU, ready to be moved to `device` in parts.
     Dropout in the base is off in training too: the recipe's `lora.dropout` is the only one.
     """
     source = find(section)
@@ -107,7 +110,7 @@ def load_model(section: ModelSection, *, dtype: torch.dtype, device: torch.devic
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
-    return model.to(device)
+    return model if in_host_memory else model.to(device)
 
 
 def load_skeleton(section: ModelSection) -> Any:

@@ -41,9 +41,10 @@ def open_model(target: str, *, precision: str = "auto") -> Opened:
     """
     parts = _parts(target)
     device = pick_device()
-    model = load_model(parts.section, dtype=pick_dtype(precision, device), device=device)
+    dtype = pick_dtype(precision, device)
+    model = load_model(parts.section, dtype=dtype, device=device, in_host_memory=parts.is_nf4)
     if parts.is_nf4:
-        quantize_nf4(model)
+        quantize_nf4(model, device)
     if parts.adapter is not None:
         load_adapter(model, parts.adapter)
     model.requires_grad_(False).eval()

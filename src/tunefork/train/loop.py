@@ -99,7 +99,7 @@ def train(
         ):
             chosen = [examples[i] for i in indices]
             batches = pack(chosen, max_tokens=micro_batch_tokens, packing=packing, pad_id=pad_id)
-            num_supervised = sum(int((batch.targets != -100).sum()) for batch in batches)
+            num_supervised = sum(len(batch.supervised[0]) for batch in batches)
             loss = _accumulate(model, head, batches, num_supervised, device)
             grad_norm = clip_gradients(optimizer.parameters, max_grad_norm)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):

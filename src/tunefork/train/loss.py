@@ -21,7 +21,7 @@ from tunefork.model.head import Head
 
 def loss_sum(model: PreTrainedModel, head: Head, batch: MicroBatch) -> Tensor:
     """Summed loss of the batch's supervised tokens: scalar, fp32, nats, with its gradient."""
-    rows, columns = _supervised(batch)
+    rows, columns = batch.supervised
     targets_s = batch.targets[rows, columns]
     if head.is_plain:
         hidden_sd = head.hidden(model, batch.input_ids, batch.position_ids)[rows, columns]
@@ -33,7 +33,7 @@ def loss_sum(model: PreTrainedModel, head: Head, batch: MicroBatch) -> Tensor:
 @torch.no_grad()
 def token_losses(model: PreTrainedModel, head: Head, batch: MicroBatch) -> Tensor:
     """Loss of each supervised token in row-major order: (S,), fp32, nats, without a gradient."""
-    rows, columns = _supervised(batch)
+    rows, columns = batch.supervised
     targets_s = batch.targets[rows, columns]
     if head.is_plain:
         hidden_sd = head.hidden(model, batch.input_ids, batch.position_ids)[rows, columns]
@@ -41,7 +41,3 @@ def token_losses(model: PreTrainedModel, head: Head, batch: MicroBatch) -> Tenso
     logits_sv = head.logits(model, batch.input_ids, batch.position_ids, (rows, columns))
     return F.cross_entropy(logits_sv.float(), targets_s, reduction="none")
 
-
-def _supervised(batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    rows, columns = (batch.targets != -100).nonzero(as_tuple=True)
-    return rows, columns

@@ -19,10 +19,10 @@ def load_for_training(
     recipe: Recipe, method: Method, *, dtype: torch.dtype, device: torch.device, seed: int
 ) -> PreTrainedModel:
     """The recipe's base, built for `method`. Raises ModelError where it cannot be."""
-    model = load_model(recipe.model, dtype=dtype, device=device)
+    model = load_model(recipe.model, dtype=dtype, device=device, in_host_memory=True)
+    build(model, method, recipe.lora, seed=seed, device=device)
     if recipe.train.packing:
         check_packing(model)
-    build(model, method, recipe.lora, seed=seed)
     if recipe.train.activation_checkpointing:
         enable_checkpointing(model)
     return model
