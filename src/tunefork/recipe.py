@@ -382,7 +382,7 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error}); give a recipe file") from error
-    fields = _read_yaml(text, str(path))
+    fields = read_yaml(text, str(path))
     if not isinstance(fields, dict):
         raise RecipeError(f"{path}: must be a mapping of sections (model, data, ...)")
     for override in overrides:
@@ -422,7 +422,7 @@ def dump(recipe: Recipe) -> str:
     return yaml.dump(fields, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _read_yaml(text: str, where: str) -> Any:
+def read_yaml(text: str, where: str) -> Any:
     """`text` as plain values; raises RecipeError naming `where` and the line."""
     try:
         return yaml.load(text, Loader=_Loader)
@@ -480,7 +480,7 @@ def _override(fields: dict[str, Any], override: str) -> None:
         at = at.setdefault(name, {})
         if not isinstance(at, dict):
             raise RecipeError(f"--set {override}: {name!r} is not a section")
-    at[last] = _read_yaml(value, f"--set {key}")
+    at[last] = read_yaml(value, f"--set {key}")
 
 
 def _absolute(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
