@@ -74,3 +74,31 @@ def test_an_input_without_gradient_costs_none() -> None:
     lora.lora_linear(x, weight, None, a, b.requires_grad_(), 1.0).sum().backward()
     assert asked == 1  # the first layer's backward pass does not dequantise
     assert a.grad is not None
+
+
+def test_a_frozen_layer_equals_the_definition_and_keeps_no_weight() -> None:
+    operands = _operands((3, 5), 8, 12, 4, torch.float64, True)
+    x, weight, bias = operands["x"], operands["weight"], operands["bias"]
+    assert x is not None and weight is not None
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        actual = lora.frozen_linear(x, lambda: weight, bias)
+    assert not kept
+    expected = torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(actual, expected)
+    (got,) = torch.autograd.grad(actual.square().sum(), x)
+    (want,) = torch.autograd.grad(expected.square().sum(), x)
+    torch.testing.assert_close(got, want)
+
+
+def test_the_result_may_be_changed_in_place() -> None:
+    x, a, b = torch.ones(1, 4, 2), torch.ones(1, 2, requires_grad=True), torch.ones(3, 1)
+    y = lora.lora_linear(x, lambda: torch.ones(3, 2), None, a, b.requires_grad_(), 1.0)
+    y.mul_(2.0)  # as Falcon's rotary embedding does
+    y.sum().backward()
+    assert a.grad is not None and a.grad.tolist() == [[24.0, 24.0]]

@@ -14,12 +14,14 @@ class _Module(nn.Module):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (1, 7), (2, 9)])
-def test_equals_sdpa(queries: int, keys: int, masked: bool) -> None:
+@pytest.mark.parametrize(
+    ("queries", "keys", "values"), [(5, 5, 8), (1, 7, 8), (2, 9, 8), (5, 5, 4)]
+)
+def test_equals_sdpa(queries: int, keys: int, values: int, masked: bool) -> None:
     torch.manual_seed(0)
     q = torch.randn(2, 6, queries, 8, requires_grad=True)
     k = torch.randn(2, 2, keys, 8, requires_grad=True)
-    v = torch.randn(2, 2, keys, 8, requires_grad=True)
+    v = torch.randn(2, 2, keys, values, requires_grad=True)
     mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)[None, None]
     if masked:
         mask = mask & (torch.rand(2, 1, queries, keys) > 0.4)

@@ -1,9 +1,18 @@
 """Which layers get a delta, and what is refused."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from tests.tiny import CONFIGS, tiny_model
 from tunefork.errors import ModelError
@@ -71,6 +80,27 @@ def test_nf4_is_close_and_four_bits() -> None:
     )
 
 
+@pytest.mark.parametrize("lora", [{}, {"dropout": 0.1}, {"targets": "attention"}])
+def test_qlora_keeps_no_dequantised_weight_for_the_backward_pass(lora: dict[str, Any]) -> None:
+    def kept_bytes(method: Method) -> int:
+        model = tiny_model("llama").bfloat16().train()
+        build(model, method, LoraSection(rank=2, **lora), seed=0)
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(IDS, use_cache=False)
+        return sum(kept.values())
+
+    assert kept_bytes(Method.QLORA) <= kept_bytes(Method.LORA)
+
+
 def test_qlora_quantises_layers_that_get_no_delta_too() -> None:
     model = tiny_model("llama")
     build(model, Method.QLORA, LoraSection(rank=2, targets=("q_proj",)), seed=0)
@@ -130,3 +160,17 @@ def test_conv1d_and_experts_are_refused_by_name() -> None:
     with pytest.raises(ModelError, match=r"experts.* holds the weights of several experts"):
         build(moe, Method.QLORA, LoraSection(rank=2), seed=0)
     assert _names(add_deltas(moe, LoraSection(rank=2, targets=("q_proj",)), seed=0)) == {"q_proj"}
+
+
+def test_a_recurrent_layers_filter_is_no_expert() -> None:
+    config = Lfm2Config(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+    )
+    paths = add_deltas(Lfm2ForCausalLM(config), LoraSection(rank=2), seed=0)
+    assert any("conv.in_proj" in path for path in paths)

@@ -22,29 +22,27 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x_d: Tensor,
+        x_sd: Tensor,
         weight: Callable[[], Tensor],
         bias_o: Tensor | None,
         lora_a_rd: Tensor,
         lora_b_or: Tensor,
         scale: float,
     ) -> Tensor:
-        x_sd = x_d.reshape(-1, x_d.shape[-1])
-        a_rd, b_or = lora_a_rd.to(x_d.dtype), lora_b_or.to(x_d.dtype)
+        a_rd, b_or = lora_a_rd.to(x_sd.dtype), lora_b_or.to(x_sd.dtype)
         weight_od = weight()
         xa_sr = x_sd @ a_rd.t()
         y_so = x_sd @ weight_od.t() if bias_o is None else torch.addmm(bias_o, x_sd, weight_od.t())
         y_so.addmm_(xa_sr, b_or.t(), alpha=scale)
         ctx.save_for_backward(x_sd, xa_sr, a_rd, b_or)
-        ctx.weight, ctx.scale, ctx.x_shape = weight, scale, x_d.shape
+        ctx.weight, ctx.scale = weight, scale
         ctx.dtypes = (lora_a_rd.dtype, lora_b_or.dtype)
-        return y_so.view(*x_d.shape[:-1], y_so.shape[-1])
+        return y_so
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_o: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy_so: Tensor) -> tuple[Tensor | None, ...]:
         x_sd, xa_sr, a_rd, b_or = ctx.saved_tensors
-        dy_so = dy_o.reshape(-1, dy_o.shape[-1])
         dy_b_sr = (dy_so @ b_or).mul_(ctx.scale)
         da_rd = (dy_b_sr.t() @ x_sd).to(ctx.dtypes[0]) if ctx.needs_input_grad[3] else None
         db_or = (
@@ -52,10 +50,10 @@ class _LoraLinear(torch.autograd.Function):
             if ctx.needs_input_grad[4]
             else None
         )
-        dx_d = None
+        dx_sd = None
         if ctx.needs_input_grad[0]:
-            dx_d = (dy_so @ ctx.weight()).addmm_(dy_b_sr, a_rd).view(ctx.x_shape)
-        return dx_d, None, None, da_rd, db_or, None
+            dx_sd = (dy_so @ ctx.weight()).addmm_(dy_b_sr, a_rd)
+        return dx_sd, None, None, da_rd, db_or, None
 
 
 def lora_linear(
@@ -72,4 +70,33 @@ def lora_linear(
     B (O, R) may be fp32 and get gradients in their own dtype. W and the bias get none.
     """
     apply: Callable[..., Tensor] = _LoraLinear.apply
-    return apply(x_d, weight, bias_o, lora_a_rd, lora_b_or, scale)
+    # Shaped out here, because what a Function returns as a view may not be changed in place, which
+    # Falcon does to its queries and keys.
+    x_sd = x_d.reshape(-1, x_d.shape[-1])
+    y_so = apply(x_sd, weight, bias_o, lora_a_rd, lora_b_or, scale)
+    return y_so.view(*x_d.shape[:-1], -1)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_sd: Tensor, weight: Callable[[], Tensor], bias_o: Tensor | None
+    ) -> Tensor:
+        ctx.weight = weight
+        weight_od = weight()
+        return x_sd @ weight_od.t() if bias_o is None else torch.addmm(bias_o, x_sd, weight_od.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_so: Tensor) -> tuple[Tensor | None, ...]:
+        return (dy_so @ ctx.weight() if ctx.needs_input_grad[0] else None), None, None
+
+
+def frozen_linear(x_d: Tensor, weight: Callable[[], Tensor], bias_o: Tensor | None) -> Tensor:
+    """y = W x + bias, where W is frozen and asked for again in the backward pass, never saved.
+
+    Shapes and dtypes as for `lora_linear`, which this is without a delta.
+    """
+    apply: Callable[..., Tensor] = _FrozenLinear.apply
+    y_so = apply(x_d.reshape(-1, x_d.shape[-1]), weight, bias_o)
+    return y_so.view(*x_d.shape[:-1], -1)

@@ -6,7 +6,8 @@ The scores of a whole row are held at once, so this pays only for short rows; lo
 GPU, take PyTorch's own SDPA. Grouped query heads are folded into the query length, so keys and
 values are not repeated.
 
-Shape legend: B rows, H query heads, K key-value heads, T queries, U keys, E features of a head.
+Shape legend: B rows, H query heads, K key-value heads, T queries, U keys, E features of a head
+(the values' may differ in number: multi-head latent attention).
 """
 
 from typing import Any
@@ -58,7 +59,8 @@ def attention(
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask[..., :keys], torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1).view(batch, kv_heads, -1, keys)
-    return (weights @ value_bkue).view(batch, heads, length, features).transpose(1, 2), None
+    output_bhte = (weights @ value_bkue).view(batch, heads, length, -1)
+    return output_bhte.transpose(1, 2), None
 
 
 def register() -> None:

@@ -156,8 +156,10 @@ def _refuse_unusual_weights(model: PreTrainedModel) -> None:
                 f"{type(model).__name__}: {path} is a Conv1D, not a linear layer; models built on "
                 "Conv1D (GPT-2) can be trained with method full only"
             )
+        if isinstance(module, nn.Conv1d):  # a recurrent layer's short filter: no projection
+            continue
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3:
+            if parameter.dim() == 3 and parameter.shape[0] > 1 and parameter.shape[1] > 1:
                 raise ModelError(
                     f"{type(model).__name__}: {path}.{name} holds the weights of several experts "
                     "in one 3-D tensor, which deltas do not cover; name the linear layers to adapt "

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunefork.kernels.lora import lora_linear
+from tunefork.kernels.lora import frozen_linear, lora_linear
 from tunefork.kernels.quantized import dequantize_nf4, quantize_nf4
 
 
@@ -38,7 +38,7 @@ class Nf4Linear(nn.Module):
 
     def forward(self, x_d: Tensor) -> Tensor:
         """(..., D) -> (..., O), differentiable in x_d only."""
-        return F.linear(x_d, self.materialize(), self.bias)
+        return frozen_linear(x_d, self.materialize, self.bias)
 
 
 class LoraLinear(nn.Module):

@@ -113,9 +113,14 @@ def load_model(
     return model if in_host_memory else model.to(device)
 
 
+def load_config(section: ModelSection) -> Any:
+    """The model's configuration alone; raises ModelError for what cannot be trained."""
+    return _architecture(section, find(section))[0]
+
+
 def load_skeleton(section: ModelSection) -> Any:
     """The model on the meta device: its layers and shapes, without its weights."""
-    config, _ = _architecture(section, find(section))
+    config = load_config(section)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
