@@ -5,6 +5,9 @@ the same threads. Each tool runs in a process of its own, the tools take turns, 
 over; a figure is the median over all timed steps. Both start from the same adapter file and see the
 same batches, so their first 20 losses must agree: a fast wrong kernel would show there.
 
+`peak_gib` is the most memory that the process held from the first step on, the weights, Python and
+libraries included; what only loading took is left out for every tool.
+
 PEFT runs twice: with its default fp32 adapters, which it multiplies in fp32, and with adapters in
 bf16, its faster setting.
 
@@ -104,6 +107,7 @@ def run_peft(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     losses, seconds = [], []
+    reset_peak(CPU)  # where tunefork's `train` does: what loading took is no part of training
     for batch in ids:
         start = time.perf_counter()
         loss = model(input_ids=batch, labels=batch).loss
@@ -125,7 +129,6 @@ RUN: dict[str, Callable[[torch.Tensor, Path], tuple[list[float], list[float]]]] 
 
 def child(tool: str, steps: int, adapter: Path) -> None:
     """Run one tool and print its figures as a JSON line."""
-    reset_peak(CPU)
     losses, seconds = RUN[tool](batches(steps), adapter)
     print(json.dumps({"losses": losses, "seconds": seconds, "peak": peak_bytes(CPU)}))
 

@@ -13,15 +13,25 @@ FOLDER = Path(__file__).parent / "results"
 _PACKAGES = ("tunefork", "torch", "transformers", "peft", "bitsandbytes")
 
 
-def write(name: str, rows: list[dict[str, Any]], *, device: str) -> Path:
-    """Write the rows of benchmark `name` with what is needed to reproduce them."""
+def write(
+    name: str,
+    rows: list[dict[str, Any]],
+    *,
+    device: str,
+    command: str | None = None,
+    versions: dict[str, str] | None = None,
+) -> Path:
+    """Write the rows of benchmark `name` with what is needed to reproduce them.
+
+    `command` and `versions` are those of another machine, where that made the measurements.
+    """
     file = FOLDER / f"{name}.json"
     result = {
-        "command": " ".join(["python", *map(_relative, sys.argv)]),
+        "command": command or " ".join(["python", *map(_relative, sys.argv)]),
         "device": device,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": versions or {"python": platform.python_version()} | _versions(),
         "rows": rows,
     }
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -1,5 +1,7 @@
 """What every test runs under."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,3 +10,11 @@ import torch
 def one_thread() -> None:
     """Models here are tiny: waiting for a second thread costs more than it computes."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A TUNEFORK_HOME of the test's own: its runs correct no plan but its own."""
+    folder = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("TUNEFORK_HOME", str(folder))
+    return folder

@@ -20,7 +20,9 @@ ORDER = [
     "train",
     "evaluate",
     "registry",
+    "plan",
     "compare",
+    "advise",
     "serve",
     "cli",
 ]
@@ -110,9 +112,10 @@ def test_no_part_imports_in_a_circle() -> None:
     "run",
     [
         "import tunefork",
-        "from tunefork.cli.main import app; app(['--help'], standalone_mode=False)",
-        "from tunefork.cli.main import app; app(['compare', '--help'], standalone_mode=False)",
-        "from tunefork.cli.main import app; app(['recipe', 'schema'], standalone_mode=False)",
+        "from tunefork.cli.app import app; app(['--help'], standalone_mode=False)",
+        "from tunefork.cli.app import app; app(['compare', '--help'], standalone_mode=False)",
+        "from tunefork.cli.app import app; app(['advise', '--help'], standalone_mode=False)",
+        "from tunefork.cli.app import app; app(['recipe', 'schema'], standalone_mode=False)",
     ],
 )
 def test_help_imports_nothing_heavy(run: str) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from tunefork.errors import RecipeError
-from tunefork.recipe import Method, Recipe, anchor, dump, load, parse, relative
+from tunefork.evaluate.forgetting import GENERAL
+from tunefork.model.packaged import PACKAGED
+from tunefork.recipe import KEYWORDS, Method, Recipe, anchor, dump, load, parse, relative
 
 SMALLEST: dict[str, Any] = {"model": "owner/name", "data": {"train": "owner/rows"}}
 TEXT = "model: owner/name\ndata: {train: owner/rows}\n"
@@ -111,6 +113,26 @@ def test_what_is_no_path_stays_as_it_is(file: Path, name: str) -> None:
     recipe = load(file)
     assert recipe.data.train == name
     assert recipe.evaluate.forgetting == "general"
+
+
+def test_a_keyword_means_the_same_in_every_folder(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("general", "smollm2-135m-instruct"):
+        (file.parent / name).mkdir()
+    file.write_text("model: smollm2-135m-instruct\ndata: {train: general}\n")
+    recipe = load(file)
+    assert (recipe.model.id, recipe.evaluate.forgetting) == ("smollm2-135m-instruct", "general")
+    assert recipe.data.train == str(file.parent / "general")  # no keyword there
+    monkeypatch.chdir(file.parent)
+    assert anchor(recipe, Path.cwd()) == recipe
+    meant = load(file, ("model=./smollm2-135m-instruct", "evaluate.forgetting=./general"))
+    assert meant.model.id == str(file.parent / "smollm2-135m-instruct")
+    assert meant.evaluate.forgetting == str(file.parent / "general")
+
+
+def test_the_keywords_are_what_is_packaged() -> None:
+    assert {"model": tuple(PACKAGED), "evaluate": (GENERAL,)} == KEYWORDS
 
 
 # Overrides

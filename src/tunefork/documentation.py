@@ -1,4 +1,4 @@
-"""The reference pages that are generated: docs/recipe.md and docs/comparison.md.
+"""The reference pages that are generated: docs/recipe.md, docs/comparison.md, docs/advice.md.
 
 `python -m tunefork.documentation docs` writes them; tests/test_documentation.py fails when a
 schema has changed and its page has not.
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tunefork.advise.page import advice_markdown
 from tunefork.compare.comparison import comparison_markdown
 from tunefork.recipe import Recipe
 from tunefork.schema_markdown import schema_markdown
@@ -27,6 +28,7 @@ def recipe_markdown() -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "recipe.md": recipe_markdown,
     "comparison.md": comparison_markdown,
+    "advice.md": advice_markdown,
 }
 """File name under docs/ -> what makes its text."""
 

@@ -97,7 +97,7 @@ class DataSection(Section):
     """Share of the training examples held out when `eval` is absent."""
 
     format: Format = "auto"
-    """What a row holds. `auto` decides by the first row's fields: `messages`,
+    """What a row holds. `auto` decides by the fields of all rows: `messages`,
     `conversations` (sharegpt), `instruction` + `output` (alpaca), `prompt` + `completion`,
     `text` + `label` (classification), `text`."""
 
@@ -174,7 +174,8 @@ class FullSection(Section):
     weights: Literal["fp32", "bf16"] = "fp32"
     """What the optimiser updates. `fp32`: a master copy beside the compute weights, 12 bytes a
     parameter with AdamW's moments. `bf16`: no copy, updates by stochastic rounding, because a
-    nearest-rounded bf16 weight loses every update below 1/256 of itself."""
+    nearest-rounded bf16 weight loses every update below 1/256 of itself; refused where
+    `train.precision` is fp32, or comes to that."""
 
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """`adamw_8bit` keeps both moments in 8 bits by blocks of 256 (bitsandbytes; Dettmers et al.
@@ -204,8 +205,9 @@ class TrainSection(Section):
 
     learning_rate: PositiveFloat | None = None
     """Peak learning rate. Default: 2e-4 for LoRA and QLoRA, 2e-5 for full: the best LoRA rate is
-    about ten times full's (9.8 over 14 models, LoRA Without Regret). `compare` searches it for
-    each method instead."""
+    about ten times full's (9.8 over 14 models, LoRA Without Regret). `compare` says that it
+    leaves this out: one rate shared by LoRA and full would favour one of them, so each method's
+    is searched among `compare.learning_rates`."""
 
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls from its peak to zero after warm-up."""
@@ -233,8 +235,10 @@ class TrainSection(Section):
     """Recompute each layer in the backward pass instead of keeping its activations."""
 
     seed: Seed = 0
-    """Seeds data order, adapter initialisation and dropout. Two runs on one machine with the
-    same versions are identical."""
+    """Seeds what `train` draws: the order of the examples, adapter initialisation and dropout; and
+    for every verb which examples `data.max_train_examples` and `max_eval_examples` keep. In
+    `compare` also the validation split and the search; the final runs draw by `compare.seeds`.
+    Two runs on one machine with the same versions are identical."""
 
     log_every_s: PositiveFloat = 5.0
     """Seconds between progress lines where the output is not a terminal."""
@@ -280,8 +284,10 @@ class CompareSection(Section):
     measured too."""
 
     seeds: tuple[Seed, ...] = (0,)
-    """Seeds of the final runs, one run a method and seed. With fewer than three the variance of
-    training is unmeasured, and the verdict says so."""
+    """Seeds of the final runs, one run a method and seed: the order of the examples (the same for
+    every method), adapter initialisation and dropout. Which examples there are, the validation
+    split and the search stay those of `train.seed`. With fewer than three the variance of training
+    is unmeasured, and the verdict says so."""
 
     search_trials: PositiveInt = 3
     """Learning rates tried for each method, equally many for each. 1 takes `learning_rates`'
@@ -505,11 +511,15 @@ def _with_paths(fields: dict[str, Any], change: Callable[[str], str]) -> dict[st
     for section, keys in _PATHS.items():
         inner = fields.get(section)
         if isinstance(inner, dict):
-            paths = {k: change(inner[k]) for k in keys if isinstance(inner.get(k), str)}
-            fields[section] = inner | paths
+            given = {key: inner[key] for key in keys if isinstance(inner.get(key), str)}
+            keywords = KEYWORDS.get(section, ())
+            fields[section] = inner | {k: change(v) for k, v in given.items() if v not in keywords}
     return fields
 
 
+KEYWORDS = {"model": ("smollm2-135m-instruct",), "evaluate": ("general",)}
+"""Values that mean the same in every folder, also where a file there is called so (`./general`
+names that one): the packaged models and the packaged general text."""
 _PATHS = {"model": ("id",), "data": ("train", "eval"), "evaluate": ("forgetting",)}
 _FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".txt", ".gguf"}
 

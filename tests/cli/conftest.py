@@ -1,6 +1,7 @@
 """The command line called in this process, and a recipe of a tiny model for it to use."""
 
 import json
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,8 +40,10 @@ def tunefork(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         monkeypatch.setenv("TERM", "dumb")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         capsys.readouterr()
+        on_interrupt = signal.getsignal(signal.SIGINT)  # which `main` ignores at its end
         with pytest.raises(SystemExit) as caught:
             main()
+        signal.signal(signal.SIGINT, on_interrupt)
         said = capsys.readouterr()
         return Ended(int(caught.value.code or 0), said.out, said.err)
 

@@ -1,7 +1,11 @@
 """Bad input ends in status 2 and a message that says where; failures in 1; no traceback unasked."""
 
 import errno
+import os
+import signal
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,6 @@ from safetensors import SafetensorError
 
 from tests.cli.conftest import SECRET, Call, Ended, rows
 from tunefork.errors import DivergedError
-from tunefork.registry.run import RECORD
 
 Write = Callable[..., Path]
 
@@ -192,10 +195,8 @@ def test_a_target_of_nothing(on: Call, write_recipe: Write, target: str) -> None
     _is_bad_input(on(("chat", target), "-m", "hello"), target)
 
 
-def test_runs_of_no_folder(on: Call, tmp_path: Path) -> None:
+def test_runs_of_no_folder(on: Call) -> None:
     _is_bad_input(on(("runs",)), "error: runs: no such folder; give the folder that holds runs")
-    (tmp_path / RECORD).write_text("{}")
-    _is_bad_input(on(("runs",), tmp_path), "run.json: is not a run's record")
 
 
 # How the command line is used
@@ -223,7 +224,7 @@ def test_wrong_arguments(tunefork: Call, arguments: tuple[str, ...], message: st
 
 
 def _fail(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    def train_run(*_: object) -> None:
+    def train_run(*_: object, **options: object) -> None:
         raise error
 
     monkeypatch.setattr("tunefork.compare.trial.train_run", train_run)
@@ -264,6 +265,35 @@ def test_ctrl_c_ends_in_130(on: Call, write_recipe: Write, monkeypatch: pytest.M
     _fail(monkeypatch, KeyboardInterrupt())
     ended = on(("train",), write_recipe())
     assert (ended.status, ended.err.strip()) == (130, "stopped; what was finished is kept")
+
+
+def test_ctrl_c_that_a_library_makes_an_error_of(
+    on: Call, write_recipe: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train_run(*_: object, **options: object) -> None:
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        raise ModuleNotFoundError("Could not import module 'PreTrainedModel'")
+
+    monkeypatch.setattr("tunefork.compare.trial.train_run", train_run)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    ended = on(("train",), write_recipe())
+    signal.signal(signal.SIGINT, before)
+    assert (ended.status, ended.err.strip()) == (130, "stopped; what was finished is kept")
+
+
+def test_ctrl_c_while_the_verbs_are_imported(
+    tunefork: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "tunefork.cli.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "tunefork.cli.app")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    ended = tunefork("train", "mine.yaml")
+    assert (ended.status, ended.err) == (130, "stopped; what was finished is kept\n")
 
 
 @pytest.mark.parametrize(

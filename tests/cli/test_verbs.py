@@ -1,6 +1,7 @@
 """Each verb on good input: what it prints and what it leaves."""
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -89,14 +90,15 @@ def test_a_run_folder_is_named_by_recipe_and_method(
     seen: list[Path] = []
     monkeypatch.chdir(tmp_path)
 
-    def train_run(_: Recipe, folder: Path) -> RunRecord:
+    def train_run(_: Recipe, folder: Path, **options: object) -> RunRecord:
         seen.append(folder)
-        return make_record(status="interrupted")
+        return make_record(status="interrupted", metrics={})
 
     monkeypatch.setattr("tunefork.compare.trial.train_run", train_run)
     ended = tunefork("train", write_recipe(), "--method", "full")
     assert seen == [Path("runs/mine-full")]
     assert ended.status == 130 and "stopped; what was finished is kept" in ended.err
+    assert "lora: interrupted, 3 steps" in ended.out and "95 %" not in ended.out
 
 
 def test_chat_goes_on_until_an_empty_line_or_the_end(
@@ -120,6 +122,36 @@ def test_runs_of_an_empty_folder_are_none(tunefork: Call, tmp_path: Path) -> Non
     assert json.loads(tunefork("runs", tmp_path, "--json").out) == []
     write_record(tmp_path, make_record(method=None, learning_rate=None, metrics={}))
     assert "base" in tunefork("runs", tmp_path).out
+
+
+def test_runs_goes_on_past_another_programs_file(tunefork: Call, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    write_record(tmp_path / "b", make_record(status="trained", metrics={}))
+    (tmp_path / "a" / "run.json").write_text("{}")
+    ended = tunefork("runs", tmp_path)
+    assert ended.status == 0 and "trained" in ended.out and "is not a run's record" in ended.err
+    ended = tunefork("runs", tmp_path, "--json")
+    assert ended.status == 0 and [row["status"] for row in json.loads(ended.out)] == ["trained"]
+
+
+def test_gpu_memory_grows_by_segments_unless_the_user_says_otherwise(
+    tunefork: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, older = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+    for given, found in (
+        ({}, "expandable_segments:True"),
+        ({ours: "backend:native"}, "backend:native"),
+        ({older: "backend:native"}, None),
+    ):
+        with monkeypatch.context() as patch:
+            for name in (ours, older):
+                patch.setenv(name, "")  # so that it is put back as it was
+                patch.delenv(name)
+            for name, value in given.items():
+                patch.setenv(name, value)
+            tunefork("--version")
+            assert os.environ.get(ours) == found
 
 
 def test_the_installed_program(tmp_path: Path) -> None:

@@ -45,8 +45,12 @@ def fabricate(
     has_labels: bool = True,
     has_forgetting: bool = True,
     model_id: str = MODEL.id,
+    examples: int | None = None,
+    paired_seeds: tuple[int, ...] | None = None,
 ) -> Comparison:
     """A comparison whose arms have these `accuracies`; every paired interval is `half_width`.
+
+    Differences are of `examples`, and of methods paired by `paired_seeds` (default: by `seeds`).
 
     Without labels the accuracies stand for exp(-loss) and the only metrics are loss and perplexity.
     """
@@ -64,7 +68,15 @@ def fabricate(
             methods[arm] = _method(arm, values[arm], metrics, seeds, usd_per_hour, has_forgetting)
     finished = [arm for arm in methods if arm not in failed]
     paired = tuple(
-        pair(a, b, name, values[a][name] - values[b][name], half_width * _scale(name))
+        pair(
+            a,
+            b,
+            name,
+            values[a][name] - values[b][name],
+            half_width * _scale(name),
+            examples=examples,
+            seeds=() if b == "base" else seeds if paired_seeds is None else paired_seeds,
+        )
         for name in metrics
         for i, b in enumerate(finished)
         for a in finished[i + 1 :]
@@ -111,7 +123,16 @@ def figures(accuracy: float) -> dict[Metric, float]:
     }
 
 
-def pair(a: Arm, b: Arm, metric: Metric, difference: float, half_width: float) -> PairedDifference:
+def pair(
+    a: Arm,
+    b: Arm,
+    metric: Metric,
+    difference: float,
+    half_width: float,
+    *,
+    examples: int | None = None,
+    seeds: tuple[int, ...] = (),
+) -> PairedDifference:
     """A difference with a symmetric interval; the share above follows a normal distribution."""
     share = NormalDist(0, 1).cdf(difference / (half_width / 1.96))
     return PairedDifference(
@@ -122,6 +143,8 @@ def pair(a: Arm, b: Arm, metric: Metric, difference: float, half_width: float) -
         low=difference - half_width,
         high=difference + half_width,
         share_above=share,
+        examples=examples,
+        seeds=seeds,
     )
 
 

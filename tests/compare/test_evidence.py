@@ -14,7 +14,7 @@ from tunefork.compare.comparison import (
     PairedDifference,
     Trained,
 )
-from tunefork.compare.evidence import Finding, cheapest, gain, weigh
+from tunefork.compare.evidence import Finding, cheapest, gain, num_seeds, weigh
 
 
 def _weigh(figures: dict[Arm, float], half_width: float, margin: float = 0.01) -> Finding:
@@ -114,3 +114,24 @@ def test_cheapest(costs: dict[Trained, tuple[int, float, int]], expected: str) -
 def test_cheapest_counts_an_unmeasured_cost_as_equal() -> None:
     nothing = MethodResult(status="ok")
     assert cheapest({"lora": nothing, "full": nothing}, ["full", "lora"]) == "lora"
+
+
+@pytest.mark.parametrize(("examples", "is_detected"), [(1, False), (9, False), (10, True)])
+def test_too_few_examples_detect_nothing(examples: int, is_detected: bool) -> None:
+    clear = pair("lora", "full", "accuracy", 0.5, 0.1, examples=examples)
+    found = gain([clear], "accuracy", "lora", "full")
+    assert found.is_detected(2) == is_detected == (found.confidence(2) >= 0.95)
+    back = gain([clear], "accuracy", "full", "lora")
+    assert (back.examples, found.examples) == (examples, examples)
+
+
+def test_training_runs_are_counted_where_they_are_fewest() -> None:
+    seeds = {"lora": (0, 1, 2), "qlora": (0, 1, 2), "full": (1, 2, 3)}
+    figure = Estimate(value=0.5, low=0.4, high=0.6)
+    methods: dict[Arm, MethodResult] = {"base": MethodResult(status="ok", seeds=(0,))}
+    for arm, own in seeds.items():
+        methods[arm] = MethodResult(status="ok", metrics={"loss": figure}, seeds=own)  # type: ignore[index]
+    common = [pair("full", "lora", "loss", 0.1, 0.2, seeds=(1, 2))]
+    assert num_seeds(methods, [], "loss") == 3
+    assert num_seeds(methods, common, "loss") == 2
+    assert num_seeds(methods, common, "accuracy") == 0

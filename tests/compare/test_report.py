@@ -160,3 +160,21 @@ def test_report_and_table_do_not_wait_for_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ({"seeds": (0,)}, "leave the variance of training out, which takes 3 seeds"),
+        ({"seeds": (0, 1)}, "leave the variance of training out, which takes 3 seeds"),
+        ({"seeds": (0, 1, 2)}, "and over training seeds"),
+        ({"seeds": (0, 1, 2), "paired_seeds": (1,)}, "leave the variance of training out"),
+    ],
+)
+def test_report_says_what_the_intervals_cover(made: dict[str, Any], said: str) -> None:
+    assert said in " ".join(Page(report_html(fabricate(**made))).text.split())
+
+
+def test_report_says_on_how_many_examples_a_metric_was_measured() -> None:
+    assert "measured on 24 documents" in report_html(fabricate(has_labels=False, examples=24))
+    assert "measured on 400" not in report_html(fabricate(examples=400))

@@ -3,6 +3,7 @@ import pytest
 from tests.compare.fabricated import fabricate
 from tunefork.compare.comparison import Arm, Verdict
 from tunefork.compare.verdict import decide, explanation, headline, subheading
+from tunefork.recipe import Metric
 
 FULL_AHEAD: dict[Arm, float] = {"base": 0.248, "lora": 0.872, "qlora": 0.864, "full": 0.90}
 ALL_FAILED: dict[Arm, str] = dict.fromkeys(
@@ -159,3 +160,57 @@ def test_few_examples_are_a_caution() -> None:
     ).text
     assert "With only 12 evaluation examples the intervals are too narrow" in said
     assert "too narrow" not in facts.verdict.text
+
+
+def _decide(metric: Metric, examples: int, num_examples: int, half_width: float = 0.3) -> Verdict:
+    """A verdict on `metric`, measured on `examples` of the `num_examples` for evaluation."""
+    facts = fabricate(half_width=half_width, examples=examples)
+    methods = {
+        arm: result.model_copy(update={"metrics": {metric: result.metrics["accuracy"]}})
+        for arm, result in facts.methods.items()
+    }
+    paired = [pair.model_copy(update={"metric": metric}) for pair in facts.paired]
+    return decide(
+        methods,
+        [pair for at, pair in enumerate(paired) if facts.paired[at].metric == "accuracy"],
+        metric=metric,
+        margin=0.01,
+        model=facts.model,
+        data=facts.data.model_copy(update={"eval_examples": num_examples}),
+    )
+
+
+def test_one_example_detects_nothing_and_the_verdict_says_so() -> None:
+    verdict = _decide("accuracy", 1, 1, half_width=0.0001)
+    assert (verdict.method, verdict.recommended) == ("no_detectable_difference", "base")
+    assert verdict.confidence is not None and verdict.confidence < 0.95
+    assert "With only 1 evaluation example nothing counts as detected" in verdict.text
+    assert "10 evaluation examples or more, in place of 1" in " ".join(verdict.would_change)
+
+
+def test_too_few_examples_are_named_where_an_interval_excludes_0() -> None:
+    facts = fabricate(FULL_AHEAD, half_width=0.004, examples=9, failed={"base": "killed"})
+    assert facts.verdict.method == "no_detectable_difference"
+    assert "(95 % interval 2.4 to 3.2): too few examples to tell" in facts.verdict.text
+
+
+def test_a_generated_metric_is_measured_on_the_answers_generated() -> None:
+    verdict = _decide("rouge_l", 12, 60)
+    assert "and 12 generated answers (of 60 evaluation examples);" in verdict.text
+    assert "With only 12 generated answers the intervals are too narrow" in verdict.text
+    # +-30 points at 12 answers; +-1 point needs 12 * 30^2 = 10,800.
+    assert verdict.would_change[0].startswith(
+        "About 11,000 generated answers or more (evaluate.max_generated, and as many evaluation "
+        "examples), in place of 12:"
+    )
+
+
+def test_plain_text_is_counted_by_what_the_intervals_draw() -> None:
+    assert "and 24 documents (of 60 evaluation examples);" in _decide("loss", 24, 60).text
+    assert "and 60 evaluation examples;" in _decide("loss", 60, 60).text
+
+
+def test_two_common_seeds_leave_training_variance_unmeasured() -> None:
+    said = "With 2 training runs a method, the variance of training is unmeasured"
+    assert said in fabricate(seeds=(0, 1, 2), paired_seeds=(1, 2)).verdict.text
+    assert said not in fabricate(seeds=(0, 1, 2)).verdict.text

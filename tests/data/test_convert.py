@@ -39,7 +39,7 @@ def turns(example: Example) -> list[tuple[str, str]]:
         ({"instruction": "x", "output": "y", "text": "z"}, "alpaca"),
         ({"prompt": "x", "completion": "y"}, "prompt_completion"),
         ({"text": "x", "label": 0}, "classification"),
-        ({"text": "x", "label": None}, "text"),
+        ({"text": "x", "label": None}, "classification"),
         ({"words": "x"}, None),
     ],
 )

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+import tunefork.data.split as split_module
 from tunefork.data.example import Encoded, Example, Message
 from tunefork.data.split import (
     content_key,
@@ -86,3 +87,18 @@ def test_steps_cover_each_epoch_and_keep_the_short_batch() -> None:
     assert flat(cut_short[3:]) == epoch_order(10, 3, 1)[:5]
     assert steps(10, batch_size=4, epochs=2.0, max_steps=2, seed=3) == batches[:2]
     assert steps(10, batch_size=4, epochs=0.01, max_steps=None, seed=3) == [[batches[0][0]]]
+
+
+@pytest.mark.parametrize(("max_steps", "shuffled"), [(1, 1), (3, 1), (4, 2), (None, 3000)])
+def test_no_epoch_is_shuffled_that_max_steps_leaves_out(
+    monkeypatch: pytest.MonkeyPatch, max_steps: int | None, shuffled: int
+) -> None:
+    epochs: list[int] = []
+
+    def order(n: int, seed: int, epoch: int) -> list[int]:
+        epochs.append(epoch)
+        return list(range(n))
+
+    monkeypatch.setattr(split_module, "epoch_order", order)
+    batches = steps(10, batch_size=4, epochs=3000, max_steps=max_steps, seed=3)
+    assert len(batches) == (max_steps or 9000) and len(epochs) == shuffled

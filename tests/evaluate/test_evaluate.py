@@ -20,6 +20,7 @@ from tunefork.evaluate.evaluate import (
     check_metrics,
     evaluate,
     load_columns,
+    plan_evaluation,
     save_columns,
 )
 from tunefork.evaluate.statistics import METRICS, estimate, paired_difference
@@ -143,7 +144,7 @@ def test_one_example_and_a_label_that_it_lacks(load: Load, tokenizer: Any) -> No
     assert data.labels == tuple(LABELS) and found.columns["gold"].tolist() == [1]
     for metric in found.metrics:
         interval = estimate(metric, [found.columns], samples=200)
-        assert interval.low == pytest.approx(interval.value) == pytest.approx(interval.high)
+        assert interval.low <= interval.value <= interval.high
 
 
 def test_the_majority_is_that_of_the_training_data(load: Load, tokenizer: Any) -> None:
@@ -164,6 +165,32 @@ def test_examples_cut_before_their_answer_are_not_generated_for(load: Load, toke
     assert len(columns["exact_match"]) == len(data.eval) - 1
     with pytest.raises(DataError, match=r"data\.max_length: 48 cuts the last answer"):
         evaluate(tiny_model(), tokenizer, replace(data, eval=gone), recipe)
+
+
+def test_what_no_model_could_be_measured_by_is_found_without_one(
+    load: Load, tokenizer: Any, tmp_path: Path
+) -> None:
+    recipe, data = load(_labelled(30))
+    plan = plan_evaluation(recipe, data, tokenizer)
+    assert plan.answers is not None and len(plan.answers) == len(LABELS)
+    assert (plan.generated, plan.passages) == ([], [])
+    cut = replace(
+        data.eval[0],
+        input_ids=data.eval[0].input_ids[:-1],
+        supervised=data.eval[0].supervised[:-1],
+    )
+    with pytest.raises(DataError, match=rf"{cut.source}: its answer is cut by data\.max_length"):
+        plan_evaluation(recipe, replace(data, eval=[*data.eval[1:], cut]), tokenizer)
+
+    recipe, data = load(PROMPTS, metrics=["exact_match"], max_generated=3)
+    assert len(plan_evaluation(recipe, data, tokenizer).generated) == 3
+    gone = [replace(example, prompt_length=0, answer=None) for example in data.eval]
+    with pytest.raises(DataError, match=r"data\.max_length: 48 cuts the last answer"):
+        plan_evaluation(recipe, replace(data, eval=gone), tokenizer)
+
+    recipe, data = load(TEXTS, forgetting=str(tmp_path / "gone.txt"))
+    with pytest.raises(DataError, match=r"evaluate\.forgetting: .*gone\.txt: cannot be read"):
+        plan_evaluation(recipe, data, tokenizer)
 
 
 def test_a_broken_model_is_not_a_result(load: Load, tokenizer: Any) -> None:

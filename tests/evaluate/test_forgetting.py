@@ -10,15 +10,23 @@ import torch
 
 from tests.tiny import tiny_model
 from tunefork.errors import DataError
-from tunefork.evaluate.forgetting import forgetting_columns, read_passages
+from tunefork.evaluate.forgetting import (
+    MAX_LENGTH,
+    encode_passages,
+    forgetting_columns,
+    read_passages,
+)
 from tunefork.evaluate.statistics import estimate
 
 PASSAGES = ["w5 w6 w7 w8", "w9 w10\nw11 w12 w13 w14 w15", "w16 w17"]
 
 
-def _measure(tokenizer: Any, location: object, **options: Any) -> dict[str, Any]:
+def _measure(
+    tokenizer: Any, location: object, max_length: int = MAX_LENGTH, **options: Any
+) -> dict[str, Any]:
     batching: dict[str, Any] = {"max_tokens": 64, "packing": True, "pad_id": 0} | options
-    return forgetting_columns(tiny_model(), tokenizer, str(location), **batching)
+    passages = encode_passages(tokenizer, str(location), max_length=max_length)
+    return forgetting_columns(tiny_model(), passages, **batching)
 
 
 def _write(folder: Path, name: str) -> Path:

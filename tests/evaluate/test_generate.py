@@ -1,11 +1,13 @@
 """Batched greedy answers against one at a time, and what is computed from them."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from tests.tiny import CONFIGS, VOCABULARY, tiny_model
 from tunefork.data.example import Encoded
@@ -62,7 +64,7 @@ def test_an_answer_stops_at_its_end(tokenizer: Any) -> None:
     model.generation_config.eos_token_id = end  # a token that the first answer has third
     stopped = greedy_answers(model, tokenizer, examples, **_BATCHING)
     for before, after in zip(ids, stopped, strict=True):
-        upto = before.index(end) + 1 if end in before else len(before)
+        upto = before.index(end) if end in before else len(before)
         assert tokenizer(after)["input_ids"] == before[:upto]
     assert len(stopped[0]) < len(whole[0])
 
@@ -77,6 +79,32 @@ def test_every_way_to_end_is_a_stop(tokenizer: Any) -> None:
     assert stop_ids(model, tokenizer, ends_in_bos) == [EOS, 1]
     ends_in_a_word = [Encoded("rows:1", np.array([9, 8], dtype=np.int32), np.array([False, True]))]
     assert stop_ids(model, tokenizer, ends_in_a_word) == [EOS]
+
+
+def test_a_closing_token_without_a_name_is_a_stop_and_no_text(tokenizer: Any) -> None:
+    """ChatML's <|im_end|> where eos is another: transformers 5 does not count it as special."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens([AddedToken("w9", special=False, normalized=False)])
+    end = tokenizer.convert_tokens_to_ids("w9")
+    assert end not in tokenizer.all_special_ids
+    model, examples = tiny_model(), _examples()
+    assert stop_ids(model, tokenizer, examples) == [EOS]
+    closed = [
+        replace(e, input_ids=np.where(e.input_ids == EOS, end, e.input_ids)) for e in examples
+    ]
+    assert stop_ids(model, tokenizer, closed) == [EOS, end]
+    told = torch.tensor([[7, 8, end, 0]]).repeat(len(examples), 1)
+    model.generate = lambda ids, **_: torch.cat([ids, told[: len(ids)]], dim=1)
+    assert set(greedy_answers(model, tokenizer, closed, **_BATCHING)) == {"w7 w8"}
+
+
+def test_each_answer_of_a_conversation_may_end_otherwise(tokenizer: Any) -> None:
+    """Phi-3 closes a turn with <|end|>, but a conversation with <|endoftext|> after it."""
+    ids = np.array([9, 7, 1, 9, 8, EOS], dtype=np.int32)
+    supervised = np.array([False, True, True, False, True, True])
+    model = tiny_model()
+    model.generation_config.eos_token_id = None
+    assert stop_ids(model, tokenizer, [Encoded("rows:1", ids, supervised)]) == [EOS, 1]
 
 
 def test_the_models_own_habits_are_left_out(tokenizer: Any) -> None:

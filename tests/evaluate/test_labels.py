@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    MistralConfig,
+    PretrainedConfig,
+)
 
 from tests.tiny import CONFIGS, VOCABULARY, tiny_model
 from tunefork.data.example import Encoded
@@ -97,6 +103,44 @@ def test_where_the_ways_differ_the_definition_is_used(monkeypatch: pytest.Monkey
     )
     assert columns["predicted"].tolist() == expected.tolist()
     assert columns["gold"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+        FalconConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            alibi=True,
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_where_a_tree_is_refused_the_definition_is_used(config: PretrainedConfig) -> None:
+    """ALiBi counts positions in a mask that has to be (R, T)."""
+    torch.manual_seed(0)
+    model, examples = AutoModelForCausalLM.from_config(config).eval(), _examples()
+    with pytest.raises(ValueError, match="too many values to unpack"):
+        score_together(model, examples, ANSWERS, max_tokens=1000, pad_id=0)
+    expected = score_apart(model, examples, ANSWERS, max_tokens=1000, pad_id=0).argmax(-1)
+    columns = label_columns(
+        model, examples, LABELS, ANSWERS, max_tokens=1000, by_token=False, pad_id=0
+    )
+    assert columns["predicted"].tolist() == expected.tolist()
+
+
+def test_memory_that_runs_out_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(module, "score_together", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        label_columns(
+            tiny_model(), _examples(), LABELS, ANSWERS, max_tokens=99, by_token=False, pad_id=0
+        )
 
 
 def test_by_token_favours_long_answers() -> None:

@@ -9,10 +9,12 @@ from tests.folders import save_model
 from tunefork.model.build import build
 from tunefork.model.linear import LoraLinear
 from tunefork.recipe import LoraSection, Method, Recipe, parse
+from tunefork.registry.claim import Claim, claimed
 from tunefork.registry.peft_format import save_adapter
-from tunefork.registry.run import ADAPTER, MODEL, RunRecord, claim, write_record
+from tunefork.registry.run import ADAPTER, MODEL, RunRecord, write_record
 
 LORA = LoraSection(rank=4)
+CLAIM = Claim(verb="train", data_sha256="0" * 64)
 
 
 def make_record(**fields: Any) -> RunRecord:
@@ -57,7 +59,8 @@ def trained(model: Any, method: Method) -> Any:
 def save_run(folder: Path, model: Any, base: Path, method: Method, **data: Any) -> Recipe:
     """A finished run of `method` over `base` in `folder`; returns its recipe."""
     recipe = parse({"model": str(base), "data": {"train": "rows.jsonl"} | data, "method": method})
-    claim(folder, recipe)
+    with claimed(folder, recipe, CLAIM):
+        pass
     artifact = MODEL if method is Method.FULL else ADAPTER
     if method is Method.FULL:
         save_model(folder / artifact, seed=1)

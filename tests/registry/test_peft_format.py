@@ -6,15 +6,24 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from tests.folders import save_gguf, save_model
 from tests.tiny import CONFIGS, tiny_model
 from tunefork.errors import AdapterError
 from tunefork.model.build import add_deltas
 from tunefork.model.linear import LoraLinear
-from tunefork.recipe import LoraSection
-from tunefork.registry.peft_format import CONFIG, WEIGHTS, load_adapter, save_adapter
+from tunefork.model.load import find, load_model
+from tunefork.model.packaged import PACKAGED
+from tunefork.recipe import LoraSection, ModelSection
+from tunefork.registry.peft_format import (
+    CONFIG,
+    WEIGHTS,
+    base_section,
+    load_adapter,
+    save_adapter,
+)
 
 IDS = torch.arange(3, 40)[None]
 
@@ -75,6 +84,61 @@ def test_part_of_a_name_is_written_as_paths(tmp_path: Path) -> None:
     other = tiny_model("llama")
     load_adapter(other, tmp_path)
     torch.testing.assert_close(_logits(other), _logits(model))
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_peft_finds_the_base_by_itself(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`AutoPeftModel` takes nothing but the adapter's folder, from whatever directory."""
+    monkeypatch.setenv("TUNEFORK_CACHE", str(tmp_path / "cache"))
+    base = tmp_path / ("base" if kind == "folder" else "base.gguf")
+    save_model(base) if kind == "folder" else save_gguf(base)
+    monkeypatch.chdir(tmp_path)
+    section, lora = ModelSection(id=f"./{base.name}"), LoraSection(rank=4)
+    ours = load_model(section, dtype=torch.float32, device=torch.device("cpu")).eval()
+    add_deltas(ours, lora, seed=0)
+    for module in ours.modules():
+        if isinstance(module, LoraLinear):
+            module.lora_b.data.normal_(std=0.1)
+    save_adapter(ours, tmp_path / "adapter", lora, base=section.id)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    theirs = AutoPeftModelForCausalLM.from_pretrained(
+        str(tmp_path / "adapter"), dtype=torch.float32
+    )
+    assert (_logits(ours) - _logits(theirs.eval())).abs().max() < 1e-4
+    assert (
+        find(base_section(tmp_path / "adapter")).location
+        == (json.loads((tmp_path / "adapter" / CONFIG).read_text())["base_model_name_or_path"])
+    )
+
+
+def test_the_revision_of_a_hub_model_is_kept(tmp_path: Path) -> None:
+    lora = LoraSection(rank=4)
+    save_adapter(_trained("llama", lora), tmp_path, lora, base="owner/name", revision="v2")
+    config = PeftConfig.from_pretrained(str(tmp_path))
+    assert (config.base_model_name_or_path, config.revision) == ("owner/name", "v2")
+    assert base_section(tmp_path) == ModelSection(id="owner/name", revision="v2")
+
+
+def test_a_base_that_is_gone_costs_no_adapter(tmp_path: Path) -> None:
+    lora = LoraSection(rank=4)
+    save_adapter(_trained("llama", lora), tmp_path, lora, base="/gone/base.gguf")
+    assert base_section(tmp_path) == ModelSection(id="/gone/base.gguf")
+
+
+def test_a_packaged_base_is_found_on_a_machine_that_has_not_converted_it(
+    saved: Path,
+) -> None:
+    name, packaged = next(iter(PACKAGED.items()))
+    converted = f"/home/other/.cache/tunefork/converted/{packaged.sha256}"
+    config = json.loads((saved / CONFIG).read_text()) | {"base_model_name_or_path": converted}
+    (saved / CONFIG).write_text(json.dumps(config))
+    assert base_section(saved) == ModelSection(id=name)
+    (saved / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    with pytest.raises(AdapterError, match="base_model_name_or_path is missing"):
+        base_section(saved)
 
 
 @pytest.fixture

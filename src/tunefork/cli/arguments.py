@@ -15,6 +15,9 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe field: --set lora.rank=32"),
 ]
+IgnorePlan = Annotated[
+    bool, typer.Option("--ignore-plan", help="Run although the plan says that it cannot fit.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 

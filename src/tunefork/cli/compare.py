@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tunefork.cli.arguments import AsJson, RecipeFile, Sets, load_recipe
+from tunefork.cli.arguments import AsJson, IgnorePlan, RecipeFile, Sets, load_recipe
 
 
 def compare(
@@ -15,6 +15,7 @@ def compare(
         typer.Option(help="Folder for the results. [default: runs/NAME-OF-THE-RECIPE]"),
     ] = None,
     sets: Sets = None,
+    ignore_plan: IgnorePlan = False,
     as_json: AsJson = False,
 ) -> None:
     """Train by LoRA, QLoRA and full fine-tuning, evaluate all and the base, say which to choose.
@@ -28,7 +29,12 @@ def compare(
     from tunefork.compare.table import print_comparison
 
     folder = out or Path("runs") / recipe.stem
-    comparison = run(resolved, folder, say=lambda line: typer.echo(line, err=True))
+    comparison = run(
+        resolved,
+        folder,
+        say=lambda line: typer.echo(line, err=True),
+        ignore_plan=ignore_plan,
+    )
     if as_json:
         typer.echo((folder / COMPARISON).read_text(encoding="utf-8"))
     else:

@@ -23,7 +23,7 @@ def evaluate(
     from tunefork.cli.record import print_metrics
     from tunefork.compare.trial import evaluate_target
 
-    metrics = evaluate_target(target, resolved)
+    metrics = evaluate_target(target, resolved, say=lambda line: typer.echo(line, err=True))
     if as_json:
         rows = {n: dict(zip(("value", "low", "high"), m, strict=True)) for n, m in metrics.items()}
         typer.echo(json.dumps(rows, indent=2))

@@ -1,78 +1,79 @@
-"""`tunefork`: the verbs, and how an error ends the program.
+"""`tunefork`: how the program begins, and how an error ends it.
 
-Nothing heavy is imported until a verb runs, so that --help answers at once. Exit status: 0 done,
-1 a run failed, 2 bad input, 130 interrupted. Tracebacks are shown only with --debug.
+Exit status: 0 done, 1 a run failed, 2 bad input, 130 interrupted. Tracebacks are shown only with
+--debug. The verbs are put together in `cli/app.py`, which is imported inside `main`: a Ctrl-C ends
+the program alike whenever it comes.
 """
 
+import os
+import signal
 import sys
-import traceback
-from typing import Annotated
-
-import typer
-
-from tunefork.cli.chat import chat
-from tunefork.cli.compare import compare
-from tunefork.cli.data import data
-from tunefork.cli.evaluate import evaluate
-from tunefork.cli.recipe import recipe
-from tunefork.cli.runs import runs
-from tunefork.cli.train import train
-from tunefork.errors import TuneforkError, is_disk_full
-
-app = typer.Typer(
-    name="tunefork",
-    help="LoRA, QLoRA or full fine-tuning? Train all three on your data, compare them fairly.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for verb in (compare, train, evaluate, chat, runs):
-    app.command()(verb)
-app.add_typer(data, name="data")
-app.add_typer(recipe, name="recipe")
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"tunefork {version('tunefork')}")
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
-        ),
-    ] = False,
-) -> None:
-    """Options that come before the verb."""
 
 
 def main() -> None:
     """Run the command line and exit."""
+    # Before PyTorch is imported, and inherited by a comparison's processes. Segments that can grow
+    # fragment less: a GPU holds little more than the tensors it is given, which can be planned.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which would lose to ours
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    ctrl_c = _CtrlC()
     try:
+        from tunefork.cli.app import app
+
         app()
+    except KeyboardInterrupt:
+        _end_interrupted()
     except SystemExit as end:
         if end.code == _INTERRUPTED:
-            typer.echo("stopped; what was finished is kept", err=True)
+            _end_interrupted()
         raise
     except Exception as error:  # the last stop: whatever it is, say it and set the exit status
-        if "--debug" in sys.argv[1:2]:
-            traceback.print_exc()
-        typer.echo(f"error: {_describe(error)}", err=True)
-        sys.exit(error.exit_status if isinstance(error, TuneforkError) else 1)
+        if ctrl_c.came:
+            _end_interrupted()
+        _end_with(error)
+
+
+class _CtrlC:
+    """Remembers that Ctrl-C came, beside raising KeyboardInterrupt as Python does.
+
+    Where that hits an import, libraries make errors of their own of it, or none: numpy's C code
+    loses the exception, and what fails is an import later on.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else ignored: nohup, &
+            signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, _number: int, _frame: object) -> None:
+        self.came = True
+        raise KeyboardInterrupt
 
 
 _INTERRUPTED = 130
 """What typer makes of Ctrl-C, and `tunefork train` of a run that it stopped."""
 
 
+def _end_interrupted() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python's own end has tracebacks too
+    print("stopped; what was finished is kept", file=sys.stderr)
+    sys.exit(_INTERRUPTED)
+
+
+def _end_with(error: Exception) -> None:
+    from tunefork.errors import TuneforkError
+
+    if "--debug" in sys.argv[1:2]:
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"error: {_describe(error)}", file=sys.stderr)
+    sys.exit(error.exit_status if isinstance(error, TuneforkError) else 1)
+
+
 def _describe(error: Exception) -> str:
+    from tunefork.errors import TuneforkError, is_disk_full
+
     if isinstance(error, TuneforkError):
         return str(error)
     if is_disk_full(error):

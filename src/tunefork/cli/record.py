@@ -27,6 +27,13 @@ def print_record(record: RunRecord, folder: Path, console: Console) -> None:
             f"peak {record.peak_memory_bytes / 2**30:.2f} GiB",
             highlight=False,
         )
-    print_metrics(record.metrics, console)
+    if record.predicted_memory_bytes is not None and record.predicted_step_s is not None:
+        planned_s = record.predicted_step_s * record.num_steps
+        console.print(
+            f"predicted: {duration(planned_s)}, {record.predicted_memory_bytes / 2**30:.2f} GiB",
+            highlight=False,
+        )
+    if record.metrics:
+        print_metrics(record.metrics, console)
     if record.artifact is not None:
         console.print(f"{folder / record.artifact}", highlight=False, soft_wrap=True)

@@ -12,7 +12,11 @@ def runs(
     folder: Annotated[Path, typer.Argument(help="Where to look for runs.")] = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
-    """List the finished runs below a folder."""
+    """List the runs below a folder.
+
+    Status: ok; trained (not evaluated yet: run the same command again); interrupted (stopped while
+    it trained).
+    """
     import json
 
     from rich.console import Console
@@ -23,7 +27,7 @@ def runs(
 
     if not folder.is_dir():
         raise RunFolderError(f"{folder}: no such folder; give the folder that holds runs")
-    found = find_runs(folder)
+    found = find_runs(folder, say=lambda line: typer.echo(line, err=True))
     if as_json:
         rows = [{"folder": str(at)} | record.model_dump(mode="json") for at, record in found]
         typer.echo(json.dumps(rows, indent=2))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tunefork.cli.arguments import AsJson, RecipeFile, Sets, load_recipe
+from tunefork.cli.arguments import AsJson, IgnorePlan, RecipeFile, Sets, load_recipe
 
 
 def train(
@@ -17,9 +17,14 @@ def train(
         str | None, typer.Option(help="lora, qlora or full; beats the recipe's `method`.")
     ] = None,
     sets: Sets = None,
+    ignore_plan: IgnorePlan = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train by one method, save the adapter or model, evaluate it."""
+    """Train by one method, save the adapter or model, evaluate it.
+
+    Stopped (Ctrl-C) while it evaluates, the same command goes on there. Stopped while it trains, it
+    saves what was learnt, and does not evaluate that.
+    """
     resolved = load_recipe(recipe, [*(sets or []), *([f"method={method}"] if method else [])])
     from rich.console import Console
 
@@ -27,7 +32,12 @@ def train(
     from tunefork.compare.trial import train_run
 
     folder = out or Path("runs") / f"{recipe.stem}-{resolved.method}"
-    record = train_run(resolved, folder)
+    record = train_run(
+        resolved,
+        folder,
+        say=lambda line: typer.echo(line, err=True),
+        ignore_plan=ignore_plan,
+    )
     if as_json:
         typer.echo(record.model_dump_json(indent=2))
     else:

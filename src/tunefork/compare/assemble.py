@@ -39,7 +39,7 @@ class ArmRuns:
     """What one arm of the comparison left behind."""
 
     folders: Sequence[Path] = ()
-    """Run folders, one a seed, in the order of the recipe's seeds; those that finished."""
+    """Run folders of the seeds that finished, in the order of the recipe's."""
     search: SearchResult | None = None
     error: str | None = None
     records: list[RunRecord] = field(default_factory=list)
@@ -52,6 +52,13 @@ class ArmRuns:
             assert record is not None, folder
             self.records.append(record)
             self.columns.append(load_columns(folder / COLUMNS))
+
+    def of(self, seeds: Sequence[int]) -> list[Columns]:
+        """The columns of `seeds`, in that order."""
+        by_seed = {
+            record.seed: columns for record, columns in zip(self.records, self.columns, strict=True)
+        }
+        return [by_seed[seed] for seed in seeds]
 
 
 def assemble(recipe: Recipe, out: Path, arms: dict[Arm, ArmRuns], data: Data) -> Comparison:
@@ -115,6 +122,10 @@ def _result(recipe: Recipe, out: Path, arms: dict[Arm, ArmRuns], arm: Arm) -> Me
         total_params=first.total_params + deltas,
         peak_memory_bytes=max(peaks, default=None),
         memory_kind=first.memory_kind,
+        predicted_memory_bytes=first.predicted_memory_bytes,
+        predicted_train_s=(
+            None if first.predicted_step_s is None else first.predicted_step_s * first.num_steps
+        ),
         train_s=train_s if trained else None,
         tokens_per_s=sum(r.tokens for r in records) / (train_s * len(records)) if trained else None,
         trained_tokens=first.tokens if trained else None,
@@ -147,7 +158,16 @@ def _estimate(metric: str, columns: Sequence[Columns], samples: int) -> Estimate
 def _pair(
     a: Arm, b: Arm, metric: Metric, arms: dict[Arm, ArmRuns], samples: int
 ) -> PairedDifference:
-    found = paired_difference(metric, arms[a].columns, arms[b].columns, samples=samples)
+    """Of the seeds that both finished; unpaired and of all runs where there is none, or where one
+    side is the base, which no seed changes."""
+    seeds = _common_seeds(arms[a], arms[b]) if "base" not in (a, b) else ()
+    found = paired_difference(
+        metric,
+        arms[a].of(seeds) if seeds else arms[a].columns,
+        arms[b].of(seeds) if seeds else arms[b].columns,
+        samples=samples,
+        by_seed=bool(seeds),
+    )
     return PairedDifference(
         a=a,
         b=b,
@@ -156,7 +176,15 @@ def _pair(
         low=found.low,
         high=found.high,
         share_above=found.share_above,
+        examples=found.num_examples,
+        seeds=seeds,
     )
+
+
+def _common_seeds(a: ArmRuns, b: ArmRuns) -> tuple[int, ...]:
+    """Seeds of which both have a run. A failed one leaves a gap, so places say nothing."""
+    of_b = {record.seed for record in b.records}
+    return tuple(record.seed for record in a.records if record.seed in of_b)
 
 
 def _forgetting(arms: dict[Arm, ArmRuns], arm: Arm, samples: int) -> Forgetting | None:

@@ -8,29 +8,35 @@ stays done, so the same command goes on where it was stopped.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from tunefork.compare.assemble import ArmRuns, assemble, primary_metric
+from tunefork.compare.check import check_recipe
 from tunefork.compare.comparison import Arm, Comparison
 from tunefork.compare.comparison import Data as DataFacts
 from tunefork.compare.report import write_report
 from tunefork.compare.search import RESULT, SearchResult, grid
 from tunefork.compare.worker import Failure, seed_folder, start
-from tunefork.data.loader import Data, load_data
-from tunefork.errors import BadInputError, RecipeError, RunFolderError, TuneforkError
+from tunefork.data.loader import Data, validation_split
+from tunefork.errors import BadInputError, RecipeError, TuneforkError
 from tunefork.evaluate.evaluate import check_metrics
 from tunefork.evaluate.statistics import METRICS
-from tunefork.model.build import check_lora
-from tunefork.model.load import load_skeleton, load_tokenizer
 from tunefork.recipe import Method, Recipe, anchor
-from tunefork.registry.run import claim, read_record, write_atomically
+from tunefork.registry.claim import Claim, claimed
+from tunefork.registry.run import read_record
 
-DATA = "data.sha256"
 COMPARISON = "comparison.json"
 REPORT = "report.html"
 
 
-def compare(recipe: Recipe, out: Path, *, say: Callable[[str], None] = print) -> Comparison:
+def compare(
+    recipe: Recipe,
+    out: Path,
+    *,
+    say: Callable[[str], None] = print,
+    ignore_plan: bool = False,
+) -> Comparison:
     """Compare the recipe's methods in the folder `out`; `say` gets one line a piece of work.
 
     Writes comparison.json and report.html, also when a method failed. Raises BadInputError before
@@ -38,27 +44,27 @@ def compare(recipe: Recipe, out: Path, *, say: Callable[[str], None] = print) ->
     piece succeeded, KeyboardInterrupt on Ctrl-C (the same call goes on from there).
     """
     recipe = anchor(recipe, Path.cwd())
-    data = check(recipe)
-    claim(out, recipe)
-    _claim_data(out, data)
-    arms: dict[Arm, ArmRuns] = {"base": _base(out, say)}
-    for method in recipe.compare.methods:
-        arms[method.value] = _method(recipe, method, out, say)
-    if not any(runs.folders for runs in arms.values()):
-        errors = "\n".join(f"{arm}: {runs.error}" for arm, runs in arms.items())
-        raise TuneforkError(f"nothing succeeded:\n{errors}")
-    comparison = assemble(recipe, out, arms, _facts(data, arms))
-    comparison.save(out / COMPARISON)
-    write_report(comparison, out / REPORT)
+    data = check(recipe, say, ignore_plan=ignore_plan)
+    with claimed(out, recipe, Claim(verb="compare", data_sha256=data.fingerprint())) as lock:
+        work = _Work(recipe, out, lock, say)
+        arms: dict[Arm, ArmRuns] = {"base": _base(work)}
+        for method in recipe.compare.methods:
+            arms[method.value] = _method(work, method)
+        if not any(runs.folders for runs in arms.values()):
+            errors = "\n".join(f"{arm}: {runs.error}" for arm, runs in arms.items())
+            raise TuneforkError(f"nothing succeeded:\n{errors}")
+        comparison = assemble(recipe, out, arms, _facts(data, arms))
+        comparison.save(out / COMPARISON)
+        write_report(comparison, out / REPORT)
     return comparison
 
 
-def check(recipe: Recipe) -> Data:
-    """Everything about the recipe that can be found wrong without training; returns its data."""
-    skeleton = load_skeleton(recipe.model)
-    if any(method is not Method.FULL for method in recipe.compare.methods):
-        check_lora(skeleton, recipe.lora)
-    data = load_data(recipe, load_tokenizer(recipe.model))
+def check(recipe: Recipe, say: Callable[[str], None] = print, *, ignore_plan: bool = False) -> Data:
+    """Everything about the recipe that can be found wrong without training; returns its data.
+
+    `say` gets a line a warning. A method that cannot fit in memory is refused unless `ignore_plan`.
+    """
+    data = check_recipe(recipe, recipe.compare.methods, say, ignore_plan=ignore_plan)
     metrics = check_metrics(recipe, data)
     primary = primary_metric(recipe, data.labels is not None)
     if primary not in metrics:
@@ -66,70 +72,87 @@ def check(recipe: Recipe) -> Data:
             f"compare.primary_metric: {primary} is not measured; evaluate.metrics has "
             f"{', '.join(metrics)} of {', '.join(METRICS)}"
         )
+    if recipe.compare.search_trials > 1:
+        validation_split(data.train, recipe.compare.validation_share, recipe.train.seed)
+    if recipe.train.learning_rate is not None:
+        say(
+            f"warning: train.learning_rate: {recipe.train.learning_rate:g} is for tunefork train "
+            "and left out here; a comparison has compare.learning_rates for each method"
+        )
     return data
 
 
-def _claim_data(out: Path, data: Data) -> None:
-    """Raise RunFolderError where the data is no longer what the comparison in `out` began with."""
-    file, digest = out / DATA, data.fingerprint()
-    if not file.exists():
-        write_atomically(file, digest + "\n")
-    elif file.read_text(encoding="utf-8").strip() != digest:
-        raise RunFolderError(
-            f"{out}: data.train, data.eval or the tokenizer has changed since this comparison "
-            "began, and what is done could not be compared with what is not; give another folder "
-            "with --out, or remove this one"
-        )
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What every piece of one comparison needs to be started."""
+
+    recipe: Recipe
+    out: Path
+    lock: int
+    """Descriptor of the folder's lock."""
+    say: Callable[[str], None]
+
+    def run(self, arm: str, *task: str) -> Failure | None:
+        """Run a piece; a failure is the arm's own, and said."""
+        failure = start(self.out, *task, lock=self.lock)
+        if failure:
+            self.say(f"{arm}: failed: {failure.message}")
+        return failure
 
 
-def _base(out: Path, say: Callable[[str], None]) -> ArmRuns:
-    folder = out / "base"
+def _base(work: _Work) -> ArmRuns:
+    """Measure the untouched base first: what is bad input here is so for every method."""
+    folder = work.out / "base"
     if _is_done(folder):
-        say("base: measured before, kept")
+        work.say("base: measured before, kept")
         return ArmRuns(folders=[folder])
-    say("base: evaluating the untouched model")
-    failure = _start(out, "base")
-    if failure:
-        return ArmRuns(error=failure.message)
-    return ArmRuns(folders=[folder])
+    work.say("base: evaluating the untouched model")
+    failure = start(work.out, "base", lock=work.lock)
+    if failure is None:
+        return ArmRuns(folders=[folder])
+    if failure.is_bad_input:
+        raise BadInputError(failure.message)
+    work.say(f"base: failed: {failure.message}")
+    return ArmRuns(error=failure.message)
 
 
-def _method(recipe: Recipe, method: Method, out: Path, say: Callable[[str], None]) -> ArmRuns:
+def _method(work: _Work, method: Method) -> ArmRuns:
     """Search the learning rate, then train and evaluate once a seed."""
     searched: SearchResult | None = None
-    rate = grid(recipe, method)[0]
-    if recipe.compare.search_trials > 1:
-        file = out / method / RESULT
+    rates = grid(work.recipe, method)
+    rate = rates[0]
+    if work.recipe.compare.search_trials > 1:
+        file = work.out / method / RESULT
         if not file.exists():
-            rates = ", ".join(f"{rate:g}" for rate in grid(recipe, method))
-            say(f"{method}: searching the learning rate among {rates}")
-            failure = _start(out, "search", method)
+            listed = ", ".join(f"{rate:g}" for rate in rates)
+            work.say(f"{method}: searching the learning rate among {listed}")
+            failure = work.run(f"{method}: learning-rate search", "search", method)
             if failure:
                 return ArmRuns(error=f"learning-rate search: {failure.message}")
         searched = SearchResult.model_validate_json(file.read_text(encoding="utf-8"))
         rate = searched.learning_rate
     folders, errors = [], []
-    for seed in recipe.compare.seeds:
-        folder = seed_folder(out, method, seed)
-        if _is_done(folder):
-            say(f"{method}: seed {seed} trained before, kept")
+    for seed in work.recipe.compare.seeds:
+        folder = seed_folder(work.out, method, seed)
+        failure = _trained(work, method, folder, seed, rate)
+        if failure:
+            errors.append(f"seed {seed}: {failure.message}")
         else:
-            say(f"{method}: training with learning rate {rate:g}, seed {seed}")
-            failure = _start(out, "train", method, str(seed), repr(rate))
-            if failure:
-                say(f"{method}: failed: {failure.message}")
-                errors.append(f"seed {seed}: {failure.message}")
-                continue
-        folders.append(folder)
+            folders.append(folder)
     return ArmRuns(folders=folders, search=searched, error="\n".join(errors) or None)
 
 
-def _start(out: Path, *task: str) -> Failure | None:
-    """Run a piece; bad input ends the comparison, any other failure is the piece's own."""
-    failure = start(out, *task)
-    if failure and failure.is_bad_input:
-        raise BadInputError(failure.message)
-    return failure
+def _trained(work: _Work, method: Method, folder: Path, seed: int, rate: float) -> Failure | None:
+    """Train and evaluate one seed, as far as that is not done."""
+    record = read_record(folder)
+    if record is not None and record.status == "ok":
+        work.say(f"{method}: seed {seed} trained before, kept")
+        return None
+    if record is not None and record.status == "trained":
+        work.say(f"{method}: seed {seed} trained before, kept; evaluating it")
+    else:
+        work.say(f"{method}: training with learning rate {rate:g}, seed {seed}")
+    return work.run(method, "train", method, str(seed), repr(rate))
 
 
 def _is_done(folder: Path) -> bool:

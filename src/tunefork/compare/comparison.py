@@ -45,7 +45,8 @@ class Part(BaseModel):
 
 
 class Estimate(Part):
-    """A figure with its 95 % interval (bootstrap over examples; over seeds too from three on)."""
+    """A figure with its 95 % interval: over evaluation examples (by the bootstrap, wide enough for
+    few; by Wilson for accuracy and exact match), and from three seeds on over seeds too."""
 
     value: float
     """The figure on all evaluation examples."""
@@ -112,6 +113,10 @@ class MethodResult(Part):
     memory_kind: Literal["cuda_allocated", "resident"] | None = None
     """`cuda_allocated`: tensors on the GPU (max_memory_allocated). `resident`: memory of the
     whole process (RSS) on a CPU, Python and libraries included."""
+    predicted_memory_bytes: Quantity | None = None
+    """What the plan said of `peak_memory_bytes` before the run (first seed)."""
+    predicted_train_s: Quantity | None = None
+    """What it said of `train_s`."""
     train_s: Quantity | None = None
     """Seconds of one training run, loading, search and evaluation left out; mean over
     seeds."""
@@ -152,13 +157,20 @@ class PairedDifference(Part):
     metric: Metric
     """Which figure, in that metric's unit."""
     difference: float
-    """`a` - `b`."""
+    """`a` - `b`, over the same evaluation examples and, of two methods, over the same `seeds`."""
     low: float
     """Lower end of the interval."""
     high: float
     """Upper end of the interval."""
     share_above: Proportion
-    """Share of the bootstrap's resamples in which `a` lies above `b`."""
+    """Probability that `a` lies above `b`, by the distribution whose 95 % interval this is."""
+    examples: Count | None = None
+    """How many it was computed from: evaluation examples, generated answers (`exact_match`,
+    `rouge_l`; see `evaluate.max_generated`), or documents of plain text. Below 10, no difference
+    counts as detected. Null in files of before this was recorded."""
+    seeds: tuple[Count, ...] = ()
+    """Seeds that both finished, by which they are paired. Empty where they are not: with the base,
+    or where two methods finished no seed in common."""
 
 
 class Verdict(Part):
@@ -175,8 +187,9 @@ class Verdict(Part):
     without the base."""
     confidence: Proportion | None
     """How sure it is that the method measured best is better than every other; from 0.95 on, one
-    is singled out. Where no method can be told from the base: how sure it is that the best beats
-    the base. Adjusted for picking the best after looking. Null with nothing to compare."""
+    is singled out, which takes 10 evaluation examples. Where no method can be told from the base:
+    how sure it is that the best beats the base. Adjusted for picking the best after looking. Null
+    with nothing to compare."""
     text: str
     """The verdict in words."""
     would_change: tuple[str, ...]
@@ -270,7 +283,8 @@ class Comparison(Part):
             write_atomically(path, self.model_dump_json(indent=2) + "\n")
         except OSError as error:
             raise TuneforkError(
-                f"{path}: cannot be written ({error.strerror}); make room or choose another --out"
+                f"{path}: cannot be written ({error.strerror}); free some space (or make it "
+                "writable) and run the same command again: what was trained is kept"
             ) from error
 
     @classmethod

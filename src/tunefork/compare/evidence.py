@@ -1,14 +1,15 @@
 """What the measurements say about which method is best: numbers only, no words.
 
-**Detecting.** A difference is detected where its 95 % interval excludes 0 and `confidence` is at
-least 0.95. The best is picked after looking, so it needs an adjustment. The claim "A is the best"
-is made only when A is ahead of *every* rival, each by its own interval. A wrong claim then needs an
-error of at most 2.5 % against the method that really is best; with three methods there are two that
-could be claimed wrongly, hence at most 5 %, whatever the correlation (union bound). That is the
-two-sided pairwise interval, unadjusted: Hung and Fithian 2016 (https://arxiv.org/abs/1610.03944)
-show that it is valid for winner against runner-up for any number of methods. "Some method beats the
-base" has one chance a method to be wrong, so there each counts (Bonferroni). Both are
-`1 - max(2, chances) * (share of resamples on the wrong side)`.
+**Detecting.** A difference is detected where its 95 % interval excludes 0, `confidence` is at least
+0.95, and it was measured on `FEWEST_EXAMPLES` or more (statistics.py says why so many). The best is
+picked after looking, so it needs an adjustment. The claim "A is the best" is made only when A is
+ahead of *every* rival, each by its own interval. A wrong claim then needs an error of at most 2.5 %
+against the method that really is best; with three methods there are two that could be claimed
+wrongly, hence at most 5 %, whatever the correlation (union bound). That is the two-sided pairwise
+interval, unadjusted: Hung and Fithian 2016 (https://arxiv.org/abs/1610.03944) show that it is valid
+for winner against runner-up for any number of methods. "Some method beats the base" has one chance
+a method to be wrong, so there each counts (Bonferroni). Both are
+`1 - max(2, chances) * (probability of the wrong side)`.
 
 **Choosing among equals.** Those that cannot be told from the best, or are behind it by less than
 the margin, are equal for the purpose, and the cheapest is recommended: least memory x time (search
@@ -20,13 +21,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tunefork.compare.comparison import TRAINED, Arm, MethodResult, PairedDifference, Trained
-from tunefork.evaluate.statistics import METRICS
+from tunefork.evaluate.statistics import FEWEST_EXAMPLES, METRICS
 from tunefork.recipe import Metric
 
 LEVEL = 0.95
 """Confidence from which a difference counts as detected."""
 MOST = 0.999
-"""Highest confidence stated: a few thousand resamples cannot show more."""
+"""Highest confidence stated: further out, a tail's size rests on its assumed form alone."""
 TOLERANCE = 1.25
 """Costs within this factor count as equal: a run's time varies that much on a shared machine."""
 
@@ -41,21 +42,28 @@ class Gain:
     low: float
     high: float
     share: float
-    """Share of the resamples in which `a` does better."""
+    """Probability that `a` does better."""
+    examples: int | None = None
+    """As PairedDifference.examples."""
+
+    @property
+    def is_of_too_few(self) -> bool:
+        """Measured on so few examples that nothing counts as detected."""
+        return self.examples is not None and self.examples < FEWEST_EXAMPLES
 
     def confidence(self, chances: int) -> float:
         """That `a` is better than `b`, where `chances` such claims could have been made.
 
-        Below LEVEL wherever the interval reaches 0, so that the two never contradict each other:
-        a share can count resamples that are tied.
+        Below LEVEL wherever the interval reaches 0, so that the two never contradict each other,
+        and wherever the examples are too few.
         """
         if self.value <= 0:
             return 0.0
-        most = MOST if self.low > 0 else LEVEL - (1 - MOST)
+        most = MOST if self.low > 0 and not self.is_of_too_few else LEVEL - (1 - MOST)
         return min(most, max(0.0, 1 - max(2, chances) * (1 - self.share)))
 
     def is_detected(self, chances: int) -> bool:
-        """Whether the interval excludes 0 and `confidence` reaches LEVEL."""
+        """Whether the interval excludes 0, `confidence` reaches LEVEL and examples are enough."""
         return self.confidence(chances) >= LEVEL
 
 
@@ -78,6 +86,10 @@ class Finding:
     """As Verdict.recommended."""
     confidence: float | None = None
     """As Verdict.confidence."""
+    examples: int | None = None
+    """Fewest behind a difference, as PairedDifference.examples; None without one."""
+    num_seeds: int = 0
+    """As `num_seeds`."""
 
 
 def weigh(
@@ -93,7 +105,13 @@ def weigh(
     has_base = _has_figure(methods["base"], metric)
     finished = _ranked(methods, metric)
     over_base = tuple(gain(paired, metric, m, "base") for m in finished) if has_base else ()
-    finding = Finding(finished, over_base)
+    examples = [p.examples for p in paired if p.metric == metric and p.examples is not None]
+    finding = Finding(
+        finished,
+        over_base,
+        examples=min(examples, default=None),
+        num_seeds=num_seeds(methods, paired, metric),
+    )
     if not finished:
         return finding
     chances = len(finished)
@@ -125,9 +143,25 @@ def gain(paired: Sequence[PairedDifference], metric: Metric, a: Arm, b: Arm) -> 
     for pair in paired:
         if pair.metric == metric and {pair.a, pair.b} == {a, b}:
             if (pair.a == a) == METRICS[metric].higher_is_better:
-                return Gain(a, b, pair.difference, pair.low, pair.high, pair.share_above)
-            return Gain(a, b, -pair.difference, -pair.high, -pair.low, 1 - pair.share_above)
+                return Gain(
+                    a, b, pair.difference, pair.low, pair.high, pair.share_above, pair.examples
+                )
+            share = 1 - pair.share_above
+            return Gain(a, b, -pair.difference, -pair.high, -pair.low, share, pair.examples)
     raise ValueError(f"paired: lacks {metric} of {a} and {b}")
+
+
+def num_seeds(
+    methods: Mapping[Arm, MethodResult], paired: Sequence[PairedDifference], metric: Metric
+) -> int:
+    """Training runs a method behind the figures and differences of `metric`: the fewest of any.
+
+    From FEWEST_SEEDS on, the intervals include the variance between them.
+    """
+    finished = _ranked(methods, metric)
+    counts = [len(methods[method].seeds) for method in finished]
+    counts += [len(pair.seeds) for pair in paired if pair.metric == metric and pair.seeds]
+    return min(counts, default=0)
 
 
 def cheapest(methods: Mapping[Arm, MethodResult], among: Sequence[Trained]) -> Trained:

@@ -6,10 +6,14 @@ from collections.abc import Iterator, Mapping
 from tunefork.compare.comparison import SUBJECTS, TRAINED, Arm, Data, MethodResult, Model
 from tunefork.compare.evidence import Finding
 from tunefork.compare.units import count_text, difference_text, rate_text, sentence
+from tunefork.evaluate.intervals import FEWEST_SEEDS
+from tunefork.evaluate.statistics import FEWEST_EXAMPLES
 from tunefork.recipe import Metric
 
 MANY_EXAMPLES = 1_000_000
 """Evaluation sets beyond this are not proposed."""
+GENERATED: frozenset[Metric] = frozenset({"exact_match", "rouge_l"})
+"""Metrics of generated answers, of which `evaluate.max_generated` allows only so many."""
 
 
 def would_change(
@@ -28,8 +32,7 @@ def would_change(
     if not finding.finished:
         return
     yield from _more_examples(finding, metric, margin, data)
-    seeds = min(len(methods[method].seeds) for method in finding.finished)
-    if seeds < 3:
+    if finding.num_seeds < FEWEST_SEEDS:
         yield (
             "Three seeds or more (compare.seeds: [0, 1, 2]): another seed can move a method by as "
             "much as the methods differ, and that is unmeasured here."
@@ -47,6 +50,20 @@ def would_change(
     )
 
 
+def extent_text(metric: Metric, examples: int, data: Data) -> str:
+    """`5 generated answers`"""
+    unit = unit_of(metric, examples, data)
+    return f"{examples:,} {unit.removesuffix('s') if examples == 1 else unit}"
+
+
+def unit_of(metric: Metric, examples: int, data: Data) -> str:
+    """What the `examples` behind a figure of `metric` are: plain text is counted by its documents,
+    where these are enough to draw from, and otherwise by its sequences, as evaluation examples."""
+    if metric in GENERATED:
+        return "generated answers"
+    return "evaluation examples" if examples == data.eval_examples else "documents"
+
+
 def _more_examples(finding: Finding, metric: Metric, margin: float, data: Data) -> Iterator[str]:
     """How many evaluation examples would shrink the interval to the margin.
 
@@ -60,21 +77,31 @@ def _more_examples(finding: Finding, metric: Metric, margin: float, data: Data) 
     if gain is None or gain.high < 0:
         return
     half_width = (gain.high - gain.low) / 2
+    examples = gain.examples or data.eval_examples
+    unit = unit_of(metric, examples, data)
+    where = (
+        " (evaluate.max_generated, and as many evaluation examples)" if metric in GENERATED else ""
+    )
+    if gain.is_of_too_few and (margin <= 0 or half_width <= margin):
+        yield (
+            f"{FEWEST_EXAMPLES} {unit} or more{where}, in place of {examples:,}: with fewer, no "
+            "difference counts as detected."
+        )
     if margin <= 0 or half_width <= margin:
         return
-    needed = data.eval_examples * (half_width / margin) ** 2
+    needed = max(examples * (half_width / margin) ** 2, FEWEST_EXAMPLES)
     size = difference_text(metric, margin)
     pair = f"{SUBJECTS[gain.a]} and {SUBJECTS[gain.b]}"
     if needed > MANY_EXAMPLES:
         yield (
             f"A larger margin (compare.margin): telling {pair} apart to {size} would need over "
-            f"a million evaluation examples."
+            f"a million {unit}."
         )
         return
     step = 10 ** max(0, math.floor(math.log10(needed)) - 1)
     yield (
-        f"About {math.ceil(needed / step) * step:,} evaluation examples or more, in place of "
-        f"{data.eval_examples:,}: enough to tell {pair} apart to {size}, the margin."
+        f"About {math.ceil(needed / step) * step:,} {unit} or more{where}, in place of "
+        f"{examples:,}: enough to tell {pair} apart to {size}, the margin."
     )
 
 

@@ -15,7 +15,9 @@ from jinja2 import Environment, StrictUndefined
 
 from tunefork.compare.claims import claims
 from tunefork.compare.comparison import NAMES, Arm, Comparison
+from tunefork.compare.evidence import num_seeds
 from tunefork.compare.figures import drawings
+from tunefork.compare.outlook import extent_text
 from tunefork.compare.table import Cell, measured_rows
 from tunefork.compare.units import (
     METRIC_NAMES,
@@ -29,6 +31,8 @@ from tunefork.compare.units import (
 )
 from tunefork.compare.verdict import explanation, headline, subheading
 from tunefork.errors import TuneforkError
+from tunefork.evaluate.intervals import FEWEST_SEEDS
+from tunefork.evaluate.statistics import FEWEST_EXAMPLES
 from tunefork.recipe import Metric
 from tunefork.registry.run import write_atomically
 
@@ -115,6 +119,10 @@ def _data(comparison: Comparison) -> Iterator[tuple[str, str]]:
     data = comparison.data
     yield "Training examples", f"{data.train_examples:,} ({count_text(data.tokens)} tokens)"
     yield "Evaluation examples", f"{data.eval_examples:,}, used for no choice"
+    for metric, examples in _measured_on(comparison).items():
+        if examples != data.eval_examples:
+            what = extent_text(metric, examples, data)
+            yield sentence(METRIC_NAMES[metric]), f"measured on {what}"
     supervised = f"{share_text(data.supervised_share)} of the training tokens"
     yield "Supervised", f"{supervised}: what the model must learn to produce"
     if data.labels is not None:
@@ -122,6 +130,11 @@ def _data(comparison: Comparison) -> Iterator[tuple[str, str]]:
     if data.majority_share is not None:
         share = share_text(data.majority_share)
         yield "Most frequent label", f"always answering it would be right {share} of the time"
+
+
+def _measured_on(comparison: Comparison) -> dict[Metric, int]:
+    """How many examples each metric was computed from, where that is recorded."""
+    return {pair.metric: pair.examples for pair in comparison.paired if pair.examples is not None}
 
 
 def _conduct(comparison: Comparison) -> Iterator[str]:
@@ -153,13 +166,20 @@ def _conduct(comparison: Comparison) -> Iterator[str]:
             "Each method ran in a process of its own. Peak memory is that of the tensors on the "
             "GPU while training; the CUDA context comes on top."
         )
-    over = "examples and over seeds" if len(comparison.seeds) >= 3 else "examples"
-    yield (
-        f"Intervals are 95 % bootstrap intervals over evaluation {over}. Two methods are compared "
-        "example by example, which leaves out what makes an example hard for both."
+    seeds_part = (
+        "and over training seeds"
+        if num_seeds(comparison.methods, comparison.paired, comparison.primary_metric)
+        >= FEWEST_SEEDS
+        else f"and leave the variance of training out, which takes {FEWEST_SEEDS} seeds to measure"
     )
     yield (
-        "A method is named best only where its interval against every other method excludes 0; "
+        "Intervals are 95 % intervals over evaluation examples, by the bootstrap, widened for "
+        f"their number (by Wilson for accuracy and exact match), {seeds_part}. Two methods are "
+        "compared example by example, which leaves out what makes an example hard for both."
+    )
+    yield (
+        "A method is named best only where its interval against every other method excludes 0 on "
+        f"{FEWEST_EXAMPLES} examples or more; "
         "otherwise the cheapest of those that cannot be told apart is recommended (memory x time, "
         "then size of the artefact)."
     )

@@ -17,10 +17,10 @@ from typing import Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from tunefork.compare.trial import pad_id
 from tunefork.data.example import Encoded
 from tunefork.data.loader import epoch_order, load_data, validation_split
-from tunefork.errors import DataError, DivergedError
+from tunefork.errors import DivergedError
+from tunefork.evaluate.evaluate import pad_id
 from tunefork.evaluate.loss import loss_columns
 from tunefork.model.device import pick_device, pick_dtype
 from tunefork.model.load import load_tokenizer
@@ -106,13 +106,6 @@ class _Bench:
         data = load_data(recipe, tokenizer)
         seed = recipe.train.seed
         rest, validation = validation_split(data.train, recipe.compare.validation_share, seed)
-        if not rest or not validation:
-            raise DataError(
-                f"compare.validation_share: {recipe.compare.validation_share} of "
-                f"{len(data.train)} training examples leaves {len(rest)} to train on and "
-                f"{len(validation)} to choose by; give more examples, or set "
-                "compare.search_trials: 1"
-            )
         chosen = epoch_order(len(rest), seed, 0)
         chosen = chosen[: max(1, round(recipe.compare.search_share * len(data.train)))]
         device = pick_device()

@@ -90,16 +90,20 @@ def _share(result: MethodResult) -> Cell:
 
 
 def _memory(result: MethodResult) -> Cell:
-    return (
-        Cell() if result.peak_memory_bytes is None else Cell(bytes_text(result.peak_memory_bytes))
-    )
+    if result.peak_memory_bytes is None:
+        return Cell()
+    planned = result.predicted_memory_bytes
+    predicted = "" if planned is None else f"predicted {bytes_text(planned)}"
+    return Cell(bytes_text(result.peak_memory_bytes), predicted)
 
 
 def _time(result: MethodResult) -> Cell:
     if result.train_s is None:
         return Cell()
-    search = f"search {seconds_text(result.search_s)}" if result.search_s else ""
-    return Cell(seconds_text(result.train_s), search)
+    planned, search = result.predicted_train_s, result.search_s
+    details = [f"predicted {seconds_text(planned)}"] if planned is not None else []
+    details += [f"search {seconds_text(search)}"] if search else []
+    return Cell(seconds_text(result.train_s), ", ".join(details))
 
 
 def _speed(result: MethodResult) -> Cell:

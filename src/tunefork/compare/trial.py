@@ -1,11 +1,14 @@
 """One run of one method, from recipe to artefact and evaluation; or of the base, untrained.
 
 `tunefork train` is one trial; `tunefork compare` is a base trial and one for each method and seed.
+run.json is written once the artefact is saved, and again once it is evaluated: stopped in between,
+by Ctrl-C or an error, the same call goes on at the evaluation.
 """
 
 import json
 import platform
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -13,10 +16,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tunefork.data.loader import load_data
-from tunefork.evaluate.evaluate import Evaluation, check_metrics, evaluate, save_columns
+from tunefork.compare.check import check_recipe, check_tokens
+from tunefork.data.loader import Data, load_data
+from tunefork.errors import RunFolderError
+from tunefork.evaluate.evaluate import (
+    Evaluation,
+    evaluate,
+    pad_id,
+    plan_evaluation,
+    save_columns,
+)
 from tunefork.evaluate.statistics import estimate
-from tunefork.model.build import check_lora
 from tunefork.model.device import describe, pick_device, pick_dtype
 from tunefork.model.load import (
     load_model,
@@ -24,124 +34,250 @@ from tunefork.model.load import (
     load_tokenizer,
     without_progress_bars,
 )
+from tunefork.plan.gate import Prediction, learn, predict
 from tunefork.recipe import Method, Recipe, anchor
+from tunefork.registry.claim import Claim, claimed
 from tunefork.registry.opening import open_model
 from tunefork.registry.peft_format import save_adapter
 from tunefork.registry.run import (
     ADAPTER,
     COLUMNS,
     MODEL,
+    RECORD,
     STEPS,
     RunRecord,
-    claim,
     folder_bytes,
     read_record,
     write_record,
 )
+from tunefork.train.interrupt import Interrupt
 from tunefork.train.loop import StepRecord, TrainResult
 from tunefork.train.method import load_for_training, plan_steps, train_method
 from tunefork.train.progress import TrainProgress
 
 
-def run_trial(
-    recipe: Recipe, method: Method | None, folder: Path, *, seed: int, learning_rate: float | None
+def train_run(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    say: Callable[[str], None] = print,
+    ignore_plan: bool = False,
 ) -> RunRecord:
-    """Train `method` on all training examples (None: leave the base as it is), evaluate, save.
+    """`tunefork train`: the recipe's method in a run folder of its own; `say` gets warnings.
 
-    The artefact is saved before the evaluation, so that a failure there loses no training.
+    A run that cannot fit in memory is refused unless `ignore_plan`.
+
+    Ctrl-C ends training after the step at hand and saves what was learnt. Raises BadInputError
+    before any training; RunFolderError for a folder with an interrupted run, to overwrite none.
     """
-    device = pick_device()
-    dtype = pick_dtype(recipe.train.precision, device)
+    recipe = anchor(recipe, Path.cwd())
+    method = recipe.method
+    data = check_recipe(recipe, (method,), say, ignore_plan=ignore_plan)
+    with claimed(folder, recipe, Claim(verb="train", data_sha256=data.fingerprint())):
+        done = read_record(folder)
+        if done is not None and done.status == "ok":
+            return done
+        if done is not None and done.status == "interrupted":
+            raise RunFolderError(
+                f"{folder}: holds a run that was stopped after {done.num_steps} steps, and "
+                "training from the start would overwrite it. It can be used as it is (tunefork "
+                "chat, tunefork evaluate); to train again, give another folder with --out, or "
+                "remove this one"
+            )
+        rate = recipe.learning_rate(method)
+        return run_trial(recipe, method, folder, seed=recipe.train.seed, learning_rate=rate)
+
+
+def run_trial(
+    recipe: Recipe,
+    method: Method | None,
+    folder: Path,
+    *,
+    seed: int,
+    learning_rate: float | None,
+    keep_interrupted: bool = True,
+) -> RunRecord:
+    """Train `method` on all training examples (None: leave the base as it is), save, evaluate.
+
+    What lies trained in `folder` is only evaluated. An interrupted run is saved but not evaluated;
+    unless `keep_interrupted`, it raises KeyboardInterrupt at once instead.
+    """
     tokenizer = load_tokenizer(recipe.model)
     data = load_data(recipe, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
-    result: TrainResult | None = None
-    artifact: str | None = None
-    if method is None:
-        model = load_model(recipe.model, dtype=dtype, device=device)
+    record = read_record(folder)
+    if record is not None and record.status == "trained":
+        model = open_model(str(folder), precision=recipe.train.precision).model
+    elif method is None:
+        dtype = pick_dtype(recipe.train.precision, pick_device())
+        model = load_model(recipe.model, dtype=dtype, device=pick_device())
+        record = _record(recipe, None, seed=seed)
     else:
         assert learning_rate is not None
-        model = load_for_training(recipe, method, dtype=dtype, device=device, seed=seed)
-        num_steps = len(plan_steps(recipe, len(data.train), seed=seed))
-        with (
-            _step_log(folder / STEPS) as log,
-            TrainProgress(
-                str(method), num_steps=num_steps, device=device, every_s=recipe.train.log_every_s
-            ) as progress,
-        ):
-
-            def on_step(record: StepRecord) -> None:
-                log(record)
-                progress.on_step(record)
-
-            result = train_method(
-                model,
-                data.train,
-                recipe,
-                method,
-                learning_rate=learning_rate,
-                seed=seed,
-                pad_id=pad_id(tokenizer),
-                on_step=on_step,
-            )
-        artifact = MODEL if method is Method.FULL else ADAPTER
-        _save(model, tokenizer, method, recipe, folder / artifact)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        prediction = predict(recipe, method, data.train)
+        (folder / RECORD).unlink(missing_ok=True)  # what it tells of is overwritten from here on
+        model, result = _train(
+            recipe, method, data, tokenizer, folder / STEPS, seed=seed, learning_rate=learning_rate
+        )
+        if result.status == "interrupted" and not keep_interrupted:
+            raise KeyboardInterrupt
+        record = _record(recipe, method, seed=seed, learning_rate=learning_rate, result=result)
+        if prediction is not None:
+            record = _learnt(record, prediction, result)
+        record = _save(model, tokenizer, recipe, record, folder)
+        if record.status == "interrupted":
+            return record
     evaluation = evaluate(model, tokenizer, data, recipe)
-    save_columns(evaluation.columns, folder / COLUMNS)
-    record = {
-        "status": "ok" if result is None else result.status,
-        "method": method,
-        "seed": seed,
-        "learning_rate": learning_rate,
-        "model_id": recipe.model.id,
-        "model_revision": recipe.model.revision,
-        "total_params": base_parameters(recipe),
-        "trainable_params": 0 if method is None else trained,
-        "num_steps": 0 if result is None else len(result.steps),
-        "tokens": 0 if result is None else result.tokens,
-        "supervised_tokens": 0 if result is None else result.supervised_tokens,
-        "train_s": 0.0 if result is None else result.seconds,
-        "tokens_per_s": None if result is None else result.tokens / result.seconds,
-        "peak_memory_bytes": None if result is None else result.peak_memory_bytes,
-        "memory_kind": "cuda_allocated" if device.type == "cuda" else "resident",
-        "evaluate_s": evaluation.seconds,
-        "majority_share": evaluation.majority_share,
-        "metrics": metric_intervals(evaluation, recipe),
-        "artifact": artifact,
-        "artifact_bytes": None if artifact is None else folder_bytes(folder / artifact),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": describe(device),
-        "versions": versions(),
-    }
-    written = RunRecord.model_validate(record)
-    write_record(folder, written)
-    return written
+    return _finish(evaluation, recipe, record, folder)
 
 
-def train_run(recipe: Recipe, folder: Path) -> RunRecord:
-    """`tunefork train`: the recipe's method in a run folder of its own."""
-    recipe = anchor(recipe, Path.cwd())
-    if recipe.method is not Method.FULL:
-        check_lora(load_skeleton(recipe.model), recipe.lora)
-    check_metrics(recipe, load_data(recipe, load_tokenizer(recipe.model)))
-    claim(folder, recipe)
-    done = read_record(folder)
-    if done is not None and done.status == "ok":
-        return done
-    return run_trial(
-        recipe,
-        recipe.method,
-        folder,
-        seed=recipe.train.seed,
-        learning_rate=recipe.learning_rate(recipe.method),
+def _train(
+    recipe: Recipe,
+    method: Method,
+    data: Data,
+    tokenizer: Any,
+    steps: Path,
+    *,
+    seed: int,
+    learning_rate: float,
+) -> tuple[Any, TrainResult]:
+    """The base, loaded and trained; each step is logged to `steps`."""
+    device = pick_device()
+    dtype = pick_dtype(recipe.train.precision, device)
+    model = load_for_training(recipe, method, dtype=dtype, device=device, seed=seed)
+    num_steps = len(plan_steps(recipe, len(data.train), seed=seed))
+    every_s = recipe.train.log_every_s
+    with (
+        _step_log(steps) as log,
+        TrainProgress(str(method), num_steps=num_steps, device=device, every_s=every_s) as progress,
+    ):
+
+        def on_step(record: StepRecord) -> None:
+            log(record)
+            progress.on_step(record)
+
+        result = train_method(
+            model,
+            data.train,
+            recipe,
+            method,
+            learning_rate=learning_rate,
+            seed=seed,
+            pad_id=pad_id(tokenizer),
+            on_step=on_step,
+        )
+    return model, result
+
+
+def _save(model: Any, tokenizer: Any, recipe: Recipe, record: RunRecord, folder: Path) -> RunRecord:
+    """Write the artefact and its record, which is returned with what it lacked.
+
+    A signal meanwhile is heeded once both are written: it would cost all the training.
+    """
+    name = MODEL if record.method is Method.FULL else ADAPTER
+    with Interrupt() as interrupt:
+        if record.method is Method.FULL:
+            with without_progress_bars():
+                model.save_pretrained(folder / name)
+        else:
+            save_adapter(
+                model,
+                folder / name,
+                recipe.lora,
+                base=recipe.model.id,
+                revision=recipe.model.revision,
+            )
+        tokenizer.save_pretrained(folder / name)
+        saved = {
+            "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "artifact": name,
+            "artifact_bytes": folder_bytes(folder / name),
+        }
+        record = record.model_copy(update=saved)
+        write_record(folder, record)
+    if interrupt.requested:
+        raise KeyboardInterrupt
+    return record
+
+
+def _learnt(record: RunRecord, prediction: Prediction, result: TrainResult) -> RunRecord:
+    """The record with what was predicted, which is remembered beside what it took."""
+    learn(
+        prediction,
+        device=str(record.device["name"]),
+        case=f"{record.method} of {record.total_params / 1e9:.3g}B",
+        num_steps=len(result.steps),
+        train_s=result.seconds,
+        process_bytes=result.process_bytes,
+        say=lambda line: print(line, file=sys.stderr),
+    )
+    on_gpu = record.memory_kind == "cuda_allocated"
+    predicted = prediction.tensor_bytes if on_gpu else prediction.process_bytes
+    return record.model_copy(
+        update={"predicted_memory_bytes": predicted, "predicted_step_s": prediction.step_s}
     )
 
 
-def evaluate_target(target: str, recipe: Recipe) -> dict[str, tuple[float, float, float]]:
+def _finish(evaluation: Evaluation, recipe: Recipe, record: RunRecord, folder: Path) -> RunRecord:
+    """Write the columns and the record that counts as done, which is returned."""
+    save_columns(evaluation.columns, folder / COLUMNS)
+    measured = {
+        "status": "ok",
+        "evaluate_s": evaluation.seconds,
+        "majority_share": evaluation.majority_share,
+        "metrics": metric_intervals(evaluation, recipe),
+    }
+    record = record.model_copy(update=measured)
+    write_record(folder, record)
+    return record
+
+
+def _record(
+    recipe: Recipe,
+    method: Method | None,
+    *,
+    seed: int,
+    learning_rate: float | None = None,
+    result: TrainResult | None = None,
+) -> RunRecord:
+    """What is known before anything is saved or evaluated; no `result`: the untrained base."""
+    device = pick_device()
+    is_interrupted = result is not None and result.status == "interrupted"
+    return RunRecord(
+        status="interrupted" if is_interrupted else "trained",
+        method=method,
+        seed=seed,
+        learning_rate=learning_rate,
+        model_id=recipe.model.id,
+        model_revision=recipe.model.revision,
+        total_params=sum(p.numel() for p in load_skeleton(recipe.model).parameters()),
+        trainable_params=0,
+        num_steps=0 if result is None else len(result.steps),
+        tokens=0 if result is None else result.tokens,
+        supervised_tokens=0 if result is None else result.supervised_tokens,
+        train_s=0.0 if result is None else result.seconds,
+        tokens_per_s=None if result is None else result.tokens / result.seconds,
+        peak_memory_bytes=None if result is None else result.peak_memory_bytes,
+        memory_kind="cuda_allocated" if device.type == "cuda" else "resident",
+        evaluate_s=0.0,
+        majority_share=None,
+        metrics={},
+        artifact=None,
+        artifact_bytes=None,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        device=describe(device),
+        versions=versions(),
+    )
+
+
+def evaluate_target(
+    target: str, recipe: Recipe, *, say: Callable[[str], None] = print
+) -> dict[str, tuple[float, float, float]]:
     """Metrics (value, low, high) of a run, adapter or model on the recipe's evaluation examples."""
     opened = open_model(target, precision=recipe.train.precision)
     data = load_data(recipe, opened.tokenizer)
+    plan = plan_evaluation(recipe, data, opened.tokenizer)
+    check_tokens(opened.model, recipe, data, plan, opened.tokenizer, say)
     return metric_intervals(evaluate(opened.model, opened.tokenizer, data, recipe), recipe)
 
 
@@ -154,29 +290,10 @@ def metric_intervals(
     return {metric: (i.value, i.low, i.high) for metric, i in found.items()}
 
 
-def pad_id(tokenizer: Any) -> int:
-    """An id to pad with; any will do, since padding is masked by position."""
-    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
-
-
-def base_parameters(recipe: Recipe) -> int:
-    """Parameters of the recipe's base, from its config alone."""
-    return sum(p.numel() for p in load_skeleton(recipe.model).parameters())
-
-
 def versions() -> dict[str, str]:
     """What a figure's reproduction needs."""
     packages = ("tunefork", "torch", "transformers", "bitsandbytes", "numpy")
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
-
-
-def _save(model: Any, tokenizer: Any, method: Method, recipe: Recipe, folder: Path) -> None:
-    if method is Method.FULL:
-        with without_progress_bars():
-            model.save_pretrained(folder)
-    else:
-        save_adapter(model, folder, recipe.lora, base=recipe.model.id)
-    tokenizer.save_pretrained(folder)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from tunefork.compare.comparison import (
     Verdict,
 )
 from tunefork.compare.evidence import Finding, Gain, train_and_search_s, weigh
-from tunefork.compare.outlook import would_change
+from tunefork.compare.outlook import extent_text, would_change
 from tunefork.compare.units import (
     METRIC_NAMES,
     count_text,
@@ -28,11 +28,13 @@ from tunefork.compare.units import (
     ratio_text,
     sentence,
 )
+from tunefork.evaluate.intervals import FEWEST_SEEDS
+from tunefork.evaluate.statistics import FEWEST_EXAMPLES
 from tunefork.recipe import Metric
 
-FEWEST_EXAMPLES = 30
-"""Below this many evaluation examples a percentile bootstrap is visibly too narrow (Hesterberg
-2015, https://doi.org/10.1080/00031305.2015.1089789, section 3), and the verdict says so."""
+FEW_EXAMPLES = 30
+"""Below this many the interval of a skewed figure is visibly too narrow (the table in
+evaluate/statistics.py), and the verdict says so."""
 
 
 def decide(
@@ -151,10 +153,7 @@ def _best_is_chosen(finding: Finding, metric: Metric) -> Iterator[str]:
     if not finding.rivals:
         yield "No other method has a figure, so it is judged against the base alone."
     for rival in sorted(finding.rivals, key=lambda gain: gain.value):
-        if rival.is_detected(len(finding.rivals)):
-            yield f"It is {_ahead(rival, metric)}: a detectable difference."
-        else:
-            yield f"It is {_ahead(rival, metric)}: that could be chance."
+        yield f"It is {_ahead(rival, metric)}: {_standing(rival, len(finding.rivals))}."
     behind = [g.a for g in finding.over_base if not g.is_detected(len(finding.finished))]
     for method in behind:
         yield f"{sentence(SUBJECTS[method])} does not detectably beat the untouched base."
@@ -165,11 +164,10 @@ def _best_is_chosen(finding: Finding, metric: Metric) -> Iterator[str]:
 def _cheaper_is_chosen(lost: Gain, metric: Metric, margin: float, chances: int) -> Iterator[str]:
     """What could be lost by choosing `lost.b`, which costs less, in place of the best, `lost.a`."""
     best = SUBJECTS[lost.a]
-    chance = "a detectable difference" if lost.is_detected(chances) else "that could be chance"
     low, high = (difference_number(metric, value) for value in (lost.low, lost.high))
     yield (
         f"{sentence(best)}, measured best, is ahead of it by {difference_text(metric, lost.value)} "
-        f"(95 % interval {low} to {high}): {chance}."
+        f"(95 % interval {low} to {high}): {_standing(lost, chances)}."
     )
     worst, matters = difference_text(metric, lost.high), difference_text(metric, margin)
     if lost.high <= margin:
@@ -226,23 +224,45 @@ def _cautions(
         yield f"Always answering the most frequent label would reach {share}" + (
             "." if best.low > data.majority_share else ", and the best method is not above that."
         )
-    seeds = min(len(methods[method].seeds) for method in finding.finished)
-    if seeds < 3:
-        runs = "one training run" if seeds == 1 else f"{seeds} training runs"
+    if finding.num_seeds < FEWEST_SEEDS:
+        runs = (
+            "one training run" if finding.num_seeds == 1 else f"{finding.num_seeds} training runs"
+        )
         yield (
             f"With {runs} a method, the variance of training is unmeasured: the intervals cover "
             "the choice of evaluation examples only."
         )
-    if data.eval_examples < FEWEST_EXAMPLES:
+    yield from _extent(finding, metric, model, data)
+
+
+def _extent(finding: Finding, metric: Metric, model: Model, data: Data) -> Iterator[str]:
+    """How much was measured, and what so little cannot show."""
+    examples = finding.examples or data.eval_examples
+    measured = extent_text(metric, examples, data)
+    if examples < FEWEST_EXAMPLES:
         yield (
-            f"With only {data.eval_examples} evaluation examples the intervals are too narrow; "
-            f"give {FEWEST_EXAMPLES} or more."
+            f"With only {measured} nothing counts as detected, whatever the intervals: that takes "
+            f"{FEWEST_EXAMPLES}, and {FEW_EXAMPLES} or more where a few odd ones could decide."
         )
+    elif examples < FEW_EXAMPLES:
+        yield (
+            f"With only {measured} the intervals are too narrow where a few odd ones decide; give "
+            f"{FEW_EXAMPLES} or more."
+        )
+    whole = f" (of {data.eval_examples:,} evaluation examples)"
     yield (
-        f"Measured on {model.id} ({count_text(model.parameters)} parameters) and "
-        f"{data.eval_examples:,} evaluation examples; it says nothing about a model of another "
-        "size."
+        f"Measured on {model.id} ({count_text(model.parameters)} parameters) and {measured}"
+        f"{whole if examples < data.eval_examples else ''}; it says nothing about a model of "
+        "another size."
     )
+
+
+def _standing(gain: Gain, chances: int) -> str:
+    """What a difference is worth."""
+    if gain.is_detected(chances):
+        return "a detectable difference"
+    is_apart = gain.low > 0 or gain.high < 0
+    return "too few examples to tell" if is_apart and gain.is_of_too_few else "that could be chance"
 
 
 def _listed(parts: Sequence[str]) -> str:

@@ -8,9 +8,13 @@ fails it leaves `error.json`; when it leaves nothing, it was killed.
     python -m tunefork.compare.worker FOLDER base
     python -m tunefork.compare.worker FOLDER search METHOD
     python -m tunefork.compare.worker FOLDER train METHOD SEED LEARNING_RATE
+
+Signals reach the child by way of its parent only, once each. A child whose parent is gone, however
+it went, sees its standard input end, and ends too.
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -21,10 +25,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from tunefork.compare.search import search
-from tunefork.compare.trial import run_trial
 from tunefork.errors import BadInputError, TuneforkError, is_disk_full
 from tunefork.recipe import Method, load
 from tunefork.registry.run import RECIPE, write_atomically
@@ -46,23 +46,19 @@ def seed_folder(folder: Path, method: Method, seed: int) -> Path:
     return folder / str(method) / f"seed-{seed}"
 
 
-def start(folder: Path, *task: str) -> Failure | None:
-    """Run one piece to its end; None if it succeeded.
+def start(folder: Path, *task: str, lock: int | None = None) -> Failure | None:
+    """Run one piece to its end; None if it succeeded. The piece holds `lock` too, while it lives.
 
     Raises KeyboardInterrupt where the piece was interrupted: the comparison ends too.
     """
     error_file = folder / ERROR
     error_file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "tunefork.compare.worker", str(folder), *task]
-    # A process group of its own: signals reach the child by way of this process only, once each.
-    with (
-        subprocess.Popen(command, process_group=0) as process,
-        _passing_on_signals(process) as was_asked_to_end,
-    ):
+    with _child(folder, *task, lock=lock) as (process, was_asked_to_end):
         status = process.wait()
     if status == 0 and not was_asked_to_end.is_set():
         return None
     if status == _INTERRUPTED or was_asked_to_end.is_set():
+        error_file.unlink(missing_ok=True)  # of libraries that make an error of Ctrl-C
         raise KeyboardInterrupt
     if status == _DISK_FULL:
         return Failure(_DISK_IS_FULL)
@@ -81,32 +77,45 @@ _INTERRUPTED = 130
 _DISK_FULL = 74  # EX_IOERR of sysexits.h: a full disk takes no error.json either
 _DISK_IS_FULL = "the disk is full; free some space and run the same command again"
 
-
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C, a scheduler's request, a terminal that was closed."""
 
 
 @contextmanager
-def _passing_on_signals(process: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
-    """Let the child end in good order where this process is told to end; tells whether it was.
+def _child(
+    folder: Path, *task: str, lock: int | None
+) -> Iterator[tuple[subprocess.Popen[bytes], threading.Event]]:
+    """The piece's process, which the signals to this one are passed on to, and whether any was.
 
-    Python handles signals in the main thread only; elsewhere they do what they did.
+    Signals are blocked while it starts. The child inherits that and unblocks them once it can heed
+    them, so that none is lost and none ends either process half way in with a traceback. Python
+    handles signals in the main thread only; elsewhere they do what they did.
     """
+    command = [sys.executable, "-m", "tunefork.compare.worker", str(folder), *task]
     asked = threading.Event()
-
-    def pass_on(number: int, _frame: object) -> None:
-        asked.set()
-        process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = {number: signal.signal(number, pass_on) for number in _ENDING}
+    before = {}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     try:
-        yield asked
+        # A process group of its own: the terminal's Ctrl-C does not reach it beside ours.
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            process_group=0,
+            pass_fds=() if lock is None else (lock,),
+        ) as process:
+
+            def pass_on(number: int, _frame: object) -> None:
+                asked.set()
+                process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+
+            if threading.current_thread() is threading.main_thread():
+                before = {number: signal.signal(number, pass_on) for number in _heeded()}
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            yield process, asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def main(arguments: list[str]) -> int:
@@ -127,6 +136,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(folder: Path, task: list[str]) -> None:
+    from tunefork.compare.search import search
+    from tunefork.compare.trial import run_trial
+
     recipe = load(folder / RECIPE)
     match task:
         case ["base"]:
@@ -134,20 +146,21 @@ def _run(folder: Path, task: list[str]) -> None:
         case ["search", method]:
             search(recipe, Method(method), folder / method)
         case ["train", method, seed, learning_rate]:
-            record = run_trial(
+            run_trial(
                 recipe,
                 Method(method),
                 seed_folder(folder, Method(method), int(seed)),
                 seed=int(seed),
                 learning_rate=float(learning_rate),
+                keep_interrupted=False,  # the next call trains it again
             )
-            if record.status == "interrupted":
-                raise KeyboardInterrupt
         case _:
             raise ValueError(f"no such task: {task}")
 
 
 def _describe(error: Exception) -> dict[str, str | bool]:
+    import torch
+
     if isinstance(error, TuneforkError):
         return {"message": str(error), "is_bad_input": isinstance(error, BadInputError)}
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or _CPU_MEMORY in str(error):
@@ -158,5 +171,47 @@ def _describe(error: Exception) -> dict[str, str | bool]:
     return {"message": message, "is_bad_input": False}
 
 
+def _in_child(arguments: list[str]) -> int:
+    """`main`, in a process that heeds signals and its parent's end from its first line to its last.
+
+    Until PyTorch and transformers are loaded, which takes seconds, a signal ends the process at
+    once: there is nothing to lose yet, and an exception would come up inside their imports, which
+    make other errors of it.
+    """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    before = {number: signal.signal(number, _end_at_once) for number in _heeded()}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+    import tunefork.compare.search
+    import tunefork.compare.trial  # noqa: F401
+
+    try:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        return main(arguments)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    finally:
+        for number in _ENDING:  # Python's own end has tracebacks too
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _heeded() -> list[signal.Signals]:
+    """All of `_ENDING` but those that whoever started us wants ignored (nohup)."""
+    return [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def _end_at_once(_number: int, _frame: object) -> None:
+    os._exit(_INTERRUPTED)
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of standard input, whose other end the parent holds and never writes to.
+
+    As Linux's PR_SET_PDEATHSIG, but on macOS too and whichever thread of the parent started us.
+    """
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(_INTERRUPTED)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(_in_child(sys.argv[1:]))

@@ -97,6 +97,16 @@ class Renderer:
         """Whether the last token is one that can end a turn."""
         return int(encoded.input_ids[-1]) in self._end_of_turn_ids
 
+    @cached_property
+    def sample(self) -> Encoded | None:
+        """A made-up conversation of two rounds or, where the template refuses that, of one."""
+        turns = (Message("user", "a"), Message("assistant", "b"))
+        for messages in (turns + turns, turns):
+            encoded = self.attempt(Example("sample", messages=messages))
+            if isinstance(encoded, Encoded):
+                return encoded
+        return None
+
     def _encode_text(self, example: Example, text: str) -> Encoded:
         ids = self._tokenize([text])[0]
         eos = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
@@ -168,11 +178,7 @@ class Renderer:
 
     @cached_property
     def _end_of_turn(self) -> tuple[str, ...]:
-        """Tokens that may end a turn: every added one but white space."""
-        added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
-        return tuple(
-            token for token in {*added, *self.tokenizer.all_special_tokens} if token.strip()
-        )
+        return end_of_turn_tokens(self.tokenizer)
 
     @cached_property
     def _end_of_turn_ids(self) -> frozenset[int]:
@@ -181,3 +187,22 @@ class Renderer:
     @cached_property
     def _has_marks(self) -> bool:
         return self.template_in_use == "chat" and has_marks(self.tokenizer)
+
+
+def end_of_turn_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Tokens that may end a turn: every added one but white space.
+
+    transformers 5 counts only those as special that the tokenizer has a name for (`eos_token`).
+    """
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    return tuple(token for token in {*added, *tokenizer.all_special_tokens} if token.strip())
+
+
+def answer_ends(tokenizer: Any, examples: Sequence[Encoded]) -> list[int]:
+    """Ids of the end-of-turn tokens with which the answers of `examples` are closed."""
+    may_end = set(tokenizer.convert_tokens_to_ids(list(end_of_turn_tokens(tokenizer))))
+    found: dict[int, None] = {}
+    for example in examples:
+        is_last = example.supervised & ~np.append(example.supervised[1:], False)
+        found |= dict.fromkeys(example.input_ids[is_last].tolist())
+    return [token for token in found if token in may_end]

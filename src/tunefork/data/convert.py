@@ -7,7 +7,7 @@ that names the field and never its text. What would change the meaning of a conv
 be honoured (tool calls, images, per-turn weights) is a problem too, not a silent loss.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,10 +55,10 @@ def rename(row: Row, columns: Mapping[str, str]) -> Row:
     return Row(row.source, kept | found)
 
 
-def detect(fields: Fields) -> str | None:
-    """The first format whose required fields are all there, or None."""
+def detect(fields: Collection[str]) -> str | None:
+    """The first format whose required fields are all among the names `fields`, or None."""
     for name, required in REQUIRED.items():
-        if all(fields.get(field) is not None for field in required):
+        if all(field in fields for field in required):
             return name
     return None
 

@@ -1,6 +1,7 @@
 """A location of the recipe becomes examples, with every row that cannot be used named.
 
-The format is settled once, by the first row that fits one; then all rows are held to it.
+The format is settled once, by the fields of all rows; then each row is held to it. Rows that speak
+for different formats are an error: whichever was taken, the others would mean something else.
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ def ingest(location: str, section: DataSection, format: str) -> Ingested:
     rows = [
         rename(row, section.columns) if isinstance(row, Row) else row for row in read_rows(location)
     ]
-    if format == "auto":
+    is_detected = format == "auto"
+    if is_detected:
         format = _detect(location, rows)
     _refuse_misfits(section, format)
     examples: list[Example] = []
@@ -37,6 +39,9 @@ def ingest(location: str, section: DataSection, format: str) -> Ingested:
     for row in rows:
         example = convert(row, format, section.system) if isinstance(row, Row) else row
         if isinstance(example, RowProblem):
+            if is_detected and isinstance(row, Row) and _fits_another(row, format):
+                what = f"{example.what} (the rows are {format}; if not, set data.format)"
+                example = RowProblem(example.source, what)
             problems.append(example)
         elif section.labels and example.label not in section.labels:
             what = f"its label is none of the {len(section.labels)} in data.labels"
@@ -47,16 +52,41 @@ def ingest(location: str, section: DataSection, format: str) -> Ingested:
 
 
 def _detect(location: str, rows: list[Row | RowProblem]) -> str:
-    formats = (detect(row.fields) for row in rows if isinstance(row, Row))
-    found = next((format for format in formats if format), None)
-    if found is None:
-        expected = "; ".join(f"{name}: {' + '.join(REQUIRED[name])}" for name in REQUIRED)
-        first = f"\n  {problem}" if isinstance(problem := rows[0], RowProblem) else ""
+    """The one format that rows have the fields of; rows with those of none are problems, later.
+
+    A field that is null counts: it is missing from its row, and the row is no other format by that.
+    A field that is null in every row does not: a table has its columns whether used or not. Rows
+    that lack a field of a format that others have (`text` without `label`) are of that, and bad.
+    """
+    usable = [row for row in rows if isinstance(row, Row)]
+    used = {name for row in usable for name, value in row.fields.items() if value is not None}
+    first: dict[str, Row] = {}
+    for row in usable:
+        format = detect(row.fields.keys() & used)
+        if format is not None:
+            first.setdefault(format, row)
+    for format in first:
+        if all(set(REQUIRED[format]) >= set(REQUIRED[other]) for other in first):
+            return format
+    if first:
+        found = "; ".join(f"{row.source} is {format}" for format, row in first.items())
         raise DataError(
-            f"{location}: no row has the fields of a known format ({expected}); "
-            f"name its columns in data.columns{first}"
+            f"{location}: its rows have the fields of different formats ({found}); set data.format "
+            f"to one of {', '.join(first)}: rows that lack its fields are then bad rows "
+            "(data.bad_rows)"
         )
-    return found
+    expected = "; ".join(f"{name}: {' + '.join(REQUIRED[name])}" for name in REQUIRED)
+    problem = f"\n  {rows[0]}" if isinstance(rows[0], RowProblem) else ""
+    raise DataError(
+        f"{location}: no row has the fields of a known format ({expected}); "
+        f"name its columns in data.columns{problem}"
+    )
+
+
+def _fits_another(row: Row, format: str) -> bool:
+    """Whether this row, by the fields that it has values for, would be of another format."""
+    fields = [name for name, value in row.fields.items() if value is not None]
+    return detect(fields) not in (None, format)
 
 
 def _refuse_misfits(section: DataSection, format: str) -> None:

@@ -54,7 +54,7 @@ def validation_split(
     if not rest or not validation:
         raise DataError(
             f"data.train: {len(examples)} examples ({len(set(keys))} different) are too few to cut "
-            f"a validation share of {share:g} off; give more, or leave the search out"
+            f"a validation share of {share:g} off; give more, or set compare.search_trials: 1"
         )
     return rest, validation
 
@@ -86,6 +86,8 @@ def steps(
     left = max(1, round(epochs * n))
     batches: list[list[int]] = []
     for epoch in range(-(-left // n)):
+        if max_steps is not None and len(batches) >= max_steps:
+            break  # before the epochs that would be shuffled for nothing
         order = epoch_order(n, seed, epoch)[: left - epoch * n]
         batches += [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     return batches[:max_steps]

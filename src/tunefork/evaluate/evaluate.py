@@ -14,12 +14,13 @@ from tunefork.data.example import Encoded
 from tunefork.data.isolation import check_packing
 from tunefork.data.loader import Data
 from tunefork.errors import DataError, RecipeError, TuneforkError
-from tunefork.evaluate.forgetting import forgetting_columns
+from tunefork.evaluate.forgetting import encode_passages, forgetting_columns
 from tunefork.evaluate.generate import generation_columns
-from tunefork.evaluate.labels import label_columns
+from tunefork.evaluate.labels import check_answers, label_columns
 from tunefork.evaluate.loss import loss_columns
 from tunefork.evaluate.statistics import Columns
 from tunefork.recipe import Metric, Recipe
+from tunefork.train.kernels import attention_kernels
 
 FORGETTING = "forgetting_loss"
 _LABELLED = ("accuracy", "macro_f1")
@@ -59,55 +60,91 @@ def check_metrics(recipe: Recipe, data: Data) -> tuple[Metric, ...]:
     return wanted
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will be measured, and everything it takes but the model."""
+
+    metrics: tuple[Metric, ...]
+    answers: list[list[int]] | None
+    """Token ids of each label's answer, where labels are scored."""
+    generated: list[Encoded]
+    """The evaluation examples that answers are generated for."""
+    passages: list[Encoded]
+    """The general text that forgetting is measured on."""
+
+
+def plan_evaluation(recipe: Recipe, data: Data, tokenizer: Any) -> Plan:
+    """What `evaluate` will measure, found wrong here, before anything is trained, if it can be.
+
+    Raises RecipeError for a metric that the data cannot have; DataError where no evaluation example
+    has what a metric needs, where labels cannot be scored alike, and for a general text that cannot
+    be read.
+    """
+    metrics = check_metrics(recipe, data)
+    answers, generated, passages = None, list[Encoded](), list[Encoded]()
+    if data.labels and set(metrics) & set(_LABELLED):
+        answers = _answers(data)
+        check_answers(data.eval, data.labels, answers)
+    if set(metrics) & set(_GENERATED):
+        generated = _answered(data)[: recipe.evaluate.max_generated]
+    if recipe.evaluate.forgetting is not None:
+        passages = encode_passages(tokenizer, recipe.evaluate.forgetting)
+    return Plan(metrics, answers, generated, passages)
+
+
 def evaluate(model: PreTrainedModel, tokenizer: Any, data: Data, recipe: Recipe) -> Evaluation:
     """Measure `model` on the evaluation examples.
 
-    Raises TuneforkError for a figure that is not finite, DataError where no evaluation example has
-    what a metric needs, ModelError where `model` cannot be given packed rows but the recipe asks
-    for them.
+    Raises what `plan_evaluation` does, TuneforkError for a figure that is not finite, ModelError
+    where `model` cannot be given packed rows but the recipe asks for them.
     """
     start = time.perf_counter()
-    metrics = check_metrics(recipe, data)
-    max_tokens = recipe.train.micro_batch_tokens
-    pad_id = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
-    batching: dict[str, Any] = {"max_tokens": max_tokens, "pad_id": pad_id}
+    plan = plan_evaluation(recipe, data, tokenizer)
+    with attention_kernels():
+        columns = _measure(model, tokenizer, data, recipe, plan)
+    for name, values in columns.items():
+        if not bool(np.isfinite(values).all()):
+            raise TuneforkError(f"evaluation: {name} is not finite; the model is broken")
+    return Evaluation(
+        metrics=(*plan.metrics, *((FORGETTING,) if plan.passages else ())),
+        columns=columns,
+        seconds=time.perf_counter() - start,
+        majority_share=_majority_share(data),
+    )
+
+
+def _measure(
+    model: PreTrainedModel, tokenizer: Any, data: Data, recipe: Recipe, plan: Plan
+) -> Columns:
     packing = recipe.train.packing
     if packing:
         check_packing(model)
-    if data.labels and set(metrics) & set(_LABELLED):
+    batching: dict[str, Any] = {
+        "max_tokens": recipe.train.micro_batch_tokens,
+        "pad_id": pad_id(tokenizer),
+    }
+    if plan.answers is not None and data.labels is not None:
+        by_token = recipe.evaluate.label_normalization == "tokens"
         columns = label_columns(
-            model,
-            data.eval,
-            data.labels,
-            _answers(data),
-            by_token=recipe.evaluate.label_normalization == "tokens",
-            **batching,
+            model, data.eval, data.labels, plan.answers, by_token=by_token, **batching
         )
     else:
         columns = loss_columns(model, data.eval, packing=packing, **batching)
         if data.format == "text":
             columns = _by_document(columns, [example.source for example in data.eval])
-    if set(metrics) & set(_GENERATED):
+    if plan.generated:
+        max_new_tokens = recipe.evaluate.max_new_tokens
         columns |= generation_columns(
-            model,
-            tokenizer,
-            _answered(data)[: recipe.evaluate.max_generated],
-            max_new_tokens=recipe.evaluate.max_new_tokens,
-            **batching,
+            model, tokenizer, plan.generated, max_new_tokens=max_new_tokens, **batching
         )
-    if recipe.evaluate.forgetting is not None:
-        columns |= forgetting_columns(
-            model, tokenizer, recipe.evaluate.forgetting, packing=packing, **batching
-        )
-    for name, values in columns.items():
-        if not bool(np.isfinite(values).all()):
-            raise TuneforkError(f"evaluation: {name} is not finite; the model is broken")
-    return Evaluation(
-        metrics=(*metrics, *((FORGETTING,) if recipe.evaluate.forgetting is not None else ())),
-        columns=columns,
-        seconds=time.perf_counter() - start,
-        majority_share=_majority_share(data),
-    )
+    if plan.passages:
+        columns |= forgetting_columns(model, plan.passages, packing=packing, **batching)
+    return columns
+
+
+def pad_id(tokenizer: Any) -> int:
+    """An id to pad with; any will do, since padding is masked by position."""
+    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
 def save_columns(columns: Columns, file: Path) -> None:

@@ -6,7 +6,7 @@ cannot show. Every passage is an example of its own, so that the interval and th
 untouched base work as they do for every other metric.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,32 +26,35 @@ MAX_LENGTH = 128
 _FIELD = "evaluate.forgetting"
 
 
+def encode_passages(
+    tokenizer: Any, location: str, *, max_length: int = MAX_LENGTH
+) -> list[Encoded]:
+    """Each passage's first `max_length` tokens; `location` is as `read_passages` takes it.
+
+    Raises DataError as `read_passages` does, or where no passage has two tokens.
+    """
+    passages = []
+    for source, text in read_passages(location):
+        input_ids = np.array(tokenizer(text)["input_ids"][:max_length], dtype=np.int32)
+        if len(input_ids) > 1:  # the first token is given, so one alone leaves nothing to predict
+            passages.append(Encoded(source, input_ids, np.ones(len(input_ids), dtype=np.bool_)))
+    if not passages:
+        raise DataError(f"{_FIELD}: {location} has no passage of two tokens or more")
+    return passages
+
+
 def forgetting_columns(
     model: PreTrainedModel,
-    tokenizer: Any,
-    location: str,
+    passages: Sequence[Encoded],
     *,
     max_tokens: int,
     packing: bool,
     pad_id: int,
-    max_length: int = MAX_LENGTH,
 ) -> Columns:
-    """Columns `forgetting_loss_sum` (nats) and `forgetting_tokens` of each passage.
-
-    `location` is as `read_passages` takes it; of each passage the first `max_length` tokens count.
-    Raises DataError as `read_passages` does, or where no passage has two tokens.
-    """
-    examples = []
-    for source, text in read_passages(location):
-        input_ids = np.array(tokenizer(text)["input_ids"][:max_length], dtype=np.int32)
-        if len(input_ids) > 1:  # the first token is given, so one alone leaves nothing to predict
-            supervised = np.ones(len(input_ids), dtype=np.bool_)
-            examples.append(Encoded(source, input_ids, supervised))
-    if not examples:
-        raise DataError(f"{_FIELD}: {location} has no passage of two tokens or more")
-    longest = max(len(example.input_ids) for example in examples)  # may be over data.max_length
+    """Columns `forgetting_loss_sum` (nats) and `forgetting_tokens` of each passage."""
+    longest = max(len(passage.input_ids) for passage in passages)  # may be over data.max_length
     max_tokens = max(max_tokens, longest)
-    columns = loss_columns(model, examples, max_tokens=max_tokens, packing=packing, pad_id=pad_id)
+    columns = loss_columns(model, passages, max_tokens=max_tokens, packing=packing, pad_id=pad_id)
     return {f"forgetting_{name}": values for name, values in columns.items()}
 
 

@@ -1,6 +1,7 @@
 """Greedy answers, and how near they come to the reference: exact match and ROUGE-L."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from tunefork.data.chat import answer_ends
 from tunefork.data.example import Encoded
 from tunefork.evaluate.statistics import Columns
 
@@ -57,10 +59,11 @@ def greedy_answers(
     """What the model answers to each example's prompt, stripped."""
     was_training = model.training
     model.eval()
+    stops = stop_ids(model, tokenizer, examples)
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=stop_ids(model, tokenizer, examples),
+        eos_token_id=stops,
         pad_token_id=pad_id,
     )
     answers = [""] * len(examples)
@@ -76,7 +79,8 @@ def greedy_answers(
             input_ids[row, longest - len(prompt) :] = torch.from_numpy(prompt).long()
             attention_mask[row, longest - len(prompt) :] = 1
         output = _generate(model, config, input_ids, attention_mask)
-        texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+        said = [until_stop(row, stops) for row in output[:, longest:].tolist()]
+        texts = tokenizer.batch_decode(said, skip_special_tokens=True)
         for at, text in zip(batch, texts, strict=True):
             answers[at] = text.strip()
     model.train(was_training)
@@ -105,10 +109,13 @@ def _generate(
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: Any, examples: Sequence[Encoded]) -> list[int]:
-    """Ids that end an answer: the model's and tokenizer's, and what ended the answers learnt."""
+    """Ids that end an answer: the model's and tokenizer's, and what closes those of `examples`."""
     configured = model.generation_config.eos_token_id
-    ids = list(configured) if isinstance(configured, list) else [configured]
-    ids.append(tokenizer.eos_token_id)
-    special = set(tokenizer.all_special_ids)
-    ids += [last for e in examples[:8] if (last := int(e.input_ids[-1])) in special]
+    ids = list(configured) if isinstance(configured, list | tuple) else [configured]
+    ids += [tokenizer.eos_token_id, *answer_ends(tokenizer, examples[:8])]
     return [token for token in dict.fromkeys(ids) if token is not None]
+
+
+def until_stop(ids: Sequence[int], stops: Collection[int]) -> list[int]:
+    """`ids` before the first of `stops`: a closing token that is not special would be decoded."""
+    return list(takewhile(lambda token: token not in stops, ids))

@@ -3,7 +3,8 @@
 The definition is `score_apart`: each prompt with each label's answer, a sequence of its own. The
 way taken is `score_together`: one row a prompt, with all answers behind it as a tree
 (`answers.py`), so the prompt is computed once. It depends on how an architecture treats a hand-made
-mask, so it is compared with the definition on a few examples first, and left where it differs.
+mask, so it is compared with the definition on a few examples first, and left where it differs or
+fails.
 """
 
 from collections.abc import Sequence
@@ -34,6 +35,26 @@ Answers = Sequence[Sequence[int]]
 """Token ids of each label's answer: all that is supervised, the end of turn included."""
 
 
+def check_answers(
+    examples: Sequence[Encoded], labels: Sequence[str], answers: Answers
+) -> NDArray[np.int64]:
+    """Each example's label, an id into `labels`.
+
+    Raises DataError where an example's own answer is not, token for token, what `answers` has for
+    its label.
+    """
+    gold = np.array([labels.index(example.label or "") for example in examples])
+    for example, label in zip(examples, gold, strict=True):
+        own = example.input_ids[example.supervised].tolist()
+        if own != list(answers[label]):
+            raise DataError(
+                f"{example.source}: its answer is cut by data.max_length, or tokenised otherwise "
+                "than the same label in other rows, so labels cannot be scored alike; raise "
+                "data.max_length, or use data.template: plain"
+            )
+    return gold
+
+
 @torch.inference_mode()
 def label_columns(
     model: PreTrainedModel,
@@ -48,24 +69,14 @@ def label_columns(
     """Columns `predicted` and `gold`, ids into `labels`, and those of `loss_columns`.
 
     The right answer is one of those scored, so the loss costs no pass of its own. `by_token` ranks
-    by the mean over an answer's tokens instead of their sum. Raises DataError where an example's
-    own answer is not, token for token, what `answers` has for its label.
+    by the mean over an answer's tokens instead of their sum. Raises DataError as `check_answers`
+    does.
     """
     was_training = model.training
     model.eval()
-    gold = np.array([labels.index(example.label or "") for example in examples])
-    for example, label in zip(examples, gold, strict=True):
-        own = example.input_ids[example.supervised].tolist()
-        if own != list(answers[label]):
-            raise DataError(
-                f"{example.source}: its answer is cut by data.max_length, or tokenised otherwise "
-                "than the same label in other rows, so labels cannot be scored alike; raise "
-                "data.max_length, or use data.template: plain"
-            )
+    gold = check_answers(examples, labels, answers)
     probes = list(examples[:_PROBES])
-    together = score_together(model, probes, answers, max_tokens=max_tokens, pad_id=pad_id)
-    apart = score_apart(model, probes, answers, max_tokens=max_tokens, pad_id=pad_id)
-    agree = float(np.abs(together - apart).mean()) < _AGREEMENT.get(model.dtype, 0.25)
+    agree = _agree(model, probes, answers, max_tokens=max_tokens, pad_id=pad_id)
     score = score_together if agree else score_apart
     scores = score(model, examples, answers, max_tokens=max_tokens, pad_id=pad_id)
     model.train(was_training)
@@ -77,6 +88,27 @@ def label_columns(
         "loss_sum": -scores[np.arange(len(examples)), gold],
         "tokens": lengths[gold],
     }
+
+
+def _agree(
+    model: PreTrainedModel,
+    probes: Sequence[Encoded],
+    answers: Answers,
+    *,
+    max_tokens: int,
+    pad_id: int,
+) -> bool:
+    """Whether this architecture takes the hand-made mask, and heeds it."""
+    apart = score_apart(model, probes, answers, max_tokens=max_tokens, pad_id=pad_id)
+    try:
+        together = score_together(model, probes, answers, max_tokens=max_tokens, pad_id=pad_id)
+    except torch.OutOfMemoryError:  # a RuntimeError, but no word on the mask
+        raise
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        # Such is the refusal of a mask that is not (R, T): ALiBi (BLOOM, Falcon) unpacks its shape
+        # to count positions. What is really broken has failed above.
+        return False
+    return float(np.abs(together - apart).mean()) < _AGREEMENT.get(model.dtype, 0.25)
 
 
 def score_apart(

@@ -2,23 +2,35 @@
 
 An evaluation leaves *columns*, one value an example. A metric is a function of them, and the
 bootstrap (Efron and Tibshirani 1993, chapters 13 and 16) resamples the examples to see how much the
-metric would move with other examples from the same source. Two methods are compared on the *same*
-resampled examples, so that what is hard for both cancels out: that is the pairing.
+metric would move with other examples from the same source; `intervals.py` makes 95 % intervals of
+that, wide enough for few examples. Two methods are compared on the *same* resampled examples, so
+that what is hard for both cancels out: that is the pairing.
 
-**Several seeds.** With n >= 2 runs a side, each a training seed, the figure is the mean over runs
-and its error has two parts, added as variances: the examples' (all runs on one resample) and the
-seeds'. Resampling 2 to 5 seeds is known to give intervals that are too short, so the seeds' part is
-taken from theory: s^2 / n, with s the standard deviation of the runs' figures (of their
-differences, where both sides have the same seeds), and Student's t with n - 1 degrees of freedom.
-The bootstrap's percentile interval is widened by that part:
+**Several seeds.** With several runs a side, each a training seed, the figure is the mean over runs
+and its error has two parts, added as variances: the examples' (all runs on one resample) and, from
+three runs on, the seeds'. Resampling 3 to 5 seeds is known to give intervals that are too short, so
+the seeds' part is taken from theory (`intervals.py`): of the runs' figures, or of their
+differences, where the runs of both sides have the same seeds. This errs on the wide side, because
+the runs' variance also holds some of the examples' noise. With one run or two there is no such
+part, and the verdict says that the variance of training is unmeasured.
 
-    half-width = sqrt(bootstrap half-width^2 + (t * s / sqrt(n))^2),    each side by itself
+**Shares, paired.** Two methods differ on the few examples that one gets right and the other wrong.
+Where all of 4 go one way, a bootstrap finds a difference, though a coin would do so one time in 8.
+One example won by each side is therefore added, which agrees with McNemar's exact test (Bonett and
+Price 2012, https://doi.org/10.3102/1076998611411915).
 
-This errs on the wide side, because s also holds some of the examples' noise. With one run there is
-no such part, and the verdict says so.
+**How often it is wrong.** Of 100 comparisons of equals, so many find a difference at 5 %, in 2,000
+simulations each; in brackets, by percentiles left as they are. Losses are log-normal (sigma 1), and
+so is what each side makes of them (0.3); accuracies differ on 40 % of the examples; where a
+difference is skewed, a few large ones make up for many small ones (log-normal, sigma 0.5 and 1):
 
-**Why percentiles.** The metrics are means and smooth functions of means over hundreds of examples;
-there the percentile interval is nearly exact and needs no acceleration constant.
+    examples     losses     accuracies    skewed 0.5    skewed 1
+    10           3 (13)     0  (7)        7 (13)        15 (20)
+    30           3  (9)     3  (5)        6  (7)        11 (12)
+    100          4  (8)     4  (5)        5  (7)         8  (9)
+
+So few examples do not show their skew. Below `FEWEST_EXAMPLES` nothing counts as detected, and the
+verdict warns below 30.
 
 **Macro-F1 is biased.** With few examples a label, it comes out too low, and lower still in a
 resample (F1 is not linear, and rare labels drop out). The percentile interval then lies too low
@@ -27,22 +39,35 @@ moved up by twice their mean distance from the figure, the bootstrap's estimate 
 10): 9 of 10. A paired difference needs none of it, since both sides are biased alike: 96 of 100.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tunefork.evaluate.intervals import Error, error_of, wilson, with_seeds
+from tunefork.evaluate.metrics import METRICS
+
+__all__ = [
+    "FEWEST_EXAMPLES",
+    "METRICS",
+    "Columns",
+    "Difference",
+    "Interval",
+    "estimate",
+    "num_examples",
+    "paired_difference",
+]
+
 Columns = dict[str, NDArray[Any]]
 """Name -> one value an example. Forgetting's columns have passages for examples."""
 
+FEWEST_EXAMPLES = 10
+"""Below this many examples nothing counts as detected (module docstring)."""
+
 _CHUNK = 2_000_000
 """Resampled values held at once."""
-
-_T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Student's t, 97.5 % point, for 1 to 10 degrees of freedom; the last serves for more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,86 +81,38 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One side's figure minus the other's, its 95 % interval, and how often it is above 0."""
+    """One side's figure minus the other's, with its 95 % interval."""
 
     value: float
     low: float
     high: float
     share_above: float
-    """Of the resamples; ties count half. With several seeds, of a normal distribution with this
-    95 % interval."""
-
-
-@dataclass(frozen=True, slots=True)
-class MetricDefinition:
-    """What a metric is computed from, and which way is better."""
-
-    columns: tuple[str, ...]
-    compute: Callable[[Sequence[NDArray[Any]]], NDArray[np.float64]]
-    """Columns resampled to (B, N) -> the metric of each resample, (B,)."""
-    higher_is_better: bool
-    unit: str
-    is_biased: bool = False
-    """Its bootstrap is moved by the bias found (module docstring), to 1 at most."""
-
-
-def _ratio(columns: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
-    total: NDArray[np.float64] = columns[0].sum(-1) / columns[1].sum(-1)
-    return total
-
-
-def _mean(columns: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
-    return np.asarray(columns[0].mean(-1), dtype=np.float64)
-
-
-def _accuracy(columns: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
-    return np.asarray((columns[0] == columns[1]).mean(-1), dtype=np.float64)
-
-
-def _macro_f1(columns: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
-    """Mean over the labels that occur, as truth or answer, of 2 TP / (2 TP + FP + FN)."""
-    predicted, gold = columns[0].astype(np.int64), columns[1].astype(np.int64)
-    num_resamples = len(gold)
-    num_labels = int(max(predicted.max(), gold.max())) + 1
-    offset = num_labels * np.arange(num_resamples)[:, None]
-
-    def count(labels: NDArray[np.int64], chosen: NDArray[Any] | None = None) -> NDArray[np.int64]:
-        flat = (labels + offset)[chosen] if chosen is not None else (labels + offset).ravel()
-        counts = np.bincount(flat, minlength=num_labels * num_resamples)
-        return counts.reshape(num_resamples, num_labels)
-
-    both = count(gold) + count(predicted)
-    scores = 2 * count(gold, predicted == gold) / np.maximum(both, 1)
-    result: NDArray[np.float64] = scores.sum(-1) / (both > 0).sum(-1)
-    return result
-
-
-METRICS: dict[str, MetricDefinition] = {
-    "loss": MetricDefinition(("loss_sum", "tokens"), _ratio, False, "nats per token"),
-    "perplexity": MetricDefinition(
-        ("loss_sum", "tokens"), lambda columns: np.exp(_ratio(columns)), False, ""
-    ),
-    "accuracy": MetricDefinition(("predicted", "gold"), _accuracy, True, "share"),
-    "macro_f1": MetricDefinition(("predicted", "gold"), _macro_f1, True, "share", True),
-    "exact_match": MetricDefinition(("exact_match",), _mean, True, "share"),
-    "rouge_l": MetricDefinition(("rouge_l",), _mean, True, "share"),
-    "forgetting_loss": MetricDefinition(
-        ("forgetting_loss_sum", "forgetting_tokens"), _ratio, False, "nats per token"
-    ),
-}
+    """Probability of a difference above 0, by the distribution whose 95 % interval this is; at most
+    1 - 2^-n, because n examples all fall on one side by chance that often."""
+    num_examples: int
+    """Compared one by one."""
 
 
 def estimate(metric: str, runs: Sequence[Columns], *, samples: int, seed: int = 0) -> Interval:
     """The mean of `metric` over `runs` (one a training seed) with its 95 % interval."""
+    definition = METRICS[metric]
     values = _values(metric, runs)
     value = float(values.mean())
-    resampled = np.concatenate(
-        [_resampled(metric, runs, chosen) for chosen in _draws(metric, runs, samples, seed)]
-    )
-    if METRICS[metric].is_biased:
-        resampled = np.minimum(resampled + 2 * (value - resampled.mean()), 1.0)
-    low, high = _interval(value, resampled, values)
-    return Interval(value, low, high)
+    size = num_examples(metric, runs)
+    if definition.is_count:
+        error = _error_of_share(value, _right(metric, runs), len(runs), values)
+    elif definition.most == 1.0 and value in (0.0, 1.0):  # No resample would differ.
+        error = _error_of_share(value, np.full(size, value), len(runs), values)
+    else:
+        resampled = np.concatenate(
+            [_resampled(metric, runs, chosen) for chosen in _draws(size, samples, seed)]
+        )
+        if definition.is_biased:
+            resampled = np.minimum(resampled + 2 * (value - resampled.mean()), definition.most)
+        error = error_of(value, resampled, size, [values])
+    low = max(value - error.below, definition.least)
+    high = min(value + error.above, definition.most)
+    return Interval(value, min(low, value), max(high, value))
 
 
 def paired_difference(
@@ -144,30 +121,71 @@ def paired_difference(
     runs_b: Sequence[Columns],
     *,
     samples: int,
+    by_seed: bool = False,
     seed: int = 0,
 ) -> Difference:
     """`metric` of a minus that of b, on the same resampled examples.
 
-    Sides with equally many runs are paired by seed, too. Raises ValueError where the two were not
-    evaluated on the same examples.
+    `by_seed`: runs_a[i] and runs_b[i] share a training seed, so that they are paired by that, too.
+    Raises ValueError where the two were not evaluated on the same examples, or have not equally
+    many seeds to pair.
     """
-    if _num_examples(metric, runs_a) != _num_examples(metric, runs_b):
+    size = num_examples(metric, runs_a)
+    if size != num_examples(metric, runs_b):
         raise ValueError(f"{metric}: the two sides were evaluated on different examples")
+    if by_seed and len(runs_a) != len(runs_b):
+        raise ValueError(f"{metric}: the two sides have different seeds")
     values_a, values_b = _values(metric, runs_a), _values(metric, runs_b)
     value = float(values_a.mean() - values_b.mean())
-    resampled = np.concatenate(
-        [
-            _resampled(metric, runs_a, chosen) - _resampled(metric, runs_b, chosen)
-            for chosen in _draws(metric, [*runs_a, *runs_b], samples, seed)
-        ]
+    seeds = [values_a - values_b] if by_seed else [values_a, values_b]
+    centre, resampled = _resampled_difference(metric, runs_a, runs_b, value, samples, seed)
+    error = error_of(centre, resampled, size, seeds)
+    by_chance = 0.5**size
+    span = METRICS[metric].most - METRICS[metric].least
+    return Difference(
+        value,
+        min(max(centre - error.below, -span), value),
+        max(min(centre + error.above, span), value),
+        min(max(error.share_above(centre), by_chance), 1 - by_chance),
+        size,
     )
-    is_paired = len(values_a) == len(values_b)
-    seeds = [values_a - values_b] if is_paired else [values_a, values_b]
-    low, high = _interval(value, resampled, *seeds)
-    above = float((resampled > 0).mean() + 0.5 * (resampled == 0).mean())
-    if any(len(values) > 1 for values in seeds):
-        above = _share_above(value, low, high)
-    return Difference(value, low, high, above)
+
+
+def _resampled_difference(
+    metric: str,
+    runs_a: Sequence[Columns],
+    runs_b: Sequence[Columns],
+    value: float,
+    samples: int,
+    seed: int,
+) -> tuple[float, NDArray[np.float64]]:
+    """What the bootstrap is centred on, and its differences, (B,).
+
+    With one example won by each side added for shares that are counted, and for others where the
+    examples are all alike, so that no resample differs.
+    """
+    size, definition = num_examples(metric, runs_a), METRICS[metric]
+    if definition.is_count:
+        won = _right(metric, runs_a) - _right(metric, runs_b)
+    else:
+        resampled = np.concatenate(
+            [
+                _resampled(metric, runs_a, chosen) - _resampled(metric, runs_b, chosen)
+                for chosen in _draws(size, samples, seed)
+            ]
+        )
+        if definition.most > 1 or resampled.std() > 0:
+            return value, resampled
+        won = np.full(size, value)
+    won = np.append(won, (1.0, -1.0))
+    draws = _draws(len(won), samples, seed)
+    return float(won.mean()), np.concatenate([won[chosen].mean(-1) for chosen in draws])
+
+
+def num_examples(metric: str, runs: Sequence[Columns]) -> int:
+    """How many examples `metric` is computed from, the same for every run."""
+    [length] = {len(run[METRICS[metric].columns[0]]) for run in runs}
+    return length
 
 
 def _values(metric: str, runs: Sequence[Columns]) -> NDArray[np.float64]:
@@ -178,20 +196,37 @@ def _values(metric: str, runs: Sequence[Columns]) -> NDArray[np.float64]:
     )
 
 
-def _num_examples(metric: str, runs: Sequence[Columns]) -> int:
-    [length] = {len(run[METRICS[metric].columns[0]]) for run in runs}
-    return length
+def _right(metric: str, runs: Sequence[Columns]) -> NDArray[np.float64]:
+    """Of each example, the share of runs that are right (for `is_count`): (N,)."""
+    definition = METRICS[metric]
+    each = [definition.compute([run[c][:, None] for c in definition.columns]) for run in runs]
+    right: NDArray[np.float64] = np.mean(each, axis=0)
+    return right
 
 
-def _draws(
-    metric: str, runs: Sequence[Columns], samples: int, seed: int
-) -> Iterator[NDArray[np.int64]]:
-    """Resampled example indices in chunks, (B, N) each; the same for the same seed and N."""
-    num_examples = _num_examples(metric, runs)
+def _error_of_share(
+    value: float, right: NDArray[np.float64], num_runs: int, values: NDArray[np.float64]
+) -> Error:
+    """Wilson's interval, by the number of independent answers that N examples' runs amount to.
+
+    That number is N for one run and N x runs at most, by how alike the runs are: the effective
+    sample size of surveys (Kish 1965).
+    """
+    variance = float(right.var())
+    size = len(right)
+    effective = float(size)
+    if variance > 0:
+        effective = min(size * num_runs, size * value * (1 - value) / variance)
+    low, high = wilson(value, effective)
+    return with_seeds(value - low, high - value, variance / size, max(1, size - 1), [values])
+
+
+def _draws(size: int, samples: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Resampled indices of `size` examples in chunks (B, size); the same for the same seed."""
     rng = np.random.default_rng(seed)
-    size = max(1, _CHUNK // num_examples)
-    for start in range(0, samples, size):
-        yield rng.integers(0, num_examples, (min(size, samples - start), num_examples))
+    chunk = max(1, _CHUNK // size)
+    for start in range(0, samples, chunk):
+        yield rng.integers(0, size, (min(chunk, samples - start), size))
 
 
 def _resampled(
@@ -203,30 +238,3 @@ def _resampled(
     for run in runs:
         total += definition.compute([run[column][chosen] for column in definition.columns])
     return total / len(runs)
-
-
-def _interval(
-    value: float, resampled: NDArray[np.float64], *seeds: NDArray[np.float64]
-) -> tuple[float, float]:
-    """Percentile interval, widened by each group of runs' own variance (module docstring)."""
-    low, high = (float(q) for q in np.quantile(resampled, (0.025, 0.975)))
-    extra = sum(_seed_half_width(values) ** 2 for values in seeds)
-    if extra > 0:
-        low = value - math.sqrt(max(0.0, value - low) ** 2 + extra)
-        high = value + math.sqrt(max(0.0, high - value) ** 2 + extra)
-    return low, high
-
-
-def _seed_half_width(values: NDArray[np.float64]) -> float:
-    if len(values) < 2:
-        return 0.0
-    t = _T_975[min(len(values) - 2, len(_T_975) - 1)]
-    return float(t * values.std(ddof=1) / math.sqrt(len(values)))
-
-
-def _share_above(value: float, low: float, high: float) -> float:
-    """Probability of a value above 0 for a normal error whose 95 % interval is the given one."""
-    half_width = value - low if value > 0 else high - value
-    if half_width == 0:
-        return 0.5 if value == 0 else float(value > 0)
-    return 0.5 * (1 + math.erf(1.96 * value / half_width / math.sqrt(2)))

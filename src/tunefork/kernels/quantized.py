@@ -8,6 +8,7 @@ one message about it is dropped.
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
@@ -33,6 +34,10 @@ def quantize_nf4(weight: Tensor) -> tuple[Tensor, Any]:
     Blocks of 64 share an absolute maximum, which is itself held in 8 bits in blocks of 256: about
     4.13 bits a parameter (QLoRA, section 3; https://arxiv.org/abs/2305.14314).
     """
+    if weight.is_meta:
+        # bitsandbytes makes its table of 8-bit values once, on the device of whoever asks first: a
+        # table on the meta device would have no values for the next one.
+        quantize_nf4(torch.ones(64))
     codes, state = bitsandbytes.functional.quantize_4bit(
         weight, blocksize=64, compress_statistics=True, quant_type="nf4"
     )

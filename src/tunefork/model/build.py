@@ -62,6 +62,14 @@ def check_lora(model: PreTrainedModel, lora: LoraSection) -> list[str]:
     return paths
 
 
+def check_method(model: PreTrainedModel, method: Method, lora: LoraSection) -> None:
+    """Raise ModelError where `method` cannot train `model`, which may be on the meta device."""
+    if method is not Method.FULL:
+        check_lora(model, lora)
+    if method is Method.QLORA:  # layers that are no target are quantised too
+        _refuse_unusual_weights(model)
+
+
 def add_deltas(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> list[str]:
     """Freeze `model` and put a delta on each of `lora.targets`; returns their paths in order.
 

@@ -60,6 +60,19 @@ def peak_bytes(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def context_bytes(device: torch.device) -> int:
+    """Of CUDA memory in use, what PyTorch does not hold: the context, and other processes."""
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total - free - torch.cuda.memory_reserved(device))
+
+
+def process_bytes(device: torch.device) -> int:
+    """Peak since `reset_peak`: CUDA memory held, with the context; a CPU's resident set."""
+    if device.type != "cuda":
+        return peak_bytes(device)
+    return int(torch.cuda.max_memory_reserved(device)) + context_bytes(device)
+
+
 def used_bytes(device: torch.device) -> int:
     """In use now: CUDA memory allocated, or the process's resident set on a CPU."""
     if device.type == "cuda":

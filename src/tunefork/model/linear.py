@@ -21,7 +21,7 @@ class Nf4Linear(nn.Module):
     """A frozen linear layer in 4-bit NormalFloat with double quantisation (QLoRA, section 3).
 
     The (O, D) weight takes about 4.13 bits a parameter and is dequantised, to the dtype it came
-    in, whenever it is used. It is quantised on `device` (default: where `linear` is) and stays there.
+    in, whenever it is used. It is quantised on `device` (default: `linear`'s) and stays there.
     """
 
     def __init__(self, linear: nn.Linear, device: torch.device | None = None) -> None:

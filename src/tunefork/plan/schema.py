@@ -1,7 +1,7 @@
 """What a plan says: the schema of `tunefork plan --json`.
 
-Every figure here is predicted. Memory has an interval (low, mid, high) that comes from the spread of
-the predictions' errors where they were measured; time has one too, as `step_s_interval`.
+Every figure here is predicted. Memory has an interval (low, mid, high) that comes from the errors
+of predictions where they were measured; time has one too, as `step_s_interval`.
 """
 
 from typing import Literal

@@ -9,7 +9,7 @@ from tunefork.model.build import quantize_nf4
 from tunefork.model.device import pick_device, pick_dtype
 from tunefork.model.load import load_model, load_tokenizer
 from tunefork.recipe import DataSection, Method, ModelSection, load
-from tunefork.registry.peft_format import CONFIG, load_adapter, read_config
+from tunefork.registry.peft_format import CONFIG, base_section, load_adapter
 from tunefork.registry.run import ADAPTER, MODEL, RECIPE, RunRecord, read_record
 
 
@@ -61,10 +61,7 @@ def _parts(target: str) -> _Parts:
     if record is not None:
         return _parts_of_run(run, record)
     if (folder / CONFIG).is_file():
-        base = read_config(folder).get("base_model_name_or_path")
-        if not base:
-            raise RunFolderError(f"{folder / CONFIG}: base_model_name_or_path is missing")
-        return _Parts(ModelSection(id=base), adapter=folder)
+        return _Parts(base_section(folder), adapter=folder)
     if (folder / RECIPE).is_file():
         inside = sorted(str(path.parent) for path in folder.rglob("run.json"))
         raise RunFolderError(

@@ -19,10 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tunefork.errors import AdapterError
+from tunefork.errors import AdapterError, ModelError
 from tunefork.model.build import find_targets, replace
 from tunefork.model.linear import LoraLinear
-from tunefork.recipe import LoraSection
+from tunefork.model.load import find
+from tunefork.model.packaged import PACKAGED
+from tunefork.recipe import LoraSection, ModelSection
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -43,17 +45,29 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 """Settings that change what the tensors mean -> the values under which they do not."""
 
 
-def save_adapter(model: PreTrainedModel, folder: Path, lora: LoraSection, *, base: str) -> None:
-    """Write `model`'s deltas to `folder`; `base` is the base's hub id or path."""
+def save_adapter(
+    model: PreTrainedModel,
+    folder: Path,
+    lora: LoraSection,
+    *,
+    base: str,
+    revision: str | None = None,
+) -> None:
+    """Write `model`'s deltas to `folder`; `base` and `revision` are those of the recipe's model.
+
+    The base is written as what `from_pretrained` takes, so that others can load the adapter by
+    itself: for a GGUF file or a packaged model that is the folder it was converted to.
+    """
     layers = dict(_lora_layers(model))
     tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
         tensors[f"base_model.model.{path}.lora_A.weight"] = layer.lora_a.detach().cpu()
         tensors[f"base_model.model.{path}.lora_B.weight"] = layer.lora_b.detach().cpu()
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": _loadable(base, revision),
+        "revision": revision,
         "inference_mode": True,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
@@ -114,6 +128,31 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
                 raise AdapterError(f"{weights}: {path}.lora_{name} holds NaN or infinite values")
             parameter.data.copy_(tensor)
         replace(model, path, layer.requires_grad_(False))
+
+
+def _loadable(base: str, revision: str | None) -> str:
+    """What transformers loads `base` from."""
+    try:
+        location = Path(find(ModelSection(id=base, revision=revision)).location)
+    except ModelError:  # gone since it was loaded: no reason to lose what was trained on it
+        return base
+    return str(location.resolve()) if location.is_dir() else base
+
+
+def base_section(folder: Path) -> ModelSection:
+    """The base that the adapter in `folder` names; raises AdapterError where it names none.
+
+    A packaged model is found by its short name, on any machine, because the folder of a converted
+    model bears the hash of its GGUF file.
+    """
+    config = read_config(folder)
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise AdapterError(f"{folder / CONFIG}: base_model_name_or_path is missing")
+    for name, packaged in PACKAGED.items():
+        if Path(base).name == packaged.sha256:
+            return ModelSection(id=name)
+    return ModelSection(id=base, revision=config.get("revision"))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

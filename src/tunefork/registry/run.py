@@ -1,7 +1,9 @@
 """A run folder: what one training run was and what it left.
 
 recipe.yaml    the resolved recipe
-run.json       the record below, written last and atomically: a folder without it is unfinished
+claim.json     what the folder is for: `registry/claim.py` (a comparison's folder has both too)
+run.json       the record below, written atomically when the artefact is saved, and again when it
+               is evaluated: what a folder without it holds is unfinished
 steps.jsonl    one line an optimiser step
 adapter/       the adapter in the PEFT format (lora, qlora), or
 model/         the model as a Hugging Face folder (full)
@@ -9,13 +11,14 @@ columns.npz    one value an evaluation example, from which every interval is com
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tunefork.errors import RunFolderError, is_disk_full
-from tunefork.recipe import Method, Recipe, dump, load
+from tunefork.errors import RunFolderError
+from tunefork.recipe import Method
 
 RECORD = "run.json"
 RECIPE = "recipe.yaml"
@@ -25,12 +28,17 @@ ADAPTER = "adapter"
 MODEL = "model"
 
 
+Content = TypeVar("Content", bound=BaseModel)
+
+
 class RunRecord(BaseModel):
     """What one run was, how it ended and what it cost."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    status: Literal["ok", "interrupted"]
+    status: Literal["trained", "ok", "interrupted"]
+    """`trained`: saved, its evaluation is still to come. `ok`: evaluated too. `interrupted`:
+    training was stopped; what it had learnt is saved, and not evaluated."""
     method: Method | None
     """None: the untouched base was evaluated."""
     seed: int
@@ -49,6 +57,10 @@ class RunRecord(BaseModel):
     tokens_per_s: float | None
     peak_memory_bytes: int | None
     """While training, weights included."""
+    predicted_memory_bytes: float | None = None
+    """What `peak_memory_bytes` was predicted to be, before the run."""
+    predicted_step_s: float | None = None
+    """Seconds of an optimiser step, likewise."""
     memory_kind: Literal["cuda_allocated", "resident"]
     artifact: str | None
     """Folder of what was trained, within the run folder."""
@@ -64,55 +76,46 @@ class RunRecord(BaseModel):
     versions: dict[str, str]
 
 
-def claim(folder: Path, recipe: Recipe) -> None:
-    """Make `folder` this recipe's; raises RunFolderError if it holds another one's run."""
-    file = folder / RECIPE
-    try:
-        if file.exists():
-            if load(file) != recipe:
-                raise RunFolderError(
-                    f"{folder}: holds a run of another recipe ({file}); give another folder with "
-                    "--out, or remove this one"
-                )
-            return
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RunFolderError(
-                f"{folder}: exists and is no run folder; give an empty or new folder with --out"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, dump(recipe))
-    except OSError as error:
-        if is_disk_full(error):  # no fault of the name that was given
-            raise
-        raise RunFolderError(f"{folder}: cannot be written: {error}") from error
-
-
 def write_record(folder: Path, record: RunRecord) -> None:
-    """Write run.json; the run counts as finished from here on."""
+    """Write run.json; from here on the run holds what the record's status says."""
     write_atomically(folder / RECORD, record.model_dump_json(indent=2) + "\n")
 
 
 def read_record(folder: Path) -> RunRecord | None:
-    """The record of a finished run, or None where `folder` holds none.
+    """The record of a run whose artefact is saved, or None where `folder` holds none.
 
     Raises RunFolderError for a run.json that is damaged or another program's.
     """
     file = folder / RECORD
     if not file.is_file():
         return None
+    return read_json(RunRecord, file, "is not a run's record; move it or its folder away")
+
+
+def read_json(kind: type[Content], file: Path, otherwise: str) -> Content:
+    """`file` as a `kind`; raises RunFolderError, which says `otherwise`, for what is none."""
     try:
-        return RunRecord.model_validate_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunFolderError(
-            f"{file}: is not a run's record; move it or its folder away ({error})"
-        ) from error
+        return kind.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise RunFolderError(f"{file}: cannot be read ({error.strerror})") from error
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        at = ".".join(map(str, first["loc"])) or "the file"
+        raise RunFolderError(f"{file}: {otherwise} ({at}: {first['msg']})") from error
 
 
-def find_runs(folder: Path) -> list[tuple[Path, RunRecord]]:
-    """Finished runs anywhere below `folder`, in path order; raises as `read_record` does."""
+def find_runs(folder: Path, say: Callable[[str], None] = print) -> list[tuple[Path, RunRecord]]:
+    """Runs with a record anywhere below `folder`, in path order.
+
+    A run.json that is damaged or another program's is left out, and `say` gets a line about it.
+    """
     found = []
     for file in sorted(folder.rglob(RECORD)):
-        record = read_record(file.parent)
+        try:
+            record = read_record(file.parent)
+        except RunFolderError as error:
+            say(f"warning: {error}")
+            continue
         if record is not None:
             found.append((file.parent, record))
     return found

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from tunefork.data.example import Encoded
 from tunefork.data.pack import MicroBatch, pack
 from tunefork.errors import DivergedError
-from tunefork.model.device import peak_bytes, reset_peak
+from tunefork.model.device import peak_bytes, process_bytes, reset_peak
 from tunefork.model.head import Head, find_head
 from tunefork.train.interrupt import Interrupt
+from tunefork.train.kernels import attention_kernels
 from tunefork.train.loss import loss_sum
 from tunefork.train.optim import clip_gradients
 
@@ -55,6 +56,8 @@ class TrainResult:
     """From the first step's start to the last one's end."""
     peak_memory_bytes: int
     """CUDA memory allocated, or resident set on a CPU, while training; the weights included."""
+    process_bytes: int
+    """Of the whole process: on a GPU with what PyTorch holds unused and the context."""
 
 
 class Optimizer(Protocol):
@@ -93,7 +96,7 @@ def train(
     records: list[StepRecord] = []
     tokens = supervised = 0
     start = time.perf_counter()
-    with Interrupt() as interrupt:
+    with Interrupt() as interrupt, attention_kernels():
         for number, (indices, learning_rate) in enumerate(
             zip(steps, learning_rates, strict=True), start=1
         ):
@@ -123,6 +126,7 @@ def train(
         supervised_tokens=supervised,
         seconds=time.perf_counter() - start,
         peak_memory_bytes=peak_bytes(device),
+        process_bytes=process_bytes(device),
     )
 
 

@@ -40,4 +40,3 @@ def token_losses(model: PreTrainedModel, head: Head, batch: MicroBatch) -> Tenso
         return linear_cross_entropy(hidden_sd, head.weight, targets_s)
     logits_sv = head.logits(model, batch.input_ids, batch.position_ids, (rows, columns))
     return F.cross_entropy(logits_sv.float(), targets_s, reduction="none")
-

@@ -1,0 +1,223 @@
+"""Fit the planner's constants to measured short runs; what `benchmarks/planner_*.py` share.
+
+Memory: the workspace is what is measured beyond the traced tensors (median), and what the allocator
+holds without using it is linear in three traced sizes (least squares on relative errors). Time: the
+factors of `plan.time`, by a pattern search over their logarithms, with a robust loss on that
+of predicted over measured, drawn towards plain roofline values where the runs say little.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from tunefork.plan.fits import Fit, MemoryFit, TimeFit
+from tunefork.plan.method import Case, one_pass_seconds
+from tunefork.plan.optimizer import Update
+from tunefork.plan.short_run import WARM_UP
+from tunefork.plan.step import Shape
+from tunefork.plan.time import update_seconds
+
+FITS = Path(__file__).parent.parent / "src/tunefork/plan/fits.yaml"
+PRIOR: dict[str, float] = {
+    "gemm": 1.5,
+    "skinny": 2.0,
+    "attention": 2.5,
+    "masked_attention": 5.0,
+    "memory": 1.3,
+    "dequantize": 2.0,
+    "optimizer": 1.3,
+    "eight_bit_s": 1e-11,
+    "rounding_s": 1e-11,
+    "host_operation_s": 2e-5,
+    "host_dequantize_s": 5e-5,
+    "host_update": 1.0,
+    "host_layer_s": 3e-4,
+    "pass_s": 1e-3,
+    "step_s": 1e-3,
+}
+"""Where a fit starts and what it is drawn to: rates of well-tuned libraries on a large GPU."""
+_PULL = 3e-2
+"""Weight of a squared distance from the prior, in the logarithm, beside the mean loss of a run."""
+_SCALE = 0.05
+"""Errors beyond this count by their size, no longer by its square."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One measured run."""
+
+    name: str
+    is_held_out: bool
+    case: Case
+    steps: Sequence[Sequence[Shape]]
+    """Of each step's forward passes."""
+    tensor_bytes: int | None
+    process_bytes: int
+    context_bytes: int | None
+    step_s: float
+    work: Any = None
+    """Traced work of the timed steps' passes; filled by `traced`."""
+
+    def traced(self) -> "Run":
+        """The same with its work at hand."""
+        work = [
+            [(self.case.step(shape).work, shape.is_masked) for shape in step]
+            for step in self.steps[WARM_UP:]
+        ]
+        return replace(self, work=work)
+
+    @property
+    def update(self) -> Update:
+        """The optimiser's."""
+        return self.case.step(self.steps[0][0]).update
+
+    def with_fit(self, fit: Fit) -> "Run":
+        """The same, to be predicted by `fit`."""
+        target = replace(self.case.target, fit=fit)
+        return replace(self, case=replace(self.case, target=target))
+
+    @property
+    def largest(self) -> Shape:
+        """The pass that takes the most memory."""
+        shapes = sorted(
+            {shape for step in self.steps for shape in step}, key=lambda s: -s.rows * s.length
+        )
+        return max(shapes[:3], key=lambda shape: self.case.step(shape).peak.total)
+
+    def predicted_step_s(self) -> float:
+        """Median over the steps, as the measured figure is."""
+        target = self.case.target
+        update = update_seconds(self.update, target.rates, target.fit.time)
+        return update + statistics.median(
+            sum(one_pass_seconds(self.case, work, is_masked) for work, is_masked in step)
+            for step in self.work
+        )
+
+    def predicted_tensor_bytes(self) -> float:
+        """Peak."""
+        return self.case.memory(self.largest).tensors.mid
+
+    def predicted_process_bytes(self) -> float:
+        """Peak."""
+        return self.case.memory(self.largest).process.mid
+
+
+def fit_memory(runs: Sequence[Run], start: MemoryFit) -> MemoryFit:
+    """Constants of memory from the runs that are not held out."""
+    runs = [
+        run.with_fit(_with(run.case.target.fit, memory=replace_model(start, _NOTHING)))
+        for run in runs
+        if not run.is_held_out
+    ]
+    contexts = [run.context_bytes for run in runs if run.context_bytes is not None]
+    context = statistics.median(contexts) if contexts else 0.0
+    workspace = 0.0
+    if all(run.tensor_bytes is not None for run in runs):
+        workspace = statistics.median(
+            (run.tensor_bytes or 0) - run.predicted_tensor_bytes() for run in runs
+        )
+    rows, wanted = [], []
+    for run in runs:
+        step = run.case.step(run.largest)
+        peak = run.predicted_tensor_bytes() + workspace
+        dynamic = max(0.0, peak - sum(step.static.values()))
+        is_recomputed = run.case.made.activation_checkpointing
+        sizes = [
+            1.0,
+            0.0 if is_recomputed else dynamic,
+            dynamic if is_recomputed else 0.0,
+            float(step.update.room_bytes),
+        ]
+        rows.append([size / run.process_bytes for size in sizes])
+        wanted.append((run.process_bytes - peak - context) / run.process_bytes)
+    held = _non_negative(np.array(rows), np.array(wanted))
+    return replace_model(
+        start,
+        {
+            "workspace_bytes": workspace,
+            "context_bytes": context,
+            "held_constant_bytes": held[0],
+            "held_per_dynamic": held[1],
+            "held_per_recomputed": held[2],
+            "held_per_room": held[3],
+        },
+    )
+
+
+_NOTHING = {
+    "workspace_bytes": 0.0,
+    "context_bytes": 0.0,
+    "held_constant_bytes": 0.0,
+    "held_per_dynamic": 0.0,
+    "held_per_recomputed": 0.0,
+    "held_per_room": 0.0,
+}
+
+
+def _non_negative(rows: Any, wanted: Any) -> list[float]:
+    """Least squares with no negative factor: those that would be are left out, one by one."""
+    active = list(range(rows.shape[1]))
+    while True:
+        found = np.linalg.lstsq(rows[:, active], wanted, rcond=None)[0]
+        if (found >= 0).all():
+            full = np.zeros(rows.shape[1])
+            full[active] = found
+            return [float(value) for value in full]
+        active.pop(int(found.argmin()))
+
+
+def fit_time(runs: Sequence[Run], start: TimeFit) -> TimeFit:
+    """Factors of time from the runs that are not held out."""
+    runs = [run for run in runs if not run.is_held_out]
+    values = {name: math.log(value) for name, value in PRIOR.items()}
+
+    def loss(candidate: dict[str, float]) -> float:
+        fit = replace_model(start, {name: math.exp(value) for name, value in candidate.items()})
+        total = 0.0
+        for run in runs:
+            there = run.with_fit(_with(run.case.target.fit, time=fit))
+            error = math.log(there.predicted_step_s() / run.step_s)
+            total += math.sqrt(1 + (error / _SCALE) ** 2) - 1
+        pull = sum((value - math.log(PRIOR[name])) ** 2 for name, value in candidate.items())
+        return total / len(runs) + _PULL * pull
+
+    best = loss(values)
+    for size in (1.0, 0.5, 0.25, 0.12, 0.06, 0.03, 0.015):
+        improved = True
+        while improved:
+            improved = False
+            for name in values:
+                for change in (size, -size):
+                    candidate = values | {name: values[name] + change}
+                    found = loss(candidate)
+                    if found < best - 1e-9:
+                        best, values, improved = found, candidate, True
+    return replace_model(
+        start, {name: float(f"{math.exp(value):.4g}") for name, value in values.items()}
+    )
+
+
+def replace_model(model: Any, changes: dict[str, Any]) -> Any:
+    """A frozen pydantic model with some fields changed."""
+    return model.model_copy(update=changes)
+
+
+def _with(fit: Fit, **changes: Any) -> Fit:
+    return replace_model(fit, changes)  # type: ignore[no-any-return]
+
+
+def write_fit(fit: Fit) -> None:
+    """Put `fit` in the place of its device's entry in fits.yaml."""
+    rows = yaml.safe_load(FITS.read_text(encoding="utf-8")) if FITS.exists() else []
+    others = [row for row in rows if row["device"] != fit.device]
+    text = yaml.safe_dump([*others, fit.model_dump()], sort_keys=False)
+    FITS.write_text(
+        f"# Written by benchmarks/planner_*.py; see fits.py for what each means.\n{text}",
+        encoding="utf-8",
+    )

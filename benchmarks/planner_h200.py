@@ -1,0 +1,377 @@
+"""The planner beside what runs really take: peak tensor memory, process memory, time of a step.
+
+Each case is a real training run (random weights, random tokens, every token supervised) by the code
+that `tunefork train` runs, in a process of its own. A third of the cases, chosen by a hash of their
+names, and one whole model size are held out from the fit.
+
+    python benchmarks/planner_h200.py measure --out RAW.jsonl     on the GPU, about 10 minutes
+    python benchmarks/planner_h200.py fit RAW.jsonl               anywhere: fits, writes the results
+
+`fit` writes src/tunefork/plan/fits.yaml (what the planner uses) and results/planner_h200.json.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+def _llama(
+    width: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **more: Any
+) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+        **more,
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "135m": _llama(576, 1536, 30, 9, 3, 49_152),
+    "0.6b": _llama(1024, 3072, 28, 16, 8, 151_936, model_type="qwen3", head_dim=128),
+    "1b": _llama(2048, 8192, 16, 32, 8, 128_256),
+    "3b": _llama(3072, 8192, 28, 24, 8, 128_256),
+    "8b": _llama(4096, 14_336, 32, 32, 8, 128_256, tie_word_embeddings=False),
+}
+"""SmolLM2-135M, Qwen3-0.6B, Llama-3.2-1B and -3B, Llama-3.1-8B."""
+
+HELD_OUT_SHAPE = "3b"
+
+CASES = [
+    "135m-lora-8x128",
+    "135m-lora-8x1024",
+    "135m-lora-32x512-ckpt",
+    "135m-lora-16x512-packed",
+    "135m-lora-16x1024-r64",
+    "135m-qlora-8x512",
+    "135m-qlora-32x512-ckpt",
+    "135m-full-8x512",
+    "135m-full-16x1024-ckpt",
+    "135m-full-8x512-bf16",
+    "135m-full-8x512-8bit",
+    "0.6b-lora-4x1024",
+    "0.6b-lora-8x512-ckpt",
+    "0.6b-lora-8x128",
+    "0.6b-qlora-4x1024",
+    "0.6b-qlora-8x512-ckpt",
+    "0.6b-full-4x1024",
+    "0.6b-full-8x512-ckpt",
+    "0.6b-full-4x1024-bf16",
+    "1b-lora-4x2048",
+    "1b-lora-8x1024-ckpt",
+    "1b-lora-8x64",
+    "1b-lora-8x1024-packed",
+    "1b-qlora-4x2048",
+    "1b-qlora-8x1024-ckpt",
+    "1b-full-4x1024",
+    "1b-full-8x1024-ckpt",
+    "1b-full-4x1024-8bit",
+    "1b-full-4x2048-bf16-ckpt",
+    "3b-lora-4x2048",
+    "3b-lora-8x2048-ckpt",
+    "3b-lora-8x64",
+    "3b-qlora-4x1024",
+    "3b-qlora-4x2048-ckpt",
+    "3b-full-2x1024",
+    "3b-full-4x1024-ckpt-bf16",
+    "3b-lora-4x1024-packed",
+    "8b-lora-4x1024",
+    "8b-lora-8x2048",
+    "8b-lora-8x2048-ckpt",
+    "8b-lora-8x64",
+    "8b-lora-4x1024-r64-ckpt",
+    "8b-lora-2x4096-packed-ckpt",
+    "8b-qlora-4x1024",
+    "8b-qlora-8x2048-ckpt",
+    "8b-qlora-8x64-ckpt",
+    "8b-full-4x1024-ckpt-bf16",
+    "8b-full-2x2048-bf16",
+    "8b-full-4x1024-ckpt-bf16-8bit",
+]
+WARM_UP, TIMED = 3, 10
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One run."""
+
+    name: str
+    shape: str
+    method: str
+    rows: int
+    length: int
+    rank: int
+    checkpointing: bool
+    packed: bool
+    """Examples of many lengths share rows, so attention takes a mask."""
+    weights: str
+    optimizer: str
+
+    @property
+    def held_out(self) -> bool:
+        """Chosen before anything was measured."""
+        digest = hashlib.sha256(self.name.encode()).digest()
+        return self.shape == HELD_OUT_SHAPE or digest[0] % 3 == 0
+
+
+def read_case(name: str) -> Case:
+    """The run that a name stands for."""
+    shape, method, size, *options = name.split("-")
+    rows, length = size.split("x")
+    ranks = [int(option[1:]) for option in options if re.fullmatch(r"r\d+", option)]
+    return Case(
+        name=name,
+        shape=shape,
+        method=method,
+        rows=int(rows),
+        length=int(length),
+        rank=ranks[0] if ranks else 16,
+        checkpointing="ckpt" in options,
+        packed="packed" in options,
+        weights="bf16" if "bf16" in options else "fp32",
+        optimizer="adamw_8bit" if "8bit" in options else "adamw",
+    )
+
+
+def config(shape: str) -> Any:
+    """The transformers configuration of a shape."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**SHAPES[shape])
+
+
+def lengths(case: Case) -> list[list[int]]:
+    """Tokens of each step's examples."""
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    steps = []
+    for _ in range(WARM_UP + (TIMED if case.rows * case.length > 4096 else 3 * TIMED)):
+        if case.packed:
+            drawn = draw.integers(case.length // 8, case.length // 2, 4 * case.rows)
+            steps.append(drawn[np.cumsum(drawn) < 0.85 * case.rows * case.length].tolist())
+        else:
+            steps.append([case.length] * case.rows)
+    return steps
+
+
+def build_of(case: Case) -> Any:
+    """How the planner describes the case's model."""
+    import torch
+
+    from tunefork.plan.step import Build
+    from tunefork.recipe import FullSection, LoraSection, Method
+
+    return Build(
+        method=Method(case.method),
+        lora=LoraSection(rank=case.rank),
+        full=FullSection(weights=case.weights, optimizer=case.optimizer),  # type: ignore[arg-type]
+        dtype=torch.bfloat16,
+        activation_checkpointing=case.checkpointing,
+        device="cuda",
+    )
+
+
+def measure_one(case: Case) -> dict[str, Any]:
+    """Train and report."""
+    import torch
+    import transformers
+
+    from tunefork.plan.short_run import short_run
+
+    measured = short_run(
+        config(case.shape),
+        build_of(case),
+        lengths(case),
+        micro_batch_tokens=case.rows * case.length,
+        packing=case.packed,
+        device=torch.device("cuda", 0),
+    )
+    return {
+        "case": case.name,
+        "device": torch.cuda.get_device_name(),
+        **asdict(measured),
+        "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def measure(out: Path, names: list[str], seconds: float) -> None:
+    """Run the cases, those of one shape in one process, and append a line for each to `out`."""
+    deadline = time.monotonic() + seconds
+    environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    with out.open("a", encoding="utf-8") as stream:
+        for shape in SHAPES:
+            of_shape = [name for name in names if read_case(name).shape == shape]
+            if not of_shape:
+                continue
+            command = [sys.executable, __file__, "one", *of_shape]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("{"):
+                    stream.write(line)
+                    stream.flush()
+                    _say(json.loads(line))
+                if time.monotonic() > deadline:
+                    process.kill()
+                    print("out of time", flush=True)
+                    return
+            process.wait()
+
+
+def _say(row: dict[str, Any]) -> None:
+    if "error" in row:
+        print(f"{row['case']:34s} {row['error']}", flush=True)
+        return
+    tensor, reserved = row["tensor_bytes"] / 2**30, row["reserved_bytes"] / 2**30
+    sizes = f"{tensor:7.2f} GiB {reserved:7.2f} reserved"
+    print(f"{row['case']:34s} {sizes} {row['step_s']:.4f} s {row['step_s_spread']}", flush=True)
+
+
+def runs(raw: Path) -> list[Any]:
+    """The measured runs, ready to be predicted."""
+    from benchmarks.fitting import Run
+    from tunefork.plan.catalogue import load_catalogue
+    from tunefork.plan.device import target_of
+    from tunefork.plan.method import Case as Planned
+    from tunefork.plan.shape import count_params
+    from tunefork.plan.step import Shape
+
+    target = target_of(load_catalogue().machine(["h200"]))
+    found = []
+    for line in raw.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if "error" in row:
+            continue
+        case = read_case(row["case"])
+        made = config(case.shape)
+        found.append(
+            Run(
+                name=case.name,
+                is_held_out=case.held_out,
+                case=Planned(made, count_params(made), build_of(case), target),
+                steps=[[Shape(**shape) for shape in step] for step in row["shapes"]],
+                tensor_bytes=row["tensor_bytes"],
+                process_bytes=row["process_bytes"],
+                context_bytes=row["context_bytes"],
+                step_s=row["step_s"],
+            )
+        )
+    return found
+
+
+def fit(raw: Path) -> None:
+    """Fit on the cases that are not held out, judge on those that are, write both files."""
+    from benchmarks.fitting import fit_memory, fit_time, write_fit
+    from benchmarks.results import write
+    from tunefork.plan.fits import fit_for
+
+    measured, (start, _) = [run.traced() for run in runs(raw)], fit_for("h200")
+    found = start.model_copy(
+        update={
+            "date": date.fromtimestamp(raw.stat().st_mtime).isoformat(),
+            "runs": sum(not run.is_held_out for run in measured),
+            "memory": fit_memory(measured, start.memory),
+        }
+    )
+    found = found.model_copy(update={"time": fit_time(measured, start.time)})
+    rows = [_judged(run.with_fit(found)) for run in measured]
+    held = [row for row in rows if row["held_out"]]
+    worst = {n: max(abs(row["errors"][n]) for row in held) for n in ("tensor", "process", "step")}
+    memory = {"tensor_error": _up(worst["tensor"]), "process_error": _up(worst["process"])}
+    found = found.model_copy(
+        update={
+            "memory": found.memory.model_copy(update=memory),
+            "time": found.time.model_copy(update={"error": _up(worst["step"])}),
+        }
+    )
+    write_fit(found)
+    first = json.loads(raw.read_text(encoding="utf-8").splitlines()[0])
+    errors = [json.loads(x) for x in raw.read_text(encoding="utf-8").splitlines() if '"error"' in x]
+    file = write(
+        "planner_h200",
+        [*rows, *({"case": e["case"], "error": e["error"]} for e in errors)],
+        device=first["device"],
+        command="python benchmarks/planner_h200.py measure; python benchmarks/planner_h200.py fit",
+        versions=first["versions"],
+    )
+    print(f"worst of {len(held)} held out: {worst}; {file}")
+
+
+def _judged(run: Any) -> dict[str, Any]:
+    predicted = {
+        "tensor_bytes": run.predicted_tensor_bytes(),
+        "process_bytes": run.predicted_process_bytes(),
+        "step_s": run.predicted_step_s(),
+    }
+    row: dict[str, Any] = {"case": run.name, "held_out": run.is_held_out}
+    for name, value in predicted.items():
+        row[f"predicted_{name}"] = value
+        row[f"measured_{name}"] = getattr(run, name)
+    row["errors"] = {
+        name.partition("_")[0]: round(value / getattr(run, name) - 1, 4)
+        for name, value in predicted.items()
+    }
+    print(f"{run.name:34s} {'held out' if run.is_held_out else '':9s} {row['errors']}", flush=True)
+    return row
+
+
+def _up(error: float) -> float:
+    """Rounded up to whole per cents, at least one."""
+    return max(1, math.ceil(100 * error)) / 100
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    measuring = verbs.add_parser("measure")
+    measuring.add_argument("--out", type=Path, required=True)
+    measuring.add_argument("--seconds", type=float, default=570.0)
+    measuring.add_argument("--cases", nargs="*", default=CASES)
+    verbs.add_parser("one").add_argument("names", nargs="+")
+    verbs.add_parser("fit").add_argument("raw", type=Path)
+    options = parser.parse_args()
+    if options.verb == "one":
+        for name in options.names:
+            try:
+                row = measure_one(read_case(name))
+            except Exception as error:  # one case that fails leaves the others' results standing
+                row = {"case": name, "error": f"{type(error).__name__}: {error}"[:300]}
+            print(json.dumps(row), flush=True)
+    elif options.verb == "measure":
+        done = set(_done(options.out))
+        measure(options.out, [name for name in options.cases if name not in done], options.seconds)
+    else:
+        fit(options.raw)
+
+
+def _done(raw: Path) -> Iterator[str]:
+    if raw.exists():
+        for line in raw.read_text(encoding="utf-8").splitlines():
+            if "error" not in (row := json.loads(line)):
+                yield row["case"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""How a recipe's examples fall into forward passes: the largest one, and what they are in the mean.
+
+With the data at hand its examples are packed as training will pack them. Without it, from a few
+numbers, examples are taken to be of mean length, and the largest pass to be full of the longest.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tunefork.data.example import Encoded
+from tunefork.data.pack import ROW_LENGTH, MicroBatch, pack
+from tunefork.data.split import steps
+from tunefork.plan.step import Shape
+from tunefork.recipe import Recipe
+
+_MOST_STEPS = 200
+"""Optimiser steps that are packed to see how examples fall; more would show the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How much is to be trained, in numbers."""
+
+    examples: int
+    tokens: int
+    """In one pass over the examples, prompts included."""
+    supervised_tokens: int
+    epochs: float
+    max_length: int
+    """Longest example, tokens."""
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """How the work falls into steps and passes."""
+
+    largest: Shape
+    """The forward pass that takes the most memory."""
+    mean: Shape
+    """What passes are like in the mean, whole numbers."""
+    passes_per_step: float
+    num_steps: int
+    note: str
+
+
+def batches_of_data(examples: Sequence[Encoded], recipe: Recipe, *, seed: int) -> Batches:
+    """From the data itself."""
+    section = recipe.train
+    schedule = steps(
+        len(examples),
+        batch_size=section.batch_size,
+        epochs=section.epochs,
+        max_steps=section.max_steps,
+        seed=seed,
+    )
+    seen = schedule[:: max(1, len(schedule) // _MOST_STEPS)]
+    shapes: list[Shape] = []
+    for step in seen:
+        chosen = [examples[at] for at in step]
+        for batch in pack(chosen, max_tokens=section.micro_batch_tokens, packing=section.packing):
+            rows, length = batch.input_ids.shape
+            is_masked = bool((batch.position_ids[:, 1:] == 0).any()) if length > 1 else False
+            shapes.append(Shape(rows, length, len(batch.supervised[0]), is_masked))
+    count = len(shapes)
+    rows = round(sum(shape.rows for shape in shapes) / count) or 1
+    tokens = sum(shape.rows * shape.length for shape in shapes) / count
+    mean = Shape(
+        rows=rows,
+        length=max(1, round(tokens / rows)),
+        supervised=max(1, round(sum(shape.supervised for shape in shapes) / count)),
+        is_masked=sum(shape.is_masked for shape in shapes) * 2 > count,
+    )
+    return Batches(
+        largest=max(shapes, key=_weight),
+        mean=mean,
+        passes_per_step=count / len(seen),
+        num_steps=len(schedule),
+        note=f"{len(examples)} training examples, packed as training packs them",
+    )
+
+
+def shape_of(batch: MicroBatch) -> Shape:
+    """Of a packed micro-batch. Rows of several examples, or of padding, need a mask."""
+    rows, length = batch.input_ids.shape
+    is_masked = bool((batch.position_ids[:, 1:] == 0).any())
+    return Shape(rows, length, len(batch.supervised[0]), is_masked)
+
+
+def _weight(shape: Shape) -> tuple[int, int]:
+    return shape.rows * shape.length, shape.supervised
+
+
+def batches_of_numbers(
+    work: Work, *, micro_batch_tokens: int | None = None, packing: bool = True
+) -> Batches:
+    """From numbers alone; the largest pass is as large as it may become."""
+    limit = micro_batch_tokens or max(4096, work.max_length)
+    step_tokens = work.tokens / work.examples * work.batch_size
+    width = max(min(work.max_length, limit), min(ROW_LENGTH, limit) if packing else 1)
+    share = min(1.0, work.supervised_tokens / work.tokens)
+    most_rows = max(1, limit // width)
+    largest_rows = min(most_rows, max(1, -(-work.batch_size * work.max_length // width)))
+    passes = max(1.0, step_tokens / (most_rows * width))
+    mean_rows = max(1, min(most_rows, round(step_tokens / passes / width)))
+    mean_length = max(1, min(width, round(step_tokens / passes / mean_rows)))
+    is_masked = packing and work.max_length > 1
+
+    def shape(rows: int, length: int) -> Shape:
+        return Shape(rows, length, max(1, round(share * rows * length)), is_masked)
+
+    return Batches(
+        largest=shape(largest_rows, width),
+        mean=shape(mean_rows, mean_length),
+        passes_per_step=passes,
+        num_steps=max(1, round(work.epochs * work.examples / work.batch_size)),
+        note="from the numbers given; lengths are assumed to be near their mean",
+    )

@@ -1,0 +1,169 @@
+"""What is planned for: GPUs of the catalogue, or the machine at hand."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import psutil
+import torch
+
+from tunefork.model.device import describe, pick_device, pick_dtype
+from tunefork.plan.catalogue import Catalogue, Machine
+from tunefork.plan.fits import UNMEASURED_MEMORY, UNMEASURED_TIME, Fit, fit_for
+from tunefork.plan.measured import correction, recall
+from tunefork.plan.time import Rates
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """How far predictions on a device go wrong, relative; and what its own runs correct them by."""
+
+    tensors: float
+    process: float
+    time: float
+    process_factor: float = 1.0
+    time_factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A device, how many of them, and what is known of it."""
+
+    id: str
+    """A catalogue id, or "cpu"."""
+    kind: Literal["cuda", "cpu"]
+    count: int
+    memory_bytes: int
+    """Of one, that a process can take."""
+    rates: Rates
+    link_bandwidth: float
+    """Bytes a second between two of them."""
+    usd_per_hour: float | None
+    """Of all of them."""
+    fit: Fit
+    trust: Trust
+    note: str
+
+
+def target_of(machine: Machine) -> Target:
+    """GPUs of the catalogue."""
+    gpu = machine.gpu
+    fit, is_own = fit_for(gpu.id)
+    basis = (
+        f"fitted to {fit.runs} runs measured on this GPU with torch {fit.torch}"
+        if is_own
+        else f"efficiencies are those of {fit.name}; no run was measured on this GPU, so intervals "
+        "are wider"
+    )
+    target = Target(
+        id=gpu.id,
+        kind="cuda",
+        count=machine.count,
+        memory_bytes=gpu.usable_bytes,
+        rates=Rates(gpu.bf16_flops, gpu.bandwidth),
+        link_bandwidth=gpu.link_bandwidth,
+        usd_per_hour=gpu.usd_per_hour * machine.count,
+        fit=fit,
+        trust=_trust(fit, is_own),
+        note=f"rates: {gpu.source} ({gpu.date}); price: {gpu.price_source} ({gpu.price_date}), "
+        f"approximate; {basis}",
+    )
+    return _corrected(target, lambda name: _is(gpu.name, name))
+
+
+def here(
+    catalogue: Catalogue, usd_per_hour: float | None = None, *, is_corrected: bool = True
+) -> Target:
+    """The machine at hand: its GPU, found in the catalogue by name, else its CPU.
+
+    `is_corrected` lets its own finished runs correct the predictions.
+    """
+    device = pick_device()
+    name = str(describe(device)["name"])
+    target = _cpu() if device.type == "cpu" else _gpu(catalogue, name, describe(device))
+    if usd_per_hour is not None:
+        target = replace(target, usd_per_hour=usd_per_hour)
+    if not is_corrected:
+        return replace(target, trust=replace(target.trust, process_factor=1.0, time_factor=1.0))
+    return _corrected(target, lambda known: known == name)
+
+
+def _cpu() -> Target:
+    fit, _ = fit_for("cpu")
+    assert fit.flops is not None and fit.bandwidth is not None
+    cores = torch.get_num_threads()
+    return Target(
+        id="cpu",
+        kind="cpu",
+        count=1,
+        memory_bytes=psutil.virtual_memory().total,
+        rates=Rates(fit.flops * cores / _FITTED_CORES, fit.bandwidth),
+        link_bandwidth=0.0,
+        usd_per_hour=None,
+        fit=fit,
+        trust=_trust(fit, is_own=False),
+        note=f"fitted to {fit.runs} runs on {fit.name}, scaled to {cores} cores; `tunefork plan "
+        "--calibrate` measures this machine",
+    )
+
+
+_FITTED_CORES = 2
+"""Of the machine behind the CPU's fit."""
+
+
+def _gpu(catalogue: Catalogue, name: str, facts: dict[str, str | int]) -> Target:
+    total = int(facts["memory_bytes"])
+    known = [gpu for gpu in catalogue.gpus if _is(gpu.name, name)]
+    nearest = min(known or catalogue.gpus, key=lambda gpu: abs(gpu.usable_bytes - total))
+    target = target_of(Machine(nearest, 1))
+    if known:
+        return replace(target, memory_bytes=total)
+    return replace(
+        target,
+        memory_bytes=total,
+        usd_per_hour=None,
+        trust=_trust(target.fit, is_own=False),
+        note=f"{name} is not in the catalogue, so it is planned with the rates of {nearest.name}; "
+        "`tunefork plan --calibrate` measures it, and a catalogue file can describe it",
+    )
+
+
+def _trust(fit: Fit, is_own: bool) -> Trust:
+    """Tensors are the same on every device; the context, what is held and speed are not."""
+    memory, time = (1.0, 1.0) if is_own else (UNMEASURED_MEMORY, UNMEASURED_TIME)
+    return Trust(
+        tensors=fit.memory.tensor_error,
+        process=fit.memory.process_error * memory,
+        time=fit.time.error * time,
+    )
+
+
+def _corrected(target: Target, is_device: Callable[[str], bool]) -> Target:
+    """By what runs on the device took."""
+    found = correction(recall(is_device))
+    if not found.runs:
+        return target
+    return replace(
+        target,
+        trust=replace(
+            target.trust,
+            process=found.process_error or target.trust.process,
+            time=found.time_error or target.trust.time,
+            process_factor=found.process,
+            time_factor=found.time,
+        ),
+        note=f"{target.note}; corrected by {found.runs} runs measured on this device (time x "
+        f"{found.time:.2f}, process memory x {found.process:.2f})",
+    )
+
+
+def _is(entry: str, reported: str) -> bool:
+    """Whether the driver's name is a catalogue entry's: `NVIDIA H100 80GB HBM3` and `H100 SXM`."""
+    words = entry.lower().replace("nvidia", "").replace("geforce", "").replace("-", " ").split()
+    telling = [word for word in words if word not in ("sxm", "pcie", "tensor", "core", "gpu")]
+    return bool(telling) and all(word in reported.lower().replace(" ", "") for word in telling)
+
+
+def dtype_for(target: Target, precision: str) -> torch.dtype:
+    """Dtype of weights and activations on the target."""
+    return pick_dtype(precision, torch.device(target.kind))

@@ -1,0 +1,110 @@
+"""What tracing does not show, fitted to measured runs: fits.yaml, one entry a device.
+
+Memory: the libraries' workspaces beside the traced tensors (a constant), the CUDA context, and what
+the allocator holds without using it. Time: how far each kind of operation stays behind the data
+sheet's rates, and what starting an operation costs the host. Each has a relative error, the largest
+that a held-out run showed, from which intervals are made.
+
+benchmarks/planner_h200.py writes the H200's entry, benchmarks/planner_cpu.py the CPU's. A GPU that
+has no entry takes the H200's fractions of its own data sheet's rates, with wider intervals.
+"""
+
+from functools import cache
+from importlib.resources import files
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+UNMEASURED_MEMORY = 1.5
+UNMEASURED_TIME = 3.0
+"""By what intervals are widened for a device that no run was measured on."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class MemoryFit(_Model):
+    """From traced tensors to a process."""
+
+    workspace_bytes: float
+    """Taken from PyTorch's allocator by libraries (cuBLAS): there from the first product on."""
+    context_bytes: float
+    """Of the process outside PyTorch's allocator."""
+    held_constant_bytes: float
+    """Held and not used, whatever the run."""
+    held_per_dynamic: float
+    """Held and not used, per byte that comes and goes within a step."""
+    held_per_recomputed: float
+    """The same with activation checkpointing, where what comes and goes is more various."""
+    held_per_room: float
+    """Per byte of the room that the optimiser's update takes."""
+    tensor_error: float
+    """Relative; of `peak_tensor_bytes`."""
+    process_error: float
+    """Relative; of `peak_process_bytes`."""
+
+
+class TimeFit(_Model):
+    """Time over what the data sheet's rates would give, and the host's part."""
+
+    gemm: float
+    skinny: float
+    attention: float
+    masked_attention: float
+    memory: float
+    dequantize: float
+    optimizer: float
+    eight_bit_s: float
+    """Of the 8-bit update, a parameter."""
+    rounding_s: float
+    """Of stochastic rounding, a parameter."""
+    host_operation_s: float
+    """To start one operation."""
+    host_dequantize_s: float
+    """To dequantise one weight, beyond that."""
+    host_update: float
+    """Of starting one operation, in the update of one tensor after another (full fine-tuning)."""
+    host_layer_s: float
+    """To recompute one layer (activation checkpointing), beyond its operations."""
+    pass_s: float
+    """Once a forward and backward pass: its batch laid out, copied, its mask made."""
+    step_s: float
+    """Once a step."""
+    is_overlapped: bool
+    """The host runs ahead of the device (a GPU); on a CPU the two are one."""
+    error: float
+    """Relative; of `step_s`."""
+
+
+class Fit(_Model):
+    """One device's."""
+
+    device: str
+    """A catalogue id, or "cpu"."""
+    name: str
+    """As PyTorch or the system names it."""
+    torch: str
+    """Version that it was measured with."""
+    date: str
+    runs: int
+    """Measured runs behind it; those held out not counted."""
+    flops: float | None = None
+    """Measured peak rate where there is no data sheet (CPU), bf16 operations a second."""
+    bandwidth: float | None = None
+    """Likewise, bytes a second."""
+    memory: MemoryFit
+    time: TimeFit
+
+
+@cache
+def load_fits() -> dict[str, Fit]:
+    """The packaged fits by device."""
+    text = files("tunefork.plan").joinpath("fits.yaml").read_text(encoding="utf-8")
+    return {row["device"]: Fit.model_validate(row) for row in yaml.safe_load(text)}
+
+
+def fit_for(device: str) -> tuple[Fit, bool]:
+    """The fit for a catalogue id or "cpu", and whether it was measured on that device."""
+    fits = load_fits()
+    return (fits[device], True) if device in fits else (fits["h200"], False)

@@ -1,0 +1,113 @@
+"""Before a run: what it will take on this machine, and a refusal of what cannot fit.
+
+After it: what it took goes to the measurements that correct the next plan.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from tunefork.data.example import Encoded
+from tunefork.errors import BadInputError
+from tunefork.plan.catalogue import load_catalogue
+from tunefork.plan.device import here
+from tunefork.plan.measured import Measurement, remember
+from tunefork.plan.plan import plan_examples
+from tunefork.plan.schema import Plan
+from tunefork.plan.step import PlanError
+from tunefork.recipe import Method, Recipe
+
+_TELLING_STEPS = 10
+"""A shorter run's time is mostly warming up, and says nothing of the next one's."""
+
+
+class DoesNotFitError(BadInputError):
+    """A run would take more memory than the machine has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What one run was predicted to take."""
+
+    tensor_bytes: float
+    process_bytes: float
+    step_s: float
+
+
+def plan_here(recipe: Recipe, methods: Sequence[Method], examples: Sequence[Encoded]) -> Plan:
+    """The recipe on this machine, with the prepared training examples."""
+    catalogue = load_catalogue()
+    target = here(catalogue, recipe.compare.usd_per_hour)
+    return plan_examples(recipe, examples, target=target, methods=methods, catalogue=catalogue)
+
+
+def refuse_what_cannot_fit(
+    recipe: Recipe,
+    methods: Sequence[Method],
+    examples: Sequence[Encoded],
+    say: Callable[[str], None],
+) -> None:
+    """Raise DoesNotFitError where even the low end of a prediction is over this machine's memory.
+
+    Where only its high end is, `say` gets a warning.
+    """
+    try:
+        plan = plan_here(recipe, methods, examples)
+    except PlanError as error:
+        say(f"warning: {error}; whether it fits in memory will show")
+        return
+    for name, method in plan.methods.items():
+        if method.fits:
+            continue
+        peak, memory = method.peak_process_bytes, plan.machine.memory_bytes
+        low, mid, high, has = (n / 2**30 for n in (peak.low, peak.mid, peak.high, memory))
+        found = (
+            f"method {name}: is predicted to take {mid:.1f} GiB ({low:.1f} to {high:.1f}); this "
+            f"machine has {has:.1f} GiB. It would fit with {method.next_option}"
+        )
+        if method.may_fit:
+            say(f"warning: {found}")
+            continue
+        others = f", leave {name} out of compare.methods," if len(methods) > 1 else ""
+        raise DoesNotFitError(f"{found}{others} or run it all the same with --ignore-plan")
+
+
+def predict(recipe: Recipe, method: Method, examples: Sequence[Encoded]) -> Prediction | None:
+    """What a run of one method is predicted to take on this machine; None where nothing can be."""
+    try:
+        planned = plan_here(recipe, (method,), examples).methods[method.value]
+    except PlanError:  # said before, when the recipe was checked
+        return None
+    return Prediction(
+        tensor_bytes=planned.peak_tensor_bytes.mid,
+        process_bytes=planned.peak_process_bytes.mid,
+        step_s=planned.step_s,
+    )
+
+
+def learn(
+    prediction: Prediction,
+    *,
+    device: str,
+    case: str,
+    num_steps: int,
+    train_s: float,
+    process_bytes: int,
+    say: Callable[[str], None],
+) -> None:
+    """Remember a finished run; where that cannot be written, `say` it and go on."""
+    if num_steps < _TELLING_STEPS:
+        return
+    measurement = Measurement(
+        device=device,
+        case=case,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        predicted_step_s=prediction.step_s,
+        measured_step_s=train_s / num_steps,
+        predicted_process_bytes=prediction.process_bytes,
+        measured_process_bytes=process_bytes,
+    )
+    try:
+        remember(measurement)
+    except OSError as error:
+        say(f"warning: predicted against measured could not be kept ({error})")

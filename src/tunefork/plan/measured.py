@@ -1,0 +1,104 @@
+"""Predicted against measured, remembered: every finished run corrects the next plan on its device.
+
+`measurements.jsonl` in TUNEFORK_HOME (default ~/.tunefork) has a line a run: what was predicted and
+what it took. A plan for the same device multiplies its time, and its process's memory, by the
+median ratio of the last runs there; with three or more, their spread takes the place of the
+packaged error.
+"""
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tunefork.plan.catalogue import HOME
+
+_LAST = 50
+"""Runs that count: an older one may be of another driver or another version of this library."""
+_ENOUGH = 3
+
+
+class Measurement(BaseModel):
+    """One run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: str
+    """As PyTorch or the system names it."""
+    case: str
+    date: str
+    predicted_step_s: float
+    measured_step_s: float
+    predicted_process_bytes: float
+    measured_process_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """What the device's own runs say of its predictions."""
+
+    runs: int
+    time: float
+    """Factor of a step's seconds."""
+    process: float
+    """Factor of the process's bytes."""
+    time_error: float | None
+    """Largest relative error of the corrected predictions; None for fewer than three runs."""
+    process_error: float | None
+
+
+NONE = Correction(0, 1.0, 1.0, None, None)
+
+
+def file() -> Path:
+    """Where measurements are kept."""
+    return Path(os.environ.get(HOME, "~/.tunefork")).expanduser() / "measurements.jsonl"
+
+
+def remember(measurement: Measurement) -> None:
+    """Append one line; raises OSError where it cannot be written."""
+    path = file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(measurement.model_dump_json() + "\n")
+
+
+def recall(is_device: Callable[[str], bool]) -> list[Measurement]:
+    """The last measurements on a device; lines of another version are passed over."""
+    path = file()
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = Measurement.model_validate(json.loads(line))
+        except (ValidationError, ValueError):
+            continue
+        if is_device(row.device):
+            found.append(row)
+    return found[-_LAST:]
+
+
+def correction(rows: Sequence[Measurement]) -> Correction:
+    """The median ratios of `rows`, and how far they scatter about them."""
+    if not rows:
+        return NONE
+    times = [row.measured_step_s / row.predicted_step_s for row in rows]
+    sizes = [row.measured_process_bytes / row.predicted_process_bytes for row in rows]
+    time, process = statistics.median(times), statistics.median(sizes)
+    is_enough = len(rows) >= _ENOUGH
+    return Correction(
+        runs=len(rows),
+        time=time,
+        process=process,
+        time_error=max(_error(ratio, time) for ratio in times) if is_enough else None,
+        process_error=max(_error(ratio, process) for ratio in sizes) if is_enough else None,
+    )
+
+
+def _error(ratio: float, middle: float) -> float:
+    return max(ratio / middle, middle / ratio) - 1

@@ -1,0 +1,182 @@
+"""One method on one target: memory, time, money, and the largest batch and sequence that fit."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tunefork.plan.batches import Batches
+from tunefork.plan.device import Target
+from tunefork.plan.memory import Memory, measure
+from tunefork.plan.schema import MethodPlan
+from tunefork.plan.shape import num_layers
+from tunefork.plan.step import Build, Shape, Step, trace_step
+from tunefork.plan.time import pass_seconds, update_seconds
+from tunefork.plan.trace import Work
+from tunefork.recipe import Method
+
+_LENGTHS = (1024, 2048)
+"""Rows of one example at which memory is traced; it is linear in between and beyond."""
+_SHORTEST = 128
+_HALVINGS = 4
+_WITHOUT_PASSES = ("load", "optimizer", "save")
+"""Phases that take the same whatever the batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One method, the model it trains, and where."""
+
+    config: Any
+    total_params: int
+    made: Build
+    target: Target
+
+    def step(self, shape: Shape, *, evaluates: bool = False) -> Step:
+        """Traced; with `evaluates` an evaluation's pass too."""
+        return trace_step(self.config, self.made, shape, evaluates=evaluates)
+
+    def memory(self, shape: Shape) -> Memory:
+        """On each device."""
+        return measure(
+            self.step(shape),
+            self.target.fit.memory,
+            self.target.trust,
+            shards=self.target.count,
+            is_recomputed=self.made.activation_checkpointing,
+        )
+
+    def fits(self, shape: Shape) -> bool:
+        """Whether even the high end of the prediction does."""
+        return self.memory(shape).process.high <= self.target.memory_bytes
+
+
+def plan_method(case: Case, batches: Batches) -> MethodPlan:
+    """Everything but `next_option`, which needs other cases."""
+    step, target = case.step(batches.largest, evaluates=True), case.target
+    memory, seconds = case.memory(batches.largest), step_seconds(case, batches)
+    error = target.trust.time
+    total_s = seconds * batches.num_steps
+    tokens = batches.mean.rows * batches.mean.length * batches.passes_per_step
+    usd = None if target.usd_per_hour is None else target.usd_per_hour * total_s / 3600
+    return MethodPlan(
+        fits=memory.process.high <= target.memory_bytes,
+        may_fit=memory.process.low <= target.memory_bytes,
+        margin_bytes=round(target.memory_bytes - memory.process.high),
+        total_params=case.total_params,
+        trainable_params=step.trained,
+        peak_tensor_bytes=memory.tensors,
+        peak_process_bytes=memory.process,
+        phases=memory.phases,
+        step_s=seconds,
+        step_s_interval=(seconds / (1 + error), seconds * (1 + error)),
+        tokens_per_s=tokens / seconds,
+        total_s=total_s,
+        cost_usd=usd,
+        artifact_bytes=artifact_bytes(case, step),
+        largest_micro_batch_tokens=largest_rows_tokens(case, batches.largest),
+        largest_length=largest_length(case, batches.largest),
+        next_option=None,
+    )
+
+
+def step_seconds(case: Case, batches: Batches) -> float:
+    """Of one optimiser step: its passes, the update, and what GPUs send each other.
+
+    The GPUs share a step's passes. Sharded weights are gathered for the forward and the backward
+    pass and gradients scattered (FSDP); sending hides behind computing where it is shorter.
+    """
+    step, target = case.step(batches.largest), case.target
+    passes = max(1.0, batches.passes_per_step / target.count)
+    computing = passes * one_pass_seconds(case, scaled_work(case, batches), batches.mean.is_masked)
+    if target.count > 1:
+        weights = step.static.get("weights", 0)
+        sent = (2 * weights + step.gradients) * (target.count - 1) / target.count
+        computing = max(computing, passes * sent / target.link_bandwidth)
+    update = update_seconds(step.update, target.rates, target.fit.time)
+    return target.trust.time_factor * (computing + update / target.count)
+
+
+def one_pass_seconds(case: Case, work: Mapping[str, Work], is_masked: bool) -> float:
+    """Of a forward and backward pass on one device, uncorrected."""
+    return pass_seconds(
+        work,
+        case.target.rates,
+        case.target.fit.time,
+        is_masked=is_masked,
+        num_recomputed=num_layers(case.config) if case.made.activation_checkpointing else 0,
+    )
+
+
+def scaled_work(case: Case, batches: Batches) -> dict[str, Work]:
+    """A mean pass's work, on the line through the two passes that are traced in any case."""
+    shape, mean = batches.largest, batches.mean
+    tokens, wanted = shape.rows * shape.length, mean.rows * mean.length
+    here, twice = case.step(shape).work, case.step(_of_rows(shape, 2 * shape.rows)).work
+    share = wanted / tokens - 1
+    scaled = {
+        kind: Work(
+            done.count,
+            max(0.0, done.flops + share * (more.flops - done.flops)),
+            max(0.0, done.num_bytes + share * (more.num_bytes - done.num_bytes)),
+        )
+        for kind, done in here.items()
+        for more in (twice.get(kind, done),)
+    }
+    if "attention" in scaled:  # also in proportion to a row's length
+        scaled["attention"].flops *= mean.length / shape.length
+    return scaled
+
+
+def artifact_bytes(case: Case, step: Step) -> int:
+    """Adapters are saved in fp32, as they were trained; models in their weights' dtype."""
+    if case.made.method is not Method.FULL:
+        return 4 * step.trained
+    return case.total_params * case.made.dtype.itemsize
+
+
+def largest_rows_tokens(case: Case, shape: Shape) -> int | None:
+    """Most tokens of a pass that fits, in rows of `shape`'s length; None where one row does not."""
+    rows = _largest(case, lambda rows: _of_rows(shape, rows), shape.rows, 2 * shape.rows, least=1)
+    return None if rows is None else rows * shape.length
+
+
+def _of_rows(shape: Shape, rows: int) -> Shape:
+    """`shape` with other rows, as many of their tokens supervised."""
+    return replace(shape, rows=rows, supervised=max(1, round(shape.supervised / shape.rows * rows)))
+
+
+def largest_length(case: Case, shape: Shape) -> int | None:
+    """Longest single example that fits; None where none of 128 tokens does."""
+    share = shape.supervised / (shape.rows * shape.length)
+
+    def of(length: int) -> Shape:
+        return Shape(1, length, max(1, round(share * length)), is_masked=False)
+
+    return _largest(case, of, *_LENGTHS, least=_SHORTEST)
+
+
+def _largest(
+    case: Case, of: Callable[[int], Shape], low: int, high: int, *, least: int
+) -> int | None:
+    """Largest size that fits. A moment's memory is linear in it, as traced at `low` and `high`."""
+    at_low, at_high = case.memory(of(low)), case.memory(of(high))
+    whatever = max(
+        phase.tensor_bytes for name, phase in at_low.phases.items() if name in _WITHOUT_PASSES
+    )
+    if at_low.process_high(whatever) > case.target.memory_bytes:
+        return None
+    sizes = []
+    for segment, there in at_high.moments_high.items():
+        slope = (there - at_low.moments_high[segment]) / (high - low)
+        if slope > 0:
+            sizes.append(high + (case.target.memory_bytes - there) / slope)
+    size = max(least, int(min(sizes)))
+    if size >= low:
+        return size
+    if not case.fits(of(least)):
+        return None
+    fitting, too_large = least, low  # below what was traced the line bends: halve what is unknown
+    for _ in range(_HALVINGS):
+        middle = (fitting + too_large) // 2
+        fitting, too_large = (middle, too_large) if case.fits(of(middle)) else (fitting, middle)
+    return fitting

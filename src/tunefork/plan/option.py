@@ -1,0 +1,70 @@
+"""The cheapest change that would make a method fit: what costs no quality first, then what may."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from tunefork.plan.batches import Batches
+from tunefork.plan.catalogue import Machine
+from tunefork.plan.device import target_of
+from tunefork.plan.method import Case, largest_rows_tokens
+from tunefork.recipe import FullSection, Method
+
+_MOST_GPUS = 8
+
+
+def next_option(case: Case, batches: Batches, machines: Sequence[Machine]) -> str:
+    """In words, with the recipe's keys; `machines` are those of the catalogue."""
+    for words, changed in _changes(case):
+        if changed.fits(batches.largest):
+            return words
+        tokens = largest_rows_tokens(changed, batches.largest)
+        if tokens is not None:
+            smaller = f"train.micro_batch_tokens: {tokens}"
+            return f"{smaller} and {words}" if words != _AS_IT_IS else smaller
+    return _larger_machine(case, batches, machines) or (
+        "no machine of the catalogue holds it, not even eight GPUs: shorter sequences "
+        "(data.max_length), or a smaller model"
+    )
+
+
+_AS_IT_IS = "as it is"
+
+
+def _changes(case: Case) -> Iterator[tuple[str, Case]]:
+    """Smaller and smaller forms of the case, with the words for each."""
+    yield _AS_IT_IS, case
+    words: list[str] = []
+    made = case.made
+    if not made.activation_checkpointing:
+        made = replace(made, activation_checkpointing=True)
+        words.append("train.activation_checkpointing: true (about a quarter slower)")
+        yield " and ".join(words), replace(case, made=made)
+    if made.method is Method.FULL and made.full.weights == "fp32":
+        made = replace(made, full=FullSection(weights="bf16", optimizer=made.full.optimizer))
+        words.append("full.weights: bf16")
+        yield " and ".join(words), replace(case, made=made)
+    if made.method is Method.FULL and made.full.optimizer == "adamw":
+        made = replace(made, full=FullSection(weights=made.full.weights, optimizer="adamw_8bit"))
+        words.append("full.optimizer: adamw_8bit")
+        yield " and ".join(words), replace(case, made=made)
+    if made.method is Method.LORA:
+        made = replace(made, method=Method.QLORA)
+        words.append("method: qlora")
+        yield " and ".join(words), replace(case, made=made)
+
+
+def _larger_machine(case: Case, batches: Batches, machines: Sequence[Machine]) -> str | None:
+    """The cheapest machine by the hour that holds the case as it is, with checkpointing."""
+    made = replace(case.made, activation_checkpointing=True)
+    by_price = sorted(
+        (target_of(Machine(machine.gpu, count)) for machine in machines for count in (1, 2, 4, 8)),
+        key=lambda target: (target.usd_per_hour or 0.0, target.count),
+    )
+    for target in by_price:
+        if replace(case, made=made, target=target).fits(batches.largest):
+            several = "sharded over " if target.count > 1 else ""
+            return (
+                f"{several}{target.count} x {target.id} (${target.usd_per_hour:.2f} an hour) with "
+                "train.activation_checkpointing: true"
+            )
+    return None

@@ -1,0 +1,202 @@
+"""`tunefork plan`: LoRA, QLoRA and full fine-tuning side by side, before anything is loaded.
+
+From a recipe (`plan_recipe`) or from numbers (`plan_numbers`). No GPU and no weights are needed:
+the model is its configuration, traced on the meta device (`plan.step`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tunefork.data.example import Encoded
+from tunefork.data.loader import load_data
+from tunefork.model.load import load_tokenizer
+from tunefork.plan.batches import Batches, Work, batches_of_data, batches_of_numbers
+from tunefork.plan.catalogue import Catalogue, Machine, load_catalogue
+from tunefork.plan.device import Target, dtype_for, target_of
+from tunefork.plan.method import Case, plan_method
+from tunefork.plan.option import next_option
+from tunefork.plan.schema import MachinePlan, Plan, WorkPlan
+from tunefork.plan.shape import config_for, count_params
+from tunefork.plan.step import Build
+from tunefork.recipe import FullSection, LoraSection, Method, ModelSection, Recipe
+
+__all__ = ["Work", "plan_examples", "plan_numbers", "plan_recipe"]
+
+_SEVERAL = (
+    "tunefork trains on one GPU: a plan for several is for a run that shards its weights (FSDP) by "
+    "another tool, and no measured run stands behind it"
+)
+
+
+def plan_numbers(
+    *,
+    model: ModelSection | float,
+    work: Work,
+    lora: LoraSection,
+    full: FullSection,
+    methods: Sequence[Method],
+    machine: Machine,
+    activation_checkpointing: bool = True,
+    micro_batch_tokens: int | None = None,
+    catalogue: Catalogue | None = None,
+) -> Plan:
+    """Plan from a model, or its number of parameters, and how much is to be trained.
+
+    `micro_batch_tokens` is `train.micro_batch_tokens`, by default what a recipe would have.
+
+    Raises ModelError where the model's configuration cannot be read.
+    """
+    batches = batches_of_numbers(work, micro_batch_tokens=micro_batch_tokens)
+    return _plan(
+        name=model.id if isinstance(model, ModelSection) else f"{model / 1e9:.3g}B parameters",
+        config=config_for(model),
+        batches=batches,
+        work=_work(work, batches),
+        forms=Forms(lora, full, activation_checkpointing, "bf16"),
+        methods=methods,
+        target=target_of(machine),
+        catalogue=catalogue,
+    )
+
+
+def plan_recipe(
+    recipe: Recipe,
+    *,
+    target: Target,
+    methods: Sequence[Method],
+    work: Work | None = None,
+    catalogue: Catalogue | None = None,
+) -> Plan:
+    """Plan a recipe on `target`; `work` stands for its data where that is not at hand.
+
+    Raises BadInputError as reading the recipe's model and data does.
+    """
+    if work is None:
+        data = load_data(recipe, load_tokenizer(recipe.model), need_eval=False).train
+        return plan_examples(recipe, data, target=target, methods=methods, catalogue=catalogue)
+    batches = batches_of_numbers(
+        work,
+        micro_batch_tokens=recipe.train.micro_batch_tokens,
+        packing=recipe.train.packing,
+    )
+    return _plan_batches(recipe, work, batches, target, methods, catalogue)
+
+
+def plan_examples(
+    recipe: Recipe,
+    examples: Sequence[Encoded],
+    *,
+    target: Target,
+    methods: Sequence[Method],
+    catalogue: Catalogue | None = None,
+) -> Plan:
+    """Plan a recipe whose training examples are at hand."""
+    work = Work(
+        examples=len(examples),
+        tokens=sum(len(example.input_ids) for example in examples),
+        supervised_tokens=sum(int(example.supervised.sum()) for example in examples),
+        epochs=recipe.train.epochs,
+        max_length=max(len(example.input_ids) for example in examples),
+        batch_size=recipe.train.batch_size,
+    )
+    batches = batches_of_data(examples, recipe, seed=recipe.train.seed)
+    return _plan_batches(recipe, work, batches, target, methods, catalogue)
+
+
+def _plan_batches(
+    recipe: Recipe,
+    work: Work,
+    batches: Batches,
+    target: Target,
+    methods: Sequence[Method],
+    catalogue: Catalogue | None,
+) -> Plan:
+    return _plan(
+        name=recipe.model.id,
+        config=config_for(recipe.model),
+        batches=batches,
+        work=_work(work, batches),
+        forms=Forms(
+            recipe.lora,
+            recipe.full,
+            recipe.train.activation_checkpointing,
+            recipe.train.precision,
+        ),
+        methods=methods,
+        target=target,
+        catalogue=catalogue,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Forms:
+    """How the methods are built."""
+
+    lora: LoraSection
+    full: FullSection
+    activation_checkpointing: bool
+    precision: str
+
+
+def _plan(
+    *,
+    name: str,
+    config: Any,
+    batches: Batches,
+    work: WorkPlan,
+    forms: Forms,
+    methods: Sequence[Method],
+    target: Target,
+    catalogue: Catalogue | None,
+) -> Plan:
+    total = count_params(config)
+    machines = [Machine(gpu, 1) for gpu in (catalogue or load_catalogue()).gpus]
+    planned = {}
+    for method in methods:
+        made = Build(
+            method=method,
+            lora=forms.lora,
+            full=forms.full,
+            dtype=dtype_for(target, forms.precision),
+            activation_checkpointing=forms.activation_checkpointing,
+            device=target.kind,
+        )
+        case = Case(config, total, made, target)
+        found = plan_method(case, batches)
+        if not found.fits:
+            option = next_option(case, batches, machines)
+            found = found.model_copy(update={"next_option": option})
+        planned[method.value] = found
+    notes = [target.note, work.note]
+    if target.count > 1:
+        notes.append(_SEVERAL)
+    return Plan(
+        model=name,
+        total_params=total,
+        machine=MachinePlan(
+            gpu=target.id,
+            count=target.count,
+            memory_bytes=target.memory_bytes,
+            usd_per_hour=target.usd_per_hour,
+            note=target.note,
+        ),
+        work=work,
+        methods=planned,
+        notes=notes,
+    )
+
+
+def _work(work: Work, batches: Batches) -> WorkPlan:
+    return WorkPlan(
+        examples=work.examples,
+        tokens=work.tokens,
+        supervised_tokens=work.supervised_tokens,
+        epochs=work.epochs,
+        steps=batches.num_steps,
+        batch_size=work.batch_size,
+        rows=batches.largest.rows,
+        length=batches.largest.length,
+        is_masked=batches.largest.is_masked,
+        note=batches.note,
+    )

@@ -1,0 +1,309 @@
+"""One optimiser step's forward and backward pass of one method, traced at two depths.
+
+The model is built by the functions that build it for training, and its loss is the loop's own. What
+a whole model takes follows from two shallow ones: the highest moment of each segment, and the work
+of each kind, are linear in the number of layers.
+"""
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tunefork.data.pack import MicroBatch
+from tunefork.errors import BadInputError, ModelError
+from tunefork.model.build import build
+from tunefork.model.head import Head
+from tunefork.model.linear import Nf4Linear
+from tunefork.plan.attention import NAME, Setting, install
+from tunefork.plan.optimizer import Update, state_bytes, update
+from tunefork.plan.schema import Part
+from tunefork.plan.shape import at_depth, depths, extrapolate, on_meta
+from tunefork.plan.trace import Peak, Trace, Work
+from tunefork.recipe import FullSection, LoraSection, Method
+from tunefork.train.loss import loss_sum, token_losses
+from tunefork.train.method import enable_checkpointing
+
+_SCALED_LOGITS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+)
+"""Settings by which an architecture changes its logits after the head; `model.head` measures this
+where there are weights."""
+
+
+class PlanError(BadInputError):
+    """The model's code does not run without numbers, so nothing can be said of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What one forward and backward pass takes in."""
+
+    rows: int
+    length: int
+    supervised: int
+    """Tokens that a loss is computed for."""
+    is_masked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """How the model is built."""
+
+    method: Method
+    lora: LoraSection
+    full: FullSection
+    dtype: torch.dtype
+    activation_checkpointing: bool
+    device: str
+    """"cuda" or "cpu": whose kernels are stood in for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A whole model's step."""
+
+    peaks: dict[str, Peak]
+    """Segment -> its highest moment."""
+    work: dict[str, Work]
+    """Kind of operation -> all of the step's forward and backward pass."""
+    evaluation: Peak | None
+    """Highest moment of a forward pass without gradients, where that was asked for."""
+    static: dict[Part, int]
+    """Weights and optimiser states: there all the time."""
+    gradients: int
+    """Bytes of all gradients."""
+    trained: int
+    """Parameters that are trained."""
+    update: Update
+    layer_bytes: int
+    """Of one decoder layer's weights."""
+
+    @property
+    def peak(self) -> Peak:
+        """The highest moment of all."""
+        return max(self.peaks.values(), key=lambda peak: peak.total)
+
+
+def trace_step(config: Any, made: Build, shape: Shape, *, evaluates: bool = False) -> Step:
+    """Trace `shape` through `config`'s model built as `made`; the same question is asked once.
+
+    Raises ModelError for what the method cannot train, PlanError for what cannot be traced.
+    """
+    key = (config.to_json_string(), made, shape)
+    if key not in _TRACED or (evaluates and _TRACED[key].evaluation is None):
+        try:
+            _TRACED[key] = _trace_whole(config, made, shape, evaluates)
+        except ModelError:
+            raise
+        except Exception as error:  # an architecture's own code, which may need real numbers
+            why = textwrap.shorten(str(error), 200, placeholder=" ...")
+            raise PlanError(
+                f"a {config.model_type} model cannot be traced without its weights "
+                f"({type(error).__name__}: {why}), so it cannot be planned"
+            ) from error
+    return _TRACED[key]
+
+
+_TRACED: dict[Any, "Step"] = {}
+_BUILT: dict[Any, "_Built"] = {}
+"""What was built and traced in this process: plans for several GPUs ask the same."""
+
+
+def _trace_whole(config: Any, made: Build, shape: Shape, evaluates: bool) -> Step:
+    low, high = depths(config)
+    at_high = _trace(at_depth(config, high), made, shape, evaluates)
+    if low == high:
+        return at_high
+    at_low = _trace(at_depth(config, low), made, shape, evaluates)
+
+    def whole(a: float, b: float) -> int:
+        return extrapolate(a, b, config)
+
+    def peak(a: Peak, b: Peak) -> Peak:
+        parts = {part: whole(a.parts.get(part, 0), b.parts[part]) for part in b.parts}
+        return Peak(sum(parts.values()), parts)
+
+    return Step(
+        peaks={n: peak(at_low.peaks[n], at_high.peaks[n]) for n in at_low.peaks},
+        work={
+            kind: Work(
+                whole(at_low.work[kind].count, done.count),
+                whole(at_low.work[kind].flops, done.flops),
+                whole(at_low.work[kind].num_bytes, done.num_bytes),
+            )
+            for kind, done in at_high.work.items()
+            if kind in at_low.work
+        },
+        evaluation=(
+            peak(at_low.evaluation, at_high.evaluation)
+            if at_low.evaluation and at_high.evaluation
+            else None
+        ),
+        static={p: whole(at_low.static[p], at_high.static[p]) for p in at_high.static},
+        gradients=whole(at_low.gradients, at_high.gradients),
+        trained=whole(at_low.trained, at_high.trained),
+        update=Update(
+            *(
+                whole(a, b)
+                for a, b in zip(astuple(at_low.update), astuple(at_high.update), strict=True)
+            )
+        ),
+        layer_bytes=at_high.layer_bytes,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """A shallow model on the meta device, and what does not depend on a batch's shape."""
+
+    model: PreTrainedModel
+    head: Head
+    trained: list[nn.Parameter]
+    states: list[Tensor]
+    """The optimiser's, as bytes."""
+
+
+def _build(config: Any, made: Build) -> _Built:
+    model = on_meta(config, dtype=made.dtype, attention=NAME)
+    model.config.pad_token_id = None  # GPT-2 looks for it among ids, of which there are none
+    build(model, made.method, made.lora, seed=0)
+    if made.activation_checkpointing:
+        enable_checkpointing(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    sizes = state_bytes(trained, made.method, made.full)
+    states = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes]
+    return _Built(model, _head(model, config), trained, states)
+
+
+def _trace(config: Any, made: Build, shape: Shape, evaluates: bool) -> Step:
+    trace = Trace()
+    install(Setting("cuda" if made.device == "cuda" else "cpu", shape.is_masked), trace)
+    key = (config.to_json_string(), made)
+    built = _BUILT[key] = _BUILT.get(key) or _build(config, made)
+    model, head, trained = built.model, built.head, built.trained
+    batch = _batch(shape)
+    trace.adopt(_weights(model), "weights")
+    trace.adopt(built.states, "optimizer")
+    static = dict(trace.live)
+    trace.peaks.clear()
+    with _segments(model, trace), _gradients(trained, trace), trace:
+        trace.enter_segment("forward: embedding")
+        model.train()
+        loss = loss_sum(model, head, batch) / shape.supervised
+        trace.enter_segment("backward: head")
+        loss.backward()  # type: ignore[no-untyped-call]
+    peaks, work = dict(trace.peaks), {kind: replace(done) for kind, done in trace.work.items()}
+    del loss
+    model.zero_grad(set_to_none=True)
+    trace.peaks.clear()
+    if evaluates:
+        model.eval()
+        with trace:
+            trace.enter_segment("evaluate")
+            token_losses(model, head, batch)
+    return Step(
+        peaks=peaks,
+        work=work,
+        evaluation=trace.peaks.get("evaluate"),
+        static=static,
+        gradients=sum(p.numel() * p.element_size() for p in trained),
+        trained=sum(p.numel() for p in trained),
+        update=update(trained, made.method, made.full),
+        layer_bytes=sum(t.untyped_storage().nbytes() for t in _weights(_layers(model)[0])),
+    )
+
+
+@contextmanager
+def _gradients(trained: Sequence[nn.Parameter], trace: Trace) -> Iterator[None]:
+    """Say of gradients, as they come, that they are."""
+
+    def adopt(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            trace.adopt([parameter.grad], "gradients")
+
+    handles = [
+        p.register_post_accumulate_grad_hook(adopt)  # type: ignore[no-untyped-call]
+        for p in trained
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _head(model: PreTrainedModel, config: Any) -> Head:
+    linear = model.get_output_embeddings()
+    assert isinstance(linear, nn.Linear)
+    text = config.get_text_config()
+    is_plain = not any(getattr(text, name, None) for name in _SCALED_LOGITS)
+    return Head(linear, is_plain=is_plain and linear.bias is None)
+
+
+def _batch(shape: Shape) -> MicroBatch:
+    """A micro-batch of `shape` on the meta device."""
+
+    def ids(*size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.int64, device="meta")
+
+    grid = (shape.rows, shape.length)
+    at = (ids(shape.supervised), ids(shape.supervised))
+    return MicroBatch(ids(*grid), ids(*grid), ids(*grid), ids(*grid), at)
+
+
+def _weights(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        if isinstance(module, Nf4Linear):
+            yield module.state.absmax
+            yield module.state.state2.absmax
+
+
+def _layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
+
+
+@contextmanager
+def _segments(model: PreTrainedModel, trace: Trace) -> Iterator[None]:
+    """Name the moments after the decoder layer at work: the first, the last, those between."""
+    layers = _layers(model)
+    handles = []
+
+    def enter_backward(name: str) -> None:
+        trace.part = "activations"
+        trace.enter_segment(f"backward: {name} layer")
+
+    for at, layer in enumerate(layers):
+        name = "first" if at == 0 else "last" if at == len(layers) - 1 else "middle"
+
+        def forward(_module: nn.Module, _inputs: Any, name: str = name) -> None:
+            if not trace.segment.startswith("backward"):  # a checkpoint's second forward pass
+                trace.enter_segment(f"forward: {name} layer")
+
+        def backward(_module: nn.Module, _inputs: Any, output: Any, name: str = name) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            if tensor.requires_grad and not trace.segment.startswith("backward"):
+                tensor.register_hook(lambda _: enter_backward(name))
+                if name == "last":
+                    trace.enter_segment("forward: head")
+                    trace.part = "logits"
+
+        handles += [layer.register_forward_pre_hook(forward), layer.register_forward_hook(backward)]
+    try:
+        yield
+    finally:
+        trace.part = "activations"
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,75 @@
+"""Seconds of a step: a roofline over the traced work.
+
+The roofline is Williams, Waterman and Patterson 2009, https://doi.org/10.1145/1498765.1498785.
+
+    device = sum over kinds of operation: work / data sheet's rate * fitted factor
+    host   = operations * fitted seconds to start one
+    step   = the longer of the two on a GPU, where the host runs ahead; their sum on a CPU
+
+Products count operations; what moves memory counts bytes, each operation's inputs and outputs once.
+A skinny product (LoRA's) reads a whole activation for few operations, so it counts bytes too.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tunefork.plan.fits import TimeFit
+from tunefork.plan.optimizer import Update
+from tunefork.plan.trace import Work
+
+_SHARPNESS = 8
+"""Of the smooth maximum of device and host."""
+
+_NONE = Work()
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What a device could do at best."""
+
+    flops: float
+    """bf16 operations a second."""
+    bandwidth: float
+    """Bytes a second."""
+
+
+def pass_seconds(
+    work: Mapping[str, Work],
+    rates: Rates,
+    fit: TimeFit,
+    *,
+    is_masked: bool,
+    num_recomputed: int = 0,
+) -> float:
+    """A forward and backward pass in which `num_recomputed` layers run twice."""
+    gemm, skinny = work.get("gemm", _NONE), work.get("skinny", _NONE)
+    attention, memory = work.get("attention", _NONE), work.get("memory", _NONE)
+    dequantize = work.get("dequantize", _NONE)
+    factor = fit.masked_attention if is_masked else fit.attention
+    device = gemm.flops / rates.flops * fit.gemm
+    device += attention.flops / rates.flops * factor
+    device += skinny.num_bytes / rates.bandwidth * fit.skinny
+    device += memory.num_bytes / rates.bandwidth * fit.memory
+    device += dequantize.num_bytes / rates.bandwidth * fit.dequantize
+    count = sum(done.count for done in work.values())
+    host = count * fit.host_operation_s + dequantize.count * fit.host_dequantize_s
+    host += num_recomputed * fit.host_layer_s
+    return fit.pass_s + _together(device, host, fit)
+
+
+def update_seconds(update: Update, rates: Rates, fit: TimeFit) -> float:
+    """Clipping and the optimiser's update."""
+    device = update.moved_bytes / rates.bandwidth * fit.optimizer
+    device += update.eight_bit_params * fit.eight_bit_s + update.rounded_params * fit.rounding_s
+    host = update.num_operations * fit.host_update * fit.host_operation_s
+    return fit.step_s + _together(device, host, fit)
+
+
+def _together(device: float, host: float, fit: TimeFit) -> float:
+    if not fit.is_overlapped:
+        return device + host
+    longer, shorter = max(device, host), min(device, host)
+    if longer <= 0.0:
+        return 0.0
+    smooth: float = longer * (1 + (shorter / longer) ** _SHARPNESS) ** (1 / _SHARPNESS)
+    return smooth

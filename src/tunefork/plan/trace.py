@@ -1,0 +1,157 @@
+"""A training step run on the meta device: what its tensors take at each moment, and its work.
+
+Nothing is computed. Every operation still goes through PyTorch's dispatcher, so that a
+`TorchDispatchMode` sees each tensor come, and a weak reference to its storage tells when it goes:
+the same code that trains is what is planned, and no formula has to follow it. What the dispatcher
+does not show is added by hand: attention's kernels (`plan.attention`) and the optimiser
+(`plan.optimizer`).
+
+Sizes are rounded up to 512 bytes, as PyTorch's CUDA allocator does.
+
+Moments are grouped in *segments* (`forward of the first layer`, ...), each with its highest moment.
+A segment's peak is linear in the number of layers, which is what `plan.memory` extrapolates.
+"""
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tunefork.plan.schema import Part
+
+_ROUND = 512
+_SKINNY = 64
+"""A product with a side up to this is bound by memory: LoRA's down and up projections."""
+
+_PRODUCTS = {
+    torch.ops.aten.mm.default: 0,
+    torch.ops.aten.mm.out: 0,
+    torch.ops.aten.bmm.default: 0,
+    torch.ops.aten.addmm.default: 1,
+    torch.ops.aten.addmm_.default: 1,
+    torch.ops.aten.baddbmm.default: 1,
+}
+"""Matrix products -> where their left operand stands; the right one follows it."""
+_FREE = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten._reshape_alias.default,
+}
+"""Operations that start no kernel."""
+
+
+@dataclass(slots=True)
+class Work:
+    """What operations of one kind did."""
+
+    count: int = 0
+    flops: float = 0.0
+    num_bytes: float = 0.0
+    """Read and written, each tensor once an operation."""
+
+    def add(self, flops: float, num_bytes: float) -> None:
+        """One more operation."""
+        self.count += 1
+        self.flops += flops
+        self.num_bytes += num_bytes
+
+
+@dataclass(slots=True)
+class Peak:
+    """The highest moment of a segment."""
+
+    total: int = 0
+    parts: dict[Part, int] = field(default_factory=dict)
+
+
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While entered, follows every tensor and counts every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live: dict[Part, int] = {}
+        self.part: Part = "activations"
+        """What tensors that come now are."""
+        self.segment = "start"
+        self.peaks: dict[str, Peak] = {}
+        self.work: dict[str, Work] = {}
+        self._known: dict[int, tuple[Any, Part, int]] = {}
+
+    def total(self) -> int:
+        """Bytes alive now."""
+        return sum(self.live.values())
+
+    def enter_segment(self, name: str) -> None:
+        """From here on moments belong to the segment `name`."""
+        self.segment = name
+        self._note()
+
+    def adopt(self, tensors: Iterable[Tensor], part: Part) -> None:
+        """Follow tensors that were there before, or say what followed ones are."""
+        for tensor in tensors:
+            self._follow(tensor, part, is_known=True)
+        self._note()
+
+    def count(self, kind: str, flops: float, num_bytes: float) -> None:
+        """Count an operation that the dispatcher does not see."""
+        self.work.setdefault(kind, Work()).add(flops, num_bytes)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        results = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        for tensor in results:
+            self._follow(tensor, self.part)
+        self._note()
+        if not (func in _FREE or func.is_view):
+            inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            distinct = {id(t): t for t in [*inputs, *results]}
+            moved = sum(t.numel() * t.element_size() for t in distinct.values())
+            if func in _PRODUCTS:
+                left = _PRODUCTS[func]
+                self._count_product(args[left], args[left + 1], moved)
+            else:
+                kind = "dequantize" if func.namespace == "bitsandbytes" else "memory"
+                self.count(kind, 0.0, moved)
+        return output
+
+    def _count_product(self, left: Tensor, right: Tensor, moved: float) -> None:
+        rows, inner, columns = left.shape[-2], left.shape[-1], right.shape[-1]
+        batch = left.shape[0] if left.dim() == 3 else 1
+        kind = "skinny" if min(rows, inner, columns) <= _SKINNY else "gemm"
+        self.count(kind, 2.0 * batch * rows * inner * columns, moved)
+
+    def _follow(self, tensor: Tensor, part: Part, *, is_known: bool = False) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._known.get(key)
+        if known is not None:
+            if is_known and known[1] != part:
+                self.live[known[1]] -= known[2]
+                self.live[part] = self.live.get(part, 0) + known[2]
+                self._known[key] = (known[0], part, known[2])
+            return
+        size = -(-storage.nbytes() // _ROUND) * _ROUND
+        reference = weakref.ref(storage, lambda _: self._forget(key))
+        self._known[key] = (reference, part, size)
+        self.live[part] = self.live.get(part, 0) + size
+
+    def _forget(self, key: int) -> None:
+        _, part, size = self._known.pop(key)
+        self.live[part] -= size
+
+    def _note(self) -> None:
+        peak = self.peaks.setdefault(self.segment, Peak())
+        total = self.total()
+        if total > peak.total:
+            peak.total, peak.parts = total, dict(self.live)

@@ -1,0 +1,135 @@
+"""One run: what it leaves where it is stopped, and that nothing it left is lost."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tunefork.compare.trial as trial
+from tunefork.compare.trial import run_trial, train_run
+from tunefork.errors import RunFolderError, TuneforkError
+from tunefork.recipe import Method, Recipe
+from tunefork.registry.opening import open_model
+from tunefork.registry.peft_format import save_adapter
+from tunefork.registry.run import ADAPTER, COLUMNS, read_record
+from tunefork.train.progress import TrainProgress
+
+Make = Callable[..., Recipe]
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def _fail(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(trial, name, fail)
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes after the first step."""
+
+    def on_step(self: TrainProgress, record: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(TrainProgress, "on_step", on_step)
+
+
+@pytest.mark.parametrize("method", list(Method))
+@pytest.mark.parametrize("error", [TuneforkError("no"), KeyboardInterrupt()])
+def test_what_ends_the_evaluation_costs_no_training(
+    make_recipe: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: Method,
+    error: BaseException,
+) -> None:
+    recipe, folder = make_recipe(method=method), tmp_path / "run"
+    whole = train_run(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        _fail(patch, "evaluate", error)
+        with pytest.raises(type(error)):
+            train_run(recipe, folder)
+    record = read_record(folder)
+    assert record is not None and (record.status, record.metrics) == ("trained", {})
+    assert open_model(str(folder)).model is not None
+    _fail(monkeypatch, "_train", AssertionError("trained again"))
+    done = train_run(recipe, folder)
+    assert done == read_record(folder) and done.status == "ok"
+    assert (done.created, done.train_s) == (record.created, record.train_s)
+    for metric, interval in done.metrics.items():
+        assert interval == pytest.approx(whole.metrics[metric], abs=1e-4), metric
+    assert train_run(recipe, folder) == done
+
+
+def test_an_interrupted_run_is_usable_not_evaluated_and_not_overwritten(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: None
+) -> None:
+    _fail(monkeypatch, "evaluate", AssertionError("evaluated"))
+    recipe, folder = make_recipe(), tmp_path / "run"
+    record = train_run(recipe, folder)
+    assert (record.status, record.num_steps, record.metrics) == ("interrupted", 1, {})
+    assert record == read_record(folder) and open_model(str(folder)).model is not None
+    before = _content(folder)
+    with pytest.raises(RunFolderError, match=r"run: holds a run that was stopped after 1 steps.*"):
+        train_run(recipe, folder)
+    assert _content(folder) == before
+
+
+def test_an_interrupted_piece_of_a_comparison_ends_at_once(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: None
+) -> None:
+    _fail(monkeypatch, "evaluate", AssertionError("evaluated"))
+    options: dict[str, Any] = {"seed": 0, "learning_rate": 1e-3}
+    with pytest.raises(KeyboardInterrupt):
+        run_trial(make_recipe(), Method.LORA, tmp_path, keep_interrupted=False, **options)
+    assert read_record(tmp_path) is None and not (tmp_path / ADAPTER).exists()
+
+
+def test_ctrl_c_while_saving_waits_for_the_record(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*arguments: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        save_adapter(*arguments, **options)
+
+    monkeypatch.setattr(trial, "save_adapter", slow)
+    with pytest.raises(KeyboardInterrupt):
+        train_run(make_recipe(), tmp_path / "run")
+    record = read_record(tmp_path / "run")
+    assert record is not None and record.status == "trained"
+
+
+def test_an_old_record_does_not_outlive_what_it_tells_of(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: None
+) -> None:
+    options: dict[str, Any] = {"seed": 0, "learning_rate": 1e-3}
+    run_trial(make_recipe(), Method.LORA, tmp_path, **options)
+    assert read_record(tmp_path) is not None
+    _fail(monkeypatch, "train_method", MemoryError())
+    with pytest.raises(MemoryError):
+        run_trial(make_recipe(), Method.LORA, tmp_path, **options)
+    assert read_record(tmp_path) is None
+
+
+def test_changed_data_is_not_taken_for_what_was_trained_on(
+    make_recipe: Make, tmp_path: Path
+) -> None:
+    recipe = make_recipe()
+    train_run(recipe, tmp_path / "run")
+    with Path(recipe.data.train).open("a") as stream:
+        stream.write('{"text": "new", "label": "fox"}\n')
+    with pytest.raises(RunFolderError, match=r"data\.train, data\.eval or the tokenizer has"):
+        train_run(recipe, tmp_path / "run")
+
+
+def test_the_base_is_evaluated_and_has_no_artefact(make_recipe: Make, tmp_path: Path) -> None:
+    record = run_trial(make_recipe(), None, tmp_path, seed=0, learning_rate=None)
+    assert (record.status, record.artifact, record.trainable_params) == ("ok", None, 0)
+    assert record.metrics and (tmp_path / COLUMNS).is_file()

@@ -1,0 +1,108 @@
+"""Real processes: how a piece ends where its parent is told to, or is gone.
+
+A piece's first act once it is loaded is to read recipe.yaml. That is a FIFO here, so that a piece
+waits there until it is ended, and opening the other end tells when it has come so far.
+"""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tunefork.compare.worker import start
+from tunefork.registry.run import RECIPE
+
+PATIENCE_S = 60.0
+
+PARENT = """
+import signal, sys
+from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it
+from tunefork.compare.worker import start
+print("ready", flush=True)
+try:
+    print(start(Path(sys.argv[1]), "base"))
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def _wait_until(is_so: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    os.mkfifo(tmp_path / RECIPE)
+    return tmp_path
+
+
+@pytest.fixture
+def parent(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that starts a piece in `folder`; so far it has imported what it needs for that."""
+    command = [sys.executable, "-c", PARENT, str(folder)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, text=True, stdout=pipe, stderr=pipe) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        yield process
+        process.kill()
+
+
+def _child(parent: subprocess.Popen[str]) -> psutil.Process:
+    _wait_until(lambda: bool(psutil.Process(parent.pid).children()))
+    return psutil.Process(parent.pid).children()[0]
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.5])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_piece_starts_ends_both_quietly(
+    parent: subprocess.Popen[str], delay_s: float, number: signal.Signals
+) -> None:
+    child = _child(parent)
+    time.sleep(delay_s)
+    parent.send_signal(number)
+    out, err = parent.communicate(timeout=PATIENCE_S)
+    assert (out, err) == ("interrupted\n", "")
+    assert not child.is_running()
+
+
+def test_a_signal_to_a_piece_at_work_ends_both_quietly(
+    parent: subprocess.Popen[str], folder: Path
+) -> None:
+    ends: list[int] = []
+
+    def is_loaded() -> bool:
+        try:
+            ends.append(os.open(folder / RECIPE, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError as error:
+            assert error.errno == errno.ENXIO  # nobody reads it yet
+        return bool(ends)
+
+    _wait_until(is_loaded)  # from here on it waits for what is never written
+    parent.send_signal(signal.SIGINT)
+    out, err = parent.communicate(timeout=PATIENCE_S)
+    assert (out, err) == ("interrupted\n", "")
+    os.close(ends[0])
+
+
+def test_a_piece_does_not_outlive_its_parent(parent: subprocess.Popen[str]) -> None:
+    child = _child(parent)
+    parent.kill()
+    _wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_what_a_piece_says_of_its_failure_comes_back(tmp_path: Path) -> None:
+    (tmp_path / RECIPE).write_text("model: [")
+    failure = start(tmp_path, "base")
+    assert failure is not None and failure.is_bad_input
+    assert "recipe.yaml:1: is not YAML" in failure.message

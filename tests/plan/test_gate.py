@@ -1,0 +1,96 @@
+"""A run that cannot fit is refused before anything is loaded; one that ran is remembered."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.folders import save_model
+from tunefork.data.example import Encoded
+from tunefork.plan import gate
+from tunefork.plan.catalogue import load_catalogue
+from tunefork.plan.device import Target, here
+from tunefork.plan.measured import recall
+from tunefork.recipe import DataSection, Method, ModelSection, Recipe, TrainSection
+
+EXAMPLES = [Encoded(f"f:{n}", np.arange(40, dtype=np.int32), np.ones(40, bool)) for n in range(30)]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    save_model(tmp_path)
+    return Recipe(
+        model=ModelSection(id=str(tmp_path)),
+        data=DataSection(train="-", max_length=64),
+        train=TrainSection(batch_size=4),
+    )
+
+
+def _on_a_machine_of(memory_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    target: Target = replace(here(load_catalogue()), memory_bytes=memory_bytes)
+    monkeypatch.setattr(gate, "here", lambda *_: target)
+
+
+def test_what_fits_is_let_through(recipe: Recipe) -> None:
+    said: list[str] = []
+    gate.refuse_what_cannot_fit(recipe, tuple(Method), EXAMPLES, said.append)
+    assert said == []
+
+
+def test_what_cannot_fit_is_refused_with_what_would(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _on_a_machine_of(2**28, monkeypatch)
+    with pytest.raises(gate.DoesNotFitError, match=r"(?s)method lora: .*0\.2 GiB.*--ignore-plan"):
+        gate.refuse_what_cannot_fit(recipe, (Method.LORA,), EXAMPLES, print)
+    with pytest.raises(gate.DoesNotFitError, match=r"leave lora out of compare\.methods"):
+        gate.refuse_what_cannot_fit(recipe, tuple(Method), EXAMPLES, print)
+
+
+def test_what_may_fit_is_warned_of(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    peak = gate.plan_here(recipe, (Method.LORA,), EXAMPLES).methods["lora"].peak_process_bytes
+    _on_a_machine_of(round(peak.mid), monkeypatch)
+    said: list[str] = []
+    gate.refuse_what_cannot_fit(recipe, (Method.LORA,), EXAMPLES, said.append)
+    assert len(said) == 1 and said[0].startswith("warning: method lora: is predicted")
+
+
+def test_a_finished_run_is_remembered(recipe: Recipe, home: Path) -> None:
+    prediction = gate.predict(recipe, Method.LORA, EXAMPLES)
+    assert prediction is not None
+
+    def learn(num_steps: int) -> None:
+        gate.learn(
+            prediction,
+            device="a CPU",
+            case="lora",
+            num_steps=num_steps,
+            train_s=3.0,
+            process_bytes=10**9,
+            say=pytest.fail,
+        )
+
+    learn(9)
+    assert recall(lambda _: True) == []
+    learn(12)
+    (row,) = recall(lambda device: device == "a CPU")
+    assert row.measured_step_s == 0.25 and row.predicted_step_s == prediction.step_s
+
+
+def test_a_home_that_cannot_be_written_is_said(
+    recipe: Recipe, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "file").write_text("")
+    monkeypatch.setenv("TUNEFORK_HOME", str(home / "file"))
+    said: list[str] = []
+    gate.learn(
+        gate.Prediction(1.0, 1.0, 1.0),
+        device="d",
+        case="c",
+        num_steps=12,
+        train_s=1.0,
+        process_bytes=1,
+        say=said.append,
+    )
+    assert len(said) == 1 and "could not be kept" in said[0]

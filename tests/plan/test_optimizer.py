@@ -1,0 +1,58 @@
+"""What is planned for the optimiser is what it keeps."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import tiny_model
+from tunefork.model.build import build
+from tunefork.plan.optimizer import state_bytes, update
+from tunefork.recipe import DataSection, FullSection, LoraSection, Method, ModelSection, Recipe
+from tunefork.train.method import make_optimizer
+from tunefork.train.optim import ShadowAdamW
+
+FORMS: list[tuple[Method, dict[str, Any]]] = [
+    (Method.LORA, {}),
+    (Method.FULL, {}),
+    (Method.FULL, {"weights": "bf16"}),
+    (Method.FULL, {"optimizer": "adamw_8bit"}),
+    (Method.FULL, {"weights": "bf16", "optimizer": "adamw_8bit"}),
+]
+
+
+@pytest.mark.parametrize(("method", "form"), FORMS)
+def test_states_are_those_that_the_optimiser_keeps(method: Method, form: dict[str, Any]) -> None:
+    full = FullSection(**form)
+    recipe = Recipe(
+        model=ModelSection(id="-"), data=DataSection(train="-"), lora=LoraSection(rank=4), full=full
+    )
+    model = tiny_model("llama").bfloat16()
+    # Large enough for 8-bit states: bitsandbytes keeps those of small weights in fp32.
+    model.resize_token_embeddings(256)
+    build(model, method, recipe.lora, seed=0)
+    optimizer = make_optimizer(model, recipe, method, seed=0)
+    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step(1e-3)
+    kept: dict[int, int] = {}
+    is_shadow = isinstance(optimizer, ShadowAdamW)
+    inners = optimizer.inner if is_shadow else [optimizer.inner]  # type: ignore[attr-defined]
+    for inner in inners:
+        for state in inner.state.values():
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and name not in ("step", "qmap1", "qmap2"):
+                    kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    if is_shadow:
+        for shadow in optimizer.shadows:  # type: ignore[attr-defined]
+            if shadow.numel():
+                kept[shadow.untyped_storage().data_ptr()] = shadow.untyped_storage().nbytes()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert sum(state_bytes(trained, method, full)) == sum(kept.values())
+
+
+def test_only_full_fine_tuning_takes_room_for_an_update() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(8, 4, dtype=torch.bfloat16))]
+    assert update(weights, Method.LORA, FullSection()).room_bytes == 0
+    assert update(weights, Method.FULL, FullSection()).room_bytes == 4 * 32
+    rounded = update(weights, Method.FULL, FullSection(weights="bf16"))
+    assert rounded.room_bytes == 10 * 32 and rounded.rounded_params == 32

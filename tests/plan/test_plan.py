@@ -1,0 +1,143 @@
+"""The plan as a whole: sanity rows, what fits, what to change, what was measured."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunefork.plan.batches import Work
+from tunefork.plan.catalogue import load_catalogue
+from tunefork.plan.device import target_of
+from tunefork.plan.measured import Measurement, correction, recall, remember
+from tunefork.plan.plan import plan_numbers
+from tunefork.plan.schema import MethodPlan, Plan
+from tunefork.recipe import FullSection, LoraSection, Method
+
+GB = 1e9
+
+
+def _plan(
+    params: float, gpus: list[str], length: int = 512, method: Method | None = None, **full: Any
+) -> Plan:
+    return plan_numbers(
+        model=params,
+        work=Work(1000, 1000 * length, 1000 * length, 1.0, length, 8),
+        lora=LoraSection(),
+        full=FullSection(**full),
+        methods=tuple(Method) if method is None else (method,),
+        machine=load_catalogue().machine(gpus),
+    )
+
+
+def _of(plan: Plan, method: Method) -> MethodPlan:
+    return plan.methods[method.value]
+
+
+def test_full_mixed_precision_70b_never_fits_eight_80_gb_gpus() -> None:
+    full = _of(_plan(70.55e9, ["h100"] * 8, method=Method.FULL), Method.FULL)
+    states = full.phases["optimizer"].parts
+    a_gpu = states["weights"] + states["gradients"] + states["optimizer"]
+    assert 8 * a_gpu / GB == pytest.approx(1129, rel=0.01)  # 16 bytes a parameter
+    assert not full.may_fit and full.margin_bytes < -50e9
+    assert full.next_option is not None and "full.weights: bf16" in full.next_option
+
+
+def test_full_8_bit_70b_fits_eight_80_gb_gpus_with_a_margin() -> None:
+    plan = _plan(70.55e9, ["h100"] * 8, method=Method.FULL, weights="bf16", optimizer="adamw_8bit")
+    full = _of(plan, Method.FULL)
+    states = full.phases["optimizer"].parts
+    a_gpu = states["weights"] + states["gradients"] + states["optimizer"]
+    assert 8 * a_gpu / GB == pytest.approx(425, rel=0.01)  # 6 bytes a parameter and the scales
+    assert full.fits and full.margin_bytes > 10e9
+    assert any("shards" in note for note in plan.notes)
+
+
+def test_qlora_70b_fits_48_gb_at_a_short_sequence_and_not_24() -> None:
+    qlora = _of(_plan(70.55e9, ["l40s"], length=512, method=Method.QLORA), Method.QLORA)
+    assert qlora.phases["load"].parts["weights"] / GB == pytest.approx(40.3, 0.01)
+    assert qlora.largest_length is not None and qlora.largest_length >= 512
+    assert qlora.next_option is not None
+    assert qlora.next_option.startswith("train.micro_batch_tokens: ")  # 4,096 are too many
+    assert not _of(_plan(70.55e9, ["rtx4090"], method=Method.QLORA), Method.QLORA).may_fit
+
+
+def test_24_gb_hold_qlora_of_13b() -> None:
+    plan = _plan(13.02e9, ["rtx4090"], length=1024)
+    assert _of(plan, Method.QLORA).fits
+    assert not _of(plan, Method.LORA).may_fit
+    assert _of(plan, Method.LORA).next_option == "method: qlora"
+
+
+def test_the_peak_is_the_highest_phase() -> None:
+    for method in _plan(1.236e9, ["h200"]).methods.values():
+        highest = max(phase.tensor_bytes for phase in method.phases.values())
+        assert method.peak_tensor_bytes.mid == highest
+        assert all(sum(p.parts.values()) == p.tensor_bytes for p in method.phases.values())
+        low, mid, high = method.step_s_interval[0], method.step_s, method.step_s_interval[1]
+        assert low < mid < high
+        assert method.total_s == pytest.approx(125 * mid)
+
+
+def test_the_largest_pass_fits_and_twice_that_does_not() -> None:
+    machine = load_catalogue().machine(["rtx4090"])
+    small = _of(_plan(13.02e9, ["rtx4090"], length=1024, method=Method.QLORA), Method.QLORA)
+    assert small.largest_micro_batch_tokens is not None and small.largest_length is not None
+    rows = small.largest_micro_batch_tokens // 1024
+
+    def fits(rows: int) -> bool:
+        plan = plan_numbers(
+            model=13.02e9,
+            work=Work(10**6, 1024 * 10**6, 1024 * 10**6, 1.0, 1024, rows),
+            lora=LoraSection(),
+            full=FullSection(),
+            methods=(Method.QLORA,),
+            machine=machine,
+            micro_batch_tokens=rows * 1024,
+        )
+        return _of(plan, Method.QLORA).fits
+
+    assert fits(rows) and not fits(2 * rows)
+
+
+def test_adapters_of_70b_are_under_a_gigabyte() -> None:
+    plan = _plan(70.55e9, ["b200"])
+    assert _of(plan, Method.LORA).artifact_bytes == 4 * 207_093_760
+    assert _of(plan, Method.FULL).artifact_bytes / GB == pytest.approx(141, rel=0.01)
+
+
+def test_more_gpus_never_take_more_memory_each() -> None:
+    one, eight = _plan(8.03e9, ["h100"]), _plan(8.03e9, ["h100"] * 8)
+    for method in Method:
+        assert (
+            _of(eight, method).peak_tensor_bytes.mid
+            <= 1.05 * _of(one, method).peak_tensor_bytes.mid
+        )
+
+
+def test_a_devices_own_runs_correct_its_plans() -> None:
+    gpu = load_catalogue().machine(["l4"])
+    before = target_of(gpu)
+    for ratio in (1.9, 2.0, 2.1):
+        remember(
+            Measurement(
+                device="NVIDIA L4",
+                case="a run",
+                date="2026-11-25",
+                predicted_step_s=1.0,
+                measured_step_s=ratio,
+                predicted_process_bytes=1e9,
+                measured_process_bytes=1.1e9,
+            )
+        )
+    after = target_of(gpu)
+    assert after.trust.time_factor == 2.0
+    assert after.trust.process_factor == pytest.approx(1.1)
+    assert after.trust.time < before.trust.time
+    assert "3 runs measured on this device" in after.note
+    assert target_of(load_catalogue().machine(["l40s"])).trust.time_factor == 1.0
+
+
+def test_a_line_of_another_version_is_passed_over(home: Path) -> None:
+    (home / "measurements.jsonl").write_text('{"device": "x"}\nnot json\n')
+    assert recall(lambda _: True) == []
+    assert correction([]).time == 1.0
