@@ -297,7 +297,7 @@ def fit(raw: Path) -> None:
     found = found.model_copy(update={"time": fit_time(measured, start.time)})
     rows = [_judged(run.with_fit(found)) for run in measured]
     held = [row for row in rows if row["held_out"]]
-    worst = {n: max(abs(row["errors"][n]) for row in held) for n in ("tensor", "process", "step")}
+    worst_held, worst = _worst(held), _worst(rows)
     memory = {"tensor_error": _up(worst["tensor"]), "process_error": _up(worst["process"])}
     found = found.model_copy(
         update={
@@ -306,16 +306,24 @@ def fit(raw: Path) -> None:
         }
     )
     write_fit(found)
-    first = json.loads(raw.read_text(encoding="utf-8").splitlines()[0])
-    errors = [json.loads(x) for x in raw.read_text(encoding="utf-8").splitlines() if '"error"' in x]
+    lines = [json.loads(line) for line in raw.read_text(encoding="utf-8").splitlines()]
+    first, by_case = lines[0], {line["case"]: line for line in lines}
+    kept = ("step_s_spread", "context_bytes", "reserved_bytes", "losses", "error")
+    raws = [{k: line[k] for k in ("case", *kept) if k in line} for line in lines]
+    judged = {row["case"]: row for row in rows}
     file = write(
         "planner_h200",
-        [*rows, *({"case": e["case"], "error": e["error"]} for e in errors)],
+        [judged.get(case, {}) | raw_row for case, raw_row in zip(by_case, raws, strict=True)],
         device=first["device"],
         command="python benchmarks/planner_h200.py measure; python benchmarks/planner_h200.py fit",
         versions=first["versions"],
     )
-    print(f"worst of {len(held)} held out: {worst}; {file}")
+    print(f"worst of {len(held)} held out: {worst_held}; of all {len(rows)}: {worst}; {file}")
+
+
+def _worst(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Largest relative error of each figure."""
+    return {n: max(abs(row["errors"][n]) for row in rows) for n in ("tensor", "process", "step")}
 
 
 def _judged(run: Any) -> dict[str, Any]:

@@ -11,16 +11,31 @@ The Python API mirrors the command line's verbs; what it needs is imported when 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tunefork.advise.advice import Advice
     from tunefork.compare.comparison import Comparison
+    from tunefork.plan.schema import Plan
     from tunefork.recipe import Recipe
     from tunefork.registry.opening import Opened
     from tunefork.registry.run import RunRecord
 
-__all__ = ["check_data", "compare", "evaluate", "load_recipe", "open_model", "runs", "train"]
+__all__ = [
+    "advise",
+    "check_data",
+    "compare",
+    "evaluate",
+    "load_recipe",
+    "open_model",
+    "plan",
+    "runs",
+    "train",
+]
 
 
 def load_recipe(file: str | Path, *overrides: str) -> Recipe:
@@ -30,21 +45,60 @@ def load_recipe(file: str | Path, *overrides: str) -> Recipe:
     return load(Path(file), overrides)
 
 
-def compare(recipe: Recipe | str | Path, out: str | Path) -> Comparison:
+def advise(situation: str | Path | None = None, **facts: Any) -> Advice:
+    """Which method suits a situation: a file, facts by its keys (`task="chat"`), or both.
+
+    Facts beat the file; comparisons below `runs/` outrank rules of thumb. Raises BadInputError for facts that are wrong or contradict each other.
+    """
+    from tunefork.advise.advise import advise as run
+    from tunefork.advise.resolve import resolve
+    from tunefork.advise.situation import load_situation
+    from tunefork.plan.catalogue import load_catalogue
+
+    file = None if situation is None else Path(situation)
+    own = [folder for folder in (Path("runs"),) if folder.is_dir()]
+    return run(resolve(load_situation(file, facts), load_catalogue(), own))
+
+
+def plan(recipe: Recipe | str | Path, gpus: Sequence[str] = (), **work: int) -> Plan:
+    """What a recipe takes by each method, on `gpus` (catalogue ids) or else on this machine.
+
+    `examples=` and `tokens=` stand for data that is not at hand. Raises BadInputError.
+    """
+    from tunefork.plan.batches import work_of
+    from tunefork.plan.catalogue import load_catalogue
+    from tunefork.plan.device import here, target_of
+    from tunefork.plan.plan import plan_recipe
+    from tunefork.recipe import Method
+
+    resolved, known = _recipe(recipe), load_catalogue()
+    price = resolved.compare.usd_per_hour
+    target = target_of(known.machine(gpus)) if gpus else here(known, price)
+    told = work_of(resolved, **work)
+    return plan_recipe(resolved, target=target, methods=tuple(Method), work=told)
+
+
+def compare(
+    recipe: Recipe | str | Path, out: str | Path, *, ignore_plan: bool = False
+) -> Comparison:
     """Train by every method in `recipe.compare`, evaluate, judge; results land in `out`.
 
-    Each method runs in a process of its own. Raises TuneforkError and its subclasses.
+    Each method runs in a process of its own. What cannot fit in memory is refused unless
+    `ignore_plan`. Raises TuneforkError and its subclasses.
     """
     from tunefork.compare.compare import compare as run
 
-    return run(_recipe(recipe), Path(out))
+    return run(_recipe(recipe), Path(out), ignore_plan=ignore_plan)
 
 
-def train(recipe: Recipe | str | Path, out: str | Path) -> RunRecord:
-    """Train by `recipe.method` in the run folder `out`, and evaluate. Raises TuneforkError."""
+def train(recipe: Recipe | str | Path, out: str | Path, *, ignore_plan: bool = False) -> RunRecord:
+    """Train by `recipe.method` in the run folder `out`, and evaluate. Raises TuneforkError.
+
+    A run that cannot fit in memory is refused unless `ignore_plan`.
+    """
     from tunefork.compare.trial import train_run
 
-    return train_run(_recipe(recipe), Path(out))
+    return train_run(_recipe(recipe), Path(out), ignore_plan=ignore_plan)
 
 
 def evaluate(
@@ -84,3 +138,25 @@ def runs(folder: str | Path = "runs") -> list[tuple[Path, RunRecord]]:
 
 def _recipe(recipe: Recipe | str | Path) -> Recipe:
     return load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
+
+
+def _make_callable(package: ModuleType, verb: Callable[..., Any]) -> ModuleType:
+    """`package` itself, which may now be called.
+
+    Five verbs have a package of their name, and Python binds a package to its name here when it is
+    first imported: without this `tunefork.train(...)` would work once.
+    """
+
+    class Verb(ModuleType):
+        __doc__ = verb.__doc__
+
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            return verb(*arguments, **options)
+
+    package.__class__ = Verb
+    return package
+
+
+for _verb in (advise, plan, compare, train, evaluate):
+    _package = import_module(f"tunefork.{_verb.__name__}")
+    globals()[_verb.__name__] = _make_callable(_package, _verb)

@@ -11,8 +11,7 @@ from tunefork.cli.arguments import AsJson, Sets, load_recipe
 from tunefork.errors import BadInputError, nearest
 
 if TYPE_CHECKING:
-    from tunefork.plan.batches import Work
-    from tunefork.recipe import Method, Recipe
+    from tunefork.recipe import Method
 
 
 def plan(
@@ -54,6 +53,7 @@ def plan(
     if recipe is None:
         return
     resolved = load_recipe(recipe, sets)
+    from tunefork.plan.batches import work_of
     from tunefork.plan.catalogue import load_catalogue
     from tunefork.plan.device import here, target_of
     from tunefork.plan.plan import plan_recipe
@@ -64,7 +64,7 @@ def plan(
         resolved,
         target=target,
         methods=_methods(method),
-        work=_work(resolved, examples, tokens),
+        work=work_of(resolved, examples=examples, tokens=tokens),
         catalogue=known,
     )
     if as_json:
@@ -85,31 +85,3 @@ def _methods(name: str) -> tuple[Method, ...]:
         hint = nearest(name, allowed) or f"; allowed: {', '.join(allowed)}"
         raise BadInputError(f"--method: {name} is no method{hint}")
     return (Method(name),)
-
-
-def _work(recipe: Recipe, examples: int | None, tokens: int | None) -> Work | None:
-    """How much is to be trained, where it is told and not read from the data."""
-    if examples is None and tokens is None:
-        return None
-    if examples is None or tokens is None:
-        raise BadInputError("--examples and --tokens: give both, or neither to read the data")
-    if tokens < 2 * examples:
-        raise BadInputError(
-            f"--tokens: {tokens} is less than two for each of --examples {examples}; give the "
-            "tokens of all examples together"
-        )
-    if tokens > recipe.data.max_length * examples:
-        raise BadInputError(
-            f"--tokens: {tokens} is more than data.max_length ({recipe.data.max_length}) for each "
-            f"of --examples {examples}"
-        )
-    from tunefork.plan.batches import Work
-
-    return Work(
-        examples=examples,
-        tokens=tokens,
-        supervised_tokens=tokens,
-        epochs=recipe.train.epochs,
-        max_length=recipe.data.max_length,
-        batch_size=recipe.train.batch_size,
-    )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from tunefork.data.example import Encoded
 from tunefork.data.pack import ROW_LENGTH, MicroBatch, pack
 from tunefork.data.split import steps
+from tunefork.errors import BadInputError
 from tunefork.plan.step import Shape
 from tunefork.recipe import Recipe
 
@@ -89,6 +90,37 @@ def shape_of(batch: MicroBatch) -> Shape:
 
 def _weight(shape: Shape) -> tuple[int, int]:
     return shape.rows * shape.length, shape.supervised
+
+
+def work_of(
+    recipe: Recipe, *, examples: int | None = None, tokens: int | None = None
+) -> Work | None:
+    """How much is to be trained, where it is told and not read from the data; None where not.
+
+    Raises BadInputError for numbers that no data of this recipe could have.
+    """
+    if examples is None and tokens is None:
+        return None
+    if examples is None or tokens is None:
+        raise BadInputError("--examples and --tokens: give both, or neither to read the data")
+    if tokens < 2 * examples:
+        raise BadInputError(
+            f"--tokens: {tokens} is less than two for each of --examples {examples}; give the "
+            "tokens of all examples together"
+        )
+    if tokens > recipe.data.max_length * examples:
+        raise BadInputError(
+            f"--tokens: {tokens} is more than data.max_length ({recipe.data.max_length}) for each "
+            f"of --examples {examples}"
+        )
+    return Work(
+        examples=examples,
+        tokens=tokens,
+        supervised_tokens=tokens,
+        epochs=recipe.train.epochs,
+        max_length=recipe.data.max_length,
+        batch_size=recipe.train.batch_size,
+    )
 
 
 def batches_of_numbers(

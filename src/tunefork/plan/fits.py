@@ -3,7 +3,7 @@
 Memory: the libraries' workspaces beside the traced tensors (a constant), the CUDA context, and what
 the allocator holds without using it. Time: how far each kind of operation stays behind the data
 sheet's rates, and what starting an operation costs the host. Each has a relative error, the largest
-that a held-out run showed, from which intervals are made.
+that any run showed, held out from the fit or not, from which intervals are made.
 
 benchmarks/planner_h200.py writes the H200's entry, benchmarks/planner_cpu.py the CPU's. A GPU that
 has no entry takes the H200's fractions of its own data sheet's rates, with wider intervals.
