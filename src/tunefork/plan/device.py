@@ -1,5 +1,6 @@
 """What is planned for: GPUs of the catalogue, or the machine at hand."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -158,10 +159,19 @@ def _corrected(target: Target, is_device: Callable[[str], bool]) -> Target:
 
 
 def _is(entry: str, reported: str) -> bool:
-    """Whether the driver's name is a catalogue entry's: `NVIDIA H100 80GB HBM3` and `H100 SXM`."""
-    words = entry.lower().replace("nvidia", "").replace("geforce", "").replace("-", " ").split()
-    telling = [word for word in words if word not in ("sxm", "pcie", "tensor", "core", "gpu")]
-    return bool(telling) and all(word in reported.lower().replace(" ", "") for word in telling)
+    """Whether the driver's name is a catalogue entry's: `NVIDIA H100 80GB HBM3` and `H100 SXM`.
+
+    The model's number must be the same, and the memory where both say it.
+    """
+    ours, theirs = _numbers(entry), _numbers(reported)
+    sizes = [[word for word in words if word.endswith("gb")] for words in (ours, theirs)]
+    return bool(ours) and ours[0] in theirs and (not all(sizes) or sizes[0] == sizes[1])
+
+
+def _numbers(name: str) -> list[str]:
+    """`["a100", "80gb"]` of `A100 SXM 80 GB`."""
+    words: list[str] = re.findall(r"[a-z]*\d+[a-z]*", name.lower().replace(" gb", "gb"))
+    return words
 
 
 def dtype_for(target: Target, precision: str) -> torch.dtype:
