@@ -48,7 +48,8 @@ def load_recipe(file: str | Path, *overrides: str) -> Recipe:
 def advise(situation: str | Path | None = None, **facts: Any) -> Advice:
     """Which method suits a situation: a file, facts by its keys (`task="chat"`), or both.
 
-    Facts beat the file; comparisons below `runs/` outrank rules of thumb. Raises BadInputError for facts that are wrong or contradict each other.
+    Facts beat the file; comparisons below `runs/` outrank rules of thumb. Raises BadInputError for
+    facts that are wrong or contradict each other.
     """
     from tunefork.advise.advise import advise as run
     from tunefork.advise.resolve import resolve

@@ -68,6 +68,7 @@ def _columns(comparison: Comparison) -> Iterator[tuple[str, str, str, Callable[.
     yield "share", "parameters trained", "", _share
     yield "memory", "peak memory", "whole process" if "resident" in kinds else "on the GPU", _memory
     yield "time", "training time", "of one run", _time
+    yield "planned", "predicted before", "memory, time", _planned
     yield "speed", "training speed", "tokens/s", _speed
     yield "artifact", "artefact", "on disk", _artifact
     yield "rate", "learning rate", "", _rate
@@ -92,18 +93,20 @@ def _share(result: MethodResult) -> Cell:
 def _memory(result: MethodResult) -> Cell:
     if result.peak_memory_bytes is None:
         return Cell()
-    planned = result.predicted_memory_bytes
-    predicted = "" if planned is None else f"predicted {bytes_text(planned)}"
-    return Cell(bytes_text(result.peak_memory_bytes), predicted)
+    return Cell(bytes_text(result.peak_memory_bytes))
+
+
+def _planned(result: MethodResult) -> Cell:
+    if result.predicted_memory_bytes is None or result.predicted_train_s is None:
+        return Cell()
+    return Cell(bytes_text(result.predicted_memory_bytes), seconds_text(result.predicted_train_s))
 
 
 def _time(result: MethodResult) -> Cell:
     if result.train_s is None:
         return Cell()
-    planned, search = result.predicted_train_s, result.search_s
-    details = [f"predicted {seconds_text(planned)}"] if planned is not None else []
-    details += [f"search {seconds_text(search)}"] if search else []
-    return Cell(seconds_text(result.train_s), ", ".join(details))
+    search = f"search {seconds_text(result.search_s)}" if result.search_s else ""
+    return Cell(seconds_text(result.train_s), search)
 
 
 def _speed(result: MethodResult) -> Cell:

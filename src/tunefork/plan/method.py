@@ -152,7 +152,9 @@ def largest_length(case: Case, shape: Shape) -> int | None:
     def of(length: int) -> Shape:
         return Shape(1, length, max(1, round(share * length)), is_masked=False)
 
-    return _largest(case, of, *_LENGTHS, least=_SHORTEST)
+    longest = _largest(case, of, *_LENGTHS, least=_SHORTEST)
+    context = getattr(case.config.get_text_config(), "max_position_embeddings", None)
+    return longest if longest is None or context is None else min(longest, context)
 
 
 def _largest(

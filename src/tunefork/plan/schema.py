@@ -97,7 +97,8 @@ class MethodPlan(_Model):
     largest_micro_batch_tokens: int | None
     """Most tokens in one forward pass that fit, at this length; None where one row does not fit."""
     largest_length: int | None
-    """Longest single row that fits; None where not even 128 tokens do."""
+    """Longest single row that fits, at most the model's context; None where not even 128 tokens
+    do."""
     next_option: str | None
     """Where it does not fit: the cheapest change that would make it fit."""
 
