@@ -30,7 +30,8 @@ from tunefork.plan.batches import work_of
 from tunefork.plan.catalogue import load_catalogue
 from tunefork.plan.device import target_of
 from tunefork.plan.plan import plan_recipe
-from tunefork.recipe import Method, load
+from tunefork.recipe import Method
+from tunefork.recipe_file import load
 start = time.perf_counter()
 recipe = load(Path(sys.argv[1]))
 work = work_of(recipe, examples=10_000, tokens=3_000_000)

@@ -13,7 +13,9 @@ SOURCE = Path(tunefork.__file__).parent
 ORDER = [
     "schema_markdown",
     "errors",
+    "yaml_text",
     "recipe",
+    "recipe_file",
     "data",
     "kernels",
     "model",

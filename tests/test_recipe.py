@@ -9,7 +9,8 @@ import pytest
 from tunefork.errors import RecipeError
 from tunefork.evaluate.forgetting import GENERAL
 from tunefork.model.packaged import PACKAGED
-from tunefork.recipe import KEYWORDS, Method, Recipe, anchor, dump, load, parse, relative
+from tunefork.recipe import Method, Recipe
+from tunefork.recipe_file import KEYWORDS, anchor, dump, load, parse, relative
 
 SMALLEST: dict[str, Any] = {"model": "owner/name", "data": {"train": "owner/rows"}}
 TEXT = "model: owner/name\ndata: {train: owner/rows}\n"

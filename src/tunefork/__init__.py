@@ -40,7 +40,7 @@ __all__ = [
 
 def load_recipe(file: str | Path, *overrides: str) -> Recipe:
     """Read a recipe file; `overrides` such as "lora.rank=32" beat it. Raises RecipeError."""
-    from tunefork.recipe import load
+    from tunefork.recipe_file import load
 
     return load(Path(file), overrides)
 

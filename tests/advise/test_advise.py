@@ -10,7 +10,9 @@ import pytest
 from tests.advise.fake import advised, resolved
 from tunefork.advise.advise import advise
 from tunefork.advise.capacity import RANKS, capacity_tokens
-from tunefork.recipe import Method, parse, read_yaml
+from tunefork.recipe import Method
+from tunefork.recipe_file import parse
+from tunefork.yaml_text import read_yaml
 
 SITUATIONS = Path(__file__).parents[2] / "examples" / "situations"
 SIX = {

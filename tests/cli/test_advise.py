@@ -13,7 +13,7 @@ from tunefork.advise.planner import TracedPlanner
 from tunefork.advise.situation import Situation
 from tunefork.cli.app import app
 from tunefork.compare.comparison import Model
-from tunefork.recipe import load
+from tunefork.recipe_file import load
 
 SITUATIONS = Path(__file__).parents[2] / "examples" / "situations"
 CLASSIFY = ("--model", "8B", "--task", "classification", "--examples", "50k")

@@ -13,7 +13,8 @@ import pytest
 
 from tests.cli.conftest import SECRET, Call
 from tests.registry.conftest import make_record
-from tunefork.recipe import Recipe, load
+from tunefork.recipe import Recipe
+from tunefork.recipe_file import load
 from tunefork.registry.run import RunRecord, read_record, write_record
 
 Write = Callable[..., Path]

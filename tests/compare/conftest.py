@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.folders import save_model
-from tunefork.recipe import Recipe, parse
+from tunefork.recipe import Recipe
+from tunefork.recipe_file import parse
 
 
 @pytest.fixture(scope="session")

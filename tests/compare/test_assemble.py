@@ -11,7 +11,8 @@ from tunefork.compare.assemble import ArmRuns, assemble
 from tunefork.compare.comparison import Arm, Comparison, Data, PairedDifference
 from tunefork.evaluate.evaluate import save_columns
 from tunefork.evaluate.statistics import Columns
-from tunefork.recipe import Recipe, parse
+from tunefork.recipe import Recipe
+from tunefork.recipe_file import parse
 from tunefork.registry.run import COLUMNS, STEPS, write_record
 
 SIZE = 60

@@ -9,7 +9,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tunefork.recipe import Recipe, parse
+from tunefork.recipe import Recipe
+from tunefork.recipe_file import parse
 
 SPECIAL = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|user|>"]
 SPECIAL += ["<|assistant|>", "<|end|>", "<start_of_turn>", "<end_of_turn>", "<|eot|>", "<|head|>"]

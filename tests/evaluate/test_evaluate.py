@@ -24,7 +24,8 @@ from tunefork.evaluate.evaluate import (
     save_columns,
 )
 from tunefork.evaluate.statistics import METRICS, estimate, paired_difference
-from tunefork.recipe import Recipe, parse
+from tunefork.recipe import Recipe
+from tunefork.recipe_file import parse
 
 Load = Callable[..., tuple[Recipe, Data]]
 

@@ -8,7 +8,8 @@ import pytest
 from tests.folders import save_model
 from tunefork.model.build import build
 from tunefork.model.linear import LoraLinear
-from tunefork.recipe import LoraSection, Method, Recipe, parse
+from tunefork.recipe import LoraSection, Method, Recipe
+from tunefork.recipe_file import parse
 from tunefork.registry.claim import Claim, claimed
 from tunefork.registry.peft_format import save_adapter
 from tunefork.registry.run import ADAPTER, MODEL, RunRecord, write_record

@@ -11,7 +11,8 @@ import pytest
 
 from tests.registry.conftest import CLAIM, make_record
 from tunefork.errors import RecipeError, RunFolderError
-from tunefork.recipe import Recipe, load, parse
+from tunefork.recipe import Recipe
+from tunefork.recipe_file import load, parse
 from tunefork.registry.claim import CLAIM as CLAIM_FILE
 from tunefork.registry.claim import LOCK, Claim, claimed
 from tunefork.registry.run import RECIPE, write_record

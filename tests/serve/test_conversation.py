@@ -14,7 +14,8 @@ from tests.data.conftest import CHATML
 from tunefork.data.example import Message
 from tunefork.data.loader import Data, load_data
 from tunefork.errors import DataError
-from tunefork.recipe import DataSection, parse
+from tunefork.recipe import DataSection
+from tunefork.recipe_file import parse
 from tunefork.serve.conversation import Conversation
 
 Make = Callable[..., Any]

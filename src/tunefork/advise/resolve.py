@@ -14,7 +14,8 @@ from tunefork.advise.situation import Situation, SituationError, size_in
 from tunefork.advise.starting import PLACEHOLDER
 from tunefork.errors import ModelError
 from tunefork.plan.catalogue import Catalogue
-from tunefork.recipe import ModelSection, Recipe, load
+from tunefork.recipe import ModelSection, Recipe
+from tunefork.recipe_file import load
 
 UNSAID_PARAMS = 8e9
 """Assumed where no size is known: the commonest size that is fine-tuned."""

@@ -7,7 +7,8 @@ import yaml
 from tunefork.advise.advice import Reason
 from tunefork.advise.facts import Facts
 from tunefork.advise.rules import Answer
-from tunefork.recipe import Method, Recipe, TrainSection, parse
+from tunefork.recipe import Method, Recipe, TrainSection
+from tunefork.recipe_file import parse
 
 ALPHA = 32.0
 TARGETS = "all-linear"

@@ -23,6 +23,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")
 
 def load_recipe(file: Path, sets: list[str] | None) -> Recipe:
     """The recipe of `file` with its overrides."""
-    from tunefork.recipe import load
+    from tunefork.recipe_file import load
 
     return load(file, tuple(sets or ()))

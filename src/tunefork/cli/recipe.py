@@ -22,6 +22,6 @@ def schema() -> None:
 @recipe.command()
 def show(recipe: RecipeFile, sets: Sets = None) -> None:
     """Print a recipe with every default filled in."""
-    from tunefork.recipe import dump
+    from tunefork.recipe_file import dump
 
     typer.echo(dump(load_recipe(recipe, sets)), nl=False)

@@ -27,7 +27,8 @@ from tunefork.compare.search import SearchResult
 from tunefork.compare.verdict import decide
 from tunefork.evaluate.evaluate import FORGETTING, load_columns
 from tunefork.evaluate.statistics import Columns, estimate, paired_difference
-from tunefork.recipe import Metric, Recipe, relative
+from tunefork.recipe import Metric, Recipe
+from tunefork.recipe_file import relative
 from tunefork.registry.run import COLUMNS, STEPS, RunRecord, read_record
 
 MOST_POINTS = 200

@@ -22,7 +22,8 @@ from tunefork.data.loader import Data, validation_split
 from tunefork.errors import BadInputError, RecipeError, TuneforkError
 from tunefork.evaluate.evaluate import check_metrics
 from tunefork.evaluate.statistics import METRICS
-from tunefork.recipe import Method, Recipe, anchor
+from tunefork.recipe import Method, Recipe
+from tunefork.recipe_file import anchor
 from tunefork.registry.claim import Claim, claimed
 from tunefork.registry.run import read_record
 

@@ -35,7 +35,8 @@ from tunefork.model.load import (
     without_progress_bars,
 )
 from tunefork.plan.gate import Prediction, learn, predict
-from tunefork.recipe import Method, Recipe, anchor
+from tunefork.recipe import Method, Recipe
+from tunefork.recipe_file import anchor
 from tunefork.registry.claim import Claim, claimed
 from tunefork.registry.opening import open_model
 from tunefork.registry.peft_format import save_adapter

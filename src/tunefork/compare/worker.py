@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunefork.errors import BadInputError, TuneforkError, is_disk_full
-from tunefork.recipe import Method, load
+from tunefork.recipe import Method
+from tunefork.recipe_file import load
 from tunefork.registry.run import RECIPE, write_atomically
 
 ERROR = "error.json"

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from tunefork.errors import BadInputError, RecipeError, nearest
-from tunefork.recipe import read_yaml
+from tunefork.yaml_text import read_yaml
 
 Schema = TypeVar("Schema", bound=BaseModel)
 

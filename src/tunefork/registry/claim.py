@@ -16,7 +16,8 @@ from typing import IO, Literal
 from pydantic import BaseModel, ConfigDict
 
 from tunefork.errors import RunFolderError, is_disk_full
-from tunefork.recipe import Recipe, dump, load
+from tunefork.recipe import Recipe
+from tunefork.recipe_file import dump, load
 from tunefork.registry.run import RECIPE, read_json, write_atomically
 
 CLAIM = "claim.json"

@@ -8,7 +8,8 @@ from tunefork.errors import RunFolderError
 from tunefork.model.build import quantize_nf4
 from tunefork.model.device import pick_device, pick_dtype
 from tunefork.model.load import load_model, load_tokenizer
-from tunefork.recipe import DataSection, Method, ModelSection, load
+from tunefork.recipe import DataSection, Method, ModelSection
+from tunefork.recipe_file import load
 from tunefork.registry.peft_format import CONFIG, base_section, load_adapter
 from tunefork.registry.run import ADAPTER, MODEL, RECIPE, RunRecord, read_record
 
