@@ -7,7 +7,7 @@ from typing import Any
 from tunefork.plan.batches import Batches
 from tunefork.plan.device import Target
 from tunefork.plan.memory import Memory, measure
-from tunefork.plan.schema import MethodPlan
+from tunefork.plan.schema import MethodPlan, PhaseName
 from tunefork.plan.shape import num_layers
 from tunefork.plan.step import Build, Shape, Step, trace_step
 from tunefork.plan.time import pass_seconds, update_seconds
@@ -18,7 +18,7 @@ _LENGTHS = (1024, 2048)
 """Rows of one example at which memory is traced; it is linear in between and beyond."""
 _SHORTEST = 128
 _HALVINGS = 4
-_WITHOUT_PASSES = ("load", "optimizer", "save")
+_WITHOUT_PASSES: tuple[PhaseName, ...] = ("load", "optimizer", "save")
 """Phases that take the same whatever the batch."""
 
 
@@ -111,6 +111,8 @@ def scaled_work(case: Case, batches: Batches) -> dict[str, Work]:
     """A mean pass's work, on the line through the two passes that are traced in any case."""
     shape, mean = batches.largest, batches.mean
     tokens, wanted = shape.rows * shape.length, mean.rows * mean.length
+    if shape == mean:
+        return case.step(shape).work
     here, twice = case.step(shape).work, case.step(_of_rows(shape, 2 * shape.rows)).work
     share = wanted / tokens - 1
     scaled = {
@@ -136,6 +138,8 @@ def artifact_bytes(case: Case, step: Step) -> int:
 
 def largest_rows_tokens(case: Case, shape: Shape) -> int | None:
     """Most tokens of a pass that fits, in rows of `shape`'s length; None where one row does not."""
+    if not _fits_without_passes(case, shape):
+        return None
     rows = _largest(case, lambda rows: _of_rows(shape, rows), shape.rows, 2 * shape.rows, least=1)
     return None if rows is None else rows * shape.length
 
@@ -147,6 +151,8 @@ def _of_rows(shape: Shape, rows: int) -> Shape:
 
 def largest_length(case: Case, shape: Shape) -> int | None:
     """Longest single example that fits; None where none of 128 tokens does."""
+    if not _fits_without_passes(case, shape):
+        return None
     share = shape.supervised / (shape.rows * shape.length)
 
     def of(length: int) -> Shape:
@@ -157,19 +163,21 @@ def largest_length(case: Case, shape: Shape) -> int | None:
     return longest if longest is None or context is None else min(longest, context)
 
 
+def _fits_without_passes(case: Case, shape: Shape) -> bool:
+    """Whether the phases fit that take the same whatever the batch."""
+    memory = case.memory(shape)
+    most = max(memory.phases[name].tensor_bytes for name in _WITHOUT_PASSES)
+    return memory.process_high(most) <= case.target.memory_bytes
+
+
 def _largest(
     case: Case, of: Callable[[int], Shape], low: int, high: int, *, least: int
 ) -> int | None:
     """Largest size that fits. A moment's memory is linear in it, as traced at `low` and `high`."""
-    at_low, at_high = case.memory(of(low)), case.memory(of(high))
-    whatever = max(
-        phase.tensor_bytes for name, phase in at_low.phases.items() if name in _WITHOUT_PASSES
-    )
-    if at_low.process_high(whatever) > case.target.memory_bytes:
-        return None
+    at_low, at_high = (case.memory(of(size)).moments_high for size in (low, high))
     sizes = []
-    for segment, there in at_high.moments_high.items():
-        slope = (there - at_low.moments_high[segment]) / (high - low)
+    for segment, there in at_high.items():
+        slope = (there - at_low[segment]) / (high - low)
         if slope > 0:
             sizes.append(high + (case.target.memory_bytes - there) / slope)
     size = max(least, int(min(sizes)))

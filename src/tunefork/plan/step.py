@@ -24,7 +24,7 @@ from tunefork.plan.attention import NAME, Setting, install
 from tunefork.plan.optimizer import Update, state_bytes, update
 from tunefork.plan.schema import Part
 from tunefork.plan.shape import at_depth, depths, extrapolate, on_meta
-from tunefork.plan.trace import Peak, Trace, Work
+from tunefork.plan.trace import BLOCK_BYTES, Peak, Trace, Work
 from tunefork.recipe import FullSection, LoraSection, Method
 from tunefork.train.loss import loss_sum, token_losses
 from tunefork.train.method import enable_checkpointing
@@ -98,6 +98,13 @@ def trace_step(config: Any, made: Build, shape: Shape, *, evaluates: bool = Fals
 
     Raises ModelError for what the method cannot train, PlanError for what cannot be traced.
     """
+    # The optimiser's form changes none of a pass's moments but what lies beside them.
+    traced = replace(made, full=FullSection())
+    step = _remembered(config, traced, shape, evaluates)
+    return step if made == traced else _with_optimizer(step, config, made)
+
+
+def _remembered(config: Any, made: Build, shape: Shape, evaluates: bool) -> "Step":
     key = (config.to_json_string(), made, shape)
     if key not in _TRACED or (evaluates and _TRACED[key].evaluation is None):
         try:
@@ -111,6 +118,35 @@ def trace_step(config: Any, made: Build, shape: Shape, *, evaluates: bool = Fals
                 f"({type(error).__name__}: {why}), so it cannot be planned"
             ) from error
     return _TRACED[key]
+
+
+def _with_optimizer(step: "Step", config: Any, made: Build) -> "Step":
+    """`step` with the optimiser of `made.full` in the place of the one that was traced."""
+    low, high = depths(config)
+    found = []
+    for depth in (low, high):
+        trained = _built(at_depth(config, depth), replace(made, full=FullSection())).trained
+        sizes = state_bytes(trained, made.method, made.full)
+        kept = sum(-(-size // BLOCK_BYTES) * BLOCK_BYTES for size in sizes)
+        found.append((kept, update(trained, made.method, made.full)))
+    kept = extrapolate(found[0][0], found[1][0], config)
+
+    def changed(peak: Peak) -> Peak:
+        parts = {**peak.parts, "optimizer": kept}
+        return Peak(sum(parts.values()), parts)
+
+    return replace(
+        step,
+        peaks={name: changed(peak) for name, peak in step.peaks.items()},
+        evaluation=None if step.evaluation is None else changed(step.evaluation),
+        static={**step.static, "optimizer": kept},
+        update=_extrapolated_update(found[0][1], found[1][1], config),
+    )
+
+
+def _extrapolated_update(at_low: Update, at_high: Update, config: Any) -> Update:
+    pairs = zip(astuple(at_low), astuple(at_high), strict=True)
+    return Update(*(extrapolate(low, high, config) for low, high in pairs))
 
 
 _TRACED: dict[Any, "Step"] = {}
@@ -151,12 +187,7 @@ def _trace_whole(config: Any, made: Build, shape: Shape, evaluates: bool) -> Ste
         static={p: whole(at_low.static[p], at_high.static[p]) for p in at_high.static},
         gradients=whole(at_low.gradients, at_high.gradients),
         trained=whole(at_low.trained, at_high.trained),
-        update=Update(
-            *(
-                whole(a, b)
-                for a, b in zip(astuple(at_low.update), astuple(at_high.update), strict=True)
-            )
-        ),
+        update=_extrapolated_update(at_low.update, at_high.update, config),
         layer_bytes=at_high.layer_bytes,
     )
 
@@ -170,6 +201,13 @@ class _Built:
     trained: list[nn.Parameter]
     states: list[Tensor]
     """The optimiser's, as bytes."""
+
+
+def _built(config: Any, made: Build) -> _Built:
+    key = (config.to_json_string(), made)
+    if key not in _BUILT:
+        _BUILT[key] = _build(config, made)
+    return _BUILT[key]
 
 
 def _build(config: Any, made: Build) -> _Built:
@@ -187,8 +225,7 @@ def _build(config: Any, made: Build) -> _Built:
 def _trace(config: Any, made: Build, shape: Shape, evaluates: bool) -> Step:
     trace = Trace()
     install(Setting("cuda" if made.device == "cuda" else "cpu", shape.is_masked), trace)
-    key = (config.to_json_string(), made)
-    built = _BUILT[key] = _BUILT.get(key) or _build(config, made)
+    built = _built(config, made)
     model, head, trained = built.model, built.head, built.trained
     batch = _batch(shape)
     trace.adopt(_weights(model), "weights")

@@ -6,8 +6,6 @@ the same code that trains is what is planned, and no formula has to follow it. W
 does not show is added by hand: attention's kernels (`plan.attention`) and the optimiser
 (`plan.optimizer`).
 
-Sizes are rounded up to 512 bytes, as PyTorch's CUDA allocator does.
-
 Moments are grouped in *segments* (`forward of the first layer`, ...), each with its highest moment.
 A segment's peak is linear in the number of layers, which is what `plan.memory` extrapolates.
 """
@@ -20,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tunefork.plan.schema import Part
 
-_ROUND = 512
+BLOCK_BYTES = 512
+"""Sizes are rounded up to this, as PyTorch's CUDA allocator does."""
 _SKINNY = 64
 """A product with a side up to this is bound by memory: LoRA's down and up projections."""
 
@@ -47,6 +45,15 @@ _FREE = {
     torch.ops.aten._reshape_alias.default,
 }
 """Operations that start no kernel."""
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """Of an operation's arguments or results: tensors, and lists of them."""
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, list | tuple):
+        return [tensor for value in values for tensor in _tensors(value)]
+    return []
 
 
 @dataclass(slots=True)
@@ -109,12 +116,12 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        results = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        results = _tensors(output)
         for tensor in results:
             self._follow(tensor, self.part)
         self._note()
         if not (func in _FREE or func.is_view):
-            inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            inputs = _tensors([*args, *(kwargs or {}).values()])
             distinct = {id(t): t for t in [*inputs, *results]}
             moved = sum(t.numel() * t.element_size() for t in distinct.values())
             if func in _PRODUCTS:
@@ -141,7 +148,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.live[part] = self.live.get(part, 0) + known[2]
                 self._known[key] = (known[0], part, known[2])
             return
-        size = -(-storage.nbytes() // _ROUND) * _ROUND
+        size = -(-storage.nbytes() // BLOCK_BYTES) * BLOCK_BYTES
         reference = weakref.ref(storage, lambda _: self._forget(key))
         self._known[key] = (reference, part, size)
         self.live[part] = self.live.get(part, 0) + size
