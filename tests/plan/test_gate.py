@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM, Gemma2Config, MambaConfig
 
-from tests.folders import save_model
+from tests.folders import save_model, save_tokenizer
 from tunefork.data.example import Encoded
+from tunefork.model.device import describe, pick_device
 from tunefork.plan import gate
 from tunefork.plan.catalogue import load_catalogue
 from tunefork.plan.device import Target, here
@@ -85,7 +88,7 @@ def test_a_home_that_cannot_be_written_is_said(
     monkeypatch.setenv("TUNEFORK_HOME", str(home / "file"))
     said: list[str] = []
     gate.learn(
-        gate.Prediction(1.0, 1.0, 1.0),
+        gate.Prediction(1.0, 1.0, 1.0, 1.0, 1.0),
         device="d",
         case="c",
         num_steps=12,
@@ -94,3 +97,40 @@ def test_a_home_that_cannot_be_written_is_said(
         say=said.append,
     )
     assert len(said) == 1 and "could not be kept" in said[0]
+
+
+def test_corrections_settle_at_the_truth(recipe: Recipe) -> None:
+    """A machine twice as slow as predicted: what is remembered are predictions uncorrected."""
+    for run in range(4):
+        prediction = gate.predict(recipe, Method.LORA, EXAMPLES)
+        assert prediction is not None
+        gate.learn(
+            prediction,
+            device=str(describe(pick_device())["name"]),
+            case=f"run {run}",
+            num_steps=10,
+            train_s=10 * 2.0 * prediction.raw_step_s,
+            process_bytes=round(prediction.raw_process_bytes),
+            say=pytest.fail,
+        )
+    trust = here(load_catalogue()).trust
+    assert trust.time_factor == pytest.approx(2.0)
+    assert trust.time >= here(load_catalogue(), is_corrected=False).fit.time.error
+
+
+@pytest.mark.parametrize("kind", [Gemma2Config, MambaConfig])
+def test_what_cannot_be_planned_can_be_trained(kind: Any, tmp_path: Path, recipe: Recipe) -> None:
+    size = {"hidden_size": 32, "num_hidden_layers": 3, "pad_token_id": 0}
+    config = kind(vocab_size=save_tokenizer(tmp_path), **size)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    said: list[str] = []
+    gate.refuse_what_cannot_fit(recipe, (Method.FULL,), EXAMPLES, said.append)
+    assert all("cannot be traced" in line for line in said)
+    gate.predict(recipe, Method.FULL, EXAMPLES)
+
+
+def test_a_broken_catalogue_stops_no_run(recipe: Recipe, home: Path) -> None:
+    (home / "catalogue.yaml").write_text("gpus: 5")
+    (home / "measurements.jsonl").write_bytes(b"\xff\xfe")
+    assert gate.predict(recipe, Method.LORA, EXAMPLES) is None
+    assert recall(lambda _: True) == []

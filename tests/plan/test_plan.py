@@ -121,7 +121,7 @@ def test_a_devices_own_runs_correct_its_plans() -> None:
         remember(
             Measurement(
                 device="NVIDIA L4",
-                case="a run",
+                case=f"a run {ratio}",
                 date="2026-11-25",
                 predicted_step_s=1.0,
                 measured_step_s=ratio,
@@ -141,3 +141,35 @@ def test_a_line_of_another_version_is_passed_over(home: Path) -> None:
     (home / "measurements.jsonl").write_text('{"device": "x"}\nnot json\n')
     assert recall(lambda _: True) == []
     assert correction([]).time == 1.0
+
+
+def test_one_row_that_cannot_fit_is_not_said_to() -> None:
+    plan = plan_numbers(
+        model=8.03e9,
+        work=Work(1000, 1000 * 100_000, 10**8, 1.0, 131_072, 1),
+        lora=LoraSection(),
+        full=FullSection(),
+        methods=(Method.LORA,),
+        machine=load_catalogue().machine(["l4"]),
+    )
+    lora = _of(plan, Method.LORA)
+    assert not lora.may_fit and lora.largest_micro_batch_tokens is None
+    assert lora.next_option is not None and "micro_batch_tokens" not in lora.next_option
+
+
+def test_alike_runs_count_once() -> None:
+    def row(case: str, measured_s: float) -> Measurement:
+        return Measurement(
+            device="NVIDIA L4",
+            case=case,
+            date="2026-11-25",
+            predicted_step_s=1.0,
+            measured_step_s=measured_s,
+            predicted_process_bytes=1.0,
+            measured_process_bytes=1.0,
+        )
+
+    for measured_s in (1.0, 1.1, 3.0):
+        remember(row("the same", measured_s))
+    assert [r.measured_step_s for r in recall(lambda _: True)] == [3.0]
+    assert correction(recall(lambda _: True)).time_error is None

@@ -34,7 +34,8 @@ Generated from `src/tunefork/advise/` by `python -m tunefork.documentation docs`
 2. **Votes.** Each row of the first table that applies adds its weight to one branch: no
    fine-tuning, an adapter, or all weights. The heaviest branch wins; where two are equal, the
    adapter. 1 and 2 are preferences, 3 and 4 strong ones; 8 and 12 decide alone; 28 and 32 settle
-   it, what you measured among them; 64 is what is impossible otherwise.
+   it; 56 is what you measured, more than any rules of thumb that can apply together; 64 is what is
+   impossible otherwise.
 3. **Form.** Of that branch, the first row of the second table that applies names the method.
 4. **Start.** Rows of the third table say why rank, rates and batch start where they do.
 
@@ -48,7 +49,7 @@ speaks for full fine-tuning.
 **Your own comparisons outrank the rules.** `comparison.json` files below `--runs` (default
 `runs/`) and `~/.tunefork/runs` are read. One counts where its model's size is within 1.5 times of
 yours *and* its data is of the same kind: classification (it has labels), plain text (every token
-learnt), or other answers. The latest that counts weighs 32, more than the rules of thumb do
+learnt), or other answers. The latest that counts weighs 56, more than the rules of thumb can
 together; the advice names its folder and figures. A comparison on 135M parameters never decides
 for 8B; it is listed with the reason why not.
 

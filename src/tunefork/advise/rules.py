@@ -2,8 +2,8 @@
 
 - **VOTES**: each row that applies adds its weight to one branch: no fine-tuning, an adapter, or all
   weights. The heaviest branch wins. A weight of 1 or 2 is a preference, 3 or 4 a strong one; 8
-  and 12 decide alone against those; 28 and 32 settle it, what the user measured among them; 64 is
-  what is impossible otherwise.
+  and 12 decide alone against those; 28 and 32 settle it; 56 is what the user measured, more than
+  any rules of thumb that can apply together; 64 is what is impossible otherwise.
 - **FORMS**: of the winning branch, the first row that applies names the method.
 - **STARTS**: rows of the winning branch that apply say why a knob starts where it does, or what to
   watch.
@@ -240,20 +240,20 @@ VOTES: tuple[Vote, ...] = (
         thumb(6),
     ),
     Vote(
-        "measured-adapter", ADAPTER, 32, when.measured_adapter,
+        "measured-adapter", ADAPTER, 56, when.measured_adapter,
         "You measured it, and that outranks the rules of thumb: {measured}.",
         RUNS,
         undone_by="A newer comparison of yours with another verdict.",
     ),
     Vote(
-        "measured-full", WEIGHTS, 32, when.measured_full,
+        "measured-full", WEIGHTS, 56, when.measured_full,
         "You measured it, and that outranks the rules of thumb: {measured}.",
         RUNS,
         "A comparison of your own on this size and kind of task (tunefork compare) that puts full "
         "fine-tuning ahead would outrank these rules.",
     ),
     Vote(
-        "measured-base", NOTHING, 32, when.measured_base,
+        "measured-base", NOTHING, 56, when.measured_base,
         "You measured it, and that outranks the rules of thumb: {measured}.",
         RUNS,
         undone_by="More or other training data, measured again by tunefork compare.",

@@ -55,6 +55,7 @@ def _count(value: Any) -> Any:
 
 _SIZE = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([bm])(?![A-Za-z0-9])", re.IGNORECASE)
 Count = Annotated[int, Field(ge=0), BeforeValidator(_count)]
+Amount = Annotated[float, Field(ge=0), BeforeValidator(_count)]
 
 
 class Situation(BaseModel):
@@ -88,7 +89,7 @@ class Situation(BaseModel):
     """What must change about the model: how it says things, what it can do, how it behaves at
     heart, which language it is at home in, or which facts it knows."""
 
-    quality_point_value_usd: Annotated[float, Field(ge=0)] | None = None
+    quality_point_value_usd: Amount | None = None
     """What one more percentage point of quality is worth, US dollars."""
 
     distribute: bool | None = None
@@ -97,7 +98,7 @@ class Situation(BaseModel):
     gpus: tuple[str, ...] | None = None
     """GPUs at hand, by the catalogue's ids; an id given n times is n of them."""
 
-    budget_usd: Annotated[float, Field(ge=0)] | None = None
+    budget_usd: Amount | None = None
     """What the training may cost, US dollars."""
 
     deadline_hours: Annotated[float, Field(gt=0)] | None = None
@@ -137,9 +138,9 @@ ESSENTIAL = ("model_params", "task", "examples")
 
 CONTRADICTIONS: tuple[tuple[Callable[[Situation], bool], str], ...] = (
     (
-        lambda s: s.budget_usd == 0 and s.deadline_hours is not None,
+        lambda s: s.budget_usd == 0 and s.deadline_hours is not None and not s.gpus,
         "budget_usd: 0 with deadline_hours: {deadline_hours:g}: nothing can be trained by then for "
-        "nothing; give a budget, or leave out both for GPUs of your own",
+        "nothing; give a budget, or name GPUs of your own in gpus",
     ),
     (
         lambda s: s.tokens is not None and s.examples is not None and s.tokens < s.examples,
@@ -197,8 +198,8 @@ def check(situation: Situation, where: str = "situation") -> None:
 
 def size_in(name: str) -> float | None:
     """The number of parameters that a model's name states: 8e9 of `Llama-3.1-8B`, or None."""
-    found = _SIZE.findall(name)
-    return float(found[-1][0]) * _SCALES[found[-1][1].lower()] if found else None
+    sizes = [float(number) * _SCALES[scale.lower()] for number, scale in _SIZE.findall(name)]
+    return max(sizes, default=None)  # of Qwen2.5-7B-Instruct-1M, whose 1M are tokens of context
 
 
 def missing(situation: Situation) -> dict[str, str]:

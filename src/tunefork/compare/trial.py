@@ -206,7 +206,10 @@ def _learnt(record: RunRecord, prediction: Prediction, result: TrainResult) -> R
     learn(
         prediction,
         device=str(record.device["name"]),
-        case=f"{record.method} of {record.total_params / 1e9:.3g}B",
+        case=(
+            f"{record.method} of {record.total_params / 1e9:.3g}B, "
+            f"{record.tokens / record.num_steps:.0f} tokens a step"
+        ),
         num_steps=len(result.steps),
         train_s=result.seconds,
         process_bytes=result.process_bytes,

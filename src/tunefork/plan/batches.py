@@ -6,6 +6,7 @@ numbers, examples are taken to be of mean length, and the largest pass to be ful
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import nlargest
 
 from tunefork.data.example import Encoded
 from tunefork.data.pack import ROW_LENGTH, MicroBatch, pack
@@ -15,7 +16,9 @@ from tunefork.plan.step import Shape
 from tunefork.recipe import Recipe
 
 _MOST_STEPS = 200
-"""Optimiser steps that are packed to see how examples fall; more would show the same."""
+"""Optimiser steps that are packed to see how examples fall in the mean."""
+_HEAVIEST = 20
+"""Steps that are packed to find the largest pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +59,19 @@ def batches_of_data(examples: Sequence[Encoded], recipe: Recipe, *, seed: int) -
         seed=seed,
     )
     seen = schedule[:: max(1, len(schedule) // _MOST_STEPS)]
-    shapes: list[Shape] = []
-    for step in seen:
-        chosen = [examples[at] for at in step]
-        for batch in pack(chosen, max_tokens=section.micro_batch_tokens, packing=section.packing):
-            rows, length = batch.input_ids.shape
-            is_masked = bool((batch.position_ids[:, 1:] == 0).any()) if length > 1 else False
-            shapes.append(Shape(rows, length, len(batch.supervised[0]), is_masked))
+
+    def passes(steps: Sequence[Sequence[int]]) -> list[Shape]:
+        return [
+            shape_of(batch)
+            for step in steps
+            for batch in pack(
+                [examples[at] for at in step],
+                max_tokens=section.micro_batch_tokens,
+                packing=section.packing,
+            )
+        ]
+
+    shapes = passes(seen)
     count = len(shapes)
     rows = round(sum(shape.rows for shape in shapes) / count) or 1
     tokens = sum(shape.rows * shape.length for shape in shapes) / count
@@ -73,12 +82,21 @@ def batches_of_data(examples: Sequence[Encoded], recipe: Recipe, *, seed: int) -
         is_masked=sum(shape.is_masked for shape in shapes) * 2 > count,
     )
     return Batches(
-        largest=max(shapes, key=_weight),
+        largest=max([*shapes, *passes(_heaviest(schedule, examples))], key=_weight),
         mean=mean,
         passes_per_step=count / len(seen),
         num_steps=len(schedule),
         note=f"{len(examples)} training examples, packed as training packs them",
     )
+
+
+def _heaviest(
+    schedule: Sequence[Sequence[int]], examples: Sequence[Encoded]
+) -> list[Sequence[int]]:
+    """The steps with the most tokens, and those with the longest examples."""
+    lengths = [len(example.input_ids) for example in examples]
+    by_sum = nlargest(_HEAVIEST, schedule, key=lambda step: sum(lengths[at] for at in step))
+    return by_sum + nlargest(_HEAVIEST, schedule, key=lambda step: max(lengths[at] for at in step))
 
 
 def shape_of(batch: MicroBatch) -> Shape:

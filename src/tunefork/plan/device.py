@@ -148,14 +148,21 @@ def _corrected(target: Target, is_device: Callable[[str], bool]) -> Target:
         target,
         trust=replace(
             target.trust,
-            process=found.process_error or target.trust.process,
-            time=found.time_error or target.trust.time,
+            process=_error(
+                found.process_error, target.fit.memory.process_error, target.trust.process
+            ),
+            time=_error(found.time_error, target.fit.time.error, target.trust.time),
             process_factor=found.process,
             time_factor=found.time,
         ),
         note=f"{target.note}; corrected by {found.runs} runs measured on this device (time x "
         f"{found.time:.2f}, process memory x {found.process:.2f})",
     )
+
+
+def _error(measured: float | None, packaged: float, widened: float) -> float:
+    """Of corrected predictions: the device's own spread if it has one, with a floor under it."""
+    return widened if measured is None else max(measured, packaged)
 
 
 def _is(entry: str, reported: str) -> bool:

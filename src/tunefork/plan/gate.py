@@ -14,7 +14,7 @@ from tunefork.plan.device import here
 from tunefork.plan.measured import Measurement, remember
 from tunefork.plan.plan import plan_examples
 from tunefork.plan.schema import Plan
-from tunefork.plan.step import PlanError
+from tunefork.plan.shape import PlanError
 from tunefork.recipe import Method, Recipe
 
 _TELLING_STEPS = 10
@@ -32,6 +32,9 @@ class Prediction:
     tensor_bytes: float
     process_bytes: float
     step_s: float
+    raw_process_bytes: float
+    """Without corrections by earlier runs. This is remembered, or they would feed themselves."""
+    raw_step_s: float
 
 
 def plan_here(recipe: Recipe, methods: Sequence[Method], examples: Sequence[Encoded]) -> Plan:
@@ -73,15 +76,25 @@ def refuse_what_cannot_fit(
 
 
 def predict(recipe: Recipe, method: Method, examples: Sequence[Encoded]) -> Prediction | None:
-    """What a run of one method is predicted to take on this machine; None where nothing can be."""
+    """What a run of one method is predicted to take on this machine; None where nothing can be.
+
+    Whatever stands in the way of a plan was said when the recipe was checked; a run needs none.
+    """
     try:
-        planned = plan_here(recipe, (method,), examples).methods[method.value]
-    except PlanError:  # said before, when the recipe was checked
+        catalogue = load_catalogue()
+        target = here(catalogue, recipe.compare.usd_per_hour)
+        plan = plan_examples(
+            recipe, examples, target=target, methods=(method,), catalogue=catalogue
+        )
+    except BadInputError:
         return None
+    planned, trust = plan.methods[method.value], target.trust
     return Prediction(
         tensor_bytes=planned.peak_tensor_bytes.mid,
         process_bytes=planned.peak_process_bytes.mid,
         step_s=planned.step_s,
+        raw_process_bytes=planned.peak_process_bytes.mid / trust.process_factor,
+        raw_step_s=planned.step_s / trust.time_factor,
     )
 
 
@@ -102,9 +115,9 @@ def learn(
         device=device,
         case=case,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        predicted_step_s=prediction.step_s,
+        predicted_step_s=prediction.raw_step_s,
         measured_step_s=train_s / num_steps,
-        predicted_process_bytes=prediction.process_bytes,
+        predicted_process_bytes=prediction.raw_process_bytes,
         measured_process_bytes=process_bytes,
     )
     try:

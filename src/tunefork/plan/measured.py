@@ -2,12 +2,11 @@
 
 `measurements.jsonl` in TUNEFORK_HOME (default ~/.tunefork) has a line a run: what was predicted and
 what it took. A plan for the same device multiplies its time, and its process's memory, by the
-median ratio of the last runs there; with three or more, their spread takes the place of the
-packaged error.
+median ratio of the last runs there. Of runs that were alike only the last one counts; with three
+that were not, their spread is the error, but never less than that of the packaged fit.
 """
 
 import json
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tunefork.plan.catalogue import HOME
+from tunefork.plan.catalogue import home
 
 _LAST = 50
 """Runs that count: an older one may be of another driver or another version of this library."""
@@ -56,7 +55,7 @@ NONE = Correction(0, 1.0, 1.0, None, None)
 
 def file() -> Path:
     """Where measurements are kept."""
-    return Path(os.environ.get(HOME, "~/.tunefork")).expanduser() / "measurements.jsonl"
+    return home() / "measurements.jsonl"
 
 
 def remember(measurement: Measurement) -> None:
@@ -68,19 +67,21 @@ def remember(measurement: Measurement) -> None:
 
 
 def recall(is_device: Callable[[str], bool]) -> list[Measurement]:
-    """The last measurements on a device; lines of another version are passed over."""
-    path = file()
-    if not path.is_file():
+    """The last measurements on a device, one a case; damaged lines are passed over."""
+    try:
+        text = file().read_text(encoding="utf-8", errors="replace")
+    except OSError:
         return []
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    found: dict[str, Measurement] = {}
+    for line in text.splitlines():
         try:
             row = Measurement.model_validate(json.loads(line))
         except (ValidationError, ValueError):
             continue
         if is_device(row.device):
-            found.append(row)
-    return found[-_LAST:]
+            found.pop(row.case, None)
+            found[row.case] = row
+    return list(found.values())[-_LAST:]
 
 
 def correction(rows: Sequence[Measurement]) -> Correction:

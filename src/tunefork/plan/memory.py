@@ -36,9 +36,18 @@ class Memory:
 
 
 def measure(
-    step: Step, fit: MemoryFit, trust: Trust, *, shards: int, is_recomputed: bool
+    step: Step,
+    fit: MemoryFit,
+    trust: Trust,
+    *,
+    shards: int,
+    is_recomputed: bool,
+    loaded_bytes: int = 0,
 ) -> Memory:
-    """Memory of a traced step on each of `shards` devices."""
+    """Memory of a traced step on each of `shards` devices.
+
+    `loaded_bytes`: weights that are there while loading only, before they are quantised in place.
+    """
     gathered = 2 * step.layer_bytes if shards > 1 else 0
     room = step.update.room_bytes // shards
 
@@ -50,7 +59,7 @@ def measure(
     weights: dict[Part, int] = {"weights": step.static.get("weights", 0)}
     moments = {segment: phase(peak.parts) for segment, peak in step.peaks.items()}
     phases: dict[PhaseName, Phase] = {
-        "load": phase(weights),
+        "load": phase({"weights": max(weights["weights"], loaded_bytes)}),
         "forward_backward": max(moments.values(), key=lambda moment: moment.tensor_bytes),
         "optimizer": phase({**step.static, "gradients": step.gradients, "workspace": room}),
         **({"evaluate": phase(step.evaluation.parts)} if step.evaluation else {}),

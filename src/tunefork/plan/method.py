@@ -37,12 +37,15 @@ class Case:
 
     def memory(self, shape: Shape) -> Memory:
         """On each device."""
+        # A GPU gets its 4-bit layers one by one; on a CPU both forms lie in the same memory.
+        is_in_place = self.target.kind == "cpu" and self.made.method is Method.QLORA
         return measure(
             self.step(shape),
             self.target.fit.memory,
             self.target.trust,
             shards=self.target.count,
             is_recomputed=self.made.activation_checkpointing,
+            loaded_bytes=self.total_params * self.made.dtype.itemsize if is_in_place else 0,
         )
 
     def fits(self, shape: Shape) -> bool:
@@ -181,7 +184,7 @@ def _largest(
         if slope > 0:
             sizes.append(high + (case.target.memory_bytes - there) / slope)
     size = max(least, int(min(sizes)))
-    if size >= low:
+    if size > low or case.fits(of(size)):
         return size
     if not case.fits(of(least)):
         return None

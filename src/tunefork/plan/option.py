@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import torch
+
 from tunefork.plan.batches import Batches
 from tunefork.plan.catalogue import Machine
 from tunefork.plan.device import target_of
@@ -39,7 +41,8 @@ def _changes(case: Case) -> Iterator[tuple[str, Case]]:
         made = replace(made, activation_checkpointing=True)
         words.append("train.activation_checkpointing: true (about a quarter slower)")
         yield " and ".join(words), replace(case, made=made)
-    if made.method is Method.FULL and made.full.weights == "fp32":
+    is_bf16 = made.dtype == torch.bfloat16
+    if made.method is Method.FULL and made.full.weights == "fp32" and is_bf16:
         made = replace(made, full=FullSection(weights="bf16", optimizer=made.full.optimizer))
         words.append("full.weights: bf16")
         yield " and ".join(words), replace(case, made=made)

@@ -5,13 +5,16 @@ the model; its shapes are those of well-known models of that family.
 """
 
 import copy
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from tunefork.errors import ModelError
+from tunefork.errors import BadInputError, ModelError
 from tunefork.model.build import find_targets
 from tunefork.model.load import load_config
 from tunefork.recipe import LoraSection, ModelSection
@@ -92,13 +95,32 @@ def at_depth(config: Any, depth: int) -> Any:
     config = copy.deepcopy(config)
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None)
-    if kinds:
-        text.layer_types = list(kinds[:depth])
     text.num_hidden_layers = depth
+    if kinds and len(text.layer_types) != depth:  # some derive it from the depth themselves
+        text.layer_types = list(kinds[:depth])
     return config
 
 
-def on_meta(config: Any, *, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
+class PlanError(BadInputError):
+    """The model's code does not run without numbers, so nothing can be said of it."""
+
+
+@contextmanager
+def traceable(config: Any) -> Iterator[None]:
+    """Turn what an architecture's own code raises on the meta device into a PlanError."""
+    try:
+        yield
+    except BadInputError:
+        raise
+    except Exception as error:  # any model's code, which may need real numbers
+        why = textwrap.shorten(str(error), 200, placeholder=" ...")
+        raise PlanError(
+            f"a {config.model_type} model cannot be traced without its weights "
+            f"({type(error).__name__}: {why}), so it cannot be planned"
+        ) from error
+
+
+def on_meta(config: Any, *, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
     """The model on the meta device, in `dtype`."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -108,7 +130,7 @@ def on_meta(config: Any, *, dtype: torch.dtype, attention: str = "sdpa") -> PreT
 
 
 def count_params(config: Any) -> int:
-    """Parameters of the whole model, tied ones once."""
+    """Parameters of the whole model, tied ones once. Raises PlanError."""
     return _extrapolated(config, lambda model: sum(p.numel() for p in model.parameters()))
 
 
@@ -125,10 +147,11 @@ def lora_params(config: Any, lora: LoraSection) -> int:
 
 def _extrapolated(config: Any, measure: Any) -> int:
     low, high = depths(config)
-    at = {
-        depth: measure(on_meta(at_depth(config, depth), dtype=torch.bfloat16))
-        for depth in {low, high}
-    }
+    with traceable(config):
+        at = {
+            depth: measure(on_meta(at_depth(config, depth), dtype=torch.bfloat16))
+            for depth in {low, high}
+        }
     return extrapolate(at[low], at[high], config)
 
 

@@ -5,7 +5,6 @@ a whole model takes follows from two shallow ones: the highest moment of each se
 of each kind, are linear in the number of layers.
 """
 
-import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
@@ -16,14 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunefork.data.pack import MicroBatch
-from tunefork.errors import BadInputError, ModelError
 from tunefork.model.build import build
 from tunefork.model.head import Head
 from tunefork.model.linear import Nf4Linear
 from tunefork.plan.attention import NAME, Setting, install
 from tunefork.plan.optimizer import Update, state_bytes, update
 from tunefork.plan.schema import Part
-from tunefork.plan.shape import at_depth, depths, extrapolate, on_meta
+from tunefork.plan.shape import at_depth, depths, extrapolate, on_meta, traceable
 from tunefork.plan.trace import BLOCK_BYTES, Peak, Trace, Work
 from tunefork.recipe import FullSection, LoraSection, Method
 from tunefork.train.loss import loss_sum, token_losses
@@ -37,10 +35,6 @@ _SCALED_LOGITS = (
 )
 """Settings by which an architecture changes its logits after the head; `model.head` measures this
 where there are weights."""
-
-
-class PlanError(BadInputError):
-    """The model's code does not run without numbers, so nothing can be said of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,16 +101,8 @@ def trace_step(config: Any, made: Build, shape: Shape, *, evaluates: bool = Fals
 def _remembered(config: Any, made: Build, shape: Shape, evaluates: bool) -> "Step":
     key = (config.to_json_string(), made, shape)
     if key not in _TRACED or (evaluates and _TRACED[key].evaluation is None):
-        try:
+        with traceable(config):
             _TRACED[key] = _trace_whole(config, made, shape, evaluates)
-        except ModelError:
-            raise
-        except Exception as error:  # an architecture's own code, which may need real numbers
-            why = textwrap.shorten(str(error), 200, placeholder=" ...")
-            raise PlanError(
-                f"a {config.model_type} model cannot be traced without its weights "
-                f"({type(error).__name__}: {why}), so it cannot be planned"
-            ) from error
     return _TRACED[key]
 
 
