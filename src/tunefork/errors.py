@@ -43,6 +43,10 @@ class RunFolderError(BadInputError):
     """A run folder holds something else, or lacks what was asked of it."""
 
 
+class StoreError(BadInputError):
+    """The store of adapters does not hold what was asked of it, or refuses what it was given."""
+
+
 class DivergedError(TuneforkError):
     """A loss or a gradient is no longer finite. Exit status 1."""
 

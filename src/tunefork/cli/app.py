@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from tunefork.cli.adapters import adapters
 from tunefork.cli.advise import advise
 from tunefork.cli.chat import chat
 from tunefork.cli.compare import compare
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 for verb in (advise, plan, compare, train, evaluate, chat, runs):
     app.command()(verb)
+app.add_typer(adapters, name="adapters")
 app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")
 

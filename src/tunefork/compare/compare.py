@@ -25,6 +25,7 @@ from tunefork.evaluate.statistics import METRICS
 from tunefork.recipe import Method, Recipe
 from tunefork.recipe_file import anchor
 from tunefork.registry.claim import Claim, claimed
+from tunefork.registry.history import remember_comparison
 from tunefork.registry.run import read_record
 
 COMPARISON = "comparison.json"
@@ -57,6 +58,7 @@ def compare(
         comparison = assemble(recipe, out, arms, _facts(data, arms))
         comparison.save(out / COMPARISON)
         write_report(comparison, out / REPORT)
+        remember_comparison(out)
     return comparison
 
 

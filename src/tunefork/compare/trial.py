@@ -38,6 +38,7 @@ from tunefork.plan.gate import Prediction, learn, predict
 from tunefork.recipe import Method, Recipe
 from tunefork.recipe_file import anchor
 from tunefork.registry.claim import Claim, claimed
+from tunefork.registry.history import remember_run
 from tunefork.registry.opening import open_model
 from tunefork.registry.peft_format import save_adapter
 from tunefork.registry.run import (
@@ -196,6 +197,7 @@ def _save(model: Any, tokenizer: Any, recipe: Recipe, record: RunRecord, folder:
         }
         record = record.model_copy(update=saved)
         write_record(folder, record)
+        remember_run(folder, record)
     if interrupt.requested:
         raise KeyboardInterrupt
     return record
@@ -233,6 +235,7 @@ def _finish(evaluation: Evaluation, recipe: Recipe, record: RunRecord, folder: P
     }
     record = record.model_copy(update=measured)
     write_record(folder, record)
+    remember_run(folder, record)
     return record
 
 
