@@ -199,7 +199,8 @@ def _run(work: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
 
 def prepare() -> None:
     """Let the server that processes are forked from import what they need."""
-    multiprocessing.set_forkserver_preload(["benchmarks.registry_faults"])
+    needed = ["numpy", "safetensors.numpy", "tunefork.registry.store", "tunefork.registry.garbage"]
+    multiprocessing.set_forkserver_preload(needed)
     multiprocessing.forkserver.ensure_running()
 
 

@@ -147,7 +147,7 @@ def test_lineage_of_a_run(store: Store, tmp_path: Path, base: Path) -> None:
 
 def test_lineage_that_the_artefact_carries(store: Store, tmp_path: Path) -> None:
     artefact = save_artefact(tmp_path / "a")
-    carried = {
+    carried: dict[str, Any] = {
         "identity": {"weights_sha256": "1" * 64, "tokenizer_sha256": None, "format": 1},
         "method": "qlora",
         "recipe": {"model": {"id": "owner/exact", "revision": "main"}, "lora": {"rank": 2}},

@@ -13,7 +13,7 @@ from tunefork.registry.store import Store
 from tunefork.registry.version import Version
 
 MAX_BYTES = 1 << 22
-Sha256 = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\Z")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class ManifestFile(BaseModel):

@@ -9,6 +9,7 @@ A name becomes part of a path in a remote store and of a URL, so what it may hol
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tunefork.errors import StoreError
@@ -53,6 +54,13 @@ def check_tag(tag: str) -> str:
             f"{tag!r} is reserved as a tag: v1, v2, ... are versions and {LATEST} is the newest one"
         )
     return tag
+
+
+def check_names(name: str, tags: Iterable[str]) -> None:
+    """`check_name` and, for each of `tags`, `check_tag`."""
+    check_name(name)
+    for tag in tags:
+        check_tag(tag)
 
 
 def parse_reference(text: str) -> Reference:

@@ -26,7 +26,7 @@ from tunefork.registry.manifest import (
     read_manifest,
     stored,
 )
-from tunefork.registry.names import check_name, parse_reference
+from tunefork.registry.names import check_names, parse_reference
 from tunefork.registry.objects import is_intact
 from tunefork.registry.store import Store
 from tunefork.registry.version import Version
@@ -105,7 +105,8 @@ def _take_in(
     name: str | None,
     tags: Sequence[str],
 ) -> Version:
-    name = check_name(name or manifest.name)
+    name = name or manifest.name
+    check_names(name, tags)
     for version in store.list(name):
         if version.name == name and version.digest == manifest.digest:
             for tag in tags:
@@ -144,7 +145,7 @@ def _manifest_place(files: Any, root: str, reference: str, url: str) -> str:
 
 
 def _file_system(url: str) -> tuple[Any, str]:
-    import fsspec  # type: ignore[import-untyped]
+    import fsspec
 
     try:
         files, root = fsspec.core.url_to_fs(url)

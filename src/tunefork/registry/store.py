@@ -26,7 +26,7 @@ from tunefork.registry.holds import Hold, owners
 from tunefork.registry.intake import check_safetensors, incoming, opened
 from tunefork.registry.lineage import Lineage, read_lineage
 from tunefork.registry.locks import hold_file, take_hold, together
-from tunefork.registry.names import check_name, check_tag
+from tunefork.registry.names import check_name, check_names, check_tag
 from tunefork.registry.objects import Objects, StoredFile, digest_of
 from tunefork.registry.run import read_record
 from tunefork.registry.version import Details, Version, linked
@@ -70,6 +70,7 @@ class Store:
 
         Raises StoreError for files that the store does not take.
         """
+        check_names(name, tags)
         artifact, run = _artifact(folder)
         with self.guarded(), together(self.root):
             files = []
@@ -88,10 +89,7 @@ class Store:
         tags: Sequence[str] = (),
         note: str = "",
     ) -> Version:
-        """A new version of files that `objects` has already; the caller holds `together`."""
-        check_name(name)
-        for tag in tags:
-            check_tag(tag)
+        """A new version of files that `objects` has already; the caller has checked names and holds `together`."""
         for file in files:
             if file.path.endswith(".safetensors"):
                 check_safetensors(self.objects.at(file.sha256), f"{where}: {file.path}")
