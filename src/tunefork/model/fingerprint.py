@@ -4,6 +4,7 @@ What is computed is remembered by the files that it came from, so that only the 
 """
 
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tunefork.model.fingerprint_tokenizer import (
 )
 from tunefork.model.fingerprint_weights import weights_sha256
 from tunefork.model.identity import Identity, check_identity, short
-from tunefork.model.load import load_skeleton, load_tokenizer
+from tunefork.model.load import load_saved_tokenizer, load_skeleton, load_tokenizer
 from tunefork.model.weight_files import Located, find_files, weight_files
 from tunefork.recipe import ModelSection
 
@@ -61,9 +62,13 @@ def check_rendering(folder: Path, base: ModelSection) -> None:
     """
     if not (folder / "tokenizer_config.json").is_file():
         return
-    beside = ModelSection(id=str(folder))
-    own = _rendering_digest(beside, Located(str(folder), folder, None))
-    bases = _rendering_digest(base, find_files(base))
+    beside = Located(str(folder), folder, None)
+    own = _of_tokenizer(
+        "rendering", beside, partial(load_saved_tokenizer, folder), rendering_sha256
+    )
+    bases = _of_tokenizer(
+        "rendering", find_files(base), partial(load_tokenizer, base), rendering_sha256
+    )
     if own != bases:
         raise IdentityError(
             f"{folder}: its tokenizer and chat template render other ids ({short(own)}) than those "
@@ -103,17 +108,14 @@ def _tokenizer_digests(section: ModelSection, located: Located) -> list[str]:
     def compute(tokenizer: Any) -> str:
         return f"{tokenizer_sha256(tokenizer)} {template_sha256(tokenizer) or ''}"
 
-    return _of_tokenizer("tokenizer", section, located, compute).split(" ")
-
-
-def _rendering_digest(section: ModelSection, located: Located) -> str:
-    return _of_tokenizer("rendering", section, located, rendering_sha256)
+    load = partial(load_tokenizer, section)
+    return _of_tokenizer("tokenizer", located, load, compute).split(" ")
 
 
 def _of_tokenizer(
-    kind: str, section: ModelSection, located: Located, compute: Callable[[Any], str]
+    kind: str, located: Located, load: Callable[[], Any], compute: Callable[[Any], str]
 ) -> str:
-    """What `compute` makes of the tokenizer; the libraries that build it are part of the key."""
+    """What `compute` makes of what `load` loads; the libraries that build it are in the key."""
     libraries = [version("transformers"), version("tokenizers")]
 
     def key() -> list[list[Any]]:
@@ -122,7 +124,7 @@ def _of_tokenizer(
     before = key()
     if (known := recall(kind, before, libraries)) is not None:
         return known
-    found = compute(load_tokenizer(section))
+    found = compute(load())
     if key() == before:  # else files were fetched, or changed, meanwhile: the next call computes
         remember(kind, before, found, libraries)
     return found
