@@ -35,6 +35,17 @@ CONVERSATIONS: tuple[tuple[Message, ...], ...] = (
 """With and without a system turn, of one turn and several, ending in a question or an answer."""
 
 
+_TEXTS = (
+    "0 12 123 1234 12345 123456 1234567 12345678 3.14 1,000,000 007 1e-5 10% v2.0",
+    "don't I'll WE'RE they'd camelCase PascalCase snake_case UPPER lower x86_64 naïve Straße",
+    "...!!!???--- <<>> [[]] {{}} (()) ``'' && || == => :: // ** ## $$ @@ ~~ \\\\",
+    "if x:\n    y = [1, 2]\n\treturn\r\n\n\n   \n a  b   c    d",
+    "https://example.org/a?b=c&d=%20 me@example.org /usr/bin/env #tag",
+    "ﬁ ① ² ½ Å Å ａｂｃ １２３ ｶﾞ 가 각 ไทย العربية עברית 你好，世界。",
+)
+"""Numbers, contractions, case, punctuation, code, addresses, and what normal forms change."""
+
+
 def conversation_ids(tokenizer: Any, template: str = "chat") -> list[list[int] | None]:
     """Ids of each golden conversation as tunefork renders it; None where the template refuses it.
 
@@ -46,12 +57,11 @@ def conversation_ids(tokenizer: Any, template: str = "chat") -> list[list[int] |
 
 
 def text_ids(tokenizer: Any) -> list[list[int]]:
-    """Ids of fixed texts, as they are and as the tokenizer closes them, and of every character."""
+    """Ids of fixed texts, of what the tokenizer puts around one, and of every character."""
+    closed: list[list[int]] = tokenizer(["", "a"], verbose=False)["input_ids"]
     texts = [message.content for turns in CONVERSATIONS for message in turns]
-    closed: list[list[int]] = tokenizer(["", "a", *texts], verbose=False)["input_ids"]
-    bare: list[list[int]] = tokenizer(list(_alphabet()), add_special_tokens=False, verbose=False)[
-        "input_ids"
-    ]
+    texts += [*_TEXTS, *_alphabet()]
+    bare: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return closed + bare
 
 
