@@ -69,7 +69,7 @@ def hammer_tag(folder: Path, operations: int) -> dict[str, Any]:
     seconds = time.perf_counter() - begun
     lines = [line.split() for line in log.read_text().splitlines()]
     with Store.open(home) as store:
-        history = [number for tag, number, _ in store.show("acme").history][1:]
+        history = [number for _, number, _ in store.show("acme").history if number][1:]
         last = store.resolve("acme:prod").number
     moves = Counter(int(line[1]) for line in lines if line[0] == "move")
     lost = (moves - Counter(history)).total() + (last != history[-1])

@@ -39,6 +39,10 @@ class AdapterError(BadInputError):
     """An adapter does not fit its base, or would change nothing."""
 
 
+class IdentityError(AdapterError):
+    """An adapter or run belongs to another base, tokenizer or chat template than it is put on."""
+
+
 class RunFolderError(BadInputError):
     """A run folder holds something else, or lacks what was asked of it."""
 

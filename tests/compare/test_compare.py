@@ -4,17 +4,19 @@ Pieces run in this process here; `test_worker.py` starts real ones.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import tunefork.compare.compare as module
+from tests.folders import save_model
 from tunefork.compare import trial, worker
 from tunefork.compare.compare import COMPARISON, check, compare
 from tunefork.compare.trial import train_run
 from tunefork.compare.worker import Failure
-from tunefork.errors import BadInputError, DataError, RunFolderError, TuneforkError
+from tunefork.errors import BadInputError, DataError, IdentityError, RunFolderError, TuneforkError
 from tunefork.recipe import Recipe
 from tunefork.registry.run import read_record, write_record
 
@@ -112,6 +114,20 @@ def test_what_is_done_is_kept_and_what_is_trained_only_evaluated(
     assert pieces.done == ["train lora"] and comparison.methods["lora"].status == "ok"
     again = read_record(out / "lora" / "seed-0")
     assert again is not None and again.created == record.created
+
+
+@pytest.mark.parametrize("lost", ["", "base/run.json"])
+def test_what_was_measured_on_another_base_is_not_mixed_in(
+    make_recipe: Make, base: Path, tmp_path: Path, pieces: Pieces, lost: str
+) -> None:
+    own = shutil.copytree(base, tmp_path / "base")
+    recipe, out = make_recipe(model=str(own), compare={"methods": ["lora"]}), tmp_path / "out"
+    compare(recipe, out, say=lambda _: None)
+    save_model(own, seed=1)
+    if lost:
+        (out / lost).unlink()
+    with pytest.raises(IdentityError, match=rf"out/.*: does not belong to {own} .* weights"):
+        compare(recipe, out, say=lambda _: None)
 
 
 # Before anything is trained

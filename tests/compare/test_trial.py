@@ -1,6 +1,8 @@
 """One run: what it leaves where it is stopped, and that nothing it left is lost."""
 
+import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +11,15 @@ from typing import Any
 import pytest
 
 import tunefork.compare.trial as trial
+from tests.folders import save_model
 from tunefork.compare.trial import run_trial, train_run
-from tunefork.errors import RunFolderError, TuneforkError
+from tunefork.errors import IdentityError, ModelError, RunFolderError, TuneforkError
+from tunefork.model.fingerprint import identify
 from tunefork.recipe import Method, Recipe
+from tunefork.registry.claim import CLAIM
 from tunefork.registry.opening import open_model
 from tunefork.registry.peft_format import save_adapter
+from tunefork.registry.provenance import read_provenance
 from tunefork.registry.run import ADAPTER, COLUMNS, read_record
 from tunefork.train.progress import TrainProgress
 
@@ -133,3 +139,62 @@ def test_the_base_is_evaluated_and_has_no_artefact(make_recipe: Make, tmp_path: 
     record = run_trial(make_recipe(), None, tmp_path, seed=0, learning_rate=None)
     assert (record.status, record.artifact, record.trainable_params) == ("ok", None, 0)
     assert record.metrics and (tmp_path / COLUMNS).is_file()
+
+
+@pytest.fixture
+def own_base(base: Path, tmp_path: Path) -> Path:
+    """A base that the test may change."""
+    return Path(shutil.copytree(base, tmp_path / "base"))
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_a_run_records_its_base_and_its_artefact_too(
+    make_recipe: Make, own_base: Path, tmp_path: Path, method: Method
+) -> None:
+    recipe, run = make_recipe(method=method, model=str(own_base)), tmp_path / "run"
+    record = train_run(recipe, run)
+    assert record.identity == identify(recipe.model)
+    assert record.artifact is not None
+    provenance = read_provenance(run / record.artifact)
+    assert provenance is not None and provenance.identity == record.identity
+    assert (provenance.method, provenance.metrics) == (method, record.metrics)
+    claim = json.loads((run / CLAIM).read_text())
+    assert provenance.data_sha256 == claim["data_sha256"]
+    assert provenance.recipe is not None
+    resolved = Recipe.model_validate(provenance.recipe)
+    assert resolved.train.learning_rate == record.learning_rate
+    assert (provenance.own is not None) == (method is Method.FULL)
+    open_model(str(run))
+    save_model(own_base, seed=1)
+    with pytest.raises(IdentityError, match="weights"):
+        train_run(recipe, run)
+    if method is not Method.FULL:  # which needs its base no more
+        with pytest.raises(IdentityError, match="weights"):
+            open_model(str(run))
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_what_was_trained_on_another_base_is_not_evaluated(
+    make_recipe: Make,
+    own_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: Method,
+) -> None:
+    recipe, run = make_recipe(method=method, model=str(own_base)), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        _fail(patch, "evaluate", TuneforkError("no"))
+        with pytest.raises(TuneforkError, match="no"):
+            train_run(recipe, run)
+    save_model(own_base, seed=1)
+    with pytest.raises(IdentityError, match=f"{run}: does not belong to {own_base}"):
+        train_run(recipe, run)
+
+
+def test_a_base_that_cannot_be_read_is_found_before_training(
+    make_recipe: Make, own_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _fail(monkeypatch, "_train", AssertionError("trained"))
+    (own_base / "model.safetensors").rename(own_base / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="pickle"):
+        train_run(make_recipe(model=str(own_base)), tmp_path / "run")

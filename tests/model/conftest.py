@@ -2,6 +2,10 @@
 
 import pytest
 
+from tests.data.conftest import make_tokenizer
+
+__all__ = ["make_tokenizer", "offline"]
+
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:

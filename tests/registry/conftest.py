@@ -7,6 +7,7 @@ import pytest
 
 from tests.folders import save_model
 from tunefork.model.build import build
+from tunefork.model.identity import Identity
 from tunefork.model.linear import LoraLinear
 from tunefork.recipe import LoraSection, Method, Recipe
 from tunefork.recipe_file import parse
@@ -15,6 +16,7 @@ from tunefork.registry.peft_format import save_adapter
 from tunefork.registry.run import ADAPTER, MODEL, RunRecord, write_record
 
 LORA = LoraSection(rank=4)
+IDENTITY = Identity(weights_sha256="a" * 64, tokenizer_sha256="b" * 64, template_sha256=None)
 CLAIM = Claim(verb="train", data_sha256="0" * 64)
 
 

@@ -22,7 +22,7 @@ def store(tmp_path: Path) -> Any:
 def _delta(folder: Path, scale: float) -> torch.Tensor:
     tensors = load_file(folder / "adapter_model.safetensors")
     a, b = (tensors[f"{LAYER}.lora_{which}.weight"].double() for which in "AB")
-    return scale * b @ a
+    return torch.matmul(scale * b, a)
 
 
 def test_the_same_is_the_same(store: Store, tmp_path: Path) -> None:

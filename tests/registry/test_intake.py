@@ -73,7 +73,7 @@ def _no_weights(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
 
 
-HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
+HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "symbolic link": (_symlink, "notes.json: is a symbolic link, which is refused; copy"),
     "weights that are a link": (_linked_weights, "is a symbolic link"),
     "folder that is a link": (_linked_folder, "inner: is a symbolic link"),

@@ -11,13 +11,15 @@ import torch
 from tests.folders import save_model
 from tests.registry.conftest import make_record, save_run, trained
 from tests.tiny import CONFIGS
-from tunefork.errors import AdapterError, ModelError, RecipeError, RunFolderError
+from tunefork.errors import AdapterError, IdentityError, ModelError, RecipeError, RunFolderError
+from tunefork.model.fingerprint import identify, identify_trained
 from tunefork.model.linear import LoraLinear, Nf4Linear
 from tunefork.model.load import load_model
 from tunefork.recipe import Method, ModelSection
 from tunefork.registry.opening import Opened, open_model
 from tunefork.registry.peft_format import CONFIG, WEIGHTS
-from tunefork.registry.run import ADAPTER, RECIPE, RECORD, write_record
+from tunefork.registry.provenance import Provenance, write_provenance
+from tunefork.registry.run import ADAPTER, MODEL, RECIPE, RECORD, write_record
 
 IDS = torch.arange(3, 40)[None]
 
@@ -112,6 +114,121 @@ def test_a_comparisons_base_is_the_base(base: Path, tmp_path: Path) -> None:
     write_record(tmp_path, make_record(method=None, model_id=str(base), artifact=None))
     opened = _open(tmp_path)
     torch.testing.assert_close(_logits(opened.model), _logits(_plain(base)))
+
+
+# What belongs together
+
+
+@pytest.fixture
+def own_base(base: Path, tmp_path: Path) -> Path:
+    """A base that the test may change."""
+    return Path(shutil.copytree(base, tmp_path / "base"))
+
+
+@pytest.fixture
+def recorded(own_base: Path, tmp_path: Path) -> Path:
+    """A LoRA run over `own_base` whose adapter records what it was trained on."""
+    folder = tmp_path / "recorded"
+    save_run(folder, trained(_plain(own_base), Method.LORA), own_base, Method.LORA)
+    identity = identify(ModelSection(id=str(own_base)))
+    write_provenance(folder / ADAPTER, Provenance(identity=identity))
+    return folder
+
+
+def test_an_adapter_on_its_own_base_opens_in_silence(
+    recorded: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _open(recorded)
+    assert capsys.readouterr().err == ""
+    _open(run)
+    assert f"adapters adopt {run / ADAPTER}" in capsys.readouterr().err
+    said: list[str] = []
+    open_model(str(run), precision="fp32", say=said.append)
+    assert len(said) == 1 and said[0].startswith(f"warning: {run}: records no identity")
+
+
+def test_a_base_that_lies_elsewhere_in_other_files_is_the_base(
+    recorded: Path, own_base: Path, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(own_base, elsewhere)
+    (elsewhere / "model.safetensors").unlink()
+    _plain(own_base).save_pretrained(elsewhere, max_shard_size="16KB")
+    assert len(list(elsewhere.glob("*.safetensors"))) > 2
+    write_record(recorded, make_record(model_id=str(elsewhere)))
+    _open(recorded)
+
+
+def test_an_adapter_on_another_base_of_the_same_shapes_is_refused(
+    recorded: Path, own_base: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    save_model(other, seed=1)
+    one, two = (identify(ModelSection(id=str(f))).weights_sha256[:12] for f in (own_base, other))
+    assert one != two
+    write_record(recorded, make_record(model_id=str(other)))
+    message = f"{recorded}: does not belong to {other} .* weights {one} recorded, {two} found;"
+    with pytest.raises(IdentityError, match=message):
+        _open(recorded)
+    alone = recorded / ADAPTER
+    config = json.loads((alone / CONFIG).read_text()) | {"base_model_name_or_path": str(other)}
+    (alone / CONFIG).write_text(json.dumps(config))
+    shutil.copytree(alone, tmp_path / "alone")
+    with pytest.raises(IdentityError, match=f"weights {one} recorded, {two} found;"):
+        _open(tmp_path / "alone")
+
+
+def test_the_runs_record_counts_where_the_adapter_has_none(recorded: Path, own_base: Path) -> None:
+    (recorded / ADAPTER / "tunefork.json").unlink()
+    identity = identify(ModelSection(id=str(own_base)))
+    record = make_record(model_id=str(own_base), identity=identity)
+    write_record(recorded, record)
+    _open(recorded)
+    save_model(own_base, seed=1)
+    with pytest.raises(IdentityError, match="weights"):
+        _open(recorded)
+
+
+def test_a_base_with_an_edited_template_is_refused(recorded: Path, own_base: Path) -> None:
+    file = own_base / "chat_template.jinja"
+    file.write_text(file.read_text().replace("Be helpful", "Be kind"))
+    with pytest.raises(IdentityError, match=r"now: chat template \w{12} recorded, \w{12} found;"):
+        _open(recorded)
+
+
+def test_a_base_with_one_more_token_is_refused(recorded: Path, own_base: Path) -> None:
+    tokenizer = _open(own_base).tokenizer
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(own_base)
+    with pytest.raises(IdentityError, match=r"now: tokenizer \w{12} recorded, \w{12} found;"):
+        _open(recorded)
+
+
+def test_an_adapter_whose_tokenizer_renders_otherwise_is_refused(
+    recorded: Path, own_base: Path
+) -> None:
+    tokenizer = _open(own_base).tokenizer
+    tokenizer.save_pretrained(recorded / ADAPTER)
+    _open(recorded)
+    file = recorded / ADAPTER / "chat_template.jinja"
+    file.write_text(file.read_text().replace("Be helpful", "Be kind"))
+    with pytest.raises(IdentityError, match=rf"{ADAPTER}: its tokenizer .* {own_base} \("):
+        _open(recorded)
+
+
+def test_a_full_model_is_the_one_that_was_trained(base: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    save_run(run, None, base, Method.FULL)
+    model = run / MODEL
+    own = identify_trained(model, _open(model).tokenizer)
+    identity = identify(ModelSection(id=str(base)))
+    write_provenance(model, Provenance(identity=identity, own=own))
+    for target in (run, model):
+        _open(target)
+    save_model(model, seed=5)
+    for target in (run, model):
+        with pytest.raises(IdentityError, match=f"does not belong to {model}"):
+            _open(target)
 
 
 # What does not

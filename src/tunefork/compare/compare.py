@@ -17,16 +17,19 @@ from tunefork.compare.comparison import Arm, Comparison
 from tunefork.compare.comparison import Data as DataFacts
 from tunefork.compare.report import write_report
 from tunefork.compare.search import RESULT, SearchResult, grid
+from tunefork.compare.trial import check_base
 from tunefork.compare.worker import Failure, seed_folder, start
 from tunefork.data.loader import Data, validation_split
 from tunefork.errors import BadInputError, RecipeError, TuneforkError
 from tunefork.evaluate.evaluate import check_metrics
 from tunefork.evaluate.statistics import METRICS
+from tunefork.model.fingerprint import identify
+from tunefork.model.identity import Identity
 from tunefork.recipe import Method, Recipe
 from tunefork.recipe_file import anchor
 from tunefork.registry.claim import Claim, claimed
 from tunefork.registry.history import remember_comparison
-from tunefork.registry.run import read_record
+from tunefork.registry.run import RunRecord, read_record
 
 COMPARISON = "comparison.json"
 REPORT = "report.html"
@@ -48,7 +51,7 @@ def compare(
     recipe = anchor(recipe, Path.cwd())
     data = check(recipe, say, ignore_plan=ignore_plan)
     with claimed(out, recipe, Claim(verb="compare", data_sha256=data.fingerprint())) as lock:
-        work = _Work(recipe, out, lock, say)
+        work = _Work(recipe, out, lock, say, identify(recipe.model))
         arms: dict[Arm, ArmRuns] = {"base": _base(work)}
         for method in recipe.compare.methods:
             arms[method.value] = _method(work, method)
@@ -94,6 +97,15 @@ class _Work:
     lock: int
     """Descriptor of the folder's lock."""
     say: Callable[[str], None]
+    identity: Identity
+    """Of the base as it is now: what was measured on another is not mixed with it."""
+
+    def record(self, folder: Path) -> RunRecord | None:
+        """What an earlier call left in `folder`; raises IdentityError if the base has changed."""
+        record = read_record(folder)
+        if record is not None:
+            check_base(record, self.identity, folder)
+        return record
 
     def run(self, arm: str, *task: str) -> Failure | None:
         """Run a piece; a failure is the arm's own, and said."""
@@ -106,7 +118,8 @@ class _Work:
 def _base(work: _Work) -> ArmRuns:
     """Measure the untouched base first: what is bad input here is so for every method."""
     folder = work.out / "base"
-    if _is_done(folder):
+    record = work.record(folder)
+    if record is not None and record.status == "ok":
         work.say("base: measured before, kept")
         return ArmRuns(folders=[folder])
     work.say("base: evaluating the untouched model")
@@ -147,7 +160,7 @@ def _method(work: _Work, method: Method) -> ArmRuns:
 
 def _trained(work: _Work, method: Method, folder: Path, seed: int, rate: float) -> Failure | None:
     """Train and evaluate one seed, as far as that is not done."""
-    record = read_record(folder)
+    record = work.record(folder)
     if record is not None and record.status == "ok":
         work.say(f"{method}: seed {seed} trained before, kept")
         return None
@@ -156,11 +169,6 @@ def _trained(work: _Work, method: Method, folder: Path, seed: int, rate: float) 
     else:
         work.say(f"{method}: training with learning rate {rate:g}, seed {seed}")
     return work.run(method, "train", method, str(seed), repr(rate))
-
-
-def _is_done(folder: Path) -> bool:
-    record = read_record(folder)
-    return record is not None and record.status == "ok"
 
 
 def _facts(data: Data, arms: dict[Arm, ArmRuns]) -> DataFacts:

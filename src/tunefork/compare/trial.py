@@ -6,13 +6,10 @@ by Ctrl-C or an error, the same call goes on at the evaluation.
 """
 
 import json
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,8 @@ from tunefork.evaluate.evaluate import (
 )
 from tunefork.evaluate.statistics import estimate
 from tunefork.model.device import describe, pick_device, pick_dtype
+from tunefork.model.fingerprint import check_identity, identify, identify_trained
+from tunefork.model.identity import Identity
 from tunefork.model.load import (
     load_model,
     load_skeleton,
@@ -41,6 +40,13 @@ from tunefork.registry.claim import Claim, claimed
 from tunefork.registry.history import remember_run
 from tunefork.registry.opening import open_model
 from tunefork.registry.peft_format import save_adapter
+from tunefork.registry.provenance import (
+    Provenance,
+    now,
+    read_provenance,
+    versions,
+    write_provenance,
+)
 from tunefork.registry.run import (
     ADAPTER,
     COLUMNS,
@@ -78,6 +84,7 @@ def train_run(
     with claimed(folder, recipe, Claim(verb="train", data_sha256=data.fingerprint())):
         done = read_record(folder)
         if done is not None and done.status == "ok":
+            check_base(done, identify(recipe.model), folder)
             return done
         if done is not None and done.status == "interrupted":
             raise RunFolderError(
@@ -101,19 +108,22 @@ def run_trial(
 ) -> RunRecord:
     """Train `method` on all training examples (None: leave the base as it is), save, evaluate.
 
-    What lies trained in `folder` is only evaluated. An interrupted run is saved but not evaluated;
-    unless `keep_interrupted`, it raises KeyboardInterrupt at once instead.
+    What lies trained in `folder` is only evaluated, or refused where the base has changed since. An
+    interrupted run is saved but not evaluated; unless `keep_interrupted`, it raises
+    KeyboardInterrupt at once instead.
     """
+    identity = identify(recipe.model)  # before training: a base that cannot be read shows now
     tokenizer = load_tokenizer(recipe.model)
     data = load_data(recipe, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     record = read_record(folder)
     if record is not None and record.status == "trained":
+        check_base(record, identity, folder)
         model = open_model(str(folder), precision=recipe.train.precision).model
     elif method is None:
         dtype = pick_dtype(recipe.train.precision, pick_device())
         model = load_model(recipe.model, dtype=dtype, device=pick_device())
-        record = _record(recipe, None, seed=seed)
+        record = _record(recipe, None, identity, seed=seed)
     else:
         assert learning_rate is not None
         prediction = predict(recipe, method, data.train)
@@ -123,10 +133,12 @@ def run_trial(
         )
         if result.status == "interrupted" and not keep_interrupted:
             raise KeyboardInterrupt
-        record = _record(recipe, method, seed=seed, learning_rate=learning_rate, result=result)
+        record = _record(
+            recipe, method, identity, seed=seed, learning_rate=learning_rate, result=result
+        )
         if prediction is not None:
             record = _learnt(record, prediction, result)
-        record = _save(model, tokenizer, recipe, record, folder)
+        record = _save(model, tokenizer, recipe, record, folder, data.fingerprint())
         if record.status == "interrupted":
             return record
     evaluation = evaluate(model, tokenizer, data, recipe)
@@ -171,7 +183,20 @@ def _train(
     return model, result
 
 
-def _save(model: Any, tokenizer: Any, recipe: Recipe, record: RunRecord, folder: Path) -> RunRecord:
+def check_base(record: RunRecord, found: Identity, folder: Path) -> None:
+    """Raise IdentityError where the base is no longer `found`, what it was when the run began."""
+    if record.identity is not None:
+        check_identity(record.identity, found, what=str(folder), base=record.model_id)
+
+
+def _save(
+    model: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    record: RunRecord,
+    folder: Path,
+    data_sha256: str,
+) -> RunRecord:
     """Write the artefact and its record, which is returned with what it lacked.
 
     A signal meanwhile is heeded once both are written: it would cost all the training.
@@ -190,6 +215,9 @@ def _save(model: Any, tokenizer: Any, recipe: Recipe, record: RunRecord, folder:
                 revision=recipe.model.revision,
             )
         tokenizer.save_pretrained(folder / name)
+        write_provenance(
+            folder / name, _provenance(recipe, record, folder / name, tokenizer, data_sha256)
+        )
         saved = {
             "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "artifact": name,
@@ -201,6 +229,27 @@ def _save(model: Any, tokenizer: Any, recipe: Recipe, record: RunRecord, folder:
     if interrupt.requested:
         raise KeyboardInterrupt
     return record
+
+
+def _provenance(
+    recipe: Recipe, record: RunRecord, artifact: Path, tokenizer: Any, data_sha256: str
+) -> Provenance:
+    """What the artefact, whose weights and tokenizer are written, came from."""
+    assert record.identity is not None
+    own = identify_trained(artifact, tokenizer) if record.method is Method.FULL else None
+    train = recipe.train.model_copy(
+        update={"learning_rate": record.learning_rate, "seed": record.seed}
+    )
+    resolved = recipe.model_copy(update={"method": record.method, "train": train})
+    return Provenance(
+        identity=record.identity,
+        own=own,
+        method=record.method,
+        recipe=resolved.model_dump(mode="json"),
+        data_sha256=data_sha256,
+        created=record.created,
+        versions=record.versions,
+    )
 
 
 def _learnt(record: RunRecord, prediction: Prediction, result: TrainResult) -> RunRecord:
@@ -234,6 +283,11 @@ def _finish(evaluation: Evaluation, recipe: Recipe, record: RunRecord, folder: P
         "metrics": metric_intervals(evaluation, recipe),
     }
     record = record.model_copy(update=measured)
+    if record.artifact is not None:
+        artifact = folder / record.artifact
+        if (provenance := read_provenance(artifact)) is not None:
+            measured_too = provenance.model_copy(update={"metrics": record.metrics})
+            write_provenance(artifact, measured_too)
     write_record(folder, record)
     remember_run(folder, record)
     return record
@@ -242,6 +296,7 @@ def _finish(evaluation: Evaluation, recipe: Recipe, record: RunRecord, folder: P
 def _record(
     recipe: Recipe,
     method: Method | None,
+    identity: Identity,
     *,
     seed: int,
     learning_rate: float | None = None,
@@ -257,6 +312,7 @@ def _record(
         learning_rate=learning_rate,
         model_id=recipe.model.id,
         model_revision=recipe.model.revision,
+        identity=identity,
         total_params=sum(p.numel() for p in load_skeleton(recipe.model).parameters()),
         trainable_params=0,
         num_steps=0 if result is None else len(result.steps),
@@ -271,7 +327,7 @@ def _record(
         metrics={},
         artifact=None,
         artifact_bytes=None,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=now(),
         device=describe(device),
         versions=versions(),
     )
@@ -281,7 +337,7 @@ def evaluate_target(
     target: str, recipe: Recipe, *, say: Callable[[str], None] = print
 ) -> dict[str, tuple[float, float, float]]:
     """Metrics (value, low, high) of a run, adapter or model on the recipe's evaluation examples."""
-    opened = open_model(target, precision=recipe.train.precision)
+    opened = open_model(target, precision=recipe.train.precision, say=say)
     data = load_data(recipe, opened.tokenizer)
     plan = plan_evaluation(recipe, data, opened.tokenizer)
     check_tokens(opened.model, recipe, data, plan, opened.tokenizer, say)
@@ -295,12 +351,6 @@ def metric_intervals(
     samples = recipe.evaluate.bootstrap_samples
     found = {m: estimate(m, [evaluation.columns], samples=samples) for m in evaluation.metrics}
     return {metric: (i.value, i.low, i.high) for metric, i in found.items()}
-
-
-def versions() -> dict[str, str]:
-    """What a figure's reproduction needs."""
-    packages = ("tunefork", "torch", "transformers", "bitsandbytes", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 @contextmanager

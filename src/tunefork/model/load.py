@@ -66,7 +66,15 @@ def find(section: ModelSection) -> Source:
 
 def load_tokenizer(section: ModelSection) -> Any:
     """The model's tokenizer (a `PreTrainedTokenizerFast`)."""
-    source = find(section)
+    return _fast_tokenizer(section, find(section))
+
+
+def load_saved_tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`, beside an adapter perhaps: a folder that is no model."""
+    return _fast_tokenizer(ModelSection(id=str(folder)), Source(str(folder)))
+
+
+def _fast_tokenizer(section: ModelSection, source: Source) -> Any:
     tokenizer = _from_pretrained(AutoTokenizer, section, source)
     if not tokenizer.is_fast:
         raise ModelError(

@@ -15,13 +15,13 @@ from tunefork.errors import StoreError
 from tunefork.recipe_file import load
 from tunefork.registry.claim import CLAIM
 from tunefork.registry.intake import ADAPTER_CONFIG
+from tunefork.registry.provenance import FILE
 from tunefork.registry.run import RECIPE, read_record
 
-PROVENANCE = "tunefork.json"
-_MAX_BYTES = 1 << 22
+_MAX_BYTES = 1 << 24
 
 
-class Identity(BaseModel):
+class Fingerprints(BaseModel):
     """Fingerprints of a base; empty where they are not known."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -38,7 +38,7 @@ class Lineage(BaseModel):
 
     base: str | None = None
     revision: str | None = None
-    identity: Identity | None = None
+    identity: Fingerprints | None = None
     method: str | None = None
     recipe: dict[str, Any] | None = None
     data_sha256: str | None = None
@@ -60,7 +60,7 @@ class Lineage(BaseModel):
 
 def read_lineage(folder: Path, *, run: Path | None = None) -> Lineage:
     """What `folder` and the run folder it lies in tell; raises StoreError for damaged files."""
-    found = _of_provenance(folder / PROVENANCE)
+    found = _of_provenance(folder / FILE)
     if run is not None:
         found = found.filled(_of_run(run))
     return found.filled(_of_config(folder / ADAPTER_CONFIG))

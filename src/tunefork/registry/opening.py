@@ -1,5 +1,11 @@
-"""A model from whatever names one: a run folder, an adapter folder, a model's id."""
+"""A model from whatever names one: a run folder, an adapter folder, a model's id.
 
+Before any weight is loaded it is compared with what was recorded of it: an adapter's base, its
+tokenizer and its chat template, a fully fine-tuned model's own.
+"""
+
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,10 +13,13 @@ from typing import Any
 from tunefork.errors import RunFolderError
 from tunefork.model.build import quantize_nf4
 from tunefork.model.device import pick_device, pick_dtype
+from tunefork.model.fingerprint import check_identity, check_rendering, identify
+from tunefork.model.identity import Identity
 from tunefork.model.load import load_model, load_tokenizer
 from tunefork.recipe import DataSection, Method, ModelSection
 from tunefork.recipe_file import load
 from tunefork.registry.peft_format import CONFIG, base_section, load_adapter
+from tunefork.registry.provenance import read_provenance
 from tunefork.registry.run import ADAPTER, MODEL, RECIPE, RunRecord, read_record
 
 
@@ -32,15 +41,24 @@ class _Parts:
     adapter: Path | None = None
     is_nf4: bool = False
     data: DataSection | None = None
+    identity: Identity | None = None
+    """What the run's record says that `section` was."""
 
 
-def open_model(target: str, *, precision: str = "auto") -> Opened:
-    """Load what `target` names, in `precision` (as `train.precision`).
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def open_model(
+    target: str, *, precision: str = "auto", say: Callable[[str], None] = _to_stderr
+) -> Opened:
+    """Load what `target` names, in `precision` (as `train.precision`); `say` gets warnings.
 
     A QLoRA run's adapter goes onto its base quantised as it was in training. Raises
-    RunFolderError, ModelError or AdapterError.
+    RunFolderError, ModelError or AdapterError; IdentityError where it belongs to another base.
     """
     parts = _parts(target)
+    _check(parts, target, say)
     device = pick_device()
     dtype = pick_dtype(precision, device)
     model = load_model(parts.section, dtype=dtype, device=device, in_host_memory=parts.is_nf4)
@@ -50,6 +68,30 @@ def open_model(target: str, *, precision: str = "auto") -> Opened:
         load_adapter(model, parts.adapter)
     model.requires_grad_(False).eval()
     return Opened(model, load_tokenizer(parts.section), parts.section, parts.data)
+
+
+def _check(parts: _Parts, target: str, say: Callable[[str], None]) -> None:
+    """Compare what was recorded with what is there; a line where an adapter has no record."""
+    base = parts.section.id
+    recorded = [] if parts.identity is None else [parts.identity]
+    if parts.adapter is not None:
+        if (provenance := read_provenance(parts.adapter)) is not None:
+            recorded.append(provenance.identity)
+        elif not recorded:
+            say(
+                f"warning: {target}: records no identity of its base, so that nothing shows "
+                f"whether {base} is the one it was trained on; where you know that it is: "
+                f"tunefork adapters adopt {parts.adapter}"
+            )
+        check_rendering(parts.adapter, parts.section)
+    elif (folder := Path(base)).is_dir():
+        provenance = read_provenance(folder)
+        if provenance is not None and provenance.own is not None:
+            recorded.append(provenance.own)
+    if recorded:
+        found = identify(parts.section)
+        for identity in recorded:
+            check_identity(identity, found, what=target, base=base)
 
 
 def _parts(target: str) -> _Parts:
@@ -76,14 +118,14 @@ def _parts_of_run(run: Path, record: RunRecord) -> _Parts:
     base = ModelSection(id=record.model_id, revision=record.model_revision)
     data = _data_section(run)
     if record.artifact is None:
-        return _Parts(base, data=data)
+        return _Parts(base, data=data, identity=record.identity)
     artifact = run / record.artifact
     if not artifact.is_dir():
         raise RunFolderError(f"{run}: its {record.artifact} folder is gone")
     if record.method is Method.FULL:
         return _Parts(ModelSection(id=str(artifact)), data=data)
     is_nf4 = record.method is Method.QLORA
-    return _Parts(base, adapter=artifact, is_nf4=is_nf4, data=data)
+    return _Parts(base, artifact, is_nf4, data, record.identity)
 
 
 def _data_section(run: Path) -> DataSection | None:

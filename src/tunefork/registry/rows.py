@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from tunefork.errors import StoreError, nearest
-from tunefork.registry.lineage import Identity, Lineage
+from tunefork.registry.lineage import Fingerprints, Lineage
 from tunefork.registry.names import Reference, digest_prefix, parse_reference
 from tunefork.registry.objects import StoredFile
 
@@ -116,7 +116,7 @@ def move_tag(database: sqlite3.Connection, name: str, tag: str, version_id: int 
 
 def _base(database: sqlite3.Connection, lineage: Lineage) -> int | None:
     """The id of the base's row, which is made if need be; None where the base is not known."""
-    identity = lineage.identity or Identity()
+    identity = lineage.identity or Fingerprints()
     if lineage.base is None and identity.weights_sha256 is None:
         return None
     key = [lineage.base or "", lineage.revision or ""]

@@ -18,6 +18,7 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tunefork.errors import RunFolderError
+from tunefork.model.identity import Identity
 from tunefork.recipe import Method
 
 RECORD = "run.json"
@@ -46,6 +47,8 @@ class RunRecord(BaseModel):
     """Peak."""
     model_id: str
     model_revision: str | None
+    identity: Identity | None = None
+    """What the model was when the run began. None: written by an older tunefork."""
     total_params: int
     trainable_params: int
     num_steps: int
