@@ -10,8 +10,11 @@ import pytest
 
 from tests.cli.conftest import Call
 from tests.registry.artefacts import save_artefact
-from tests.registry.conftest import make_record
+from tests.registry.conftest import LORA, make_record, trained
+from tests.tiny import tiny_model
+from tunefork.recipe import Method
 from tunefork.registry.history import remember_run
+from tunefork.registry.peft_format import save_adapter
 from tunefork.registry.run import write_record
 from tunefork.registry.store import Store
 
@@ -124,5 +127,28 @@ def test_a_trained_run_is_known_and_can_be_published(
         details = store.show("mine")
     assert details.version.method == "lora" and details.lineage.parent == str(out)
     assert details.metrics.keys() == known["metrics"].keys() and details.lineage.data_sha256
-    ended = tunefork("chat", details.version.folder(), "--message", "hello", "--max-new-tokens", 2)
-    assert ended.status == 0
+    assert details.identity.keys() == {"weights_sha256", "tokenizer_sha256", "template_sha256"}
+    for target in (details.version.folder(), "mine:v1", f"sha256:{details.version.digest[:9]}"):
+        ended = tunefork("chat", target, "--message", "hello", "--max-new-tokens", 2)
+        assert ended.status == 0 and ended.err == ""
+    ended = tunefork("chat", "mine:v2", "--message", "hello")
+    assert ended.status == 2 and "mine has v1" in ended.err
+
+
+def test_an_adapter_made_elsewhere_is_adopted(
+    tunefork: Call, ask: Callable[..., Any], tmp_path: Path, base: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    save_adapter(trained(tiny_model(), Method.LORA), adapter, LORA, base=str(base))
+    found = ask("adopt", adapter, "--publish", "mine", "--tag", "prod")
+    assert found["tags"] == ["prod"] and found["base"] == str(base)
+    identity = ask("show", "mine")["identity"]
+    assert identity["weights_sha256"] == ask("adopt", adapter)["identity"]["weights_sha256"]
+    assert "adopted; its base's" in tunefork("adapters", "adopt", adapter, "--base", base).out
+    for options, message in (
+        (("--tag", "prod"), "--publish too"),
+        (("--revision", "main"), "--base too"),
+        (("--base", tmp_path / "gone"), "gone"),
+    ):
+        ended = tunefork("adapters", "adopt", adapter, *options)
+        assert ended.status == 2 and message in ended.err

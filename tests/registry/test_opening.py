@@ -11,7 +11,14 @@ import torch
 from tests.folders import save_model
 from tests.registry.conftest import make_record, save_run, trained
 from tests.tiny import CONFIGS
-from tunefork.errors import AdapterError, IdentityError, ModelError, RecipeError, RunFolderError
+from tunefork.errors import (
+    AdapterError,
+    IdentityError,
+    ModelError,
+    RecipeError,
+    RunFolderError,
+    StoreError,
+)
 from tunefork.model.fingerprint import identify, identify_trained
 from tunefork.model.linear import LoraLinear, Nf4Linear
 from tunefork.model.load import load_model
@@ -20,6 +27,7 @@ from tunefork.registry.opening import Opened, open_model
 from tunefork.registry.peft_format import CONFIG, WEIGHTS
 from tunefork.registry.provenance import Provenance, write_provenance
 from tunefork.registry.run import ADAPTER, MODEL, RECIPE, RECORD, write_record
+from tunefork.registry.store import Store
 
 IDS = torch.arange(3, 40)[None]
 
@@ -64,6 +72,43 @@ def test_an_adapter_run_opens_as_it_was_trained(method: Method, base: Path, tmp_
     assert opened.data is not None and opened.data.model_dump() | {"train": ""} == (
         recipe.data.model_dump() | {"train": ""}
     )
+
+
+@pytest.mark.parametrize("method", [Method.LORA, Method.QLORA])
+def test_a_published_adapter_opens_as_its_run_does(
+    method: Method, base: Path, tmp_path: Path
+) -> None:
+    model = trained(_plain(base), method)
+    recipe = save_run(tmp_path / "run", model, base, method, system="Be kind")
+    made = Provenance(
+        identity=identify(ModelSection(id=str(base))),
+        method=method,
+        recipe=recipe.model_dump(mode="json"),
+    )
+    write_provenance(tmp_path / "run" / ADAPTER, made)
+    with Store.open() as store:
+        store.publish(tmp_path / "run", "support/acme", tags=("prod",))
+    shutil.rmtree(tmp_path / "run")
+    opened = _open("support/acme:prod")
+    torch.testing.assert_close(_logits(opened.model), _logits(model))
+    assert isinstance(opened.model.model.layers[0].mlp.up_proj.base, Nf4Linear) == (
+        method is Method.QLORA
+    )
+    assert opened.data == recipe.data
+
+
+def test_a_version_that_the_store_lacks_is_named() -> None:
+    with pytest.raises(StoreError, match="support/acme:prod: nothing is published under"):
+        _open("support/acme:prod")
+
+
+def test_a_published_adapter_whose_recipe_cannot_be_read(base: Path, tmp_path: Path) -> None:
+    save_run(tmp_path / "run", trained(_plain(base), Method.LORA), base, Method.LORA)
+    made = Provenance(identity=identify(ModelSection(id=str(base))), recipe={"data": {"trian": ""}})
+    write_provenance(tmp_path / "run" / ADAPTER, made)
+    shutil.copytree(tmp_path / "run" / ADAPTER, tmp_path / "alone")
+    with pytest.raises(AdapterError, match=r"tunefork.json: recipe.data: is none of this"):
+        _open(tmp_path / "alone")
 
 
 def test_a_full_run_opens_its_own_model(base: Path, tmp_path: Path) -> None:

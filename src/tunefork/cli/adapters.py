@@ -87,6 +87,46 @@ def publish(
 
 
 @adapters.command()
+def adopt(
+    folder: Annotated[Path, typer.Argument(help="An adapter's folder, made elsewhere.")],
+    base: Annotated[
+        str | None, typer.Option(help="Its base. [default: as adapter_config.json says]")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="The base's revision on the hub.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--publish", metavar="NAME", help="And publish it so.")
+    ] = None,
+    tag: Tags = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that an adapter made elsewhere works on its base, and record which that is.
+
+    It must change the logits; its tunefork.json then names the base by its content.
+    """
+    from tunefork.errors import BadInputError
+    from tunefork.recipe import ModelSection
+    from tunefork.registry.adopt import adopt as run
+    from tunefork.registry.peft_format import base_section
+    from tunefork.registry.store import Store
+
+    if tag and name is None:
+        raise BadInputError("--tag: is for a published version; give its name with --publish too")
+    if revision is not None and base is None:
+        raise BadInputError("--revision: is the base's; give that with --base too")
+    section = base_section(folder) if base is None else ModelSection(id=base, revision=revision)
+    provenance = run(folder, section, say=lambda line: typer.echo(line, err=True))
+    if name is not None:
+        with Store.open() as store:
+            _print_version(store.publish(folder, name, tags=tag or ()), as_json)
+    elif as_json:
+        _print_json(provenance.model_dump(mode="json"))
+    else:
+        typer.echo(
+            f"{folder}: adopted; its base's weights are {provenance.identity.weights_sha256}"
+        )
+
+
+@adapters.command()
 def tag(
     reference: Reference,
     tag: Annotated[str, typer.Argument(help="Such as prod.")],

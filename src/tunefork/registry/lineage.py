@@ -53,7 +53,7 @@ class Lineage(BaseModel):
         open_fields = {
             name: value
             for name in Lineage.model_fields
-            if getattr(self, name) is None and (value := getattr(other, name)) is not None
+            if not getattr(self, name) and (value := getattr(other, name))
         }
         return self.model_copy(update=open_fields)
 
@@ -95,6 +95,9 @@ def _of_run(run: Path) -> Lineage:
     return Lineage(
         base=record.model_id,
         revision=record.model_revision,
+        identity=None
+        if record.identity is None
+        else Fingerprints.model_validate(record.identity.model_dump()),
         method=record.method,
         recipe=recipe,
         data_sha256=_text((claim or {}).get("data_sha256")),

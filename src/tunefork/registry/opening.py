@@ -1,4 +1,4 @@
-"""A model from whatever names one: a run folder, an adapter folder, a model's id.
+"""A model from whatever names one: a run or adapter folder, a version in the store, a model's id.
 
 Before any weight is loaded it is compared with what was recorded of it: an adapter's base, its
 tokenizer and its chat template, a fully fine-tuned model's own.
@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunefork.errors import RunFolderError
+from pydantic import ValidationError
+
+from tunefork.errors import AdapterError, RunFolderError
 from tunefork.model.build import quantize_nf4
 from tunefork.model.device import pick_device, pick_dtype
 from tunefork.model.fingerprint import check_identity, check_rendering, identify
@@ -19,8 +21,9 @@ from tunefork.model.load import load_model, load_tokenizer
 from tunefork.recipe import DataSection, Method, ModelSection
 from tunefork.recipe_file import load
 from tunefork.registry.peft_format import CONFIG, base_section, load_adapter
-from tunefork.registry.provenance import read_provenance
+from tunefork.registry.provenance import FILE, read_provenance
 from tunefork.registry.run import ADAPTER, MODEL, RECIPE, RunRecord, read_record
+from tunefork.registry.store import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ def open_model(
     A QLoRA run's adapter goes onto its base quantised as it was in training. Raises
     RunFolderError, ModelError or AdapterError; IdentityError where it belongs to another base.
     """
-    parts = _parts(target)
+    parts = _parts(_published(target))
     _check(parts, target, say)
     device = pick_device()
     dtype = pick_dtype(precision, device)
@@ -104,7 +107,7 @@ def _parts(target: str) -> _Parts:
     if record is not None:
         return _parts_of_run(run, record)
     if (folder / CONFIG).is_file():
-        return _Parts(base_section(folder), adapter=folder)
+        return _parts_of_adapter(folder)
     if (folder / RECIPE).is_file():
         inside = sorted(str(path.parent) for path in folder.rglob("run.json"))
         raise RunFolderError(
@@ -112,6 +115,27 @@ def _parts(target: str) -> _Parts:
             + (f"; give one of {', '.join(inside)}" if inside else "")
         )
     return _Parts(ModelSection(id=target))
+
+
+def _published(target: str) -> str:
+    """The folder of the version that `target` names (support/acme:v3), or `target` itself."""
+    if ":" not in target or Path(target).exists():
+        return target
+    with Store.open() as store:
+        return str(store.resolve(target).folder())
+
+
+def _parts_of_adapter(folder: Path) -> _Parts:
+    """Of an adapter away from its run: it says itself how it was trained and what it rendered."""
+    provenance = read_provenance(folder)
+    if provenance is None or provenance.recipe is None:
+        return _Parts(base_section(folder), adapter=folder)
+    try:
+        data = DataSection.model_validate(provenance.recipe["data"])
+    except (KeyError, ValidationError) as error:
+        raise AdapterError(f"{folder / FILE}: recipe.data: is none of this version's") from error
+    is_nf4 = provenance.method is Method.QLORA
+    return _Parts(base_section(folder), adapter=folder, is_nf4=is_nf4, data=data)
 
 
 def _parts_of_run(run: Path, record: RunRecord) -> _Parts:

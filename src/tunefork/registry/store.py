@@ -89,7 +89,7 @@ class Store:
         tags: Sequence[str] = (),
         note: str = "",
     ) -> Version:
-        """A new version of files that `objects` has; the caller has checked names, and is `together`."""
+        """A version of files that `objects` has; the caller has checked names and is `together`."""
         for file in files:
             if file.path.endswith(".safetensors"):
                 check_safetensors(self.objects.at(file.sha256), f"{where}: {file.path}")
