@@ -196,3 +196,9 @@ def test_a_place_whose_package_is_missing_is_named(store: Store) -> None:
         push(store, "support/acme", "s3://bucket/path")
     with pytest.raises(StoreError, match="is no place that fsspec knows"):
         push(store, "support/acme", "gopher://there")
+
+
+def test_a_password_in_a_url_is_refused_and_not_repeated(store: Store) -> None:
+    with pytest.raises(StoreError, match="holds a user or a password") as caught:
+        push(store, "support/acme", "sftp://me:kumquat@host/path")
+    assert "kumquat" not in str(caught.value)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 from tunefork.errors import StoreError, TuneforkError, is_disk_full
 from tunefork.registry import hub
@@ -147,6 +148,11 @@ def _manifest_place(files: Any, root: str, reference: str, url: str) -> str:
 def _file_system(url: str) -> tuple[Any, str]:
     import fsspec
 
+    if "@" in urlsplit(url).netloc:  # it would stand in messages and in the shell's history
+        raise StoreError(
+            "the URL holds a user or a password: leave them out, and give them as the place's "
+            "fsspec package takes them (for s3:// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+        )
     try:
         files, root = fsspec.core.url_to_fs(url)
     except ImportError as error:
