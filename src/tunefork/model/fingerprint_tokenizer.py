@@ -56,8 +56,10 @@ def template_sha256(tokenizer: Any) -> str | None:
 
 
 def rendering_sha256(tokenizer: Any) -> str:
-    """Digest of the golden conversations' ids alone, by the template if there is one."""
-    return _sha256(conversation_ids(tokenizer, "auto"))
+    """Digest of the golden conversations' ids alone; of fixed texts' where there is no template."""
+    if tokenizer.chat_template is None:
+        return _sha256(text_ids(tokenizer))
+    return _sha256(conversation_ids(tokenizer))
 
 
 def _sha256(*parts: Any) -> str:

@@ -41,18 +41,20 @@ _TEXTS = (
     "...!!!???--- <<>> [[]] {{}} (()) ``'' && || == => :: // ** ## $$ @@ ~~ \\\\",
     "if x:\n    y = [1, 2]\n\treturn\r\n\n\n   \n a  b   c    d",
     "https://example.org/a?b=c&d=%20 me@example.org /usr/bin/env #tag",
-    "ﬁ ① ² ½ Å Å ａｂｃ １２３ ｶﾞ 가 각 ไทย العربية עברית 你好，世界。",
+    "\ufb01 \u2460 \u00b2 \u00bd A\u030a \u212b \uff41\uff42\uff43 \uff11\uff12\uff13"
+    " \uff76\uff9e \u1100\u1161 \uac01 \u0e44\u0e17\u0e22"
+    " \u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u05e2\u05d1\u05e8\u05d9\u05ea"
+    " \u4f60\u597d\uff0c\u4e16\u754c\u3002",
 )
 """Numbers, contractions, case, punctuation, code, addresses, and what normal forms change."""
 
 
-def conversation_ids(tokenizer: Any, template: str = "chat") -> list[list[int] | None]:
+def conversation_ids(tokenizer: Any) -> list[list[int] | None]:
     """Ids of each golden conversation as tunefork renders it; None where the template refuses it.
 
     One that ends with an answer is rendered whole, the others as a prompt for the next answer.
     """
-    section = DataSection.model_validate({"train": "-", "template": template})
-    renderer = Renderer(_Undated(tokenizer), section)
+    renderer = Renderer(_Undated(tokenizer), DataSection(train="-", template="chat"))
     return [_ids(renderer, messages) for messages in CONVERSATIONS]
 
 
