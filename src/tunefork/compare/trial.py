@@ -104,7 +104,7 @@ def run_trial(
     unless `keep_interrupted`, it raises KeyboardInterrupt at once instead.
     """
     tokenizer = load_tokenizer(recipe.model)
-    data = load_data(recipe, tokenizer)
+    data = load_data(recipe, tokenizer, is_checked=True)
     folder.mkdir(parents=True, exist_ok=True)
     record = read_record(folder)
     if record is not None and record.status == "trained":
