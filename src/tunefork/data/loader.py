@@ -31,7 +31,7 @@ from tunefork.data.split import (
 )
 from tunefork.data.template import LABEL_CUE
 from tunefork.errors import DataError
-from tunefork.recipe import DataSection, Recipe
+from tunefork.recipe import DataSection, FaultSection, Recipe
 
 __all__ = ["Data", "epoch_order", "load_data", "steps", "survey", "validation_split"]
 
@@ -88,23 +88,30 @@ def load_data(
     before, the faults that change nothing (`data.faults`: all but drop) are not looked for again.
     Raises DataError with every fault.
     """
-    if is_checked:
-        recipe = _without_warnings(recipe)
-    data = survey(recipe, tokenizer, need_eval=need_eval)
+    faults = _only_drops(recipe.data.faults) if is_checked else None
+    data = survey(recipe, tokenizer, need_eval=need_eval, faults=faults)
     if data.report.errors:
         raise DataError("\n".join(data.report.errors))
     return data
 
 
-def _without_warnings(recipe: Recipe) -> Recipe:
-    faults = recipe.data.faults
+def _only_drops(faults: FaultSection) -> FaultSection:
     update = {n: "ignore" for n, action in faults if isinstance(action, str) and action != "drop"}
-    section = recipe.data.model_copy(update={"faults": faults.model_copy(update=update)})
-    return recipe.model_copy(update={"data": section})
+    return faults.model_copy(update=update)
 
 
-def survey(recipe: Recipe, tokenizer: Any, *, need_eval: bool = True) -> Data:
-    """`load_data` with faults in `report.errors`; raises DataError where nothing can be read."""
+def survey(
+    recipe: Recipe,
+    tokenizer: Any,
+    *,
+    need_eval: bool = True,
+    faults: FaultSection | None = None,
+) -> Data:
+    """`load_data` with faults in `report.errors`; raises DataError where nothing can be read.
+
+    `faults` are looked for instead of `data.faults`.
+    """
+    faults = faults or recipe.data.faults
     section, findings = recipe.data, Findings()
     renderer = Renderer(tokenizer, section)
     rows = ingest(section.train, section, section.format)
@@ -115,9 +122,9 @@ def survey(recipe: Recipe, tokenizer: Any, *, need_eval: bool = True) -> Data:
     labels = None
     if rows.format == "classification":
         labels = section.labels or tuple(sorted({e.label or "" for e in rows.examples}))
-        check_labels(train.examples, held.examples, labels, section.faults, findings)
-    splits = check_repeats(train.examples, held.examples, section.faults, findings)
-    train.examples, held.examples = examine(*splits, section.faults, findings)
+        check_labels(train.examples, held.examples, labels, faults, findings)
+    splits = check_repeats(train.examples, held.examples, faults, findings)
+    train.examples, held.examples = examine(*splits, faults, findings)
     limits = (section.max_train_examples, section.max_eval_examples)
     for stream, (split, limit) in enumerate(zip((train, held), limits, strict=True), start=1):
         chosen = subset(len(split.examples), limit, recipe.train.seed, stream)

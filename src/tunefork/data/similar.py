@@ -17,12 +17,11 @@ def check_repeats(
         _contradictions(train, faults, findings)
     if faults.near_duplicates == faults.near_overlap == "ignore":
         return train, held
-    others = held if faults.near_overlap != "ignore" else []
-    texts = [_compared(example) for example in (*train, *others)]
-    near = find_near(texts, faults.near_similarity)
+    # All of them whatever is looked for: what counts as a template's wording depends on all texts.
+    near = find_near([_compared(e) for e in (*train, *held)], faults.near_similarity)
     dropped: set[int] = set()
-    if others:
-        dropped |= _near_overlap(train, others, near, faults, findings)
+    if faults.near_overlap != "ignore":
+        dropped |= _near_overlap(train, held, near, faults, findings)
     if faults.near_duplicates != "ignore":
         dropped |= _near_duplicates(train, near, faults, findings)
     return [example for index, example in enumerate(train) if index not in dropped], held
@@ -102,9 +101,9 @@ def _near_duplicates(
     places: list[Place] = []
     dropped: set[int] = set()
     for index, example in enumerate(train):
-        key = content_key(example)
+        key = content_key(example) if example.label is None else prompt_key(example)
         if key in seen:
-            continue  # an exact duplicate, counted as such
+            continue  # an exact duplicate or a contradiction, counted as such
         seen.add(key)
         likeness = near.like(index)
         alike = [group for group in likeness if group in kept]

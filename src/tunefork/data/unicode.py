@@ -21,7 +21,7 @@ _AS_BYTE = _CP1252 | {chr(byte): byte for byte in range(256)}
 _TAIL = "".join(re.escape(c) for c, byte in _AS_BYTE.items() if 0x80 <= byte <= 0xBF)
 # Lead bytes that prose has no use for before such characters. "Â»" and "Ã»" end a quotation.
 _MOJIBAKE = re.compile(
-    rf"[ÂÃ](?!»)[{_TAIL}]|â€[{_TAIL}]|ï»¿|ï¿½|ðŸ[{_TAIL}]{{2}}|(?:[ÐÑ][{_TAIL}]){{2,}}"
+    rf"[ÂÃ](?!»)[{_TAIL}]|â[€\x80][{_TAIL}]|ï»¿|ï¿½|ðŸ[{_TAIL}]{{2}}|(?:[ÐÑ][{_TAIL}]){{2,}}"
 )
 
 
