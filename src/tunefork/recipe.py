@@ -139,8 +139,9 @@ class FaultSection(Section):
     few_eval: Verdict = "warn"
     """Classification: a trained label has fewer than `min_eval_per_label` evaluation examples."""
 
-    min_eval_per_label: PositiveInt = 5
-    """See `few_eval`. At 5 the 95 % interval of a label's accuracy is still over 0.4 wide."""
+    min_eval_per_label: PositiveInt = 3
+    """See `few_eval`. With fewer, one answer moves a label's accuracy by half or more; to compare
+    labels give tens of each."""
 
     @model_validator(mode="after")
     def _numbers_apply(self) -> Self:
