@@ -1,4 +1,5 @@
-"""The reference pages that are generated: docs/recipe.md, docs/comparison.md, docs/advice.md.
+"""The reference pages that are generated: docs/recipe.md, docs/comparison.md, docs/advice.md,
+docs/data_report.md.
 
 `python -m tunefork.documentation docs` writes them; tests/test_documentation.py fails when a
 schema has changed and its page has not.
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from tunefork.advise.page import advice_markdown
 from tunefork.compare.comparison import comparison_markdown
+from tunefork.data.report import report_markdown
 from tunefork.recipe import Recipe
 from tunefork.schema_markdown import schema_markdown
 
@@ -29,6 +31,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "recipe.md": recipe_markdown,
     "comparison.md": comparison_markdown,
     "advice.md": advice_markdown,
+    "data_report.md": report_markdown,
 }
 """File name under docs/ -> what makes its text."""
 

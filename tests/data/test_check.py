@@ -36,7 +36,11 @@ def test_everything_wrong_is_reported_and_nothing_raised(
     fields = json.loads(json.dumps(report.as_dict()))
     assert fields["train"]["majority_share"] == 0.6
     assert 0 < fields["train"]["supervised_share"] < 0.5
-    assert fields["problems"][0] == {"source": "train.jsonl:12", "what": report.problems[0].what}
+    assert fields["problems"][0] == {
+        "source": "train.jsonl:12",
+        "what": report.problems[0].what,
+        "kind": "unreadable or incomplete",
+    }
 
 
 def test_good_data_has_no_errors(write_rows: Write, make_recipe: Make, tokenizer: Any) -> None:

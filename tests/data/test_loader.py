@@ -24,11 +24,11 @@ def sources(data: Data) -> tuple[list[str], list[str]]:
 
 def test_classification(write_rows: Write, make_recipe: Make, tokenizer: Any) -> None:
     recipe = make_recipe(
-        train=write_rows(rows(20)), eval=write_rows(rows(6, start=20), "eval.jsonl")
+        train=write_rows(rows(20)), eval=write_rows(rows(10, start=20), "eval.jsonl")
     )
     data = load_data(recipe, tokenizer)
     assert (data.format, data.labels) == ("classification", ("dog", "fox"))
-    assert (len(data.train), len(data.eval)) == (20, 6)
+    assert (len(data.train), len(data.eval)) == (20, 10)
     first = data.train[0]
     assert (first.source, first.label, first.answer) == ("train.jsonl:1", "fox", "fox")
     text = tokenizer.decode(first.input_ids)
@@ -73,7 +73,7 @@ def test_bad_rows_are_reported_at_once(
     data = load_data(make_recipe(train=train, eval=evaluation, bad_rows="drop"), tokenizer)
     assert (len(data.train), len(data.eval)) == (10, 2)
     assert len(data.report.problems) == 4
-    assert "4 of 16 rows cannot be used and are left out" in data.report.warnings[0]
+    assert "4 of 16 rows cannot be used and are left out" in "\n".join(data.report.warnings)
 
 
 def test_the_list_of_bad_rows_is_capped(
@@ -234,7 +234,7 @@ def test_a_template_without_an_end_of_turn_is_a_warning(
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     template += "{% if add_generation_prompt %}assistant:{% endif %}"
     data = load_data(make_recipe(train=write_rows(rows(9))), make_tokenizer(template))
-    assert "cannot learn to stop" in data.report.warnings[0]
+    assert "cannot learn to stop" in data.report.warnings[-1]
 
 
 @pytest.mark.parametrize(

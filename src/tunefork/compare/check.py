@@ -44,7 +44,9 @@ def check_recipe(
     tokenizer = load_tokenizer(recipe.model)
     data = load_data(recipe, tokenizer)
     for warning in data.report.warnings:
-        say(f"warning: {warning}")
+        head, *places = warning.splitlines()
+        first = f" {places[0].strip()}, ...; `tunefork data check` says more" if places else ""
+        say(f"warning: {head}{first}")
     plan = plan_evaluation(recipe, data, tokenizer)
     check_tokens(skeleton, recipe, data, plan, tokenizer, say)
     if not ignore_plan:

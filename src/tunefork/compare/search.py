@@ -103,7 +103,7 @@ class _Bench:
     @classmethod
     def open(cls, recipe: Recipe, method: Method) -> Self:
         tokenizer = load_tokenizer(recipe.model)
-        data = load_data(recipe, tokenizer)
+        data = load_data(recipe, tokenizer, is_checked=True)
         seed = recipe.train.seed
         rest, validation = validation_split(data.train, recipe.compare.validation_share, seed)
         chosen = epoch_order(len(rest), seed, 0)

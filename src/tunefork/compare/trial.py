@@ -114,7 +114,7 @@ def run_trial(
     """
     identity = identify(recipe.model)  # before training: a base that cannot be read shows now
     tokenizer = load_tokenizer(recipe.model)
-    data = load_data(recipe, tokenizer)
+    data = load_data(recipe, tokenizer, is_checked=True)
     folder.mkdir(parents=True, exist_ok=True)
     record = read_record(folder)
     if record is not None and record.status == "trained":

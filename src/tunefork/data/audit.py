@@ -1,25 +1,17 @@
-"""The faults that only a look at all examples finds: leaks, strange labels, wrong supervision.
+"""The faults that stand between rows and sequences: leaks, bad rows, lengths, wrong supervision.
 
-Each check adds to `Findings`; an error stops a run, a warning does not.
+Each check adds to `Findings`; an error stops a run, a warning does not. What examples say is looked
+at in `examine.py`, whether they repeat each other in `similar.py`, their labels in `labels.py`.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from tunefork.data.chat import Renderer
 from tunefork.data.example import Encoded, Example, RowProblem
-from tunefork.data.report import listing
+from tunefork.data.faults import Fault, Findings, Place, listing
 from tunefork.data.split import content_key, prompt_key
 from tunefork.recipe import DataSection
-
-
-@dataclass(slots=True)
-class Findings:
-    """What is wrong, gathered on the way."""
-
-    problems: list[RowProblem] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
 
 
 def separate(
@@ -33,20 +25,23 @@ def separate(
     trained = {content_key(example): example.source for example in train}
     keys = [content_key(example) for example in held]
     pairs = [
-        f"{example.source} is {trained[key]}"
+        Place(source=example.source, what=f"is {trained[key]}")
         for example, key in zip(held, keys, strict=True)
         if key in trained
     ]
     prompts = {prompt_key(example) for example in train if example.messages}
-    similar = sum(
-        key not in trained and prompt_key(example) in prompts
+    similar = [
+        Place(source=example.source, what="")
         for example, key in zip(held, keys, strict=True)
-    )
+        if key not in trained and prompt_key(example) in prompts
+    ]
+    findings.record(Fault.SAME_PROMPT, "warn", similar)
     if similar:
         findings.warnings.append(
-            f"{similar} evaluation examples have the prompt of a training example, but another "
-            "answer"
+            f"{len(similar)} evaluation examples have the prompt of a training example, but "
+            "another answer"
         )
+    findings.record(Fault.OVERLAP, section.overlap, pairs)
     if not pairs:
         return train, 0
     if section.overlap == "error":
@@ -54,7 +49,8 @@ def separate(
             f"data.eval: {len(pairs)} of {len(held)} evaluation examples are training examples "
             "too; remove them, or set data.overlap: drop to leave them out of training:"
         )
-        findings.errors.append(listing(head, pairs))
+        lines = [f"{pair.source} {pair.what}" for pair in pairs]
+        findings.errors.append(listing(head, lines))
         return train, len(pairs)
     forbidden = set(keys)
     kept = [example for example in train if content_key(example) not in forbidden]
@@ -64,30 +60,15 @@ def separate(
     return kept, len(pairs)
 
 
-def check_labels(
-    train: Sequence[Example], held: Sequence[Example], labels: Sequence[str], findings: Findings
-) -> None:
-    """Evaluation labels must be allowed ones, and should have been trained on."""
-    seen = {example.label for example in train}
-    strange = [example.source for example in held if example.label not in labels]
-    unseen = [example.source for example in held if example.label not in seen]
-    if strange:
-        head = (
-            f"data.eval: {len(strange)} evaluation examples have a label that no training example "
-            "has; add training examples, or name every label in data.labels:"
-        )
-        findings.errors.append(listing(head, strange))
-    elif unseen:
-        head = f"{len(unseen)} evaluation examples have a label that is never trained on:"
-        findings.warnings.append(listing(head, unseen))
-    if len(labels) == 1:
-        findings.warnings.append("every example has the same label: there is nothing to learn")
-
-
 def check_bad_rows(num_rows: int, section: DataSection, findings: Findings) -> None:
     """All rows that cannot be used, at once."""
     if not findings.problems:
         return
+    empty = [problem for problem in findings.problems if problem.kind == "empty answer"]
+    others = [problem for problem in findings.problems if problem.kind != "empty answer"]
+    findings.record(Fault.EMPTY_ANSWERS, section.bad_rows, empty)
+    kinds = Counter(problem.kind for problem in others)
+    findings.record(Fault.BAD_ROWS, section.bad_rows, others, kinds)
     count = f"{len(findings.problems)} of {num_rows} rows cannot be used"
     if section.bad_rows == "error":
         head = f"{count}; mend them, or set data.bad_rows: drop to leave them out:"
@@ -105,6 +86,8 @@ def check_lengths(
     findings: Findings,
 ) -> None:
     """What `data.too_long` did to the split `name`, or that it must say what to do."""
+    findings.record(Fault.TOO_LONG, "cut", cut)
+    findings.record(Fault.TOO_LONG, "error" if section.too_long == "error" else "drop", dropped)
     if section.too_long == "error" and dropped:
         head = (
             f"data.{name}: {len(dropped)} rows are too long; raise data.max_length, or set "

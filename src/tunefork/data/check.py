@@ -7,6 +7,7 @@ outside today's subset is still a bad row.
 
 from typing import Any
 
+from tunefork.data.faults import FaultReport
 from tunefork.data.loader import survey
 from tunefork.data.report import Report, SplitReport
 from tunefork.recipe import Recipe
@@ -26,12 +27,30 @@ def render_report(report: Report) -> str:
     """The report as plain text. Every row that cannot be used is named, however many."""
     lines = [f"format {report.format}, template {report.template}"]
     lines += _describe("training", report.train) + _describe("evaluation", report.eval)
+    lines += _table(report)
     lines += [f"evaluation examples that are training examples too: {report.overlap}"]
     lines += [f"rows that cannot be used: {len(report.problems)}"]
     lines += [f"  {problem}" for problem in report.problems]
     lines += [f"warning: {warning}" for warning in report.warnings]
     lines += [f"error: {error}" for error in report.errors]
     return "\n".join(lines)
+
+
+def _table(report: Report) -> list[str]:
+    """A line for each fault that was found, the gravest first."""
+    if not report.faults:
+        return ["faults: none found"]
+    gravest = sorted(report.faults, key=lambda found: found.severity != "error")
+    lines = ["faults found:"]
+    for found in gravest:
+        lines.append(f"  {found.severity:<6}{found.fault:<16}{found.count:>8,}  {_kinds(found)}")
+    return lines
+
+
+def _kinds(found: FaultReport) -> str:
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in found.kinds.items())
+    decided = f"({found.setting})" if found.setting else ""
+    return "  ".join(part for part in (kinds, decided) if part)
 
 
 def _describe(name: str, split: SplitReport) -> list[str]:

@@ -42,8 +42,16 @@ _ROLES = {
 _UNSUPPORTED = ("tool_calls", "function_call", "reasoning_content", "thinking")
 
 
+_EMPTY, _ROLE, _UNICODE = "empty answer", "wrong roles", "broken unicode"
+_ANSWERS = ("completion", "output", "label")
+
+
 class _Unusable(Exception):
-    """The row cannot be used; the message says why."""
+    """The row cannot be used; the message says why, `kind` is `RowProblem.kind`."""
+
+    def __init__(self, what: str, kind: str | None = None) -> None:
+        super().__init__(what)
+        self.kind = kind
 
 
 def rename(row: Row, columns: Mapping[str, str]) -> Row:
@@ -81,7 +89,8 @@ def convert(row: Row, format: str, system: str | None = None) -> Example | RowPr
         label = turns[-1].content if format == "classification" else None
         return Example(row.source, messages=tuple(turns), label=label)
     except _Unusable as problem:
-        return RowProblem(row.source, str(problem))
+        kind = {"kind": problem.kind} if problem.kind else {}
+        return RowProblem(row.source, str(problem), **kind)
 
 
 def add_instruction(example: Example, instruction: str, cue: str = "") -> Example:
@@ -103,7 +112,7 @@ def _text(fields: Fields, field: str) -> str:
     if not isinstance(value, str):
         raise _Unusable(f"the field {field!r} must be a string, found {type(value).__name__}")
     if not value.strip():
-        raise _Unusable(f"the field {field!r} is empty")
+        raise _Unusable(f"the field {field!r} is empty", _EMPTY if field in _ANSWERS else None)
     return _valid(value, f"the field {field!r}")
 
 
@@ -112,7 +121,9 @@ def _valid(text: str, where: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _Unusable(f"{where} holds half a surrogate pair, which is not text") from error
+        raise _Unusable(
+            f"{where} holds half a surrogate pair, which is not text", _UNICODE
+        ) from error
     return text
 
 
@@ -174,9 +185,11 @@ def _conversation(fields: Fields, field: str) -> list[Message]:
             raise _Unusable(f"{name} are not supported; remove the field or the row")
     messages = [_turn(turn, f"{field}[{index}]") for index, turn in enumerate(turns)]
     if messages[-1].role != "assistant":
-        raise _Unusable(f"the last turn of {field!r} must be the assistant's, the answer to learn")
+        raise _Unusable(
+            f"the last turn of {field!r} must be the assistant's, the answer to learn", _ROLE
+        )
     if next(turn.role for turn in messages if turn.role != "system") == "assistant":
-        raise _Unusable(f"{field!r} begins with an answer; a user turn must come first")
+        raise _Unusable(f"{field!r} begins with an answer; a user turn must come first", _ROLE)
     return messages
 
 
@@ -190,10 +203,10 @@ def _turn(turn: Any, where: str) -> Message:
         raise _Unusable(f"{where}.weight other than 1 is not supported; see data.supervise")
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str) or role not in _ROLES:
-        raise _Unusable(f"{where} has no known role; allowed: {', '.join(_ROLES)}")
+        raise _Unusable(f"{where} has no known role; allowed: {', '.join(_ROLES)}", _ROLE)
     content = _content(turn.get("content", turn.get("value")), where)
     if _ROLES[role] == "assistant" and not content.strip():
-        raise _Unusable(f"{where}, an assistant turn, is empty")
+        raise _Unusable(f"{where}, an assistant turn, is empty", _EMPTY)
     return Message(_ROLES[role], _valid(content, where))
 
 

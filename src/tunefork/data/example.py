@@ -27,6 +27,8 @@ class RowProblem:
 
     source: str
     what: str
+    kind: str = "unreadable or incomplete"
+    """What the report counts it as: this, `empty answer`, `wrong roles` or `broken unicode`."""
 
     def __str__(self) -> str:
         return f"{self.source}: {self.what}"

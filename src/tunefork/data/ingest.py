@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from tunefork.data.convert import OPTIONAL, REQUIRED, convert, detect, rename
 from tunefork.data.example import Example, Row, RowProblem
+from tunefork.data.faults import ONLY_CLASSIFICATION
 from tunefork.data.read import read_rows
 from tunefork.errors import DataError, nearest
-from tunefork.recipe import DataSection
+from tunefork.recipe import DataSection, FaultSection
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def ingest(location: str, section: DataSection, format: str) -> Ingested:
         if isinstance(example, RowProblem):
             if is_detected and isinstance(row, Row) and _fits_another(row, format):
                 what = f"{example.what} (the rows are {format}; if not, set data.format)"
-                example = RowProblem(example.source, what)
+                example = RowProblem(example.source, what, example.kind)
             problems.append(example)
         elif section.labels and example.label not in section.labels:
             what = f"its label is none of the {len(section.labels)} in data.labels"
@@ -101,9 +102,16 @@ def _refuse_misfits(section: DataSection, format: str) -> None:
             raise DataError(
                 f"data.{option}: is for classification, but the rows are {format}; remove it"
             )
+    for name, default in FaultSection.model_fields.items():
+        is_set = getattr(section.faults, name) != default.default
+        if is_set and name in ONLY_CLASSIFICATION and format != "classification":
+            raise DataError(
+                f"data.faults.{name}: is for classification, but the rows are {format}; remove it"
+            )
     if format != "text":
         return
     for option, is_set in (
+        ("faults.roles", section.faults.roles != FaultSection().roles),
         ("system", section.system is not None),
         ("template", section.template == "chat"),
         ("supervise", section.supervise == "last"),

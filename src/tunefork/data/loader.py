@@ -13,10 +13,14 @@ from typing import Any
 from tunefork.data import audit
 from tunefork.data.chat import Renderer
 from tunefork.data.convert import add_instruction, default_instruction
+from tunefork.data.examine import examine
 from tunefork.data.example import Encoded, Example, RowProblem
+from tunefork.data.faults import Findings
 from tunefork.data.fit import cut, too_long, windows
 from tunefork.data.ingest import Ingested, ingest
-from tunefork.data.report import Report, SplitReport, count_labels, length_quantiles
+from tunefork.data.labels import check_labels
+from tunefork.data.report import BadRow, Report, SplitReport, count_labels, length_quantiles
+from tunefork.data.similar import check_repeats
 from tunefork.data.split import (
     content_key,
     epoch_order,
@@ -27,7 +31,7 @@ from tunefork.data.split import (
 )
 from tunefork.data.template import LABEL_CUE
 from tunefork.errors import DataError
-from tunefork.recipe import DataSection, Recipe
+from tunefork.recipe import DataSection, FaultSection, Recipe
 
 __all__ = ["Data", "epoch_order", "load_data", "steps", "survey", "validation_split"]
 
@@ -75,20 +79,40 @@ class _Split:
     dropped: list[RowProblem] = field(default_factory=list)
 
 
-def load_data(recipe: Recipe, tokenizer: Any, *, need_eval: bool = True) -> Data:
+def load_data(
+    recipe: Recipe, tokenizer: Any, *, need_eval: bool = True, is_checked: bool = False
+) -> Data:
     """Read, split, render and tokenise the data of `recipe`.
 
-    Without `need_eval` there may be no evaluation examples. Raises DataError with every fault.
+    Without `need_eval` there may be no evaluation examples. With `is_checked`, where this was done
+    before, the faults that change nothing (`data.faults`: all but drop) are not looked for again.
+    Raises DataError with every fault.
     """
-    data = survey(recipe, tokenizer, need_eval=need_eval)
+    faults = _only_drops(recipe.data.faults) if is_checked else None
+    data = survey(recipe, tokenizer, need_eval=need_eval, faults=faults)
     if data.report.errors:
         raise DataError("\n".join(data.report.errors))
     return data
 
 
-def survey(recipe: Recipe, tokenizer: Any, *, need_eval: bool = True) -> Data:
-    """`load_data` with faults in `report.errors`; raises DataError where nothing can be read."""
-    section, findings = recipe.data, audit.Findings()
+def _only_drops(faults: FaultSection) -> FaultSection:
+    update = {n: "ignore" for n, action in faults if isinstance(action, str) and action != "drop"}
+    return faults.model_copy(update=update)
+
+
+def survey(
+    recipe: Recipe,
+    tokenizer: Any,
+    *,
+    need_eval: bool = True,
+    faults: FaultSection | None = None,
+) -> Data:
+    """`load_data` with faults in `report.errors`; raises DataError where nothing can be read.
+
+    `faults` are looked for instead of `data.faults`.
+    """
+    faults = faults or recipe.data.faults
+    section, findings = recipe.data, Findings()
     renderer = Renderer(tokenizer, section)
     rows = ingest(section.train, section, section.format)
     eval_rows = ingest(section.eval, section, rows.format) if section.eval else None
@@ -98,7 +122,9 @@ def survey(recipe: Recipe, tokenizer: Any, *, need_eval: bool = True) -> Data:
     labels = None
     if rows.format == "classification":
         labels = section.labels or tuple(sorted({e.label or "" for e in rows.examples}))
-        audit.check_labels(train.examples, held.examples, labels, findings)
+        check_labels(train.examples, held.examples, labels, faults, findings)
+    splits = check_repeats(train.examples, held.examples, faults, findings)
+    train.examples, held.examples = examine(*splits, faults, findings)
     limits = (section.max_train_examples, section.max_eval_examples)
     for stream, (split, limit) in enumerate(zip((train, held), limits, strict=True), start=1):
         chosen = subset(len(split.examples), limit, recipe.train.seed, stream)
@@ -139,7 +165,7 @@ def _encode(
     split: _Split,
     renderer: Renderer,
     labels: tuple[str, ...] | None,
-    findings: audit.Findings,
+    findings: Findings,
 ) -> None:
     """Fill `split.sequences`, and leave in `split.examples` those that have one."""
     section = renderer.section
@@ -169,9 +195,7 @@ def _fit(encoded: Encoded, example: Example, split: _Split, section: DataSection
     return [] if shorter is None else [shorter]
 
 
-def _check_not_empty(
-    train: _Split, held: _Split, need_eval: bool, findings: audit.Findings
-) -> None:
+def _check_not_empty(train: _Split, held: _Split, need_eval: bool, findings: Findings) -> None:
     if findings.errors:  # They say already why nothing is left.
         return
     if not train.sequences:
@@ -184,7 +208,7 @@ def _check_not_empty(
 
 
 def _report(
-    format: str, template: str, train: _Split, held: _Split, overlap: int, findings: audit.Findings
+    format: str, template: str, train: _Split, held: _Split, overlap: int, findings: Findings
 ) -> Report:
     return Report(
         format=format,
@@ -192,9 +216,12 @@ def _report(
         train=_figures(train),
         eval=_figures(held),
         overlap=overlap,
-        problems=tuple(findings.problems),
+        problems=tuple(
+            BadRow(source=p.source, what=p.what, kind=p.kind) for p in findings.problems
+        ),
         errors=tuple(findings.errors),
         warnings=tuple(findings.warnings),
+        faults=tuple(findings.faults),
     )
 
 

@@ -2,22 +2,22 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, computed_field
 
-from tunefork.data.example import Encoded, RowProblem
-
-MOST_LISTED = 20
-"""Rows named in one error message; the report names all of them."""
+from tunefork.data.example import Encoded
+from tunefork.data.faults import FaultReport
+from tunefork.schema_markdown import schema_markdown
 
 _QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
-@dataclass(frozen=True, slots=True)
-class SplitReport:
+class SplitReport(BaseModel):
     """Figures of the training or of the evaluation examples."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     location: str
     num_rows: int
@@ -38,40 +38,73 @@ class SplitReport:
     labels: dict[str, int]
     """Classification: examples of each label, the most frequent first."""
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def supervised_share(self) -> float:
         """Share of the tokens that are supervised, 0 to 1."""
         return self.supervised_tokens / self.num_tokens if self.num_tokens else 0.0
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def majority_share(self) -> float | None:
         """Accuracy of always answering the most frequent label."""
         return max(self.labels.values()) / sum(self.labels.values()) if self.labels else None
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class BadRow(BaseModel):
+    """A row that cannot be used. Nothing here holds what it says."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    source: str
+    """`file:line`."""
+    what: str
+    """Why it cannot be used."""
+    kind: str
+    """`empty answer`, `wrong roles`, `broken unicode` or `unreadable or incomplete`."""
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.what}"
+
+
+class Report(BaseModel):
     """All that `tunefork data check` says. Only `errors` stop a run."""
 
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
     format: str
+    """One of `data.format`, `auto` resolved."""
     template: str
     """`chat`, `plain`, or `none` for plain text."""
     train: SplitReport
     eval: SplitReport
     overlap: int
     """Evaluation examples that are also training examples."""
-    problems: tuple[RowProblem, ...]
+    problems: tuple[BadRow, ...]
     """Every row that cannot be used."""
     errors: tuple[str, ...]
+    """Each stops a run; `tunefork data check` ends with exit status 2."""
     warnings: tuple[str, ...]
+    faults: tuple[FaultReport, ...] = ()
+    """Each fault that was found: in table form what `errors` and `warnings` say in words.
+    `too_long` has an entry for each split."""
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values for JSON, derived shares included."""
-        fields = asdict(self)
-        for name, split in (("train", self.train), ("eval", self.eval)):
-            fields[name]["supervised_share"] = split.supervised_share
-            fields[name]["majority_share"] = split.majority_share
-        return fields
+        return self.model_dump(mode="json")
+
+
+def report_markdown() -> str:
+    """The text of docs/data_report.md."""
+    return schema_markdown(
+        Report,
+        "The data report",
+        "What `tunefork data check RECIPE --json` prints. Beside the fields below a split has\n"
+        "`supervised_share` (of its tokens, 0 to 1) and `majority_share` (accuracy of always\n"
+        "answering the most frequent label, or null). No field holds a row's text, but for the\n"
+        "labels of a classification.\n\n"
+        "Generated from `src/tunefork/data/report.py` by `python -m tunefork.documentation docs`.",
+    )
 
 
 def length_quantiles(sequences: Sequence[Encoded]) -> dict[str, int]:
@@ -87,10 +120,3 @@ def count_labels(sequences: Sequence[Encoded]) -> dict[str, int]:
     """`SplitReport.labels` of `sequences`."""
     labels = sorted(sequence.label for sequence in sequences if sequence.label is not None)
     return dict(Counter(labels).most_common())
-
-
-def listing(head: str, lines: Sequence[object]) -> str:
-    """`head` and the first of `lines`, each on a line of its own."""
-    shown = [f"\n  {line}" for line in lines[:MOST_LISTED]]
-    more = len(lines) - len(shown)
-    return head + "".join(shown) + (f"\n  ... and {more} more" if more else "")
