@@ -8,7 +8,7 @@ of predicted over measured, drawn towards plain roofline values where the runs s
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -172,10 +172,10 @@ def _non_negative(rows: Any, wanted: Any) -> list[float]:
         active.pop(int(found.argmin()))
 
 
-def fit_time(runs: Sequence[Run], start: TimeFit) -> TimeFit:
+def fit_time(runs: Sequence[Run], start: TimeFit, prior: Mapping[str, float] = PRIOR) -> TimeFit:
     """Factors of time from the runs that are not held out."""
     runs = [run for run in runs if not run.is_held_out]
-    values = {name: math.log(value) for name, value in PRIOR.items()}
+    values = {name: math.log(value) for name, value in prior.items()}
 
     def loss(candidate: dict[str, float]) -> float:
         fit = replace_model(start, {name: math.exp(value) for name, value in candidate.items()})
@@ -184,7 +184,7 @@ def fit_time(runs: Sequence[Run], start: TimeFit) -> TimeFit:
             there = run.with_fit(_with(run.case.target.fit, time=fit))
             error = math.log(there.predicted_step_s() / run.step_s)
             total += math.sqrt(1 + (error / _SCALE) ** 2) - 1
-        pull = sum((value - math.log(PRIOR[name])) ** 2 for name, value in candidate.items())
+        pull = sum((value - math.log(prior[name])) ** 2 for name, value in candidate.items())
         return total / len(runs) + _PULL * pull
 
     best = loss(values)
