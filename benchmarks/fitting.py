@@ -24,6 +24,7 @@ from tunefork.plan.step import Shape
 from tunefork.plan.time import update_seconds
 
 FITS = Path(__file__).parent.parent / "src/tunefork/plan/fits.yaml"
+KEY = ("device", "torch", "attention", "quantizer")
 PRIOR: dict[str, float] = {
     "gemm": 1.5,
     "skinny": 2.0,
@@ -213,10 +214,11 @@ def _with(fit: Fit, **changes: Any) -> Fit:
 
 
 def write_fit(fit: Fit) -> None:
-    """Put `fit` in the place of its device's entry in fits.yaml."""
+    """Put `fit` in the place of the entry of its device and software in fits.yaml."""
     rows = yaml.safe_load(FITS.read_text(encoding="utf-8")) if FITS.exists() else []
-    others = [row for row in rows if row["device"] != fit.device]
-    text = yaml.safe_dump([*others, fit.model_dump()], sort_keys=False)
+    entry = fit.model_dump()
+    others = [row for row in rows if any(row[name] != entry[name] for name in KEY)]
+    text = yaml.safe_dump([*others, entry], sort_keys=False)
     FITS.write_text(
         f"# Written by benchmarks/planner_*.py; see fits.py for what each means.\n{text}",
         encoding="utf-8",

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -314,13 +314,17 @@ def fit(raw: Path) -> None:
     """Fit on the cases that are not held out, judge on those that are, write both files."""
     from benchmarks.fitting import fit_memory, fit_time, write_fit
     from benchmarks.results import write
-    from tunefork.plan.fits import fit_for
+    from tunefork.plan.fits import fit_for, installed, minor
 
     if HELD_OUT_FILE.read_text(encoding="utf-8").split() != _held_out():
         raise SystemExit(f"{HELD_OUT_FILE.name} is not the list that the names' hash chooses")
-    measured, (start, _) = [run.traced() for run in runs(raw)], fit_for("h200")
+    measured = [run.traced() for run in runs(raw)]
+    lines = [json.loads(line) for line in raw.read_text(encoding="utf-8").splitlines()]
+    software = replace(installed("cuda"), torch=minor(lines[0]["versions"]["torch"]))
+    start = fit_for("h200", software).fit
     found = start.model_copy(
         update={
+            **asdict(software),
             "date": date.fromtimestamp(raw.stat().st_mtime).isoformat(),
             "runs": sum(not run.is_held_out for run in measured),
             "memory": fit_memory(measured, start.memory),
@@ -338,7 +342,6 @@ def fit(raw: Path) -> None:
         }
     )
     write_fit(found)
-    lines = [json.loads(line) for line in raw.read_text(encoding="utf-8").splitlines()]
     first, by_case = lines[0], {line["case"]: line for line in lines}
     kept = (
         "step_s_spread",
