@@ -388,8 +388,8 @@ def _judged(run: Any) -> dict[str, Any]:
 
 
 def _up(error: float) -> float:
-    """Rounded up to whole per cents, at least one."""
-    return max(1, math.ceil(100 * error)) / 100
+    """Rounded up to tenths of a per cent, at least one per cent."""
+    return max(10, math.ceil(1000 * error)) / 1000
 
 
 def main() -> None:
