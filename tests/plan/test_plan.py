@@ -52,6 +52,16 @@ def test_full_8_bit_70b_fits_eight_80_gb_gpus_with_a_margin() -> None:
     assert any("shards" in note for note in plan.notes)
 
 
+def test_full_bf16_70b_with_fp32_moments_needs_more_than_eight_80_gb_gpus() -> None:
+    plan = _plan(70.55e9, ["h100"] * 8, method=Method.FULL, weights="bf16")
+    full = _of(plan, Method.FULL)
+    states = full.phases["optimizer"].parts
+    a_gpu = states["weights"] + states["gradients"] + states["optimizer"]
+    assert 8 * a_gpu / GB == pytest.approx(847, rel=0.01)  # 12 bytes a parameter
+    assert not full.may_fit
+    assert full.next_option is not None and "full.optimizer: adamw_8bit" in full.next_option
+
+
 def test_qlora_70b_fits_48_gb_at_a_short_sequence_and_not_24() -> None:
     qlora = _of(_plan(70.55e9, ["l40s"], length=512, method=Method.QLORA), Method.QLORA)
     assert qlora.phases["load"].parts["weights"] / GB == pytest.approx(40.3, 0.01)
