@@ -8,7 +8,7 @@ of predicted over measured, drawn towards plain roofline values where the runs s
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tunefork.plan.step import Shape
 from tunefork.plan.time import update_seconds
 
 FITS = Path(__file__).parent.parent / "src/tunefork/plan/fits.yaml"
+KEY = ("device", "torch", "attention", "quantizer")
 PRIOR: dict[str, float] = {
     "gemm": 1.5,
     "skinny": 2.0,
@@ -172,10 +173,10 @@ def _non_negative(rows: Any, wanted: Any) -> list[float]:
         active.pop(int(found.argmin()))
 
 
-def fit_time(runs: Sequence[Run], start: TimeFit) -> TimeFit:
+def fit_time(runs: Sequence[Run], start: TimeFit, prior: Mapping[str, float] = PRIOR) -> TimeFit:
     """Factors of time from the runs that are not held out."""
     runs = [run for run in runs if not run.is_held_out]
-    values = {name: math.log(value) for name, value in PRIOR.items()}
+    values = {name: math.log(value) for name, value in prior.items()}
 
     def loss(candidate: dict[str, float]) -> float:
         fit = replace_model(start, {name: math.exp(value) for name, value in candidate.items()})
@@ -184,7 +185,7 @@ def fit_time(runs: Sequence[Run], start: TimeFit) -> TimeFit:
             there = run.with_fit(_with(run.case.target.fit, time=fit))
             error = math.log(there.predicted_step_s() / run.step_s)
             total += math.sqrt(1 + (error / _SCALE) ** 2) - 1
-        pull = sum((value - math.log(PRIOR[name])) ** 2 for name, value in candidate.items())
+        pull = sum((value - math.log(prior[name])) ** 2 for name, value in candidate.items())
         return total / len(runs) + _PULL * pull
 
     best = loss(values)
@@ -213,10 +214,11 @@ def _with(fit: Fit, **changes: Any) -> Fit:
 
 
 def write_fit(fit: Fit) -> None:
-    """Put `fit` in the place of its device's entry in fits.yaml."""
+    """Put `fit` in the place of the entry of its device and software in fits.yaml."""
     rows = yaml.safe_load(FITS.read_text(encoding="utf-8")) if FITS.exists() else []
-    others = [row for row in rows if row["device"] != fit.device]
-    text = yaml.safe_dump([*others, fit.model_dump()], sort_keys=False)
+    entry = fit.model_dump()
+    others = [row for row in rows if any(row[name] != entry[name] for name in KEY)]
+    text = yaml.safe_dump([*others, entry], sort_keys=False)
     FITS.write_text(
         f"# Written by benchmarks/planner_*.py; see fits.py for what each means.\n{text}",
         encoding="utf-8",

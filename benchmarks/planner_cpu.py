@@ -30,7 +30,7 @@ from benchmarks.results import write
 from tunefork.model.device import describe, pick_dtype
 from tunefork.plan.catalogue import load_catalogue
 from tunefork.plan.device import here
-from tunefork.plan.fits import fit_for
+from tunefork.plan.fits import fit_for, installed
 from tunefork.plan.method import Case
 from tunefork.plan.shape import config_for, count_params
 from tunefork.plan.short_run import WARM_UP, short_run
@@ -116,7 +116,7 @@ def main() -> None:
             print(f"{name:24s} {raw[name]['step_s']:.3f} s", flush=True)
     flops, bandwidth = rates()
     device = describe(CPU)
-    start, _ = fit_for("cpu")
+    start = fit_for("cpu", installed("cpu")).fit
     start = start.model_copy(
         update={
             "name": f"{device['name']}, {device['threads']} cores",

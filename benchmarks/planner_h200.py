@@ -1,9 +1,11 @@
 """The planner beside what runs really take: peak tensor memory, process memory, time of a step.
 
 Each case is a real training run (random weights, random tokens, every token supervised) by the code
-that `tunefork train` runs, in a process of its own. A third of the cases, chosen by a hash of their
-names, and one whole model size are held out from the fit.
+that `tunefork train` runs. A third of the cases, chosen by a salted hash of their names, and one
+whole model size are held out from the fit. The list of them is a file, `planner_h200_held_out.txt`,
+committed before the grid was measured; `fit` refuses a list that differs from the hash's.
 
+    python benchmarks/planner_h200.py hold-out                    writes that list
     python benchmarks/planner_h200.py measure --out RAW.jsonl     on the GPU, about 10 minutes
     python benchmarks/planner_h200.py fit RAW.jsonl               anywhere: fits, writes the results
 
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -47,67 +49,91 @@ def _llama(
 
 SHAPES: dict[str, dict[str, Any]] = {
     "135m": _llama(576, 1536, 30, 9, 3, 49_152),
+    "360m": _llama(960, 2560, 32, 15, 5, 49_152),
     "0.6b": _llama(1024, 3072, 28, 16, 8, 151_936, model_type="qwen3", head_dim=128),
     "1b": _llama(2048, 8192, 16, 32, 8, 128_256),
-    "3b": _llama(3072, 8192, 28, 24, 8, 128_256),
     "8b": _llama(4096, 14_336, 32, 32, 8, 128_256, tie_word_embeddings=False),
+    "1.7b": _llama(2048, 6144, 28, 16, 8, 151_936, model_type="qwen3", head_dim=128),
+    "3b": _llama(3072, 8192, 28, 24, 8, 128_256),
 }
-"""SmolLM2-135M, Qwen3-0.6B, Llama-3.2-1B and -3B, Llama-3.1-8B."""
+"""SmolLM2-135M and -360M, Qwen3-0.6B, Llama-3.2-1B, Llama-3.1-8B, Qwen3-1.7B, Llama-3.2-3B, in the
+order in which they are measured."""
 
-HELD_OUT_SHAPE = "3b"
+HELD_OUT_SHAPE = "1.7b"
+"""A size that no run had been measured of when the model of time and memory was settled."""
+SALT = "tunefork planner, second grid"
+HELD_OUT_FILE = Path(__file__).with_name("planner_h200_held_out.txt")
 
 CASES = [
-    "135m-lora-8x128",
-    "135m-lora-8x1024",
-    "135m-lora-32x512-ckpt",
-    "135m-lora-16x512-packed",
-    "135m-lora-16x1024-r64",
-    "135m-qlora-8x512",
-    "135m-qlora-32x512-ckpt",
-    "135m-full-8x512",
-    "135m-full-16x1024-ckpt",
-    "135m-full-8x512-bf16",
-    "135m-full-8x512-8bit",
-    "0.6b-lora-4x1024",
-    "0.6b-lora-8x512-ckpt",
-    "0.6b-lora-8x128",
-    "0.6b-qlora-4x1024",
-    "0.6b-qlora-8x512-ckpt",
-    "0.6b-full-4x1024",
-    "0.6b-full-8x512-ckpt",
-    "0.6b-full-4x1024-bf16",
-    "1b-lora-4x2048",
-    "1b-lora-8x1024-ckpt",
-    "1b-lora-8x64",
-    "1b-lora-8x1024-packed",
-    "1b-qlora-4x2048",
-    "1b-qlora-8x1024-ckpt",
-    "1b-full-4x1024",
-    "1b-full-8x1024-ckpt",
-    "1b-full-4x1024-8bit",
-    "1b-full-4x2048-bf16-ckpt",
-    "3b-lora-4x2048",
-    "3b-lora-8x2048-ckpt",
-    "3b-lora-8x64",
-    "3b-qlora-4x1024",
-    "3b-qlora-4x2048-ckpt",
-    "3b-full-2x1024",
-    "3b-full-4x1024-ckpt-bf16",
-    "3b-lora-4x1024-packed",
-    "8b-lora-4x1024",
-    "8b-lora-8x2048",
-    "8b-lora-8x2048-ckpt",
-    "8b-lora-8x64",
-    "8b-lora-4x1024-r64-ckpt",
-    "8b-lora-2x4096-packed-ckpt",
-    "8b-qlora-4x1024",
-    "8b-qlora-8x2048-ckpt",
-    "8b-qlora-8x64-ckpt",
-    "8b-full-4x1024-ckpt-bf16",
-    "8b-full-2x2048-bf16",
-    "8b-full-4x1024-ckpt-bf16-8bit",
+    "135m-lora-4x256",
+    "135m-lora-16x768",
+    "135m-lora-24x512-ckpt",
+    "135m-lora-12x1024-packed",
+    "135m-qlora-16x512",
+    "135m-full-16x512",
+    "135m-full-8x1024-bf16-8bit-ckpt",
+    "360m-lora-8x512",
+    "360m-lora-16x1024-ckpt",
+    "360m-lora-8x1024-r32-packed",
+    "360m-qlora-8x1024",
+    "360m-qlora-8x512-ckpt",
+    "360m-full-8x1024",
+    "360m-full-4x512-8bit",
+    "0.6b-lora-8x768",
+    "0.6b-qlora-4x512-ckpt",
+    "0.6b-full-8x768-ckpt",
+    "0.6b-full-4x768-bf16",
+    "1b-lora-8x512",
+    "1b-lora-4x4096-ckpt",
+    "1b-lora-6x1024-packed",
+    "1b-qlora-8x768",
+    "1b-full-8x768",
+    "1b-full-4x1536-8bit-ckpt",
+    "1.7b-lora-4x1536",
+    "1.7b-lora-8x1536-ckpt",
+    "1.7b-lora-4x2048-packed",
+    "1.7b-qlora-4x768",
+    "1.7b-qlora-8x1024-ckpt",
+    "1.7b-full-4x1024",
+    "1.7b-full-8x1024-bf16-ckpt",
+    "3b-lora-8x1024",
+    "3b-lora-2x4096-packed-ckpt",
+    "3b-qlora-2x2048",
+    "3b-qlora-8x1024-ckpt",
+    "3b-full-4x768",
+    "3b-full-4x2048-bf16-ckpt",
+    "8b-lora-4x128",
+    "8b-lora-2x2048",
+    "8b-lora-4x1536-r64",
+    "8b-lora-4x4096-ckpt",
+    "8b-qlora-6x1024",
+    "8b-qlora-4x2048-ckpt",
+    "8b-full-2x1024-bf16",
+    "8b-full-4x2048-bf16-8bit-ckpt",
 ]
-WARM_UP, TIMED = 3, 10
+FIRST_GRID: dict[str, float] = {
+    "gemm": 1.145,
+    "skinny": 1.902,
+    "attention": 1.937,
+    "masked_attention": 7.459,
+    "memory": 2.78,
+    "dequantize": 2.0,
+    "optimizer": 2.07,
+    "eight_bit_s": 3.111e-11,
+    "rounding_s": 8.869e-12,
+    "host_operation_s": 2.66e-05,
+    "host_dequantize_s": 3.973e-05,
+    "host_update": 0.8146,
+    "host_layer_s": 0.0008746,
+    "pass_s": 0.001078,
+    "step_s": 0.001089,
+}
+"""What the first grid's 24 runs were fitted to (2026-11-25): where this fit starts and what it is
+drawn to."""
+WARM_UP = 3
+TIMED, TIMED_SMALL = 10, 30
+"""Steps whose median is the figure; more where the host sets the pace, for its steps scatter."""
+_SMALL = ("135m", "360m", "0.6b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +155,7 @@ class Case:
     @property
     def held_out(self) -> bool:
         """Chosen before anything was measured."""
-        digest = hashlib.sha256(self.name.encode()).digest()
+        digest = hashlib.sha256(f"{SALT}: {self.name}".encode()).digest()
         return self.shape == HELD_OUT_SHAPE or digest[0] % 3 == 0
 
 
@@ -165,7 +191,8 @@ def lengths(case: Case) -> list[list[int]]:
 
     draw = np.random.default_rng(0)
     steps = []
-    for _ in range(WARM_UP + (TIMED if case.rows * case.length > 4096 else 3 * TIMED)):
+    is_small = case.shape in _SMALL or case.rows * case.length <= 1024
+    for _ in range(WARM_UP + (TIMED_SMALL if is_small else TIMED)):
         if case.packed:
             drawn = draw.integers(case.length // 8, case.length // 2, 4 * case.rows)
             steps.append(drawn[np.cumsum(drawn) < 0.85 * case.rows * case.length].tolist())
@@ -196,8 +223,10 @@ def measure_one(case: Case) -> dict[str, Any]:
     import torch
     import transformers
 
+    from tunefork.plan.host import operation_seconds
     from tunefork.plan.short_run import short_run
 
+    host_s = operation_seconds(torch.device("cuda", 0))
     measured = short_run(
         config(case.shape),
         build_of(case),
@@ -211,6 +240,7 @@ def measure_one(case: Case) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(),
         **asdict(measured),
         "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "host_operation_s": host_s,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
 
@@ -284,17 +314,23 @@ def fit(raw: Path) -> None:
     """Fit on the cases that are not held out, judge on those that are, write both files."""
     from benchmarks.fitting import fit_memory, fit_time, write_fit
     from benchmarks.results import write
-    from tunefork.plan.fits import fit_for
+    from tunefork.plan.fits import fit_for, installed, minor
 
-    measured, (start, _) = [run.traced() for run in runs(raw)], fit_for("h200")
+    if HELD_OUT_FILE.read_text(encoding="utf-8").split() != _held_out():
+        raise SystemExit(f"{HELD_OUT_FILE.name} is not the list that the names' hash chooses")
+    measured = [run.traced() for run in runs(raw)]
+    lines = [json.loads(line) for line in raw.read_text(encoding="utf-8").splitlines()]
+    software = replace(installed("cuda"), torch=minor(lines[0]["versions"]["torch"]))
+    start = fit_for("h200", software).fit
     found = start.model_copy(
         update={
+            **asdict(software),
             "date": date.fromtimestamp(raw.stat().st_mtime).isoformat(),
             "runs": sum(not run.is_held_out for run in measured),
             "memory": fit_memory(measured, start.memory),
         }
     )
-    found = found.model_copy(update={"time": fit_time(measured, start.time)})
+    found = found.model_copy(update={"time": fit_time(measured, start.time, FIRST_GRID)})
     rows = [_judged(run.with_fit(found)) for run in measured]
     held = [row for row in rows if row["held_out"]]
     worst_held, worst = _worst(held), _worst(rows)
@@ -306,9 +342,16 @@ def fit(raw: Path) -> None:
         }
     )
     write_fit(found)
-    lines = [json.loads(line) for line in raw.read_text(encoding="utf-8").splitlines()]
     first, by_case = lines[0], {line["case"]: line for line in lines}
-    kept = ("step_s_spread", "context_bytes", "reserved_bytes", "losses", "error")
+    kept = (
+        "step_s_spread",
+        "steps_s",
+        "host_operation_s",
+        "context_bytes",
+        "reserved_bytes",
+        "losses",
+        "error",
+    )
     raws = [{k: line[k] for k in ("case", *kept) if k in line} for line in lines]
     judged = {row["case"]: row for row in rows}
     file = write(
@@ -345,8 +388,8 @@ def _judged(run: Any) -> dict[str, Any]:
 
 
 def _up(error: float) -> float:
-    """Rounded up to whole per cents, at least one."""
-    return max(1, math.ceil(100 * error)) / 100
+    """Rounded up to tenths of a per cent, at least one per cent."""
+    return max(10, math.ceil(1000 * error)) / 1000
 
 
 def main() -> None:
@@ -357,6 +400,7 @@ def main() -> None:
     measuring.add_argument("--out", type=Path, required=True)
     measuring.add_argument("--seconds", type=float, default=570.0)
     measuring.add_argument("--cases", nargs="*", default=CASES)
+    verbs.add_parser("hold-out")
     verbs.add_parser("one").add_argument("names", nargs="+")
     verbs.add_parser("fit").add_argument("raw", type=Path)
     options = parser.parse_args()
@@ -367,11 +411,18 @@ def main() -> None:
             except Exception as error:  # one case that fails leaves the others' results standing
                 row = {"case": name, "error": f"{type(error).__name__}: {error}"[:300]}
             print(json.dumps(row), flush=True)
+    elif options.verb == "hold-out":
+        HELD_OUT_FILE.write_text("\n".join(_held_out()) + "\n", encoding="utf-8")
     elif options.verb == "measure":
         done = set(_done(options.out))
         measure(options.out, [name for name in options.cases if name not in done], options.seconds)
     else:
         fit(options.raw)
+
+
+def _held_out() -> list[str]:
+    """Names of the cases that no fit sees."""
+    return [name for name in CASES if read_case(name).held_out]
 
 
 def _done(raw: Path) -> Iterator[str]:

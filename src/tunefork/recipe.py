@@ -281,10 +281,11 @@ class TrainSection(Section):
     between them, so this changes speed but not the gradient."""
 
     learning_rate: PositiveFloat | None = None
-    """Peak learning rate. Default: 2e-4 for LoRA and QLoRA, 2e-5 for full: the best LoRA rate is
-    about ten times full's (9.8 over 14 models, LoRA Without Regret). `compare` says that it
-    leaves this out: one rate shared by LoRA and full would favour one of them, so each method's
-    is searched among `compare.learning_rates`."""
+    """Peak learning rate. Default: the middle of the method's `compare.learning_rates` where the
+    recipe gives those, else 2e-4 for LoRA and QLoRA, 2e-5 for full: the best LoRA rate is about ten
+    times full's (9.8 over 14 models, LoRA Without Regret). `compare` refuses it: one rate shared by
+    LoRA and full would favour one of them, so each method's is searched among
+    `compare.learning_rates`."""
 
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls from its peak to zero after warm-up."""
@@ -452,4 +453,7 @@ class Recipe(Section):
         """Peak learning rate for `method` where no search chose one."""
         if self.train.learning_rate is not None:
             return self.train.learning_rate
+        rates = self.compare.learning_rates[method]
+        if rates and rates != _LEARNING_RATES[method]:
+            return rates[len(rates) // 2]
         return 2e-5 if method is Method.FULL else 2e-4

@@ -45,6 +45,7 @@ class FakePlanner:
         *,
         rank: int,
         full: FullSection,
+        has_details: bool = True,
     ) -> Plan:
         delta = self.lora_params(rank)
         peaks = {

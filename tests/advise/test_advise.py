@@ -212,8 +212,39 @@ def test_a_recipe_file_gives_model_and_data(tmp_path: Path) -> None:
 def test_the_recipe_compares_what_fits_at_the_machines_price() -> None:
     advice = advised(model_params=8e9, task="chat", examples=9000, gpus=["l40s"])
     assert advice.recipe is not None
-    assert advice.recipe["compare"] == {"methods": ["lora", "qlora"], "usd_per_hour": 0.79}
+    grid = [6.7e-5, 2e-4, 6e-4]
+    assert advice.recipe["compare"] == {
+        "methods": ["lora", "qlora"],
+        "usd_per_hour": 0.79,
+        "learning_rates": {"lora": grid, "qlora": grid},
+    }
     assert advice.text == "LoRA, rank 16, on 1 x l40s."
+
+
+@pytest.mark.parametrize(
+    ("params", "examples"), [(8e9, 9000), (8e9, 100), (70e9, 9000)], ids=["usual", "short", "large"]
+)
+def test_train_takes_the_advised_rate_and_compare_searches_round_it(
+    params: float, examples: int
+) -> None:
+    advice = advised(model_params=params, task="chat", examples=examples)
+    assert advice.recipe is not None and "learning_rate" not in advice.recipe["train"]
+    recipe = parse(advice.recipe)
+    assert recipe.learning_rate(recipe.method) == pytest.approx(advice.learning_rate)
+
+
+def test_a_recipes_own_grids_stay(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "model: owner/Some-3B\ndata: {train: rows.jsonl}\ntrain: {learning_rate: 1.0e-3}\n"
+        "compare: {search_trials: 4, learning_rates: {lora: [1.0e-4, 2.0e-4, 4.0e-4, 8.0e-4], "
+        "qlora: [1.0e-4, 2.0e-4, 3.0e-4, 4.0e-4], full: [1.0e-6, 2.0e-6, 3.0e-6, 4.0e-6]}}\n"
+    )
+    advice = advised(model=str(file), task="chat", examples=3000)
+    assert advice.recipe is not None
+    recipe = parse(advice.recipe)
+    assert recipe.compare.learning_rates[Method.LORA] == (1e-4, 2e-4, 4e-4, 8e-4)
+    assert recipe.train.learning_rate is None
 
 
 def test_several_gpus_are_not_promised() -> None:

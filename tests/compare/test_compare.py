@@ -16,7 +16,14 @@ from tunefork.compare import trial, worker
 from tunefork.compare.compare import COMPARISON, check, compare
 from tunefork.compare.trial import train_run
 from tunefork.compare.worker import Failure
-from tunefork.errors import BadInputError, DataError, IdentityError, RunFolderError, TuneforkError
+from tunefork.errors import (
+    BadInputError,
+    DataError,
+    IdentityError,
+    RecipeError,
+    RunFolderError,
+    TuneforkError,
+)
 from tunefork.recipe import Recipe
 from tunefork.registry.run import read_record, write_record
 
@@ -140,11 +147,11 @@ def test_a_split_that_cannot_be_searched_on_is_found_first(make_recipe: Make) ->
     check(make_recipe(compare=searched | {"search_trials": 1}), lambda _: None)
 
 
-def test_the_rate_of_train_is_left_out_and_that_is_said(make_recipe: Make) -> None:
-    said: list[str] = []
-    check(make_recipe(train={"learning_rate": 3e-4}), said.append)
-    (line,) = said
-    assert line.startswith("warning: train.learning_rate: 0.0003 is for tunefork train")
+def test_one_rate_for_every_method_is_refused(make_recipe: Make) -> None:
+    with pytest.raises(
+        RecipeError, match=r"train\.learning_rate: 0\.0003 .*compare\.learning_rates"
+    ):
+        check(make_recipe(train={"learning_rate": 3e-4}), lambda _: None)
 
 
 # Whose folder it is

@@ -52,6 +52,36 @@ def test_full_8_bit_70b_fits_eight_80_gb_gpus_with_a_margin() -> None:
     assert any("shards" in note for note in plan.notes)
 
 
+def test_full_bf16_70b_with_fp32_moments_needs_more_than_eight_80_gb_gpus() -> None:
+    plan = _plan(70.55e9, ["h100"] * 8, method=Method.FULL, weights="bf16")
+    full = _of(plan, Method.FULL)
+    states = full.phases["optimizer"].parts
+    a_gpu = states["weights"] + states["gradients"] + states["optimizer"]
+    assert 8 * a_gpu / GB == pytest.approx(847, rel=0.01)  # 12 bytes a parameter
+    assert not full.may_fit
+    assert full.next_option is not None and "full.optimizer: adamw_8bit" in full.next_option
+
+
+def test_without_details_the_figures_are_the_same_and_nothing_else_is_looked_for() -> None:
+    work = Work(1000, 512_000, 512_000, 1.0, 512, 8)
+    plans = [
+        plan_numbers(
+            model=0.1345e9,
+            work=work,
+            lora=LoraSection(),
+            full=FullSection(),
+            methods=(Method.LORA,),
+            machine=load_catalogue().machine(["l4"]),
+            has_details=has_details,
+        )
+        for has_details in (True, False)
+    ]
+    whole, short = (_of(plan, Method.LORA) for plan in plans)
+    assert whole.largest_length is not None and short.largest_length is None
+    limits = ("largest_length", "largest_micro_batch_tokens")
+    assert short == whole.model_copy(update=dict.fromkeys(limits))
+
+
 def test_qlora_70b_fits_48_gb_at_a_short_sequence_and_not_24() -> None:
     qlora = _of(_plan(70.55e9, ["l40s"], length=512, method=Method.QLORA), Method.QLORA)
     assert qlora.phases["load"].parts["weights"] / GB == pytest.approx(40.3, 0.01)

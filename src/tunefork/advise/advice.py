@@ -110,8 +110,9 @@ class Advice(_Part):
     """How to serve the result."""
     confidence: Confidence
     """`high`: you measured it, or the other answers contradict what was said (memory, tenants,
-    what is shipped). `medium`: rules of thumb agree, unmeasured on your data. `low`: they
-    disagree, or what they rest on was not said."""
+    what is shipped). `medium`: rules of thumb agree, unmeasured on your data, or it goes beyond
+    the budget or deadline. `low`: they disagree, what they rest on was not said, or it cannot be
+    carried out (`confidence_text` has its cost or time)."""
     confidence_text: str
     """Why so."""
     reasons: list[Reason]

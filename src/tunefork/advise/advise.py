@@ -6,7 +6,7 @@ Votes choose a branch, forms a method of it, starts explain the knobs; the rest 
 from collections.abc import Iterable, Sequence
 from datetime import date
 
-from tunefork.advise.advice import Advice, Missing, Reason
+from tunefork.advise.advice import Advice, Missing, Reason, Where
 from tunefork.advise.cautions import cautions
 from tunefork.advise.confidence import confidence
 from tunefork.advise.facts import Facts
@@ -58,7 +58,7 @@ def advise(resolved: Resolved, today: date | None = None) -> Advice:
     votes = [vote for vote in applying if vote.branch == branch]
     form = next(form for form in FORMS if form.branch == branch and form.applies(facts))
     method = TRAINS[form.method]
-    level, level_text = confidence(facts, weights, branch, votes)
+    level, level_text = confidence(facts, weights, branch, votes, method)
     reasons = list(_reasons(facts, branch, votes, form))
     headline = fill(HEADLINES[form.method], facts)
     place = nowhere() if method is None else where(facts, form.method, method, _day(today))
@@ -69,7 +69,7 @@ def advise(resolved: Resolved, today: date | None = None) -> Advice:
     is_low_rank = branch == ADAPTER
     return Advice(
         method=form.method,
-        text=f"{headline}." if place.own is None else f"{headline}, on {place.own.machine}.",
+        text=_text(headline, place),
         rank=facts.rank if is_low_rank else None,
         alpha=ALPHA if is_low_rank else None,
         targets=TARGETS if is_low_rank else None,
@@ -91,6 +91,16 @@ def advise(resolved: Resolved, today: date | None = None) -> Advice:
         measured=_measured(resolved),
         assumptions=resolved.assumptions,
     )
+
+
+def _text(headline: str, place: Where) -> str:
+    """The answer with the place that is recommended for it."""
+    if place.recommended == "managed":
+        service = next(offer for offer in place.managed if offer.is_usable)
+        return f"{headline}, by a managed service: {service.name}."
+    if place.recommended == "own" and place.own is not None:
+        return f"{headline}, on {place.own.machine}."
+    return f"{headline}."
 
 
 def _day(today: date | None) -> date:

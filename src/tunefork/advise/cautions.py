@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+from tunefork.advise.estimate import PATIENCE_S
 from tunefork.advise.facts import Facts
 from tunefork.advise.figures import fill
 from tunefork.recipe import Method
@@ -15,6 +16,12 @@ def _over_budget(facts: Facts, method: Method) -> bool:
 
 def _too_slow(facts: Facts, method: Method) -> bool:
     return facts.is_too_slow(method) and facts.best(method) is not None
+
+
+def _long(facts: Facts, method: Method) -> bool:
+    has_deadline = facts.situation.deadline_hours is not None
+    placed = facts.best(method)
+    return not has_deadline and placed is not None and facts.seconds(method) > PATIENCE_S
 
 
 def _fits_nowhere(facts: Facts, method: Method) -> bool:
@@ -49,6 +56,11 @@ CAUTIONS: tuple[tuple[Check, str], ...] = (
         "It takes about {%_time} on {%_where}, longer than {deadline}: take a smaller model, fewer "
         "tokens, or a faster machine (of up to eight GPUs, {%_cheapest} is the cheapest in time, "
         "or the fastest).",
+    ),
+    (
+        _long,
+        "It takes about {%_time} on {%_where}, and no deadline was said: take a smaller model, "
+        "fewer tokens, or say deadline_hours, and faster machines are looked for.",
     ),
     (
         _fits_nowhere,

@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 
 from tunefork.advise.advice import Confidence
 from tunefork.advise.facts import Facts
+from tunefork.advise.figures import fill
 from tunefork.advise.rules import Branch, Vote
 from tunefork.compare.evidence import LEVEL
+from tunefork.recipe import Method
 
 DECISIVE = 8
 """A vote from this weight on is more than a preference (rules.py)."""
@@ -13,10 +15,62 @@ CLEAR, FAIR = 4, 2
 """How far ahead of the next branch the winning one must be."""
 
 
+LONG_S = 90 * 86_400.0
+"""A training of a quarter of a year and more is no plan that anybody carries out."""
+DEAR_USD = 1_000_000.0
+"""Likewise from here on, where no budget was given: 20 times what a full experiment is said to cost
+at most (mission.md's rule 7)."""
+FAR = 10.0
+"""Times the budget or the deadline, from which on it is not even near."""
+
+
 def confidence(
+    facts: Facts,
+    weights: Mapping[Branch, int],
+    winner: Branch,
+    votes: Sequence[Vote],
+    method: Method | None,
+) -> tuple[Confidence, str]:
+    """The level and why; `votes` are those that apply and speak for `winner`.
+
+    An answer that cannot be carried out as asked (`method`'s cost, time or memory) is less sure
+    than the rules behind it.
+    """
+    level, text = _of_rules(facts, weights, winner, votes)
+    if method is None:
+        return level, text
+    most, obstacle = _obstacle(facts, method)
+    if not obstacle:
+        return level, text
+    return min(level, most, key=_LEVELS.index), f"{text} But {obstacle}."
+
+
+_LEVELS: tuple[Confidence, ...] = ("low", "medium", "high")
+
+
+def _obstacle(facts: Facts, method: Method) -> tuple[Confidence, str]:
+    """The highest level that cost, time and memory leave, and what stands in the way."""
+    if facts.best(method) is None:
+        return "low", "it fits no machine of up to eight GPUs"
+    seconds, usd = facts.seconds(method), facts.cost_usd(method)
+    hours, budget = facts.situation.deadline_hours, facts.situation.budget_usd
+    price = usd if facts.is_paid(method) else 0.0
+    late = 0.0 if hours is None else seconds / (hours * 3600)
+    if price > FAR * (budget if budget is not None else DEAR_USD / FAR):
+        return "low", fill(f"it would cost about {{{method}_cost}}", facts)
+    if seconds > LONG_S or late > FAR:
+        return "low", fill(f"it would take about {{{method}_time}}", facts)
+    if facts.is_over_budget(method):
+        return "medium", fill(f"it costs about {{{method}_cost}}, more than the budget", facts)
+    if facts.is_too_slow(method):
+        return "medium", fill(f"it takes about {{{method}_time}}, longer than the deadline", facts)
+    return "high", ""
+
+
+def _of_rules(
     facts: Facts, weights: Mapping[Branch, int], winner: Branch, votes: Sequence[Vote]
 ) -> tuple[Confidence, str]:
-    """The level and why; `votes` are those that apply and speak for `winner`."""
+    """The level that the rules and the situation give."""
     ahead = weights[winner] - max(w for branch, w in weights.items() if branch != winner)
     heaviest = max((vote.weight for vote in votes), default=0)
     lacking = _lacking(facts)

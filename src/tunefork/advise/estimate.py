@@ -159,7 +159,14 @@ class Estimates:
     def _form(self, machine: Machine, method: Method, full: FullSection) -> Placed:
         key = (machine, method, full)
         if key not in self._made:
-            plan = self.planner.plan(machine, self.amount, (method,), rank=self.rank, full=full)
+            plan = self.planner.plan(
+                machine,
+                self.amount,
+                (method,),
+                rank=self.rank,
+                full=full,
+                has_details=machine == self.at_hand,
+            )
             self._made[key] = plan.methods[method.value]
         return Placed(machine, method, self._made[key], self.amount)
 

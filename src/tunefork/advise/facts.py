@@ -83,9 +83,9 @@ class Facts:
         return budget is not None and self.is_paid(method) and self.cost_usd(method) > budget
 
     def is_paid(self, method: Method) -> bool:
-        """Whether the GPUs must be rented: those at hand cost nothing where the budget is 0."""
-        is_own = self.situation.gpus is not None and self.fits_here(method)
-        return not (is_own and self.situation.budget_usd == 0)
+        """Whether the GPUs must be rented: those at hand take nothing from the budget."""
+        placed = self.best(method)
+        return placed is None or placed.machine != self.estimates.at_hand
 
     def is_too_slow(self, method: Method) -> bool:
         """Whether `method` takes longer than there is time."""

@@ -56,7 +56,9 @@ for 8B; it is listed with the reason why not.
 **Confidence.** `high`: you measured it (and the comparison is at least 95 % sure), or a row that
 decides alone is at least 4 ahead. `medium`: the rules of thumb agree, nothing is measured on your
 data, or one of model size, task and amount of data was not said. `low`: two of those were not
-said, or the best branch is less than 2 ahead.
+said, or the best branch is less than 2 ahead. What stands in the way lowers it: to `medium` where
+the plan is over the budget or the deadline, to `low` where it is ten times over, would take 90 days
+or, without a budget, a million dollars, or fits no machine.
 
 **Where.** Beside each other: the GPUs at hand, the cheapest machine of one to eight GPUs of a kind
 that fits and meets the deadline (two weeks where none is given), and managed services at tokens x

@@ -7,7 +7,7 @@ from tunefork.advise.advice import Managed, Own, Where
 from tunefork.advise.estimate import Placed, gpu_ids, machine_text
 from tunefork.advise.facts import Facts
 from tunefork.advise.rules import Answer
-from tunefork.compare.units import usd_text
+from tunefork.compare.units import seconds_text, usd_text
 from tunefork.plan.catalogue import Offer
 from tunefork.recipe import Method
 
@@ -57,12 +57,16 @@ def _own(facts: Facts, placed: Placed) -> Own:
     elif not placed.fits:
         may = "may not fit" if placed.figures.may_fit else "does not fit"
         note = f"{may}: {placed.figures.next_option or 'take a larger GPU'}; {note}"
+    seconds = placed.figures.total_s * facts.tenants
+    deadline = facts.situation.deadline_hours
+    if deadline is not None and seconds > deadline * 3600:
+        note = f"{seconds_text(seconds)}, longer than the deadline of {deadline:g} h; {note}"
     return Own(
         machine=machine_text(placed.machine),
         gpus=list(gpu_ids(placed.machine)),
         fits=placed.fits,
         is_at_hand=placed.machine == facts.estimates.at_hand,
-        seconds=placed.figures.total_s * facts.tenants,
+        seconds=seconds,
         cost_usd=placed.cost_usd * facts.tenants,
         note=note,
     )

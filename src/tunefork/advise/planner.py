@@ -36,8 +36,9 @@ class Planner(Protocol):
         *,
         rank: int,
         full: FullSection,
+        has_details: bool = True,
     ) -> Plan:
-        """`methods` on `machine`."""
+        """`methods` on `machine`; details are limits and the next option."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ class TracedPlanner:
         *,
         rank: int,
         full: FullSection,
+        has_details: bool = True,
     ) -> Plan:
-        """`methods` on `machine`."""
+        """`methods` on `machine`; details are limits and the next option."""
         from tunefork.plan.plan import Work, plan_numbers
 
         work = Work(
@@ -93,4 +95,5 @@ class TracedPlanner:
             methods=methods,
             machine=machine,
             activation_checkpointing=True,
+            has_details=has_details,
         )

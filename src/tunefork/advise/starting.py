@@ -7,13 +7,14 @@ import yaml
 from tunefork.advise.advice import Reason
 from tunefork.advise.facts import Facts
 from tunefork.advise.rules import Answer
-from tunefork.recipe import Method, Recipe, TrainSection
+from tunefork.recipe import CompareSection, Method, Recipe, TrainSection
 from tunefork.recipe_file import parse
 
 ALPHA = 32.0
 TARGETS = "all-linear"
 CHECKPOINT_FROM = 1e9
 """Parameters from which activations are recomputed: memory is what is short."""
+GRID_STEP = 3.0
 MICRO_BATCH = TrainSection().micro_batch_tokens
 DATA_FILES: dict[Answer, str] = {
     "continued_pretraining": "documents.jsonl",
@@ -30,7 +31,7 @@ def recipe_fields(
     Only what differs from a recipe's defaults is in it. Raises RecipeError where it is none,
     which would be a fault of ours or of `given`.
     """
-    rate, amount = facts.learning_rate(method), facts.amount
+    amount = facts.amount
     base = {} if given is None else given.model_dump(mode="json", exclude_defaults=True)
     data: dict[str, Any] = {
         "train": DATA_FILES.get(answer, "train.jsonl"),
@@ -40,11 +41,11 @@ def recipe_fields(
         data.setdefault("format", "text")
     if "max_length" not in base.get("data", {}) and given is not None:
         data["max_length"] = given.data.max_length
-    train: dict[str, Any] = base.get("train", {}) | {
+    given_train = {k: v for k, v in base.get("train", {}).items() if k != "learning_rate"}
+    train: dict[str, Any] = given_train | {
         "epochs": amount.epochs,
         "batch_size": amount.batch_size,
         "micro_batch_tokens": _micro_batch_tokens(facts, method, data["max_length"]),
-        "learning_rate": rate,
         "activation_checkpointing": facts.params >= CHECKPOINT_FROM,
     }
     fields: dict[str, Any] = base | {
@@ -54,7 +55,7 @@ def recipe_fields(
         "lora": base.get("lora", {}) | {"rank": facts.rank, "alpha": ALPHA, "targets": TARGETS},
         "full": facts.estimates.full.model_dump(mode="json"),
         "train": train,
-        "compare": base.get("compare", {}) | _compared(facts, method),
+        "compare": _compared(facts, method, base.get("compare", {})),
     }
     parse(fields, where="advised recipe")
     return fields
@@ -73,14 +74,32 @@ def _micro_batch_tokens(facts: Facts, method: Method, max_length: int) -> int:
     return max(max_length, MICRO_BATCH if most is None else min(MICRO_BATCH, most))
 
 
-def _compared(facts: Facts, method: Method) -> dict[str, Any]:
-    """What `tunefork compare` tries: every method that fits where the advised one is trained."""
+def _compared(facts: Facts, method: Method, given: dict[str, Any]) -> dict[str, Any]:
+    """What `tunefork compare` tries: every method that fits where the advised one is trained.
+
+    A grid's middle is the rate to start from, and what `tunefork train` takes. Grids of `given`
+    stay.
+    """
     placed = facts.best(method) or facts.estimates.here(method)
-    if placed is None:
-        return {}
-    machine, estimates = placed.machine, facts.estimates
-    fitting = [m.value for m in Method if m is method or estimates.on(machine, m).fits]
-    return {"methods": fitting, "usd_per_hour": round(machine.gpu.usd_per_hour * machine.count, 4)}
+    methods, price = [method], {}
+    if placed is not None:
+        machine, estimates = placed.machine, facts.estimates
+        methods = [m for m in Method if m is method or estimates.on(machine, m).fits]
+        price = {"usd_per_hour": round(machine.gpu.usd_per_hour * machine.count, 4)}
+    trials = given.get("search_trials", CompareSection().search_trials)
+    grids = {m.value: _grid(facts.learning_rate(m), trials) for m in methods}
+    return {
+        **given,
+        "methods": [m.value for m in methods],
+        **price,
+        "learning_rates": grids | given.get("learning_rates", {}),
+    }
+
+
+def _grid(middle: float, trials: int) -> list[float]:
+    """Rates a factor of three apart, as many as are searched and an odd number, round `middle`."""
+    half = trials // 2
+    return [float(f"{middle * GRID_STEP**at:.2g}") for at in range(-half, half + 1)]
 
 
 def recipe_yaml(fields: dict[str, Any], headline: str, reasons: list[Reason]) -> str:

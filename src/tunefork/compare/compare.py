@@ -70,6 +70,12 @@ def check(recipe: Recipe, say: Callable[[str], None] = print, *, ignore_plan: bo
 
     `say` gets a line a warning. A method that cannot fit in memory is refused unless `ignore_plan`.
     """
+    if recipe.train.learning_rate is not None:
+        raise RecipeError(
+            f"train.learning_rate: {recipe.train.learning_rate:g} is one rate for every method, "
+            "which would favour one of them; leave it out and give each method its grid in "
+            "compare.learning_rates (tunefork train takes the middle rate of a method's grid)"
+        )
     data = check_recipe(recipe, recipe.compare.methods, say, ignore_plan=ignore_plan)
     metrics = check_metrics(recipe, data)
     primary = primary_metric(recipe, data.labels is not None)
@@ -80,11 +86,6 @@ def check(recipe: Recipe, say: Callable[[str], None] = print, *, ignore_plan: bo
         )
     if recipe.compare.search_trials > 1:
         validation_split(data.train, recipe.compare.validation_share, recipe.train.seed)
-    if recipe.train.learning_rate is not None:
-        say(
-            f"warning: train.learning_rate: {recipe.train.learning_rate:g} is for tunefork train "
-            "and left out here; a comparison has compare.learning_rates for each method"
-        )
     return data
 
 

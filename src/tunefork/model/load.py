@@ -19,6 +19,7 @@ from tunefork.errors import ModelError, nearest
 from tunefork.model import attention
 from tunefork.model.damage import check_filled, unreadable
 from tunefork.model.gguf import converted
+from tunefork.model.hub import can_ask_hub
 from tunefork.model.packaged import PACKAGED, locate
 from tunefork.recipe import ModelSection
 
@@ -177,7 +178,11 @@ def _from_pretrained(loader: Any, section: ModelSection, source: Source, **optio
         unreadable(f"model.id: {section.id} cannot be loaded{guess}", hint),
     ):
         return loader.from_pretrained(
-            source.location, revision=source.revision or "main", trust_remote_code=False, **options
+            source.location,
+            revision=source.revision or "main",
+            trust_remote_code=False,
+            local_files_only=not is_folder and not can_ask_hub(),
+            **options,
         )
 
 

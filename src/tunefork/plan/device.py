@@ -10,7 +10,7 @@ import torch
 
 from tunefork.model.device import describe, pick_device, pick_dtype
 from tunefork.plan.catalogue import Catalogue, Machine
-from tunefork.plan.fits import UNMEASURED_MEMORY, UNMEASURED_TIME, Fit, fit_for
+from tunefork.plan.fits import UNMEASURED_MEMORY, UNMEASURED_TIME, Fit, Match, fit_for, installed
 from tunefork.plan.measured import correction, recall
 from tunefork.plan.time import Rates
 
@@ -49,10 +49,11 @@ class Target:
 def target_of(machine: Machine) -> Target:
     """GPUs of the catalogue."""
     gpu = machine.gpu
-    fit, is_own = fit_for(gpu.id)
+    found = fit_for(gpu.id, installed("cuda"))
+    fit = found.fit
     basis = (
         f"fitted to {fit.runs} runs measured on this GPU with torch {fit.torch}"
-        if is_own
+        if found.is_own
         else f"efficiencies are those of {fit.name}; no run was measured on this GPU, so intervals "
         "are wider"
     )
@@ -65,9 +66,9 @@ def target_of(machine: Machine) -> Target:
         link_bandwidth=gpu.link_bandwidth,
         usd_per_hour=gpu.usd_per_hour * machine.count,
         fit=fit,
-        trust=_trust(fit, is_own),
+        trust=_trust(fit, found.is_own),
         note=f"rates: {gpu.source} ({gpu.date}); price: {gpu.price_source} ({gpu.price_date}), "
-        f"approximate; {basis}",
+        f"approximate; {basis}{_software(found)}",
     )
     return _corrected(target, lambda name: _is(gpu.name, name))
 
@@ -90,7 +91,8 @@ def here(
 
 
 def _cpu() -> Target:
-    fit, _ = fit_for("cpu")
+    found = fit_for("cpu", installed("cpu"))
+    fit = found.fit
     assert fit.flops is not None and fit.bandwidth is not None
     cores = torch.get_num_threads()
     return Target(
@@ -104,8 +106,15 @@ def _cpu() -> Target:
         fit=fit,
         trust=_trust(fit, is_own=False),
         note=f"fitted to {fit.runs} runs on {fit.name}, scaled to {cores} cores; `tunefork plan "
-        "--calibrate` measures this machine",
+        f"--calibrate` measures this machine{_software(found)}",
     )
+
+
+def _software(found: Match) -> str:
+    """What the plan says where its fit was measured with other software."""
+    if not found.differs:
+        return ""
+    return f"; the fit was measured with other software ({'; '.join(found.differs)})"
 
 
 _FITTED_CORES = 2

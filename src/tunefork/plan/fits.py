@@ -1,19 +1,28 @@
-"""What tracing does not show, fitted to measured runs: fits.yaml, one entry a device.
+"""What tracing does not show, fitted to measured runs: fits.yaml, one entry a device and software.
 
 Memory: the libraries' workspaces beside the traced tensors (a constant), the CUDA context, and what
 the allocator holds without using it. Time: how far each kind of operation stays behind the data
 sheet's rates, and what starting an operation costs the host. Each has a relative error, the largest
 that any run showed, held out from the fit or not, from which intervals are made.
 
-benchmarks/planner_h200.py writes the H200's entry, benchmarks/planner_cpu.py the CPU's. A GPU that
-has no entry takes the H200's fractions of its own data sheet's rates, with wider intervals.
+An entry's key is the device, the version of torch, the attention kernel and the quantiser, for a
+residual is theirs together. `fit_for` takes the entry of the same device that has most of the rest,
+torch first; what differs is said in the plan. A GPU that has no entry takes the H200's fractions of
+its own data sheet's rates, with wider intervals.
+
+benchmarks/planner_h200.py writes the H200's entry, benchmarks/planner_cpu.py the CPU's.
 """
 
+from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict
+
+from tunefork.model import attention
 
 UNMEASURED_MEMORY = 1.5
 UNMEASURED_TIME = 3.0
@@ -85,7 +94,11 @@ class Fit(_Model):
     name: str
     """As PyTorch or the system names it."""
     torch: str
-    """Version that it was measured with."""
+    """Version that it was measured with, as `2.11`."""
+    attention: str
+    """Kernel: `sdpa` is PyTorch's choice (on a GPU FlashAttention 2 without a mask)."""
+    quantizer: str
+    """Of a frozen base in 4 bits, with its version."""
     date: str
     runs: int
     """Measured runs behind it; those held out not counted."""
@@ -97,14 +110,74 @@ class Fit(_Model):
     time: TimeFit
 
 
+@dataclass(frozen=True, slots=True)
+class Software:
+    """What a fit belongs to beside its device, the weightiest first."""
+
+    torch: str
+    attention: str
+    quantizer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The fit that was found for a device and software."""
+
+    fit: Fit
+    is_own: bool
+    """Measured on that device."""
+    differs: tuple[str, ...]
+    """What of the software is another than the fit's, in words; empty for an exact match."""
+
+
+def installed(kind: str) -> Software:
+    """The software that a run on a device of `kind` ("cuda" or "cpu") would have here."""
+    return Software(
+        torch=minor(torch.__version__),
+        attention="sdpa" if kind == "cuda" else attention.NAME,
+        quantizer=_quantizer(),
+    )
+
+
+def _quantizer() -> str:
+    try:
+        return f"bitsandbytes {minor(version('bitsandbytes'))}"
+    except PackageNotFoundError:
+        return "none"
+
+
+def minor(version: str) -> str:
+    """`2.11` of `2.11.0+cu130`."""
+    return ".".join(version.split(".")[:2])
+
+
 @cache
-def load_fits() -> dict[str, Fit]:
-    """The packaged fits by device."""
+def load_fits() -> tuple[Fit, ...]:
+    """The packaged fits."""
     text = files("tunefork.plan").joinpath("fits.yaml").read_text(encoding="utf-8")
-    return {row["device"]: Fit.model_validate(row) for row in yaml.safe_load(text)}
+    return tuple(Fit.model_validate(row) for row in yaml.safe_load(text))
 
 
-def fit_for(device: str) -> tuple[Fit, bool]:
-    """The fit for a catalogue id or "cpu", and whether it was measured on that device."""
-    fits = load_fits()
-    return (fits[device], True) if device in fits else (fits["h200"], False)
+def fit_for(device: str, software: Software, fits: tuple[Fit, ...] | None = None) -> Match:
+    """The nearest fit for a catalogue id or "cpu": the same device, then torch, attention,
+    quantiser, then the newest; where the device has none, the H200's likewise."""
+    known = load_fits() if fits is None else fits
+    own = [fit for fit in known if fit.device == device]
+    wanted = (software.torch, software.attention, software.quantizer)
+
+    def rank(fit: Fit) -> tuple[bool, bool, bool, str]:
+        has = (fit.torch, fit.attention, fit.quantizer)
+        torch_is, attention_is, quantizer_is = (a == b for a, b in zip(has, wanted, strict=True))
+        return torch_is, attention_is, quantizer_is, fit.date
+
+    fit = max(own or [fit for fit in known if fit.device == _FALLBACK], key=rank)
+    pairs = (
+        (f"torch {fit.torch}", f"torch {software.torch}"),
+        (f"attention {fit.attention}", f"attention {software.attention}"),
+        (fit.quantizer, software.quantizer),
+    )
+    differs = tuple(f"{theirs} there, {ours} here" for theirs, ours in pairs if theirs != ours)
+    return Match(fit, bool(own), differs)
+
+
+_FALLBACK = "h200"

@@ -53,16 +53,21 @@ class Case:
         return self.memory(shape).process.high <= self.target.memory_bytes
 
 
-def plan_method(case: Case, batches: Batches) -> MethodPlan:
-    """Everything but `next_option`, which needs other cases."""
+def plan_method(case: Case, batches: Batches, *, has_limits: bool = True) -> MethodPlan:
+    """Everything but `next_option`, which needs other cases.
+
+    Without `has_limits` the largest batch and sequence are looked for only where it does not fit.
+    """
     step, target = case.step(batches.largest, evaluates=True), case.target
     memory, seconds = case.memory(batches.largest), step_seconds(case, batches)
     error = target.trust.time
     total_s = seconds * batches.num_steps
     tokens = batches.mean.rows * batches.mean.length * batches.passes_per_step
     usd = None if target.usd_per_hour is None else target.usd_per_hour * total_s / 3600
+    fits = memory.process.high <= target.memory_bytes
+    is_limited = has_limits or not fits
     return MethodPlan(
-        fits=memory.process.high <= target.memory_bytes,
+        fits=fits,
         may_fit=memory.process.low <= target.memory_bytes,
         margin_bytes=round(target.memory_bytes - memory.process.high),
         total_params=case.total_params,
@@ -76,8 +81,10 @@ def plan_method(case: Case, batches: Batches) -> MethodPlan:
         total_s=total_s,
         cost_usd=usd,
         artifact_bytes=artifact_bytes(case, step),
-        largest_micro_batch_tokens=largest_rows_tokens(case, batches.largest),
-        largest_length=largest_length(case, batches.largest),
+        largest_micro_batch_tokens=(
+            largest_rows_tokens(case, batches.largest) if is_limited else None
+        ),
+        largest_length=largest_length(case, batches.largest) if is_limited else None,
         next_option=None,
     )
 

@@ -40,10 +40,13 @@ def plan_numbers(
     activation_checkpointing: bool = True,
     micro_batch_tokens: int | None = None,
     catalogue: Catalogue | None = None,
+    has_details: bool = True,
 ) -> Plan:
     """Plan from a model, or its number of parameters, and how much is to be trained.
 
     `micro_batch_tokens` is `train.micro_batch_tokens`, by default what a recipe would have.
+    Without `has_details` the next option is left out, and where a method fits the largest batch
+    and sequence too: of many machines only one is then looked at closely.
 
     Raises ModelError where the model's configuration cannot be read.
     """
@@ -57,6 +60,7 @@ def plan_numbers(
         methods=methods,
         target=target_of(machine),
         catalogue=catalogue,
+        has_details=has_details,
     )
 
 
@@ -149,6 +153,7 @@ def _plan(
     methods: Sequence[Method],
     target: Target,
     catalogue: Catalogue | None,
+    has_details: bool = True,
 ) -> Plan:
     total = count_params(config)
     machines = [Machine(gpu, 1) for gpu in (catalogue or load_catalogue()).gpus]
@@ -163,8 +168,8 @@ def _plan(
             device=target.kind,
         )
         case = Case(config, total, made, target)
-        found = plan_method(case, batches)
-        if not found.fits:
+        found = plan_method(case, batches, has_limits=has_details)
+        if has_details and not found.fits:
             option = next_option(case, batches, machines)
             found = found.model_copy(update={"next_option": option})
         planned[method.value] = found

@@ -41,6 +41,8 @@ class Measured:
     step_s: float
     """Median over the timed steps."""
     step_s_spread: tuple[float, float]
+    steps_s: tuple[float, ...]
+    """Each of the timed steps, in order."""
     shapes: tuple[tuple[Shape, ...], ...]
     """Of each step's forward passes."""
     losses: tuple[float, ...]
@@ -98,7 +100,8 @@ def short_run(
         seed=0,
         on_step=on_step,
     )
-    timed = sorted(b - a for a, b in zip(times[WARM_UP:], times[WARM_UP + 1 :], strict=False))
+    steps_s = tuple(b - a for a, b in zip(times[WARM_UP:], times[WARM_UP + 1 :], strict=False))
+    timed = sorted(steps_s)
     is_cuda = device.type == "cuda"
     return Measured(
         tensor_bytes=result.peak_memory_bytes if is_cuda else None,
@@ -106,6 +109,7 @@ def short_run(
         context_bytes=context_bytes(device) if is_cuda else None,
         step_s=timed[len(timed) // 2],
         step_s_spread=(timed[0], timed[-1]),
+        steps_s=steps_s,
         shapes=tuple(
             tuple(
                 shape_of(batch)

@@ -92,17 +92,16 @@ def trace_step(config: Any, made: Build, shape: Shape, *, evaluates: bool = Fals
 
     Raises ModelError for what the method cannot train, PlanError for what cannot be traced.
     """
-    # The optimiser's form changes none of a pass's moments but what lies beside them.
-    traced = replace(made, full=FullSection())
-    step = _remembered(config, traced, shape, evaluates)
-    return step if made == traced else _with_optimizer(step, config, made)
-
-
-def _remembered(config: Any, made: Build, shape: Shape, evaluates: bool) -> "Step":
     key = (config.to_json_string(), made, shape)
     if key not in _TRACED or (evaluates and _TRACED[key].evaluation is None):
-        with traceable(config):
-            _TRACED[key] = _trace_whole(config, made, shape, evaluates)
+        # The optimiser's form changes none of a pass's moments but what lies beside them.
+        plain = replace(made, full=FullSection())
+        if made == plain:
+            with traceable(config):
+                _TRACED[key] = _trace_whole(config, made, shape, evaluates)
+        else:
+            step = trace_step(config, plain, shape, evaluates=evaluates)
+            _TRACED[key] = _with_optimizer(step, config, made)
     return _TRACED[key]
 
 
