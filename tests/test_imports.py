@@ -118,6 +118,7 @@ def test_no_part_imports_in_a_circle() -> None:
         "from tunefork.cli.app import app; app(['compare', '--help'], standalone_mode=False)",
         "from tunefork.cli.app import app; app(['advise', '--help'], standalone_mode=False)",
         "from tunefork.cli.app import app; app(['recipe', 'schema'], standalone_mode=False)",
+        "from tunefork.cli.app import app; app(['adapters', 'list'], standalone_mode=False)",
     ],
 )
 def test_help_imports_nothing_heavy(run: str) -> None:

@@ -1,15 +1,17 @@
 """Versions, one version and two compared, on the terminal."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tunefork.cli.record import print_metrics
-from tunefork.registry.difference import Difference
-from tunefork.registry.version import Details, Version
+if TYPE_CHECKING:  # a list is shown without PyTorch, which takes seconds to import
+    from tunefork.registry.difference import Difference
+    from tunefork.registry.version import Details, Version
 
 _LAYERS = 10
 """Layers shown of a comparison; --json has all."""
@@ -54,6 +56,8 @@ def print_details(details: Details) -> None:
     for tag, number, moved in details.history[-_LAYERS:]:
         console.print(f"{'moved':10} {tag} {'off' if number is None else f'to v{number}'} {moved}")
     if details.metrics:
+        from tunefork.cli.record import print_metrics
+
         print_metrics(details.metrics, console)
 
 
