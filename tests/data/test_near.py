@@ -108,5 +108,12 @@ def test_copies_without_end_are_no_pairs_without_end() -> None:
     assert near.neighbours == {} and len(set(near.group)) == 2
 
 
+def test_a_part_just_at_the_threshold() -> None:
+    """8 runs of 10, and the two that only one text has are the rarest: the filter's worst case."""
+    numbers = [f"n{n}" for n in range(12)]
+    found = _found([" ".join(numbers), " ".join(numbers[2:])], 0.8)
+    assert found == {(0, 1): 0.8, (1, 0): 0.8}
+
+
 def test_no_texts() -> None:
     assert find_near([], 0.8).group == []

@@ -53,6 +53,8 @@ def test_a_secret_is_found_by_kind(kind: str) -> None:
         "ghp_short hf_short sk-learn sk-proj eyJust.eyKidding.me npm_config_cache",
         "max_tokens=1024, secret santa: 20251224, pwd=/home/user/projects/website",
         "akin to asia, draws flaws",
+        "arn:aws:secretsmanager:eu-west-1:111122223333:secret:snowflake-XHb67jQ2",
+        'AdminPassword": "ExamplePassword123!"',
     ],
 )
 def test_what_looks_like_a_secret(text: str) -> None:

@@ -82,7 +82,10 @@ _PATTERNS = (
 )
 
 # Looked for from the value, which is rare, back to its name.
-_VALUE = re.compile(r"[=:]>?[ \t]*[\"']?(?P<value>(?!//)[A-Za-z0-9+/=_.~!@#$%^&*-]{16,200})")
+# A colon needs a space or a quote after it: `arn:...:secret:name` names no secret's value.
+_VALUE = re.compile(
+    r"(?:=>?|:(?=[ \t\"']))[ \t]*[\"']?(?P<value>(?!//)[A-Za-z0-9+/=_.~!@#$%^&*-]{16,200})"
+)
 _NAME = re.compile(
     r"(?i)(?:api[_-]?key|secret|token|passw(?:or)?d|pwd|credential|auth[_-]?key)[\w-]{0,20}"
     r"[\"']?[ \t]*:?$"
@@ -93,6 +96,7 @@ _PLACEHOLDER = re.compile(
     r"(?i)^(?:\W*)(?:(?:my|your|the|a|db|user)?[_-]?(?:pass(?:word|wd)?|pwd|secret|token|pw)\d{0,3}"
     r"|[x*.#-]+|\$.*|[{%[].*|changeme|hunter2|1234\d*|abc\d*)(?:\W*)$"
 )
+_EXAMPLE = re.compile(r"(?i)example|.*example(?:key)?$")
 _MIN_ENTROPY = 3.5
 
 _EMAIL = re.compile(
@@ -142,7 +146,7 @@ def _is_random(value: str) -> bool:
     """Whether `value` can be a generated secret: no path, no name, no prose."""
     value = value.rstrip(".,;")
     has_both = any(c.isdigit() for c in value) and any(c.isalpha() for c in value)
-    if len(value) < 16 or not has_both or value.upper().endswith(("EXAMPLE", "EXAMPLEKEY")):
+    if len(value) < 16 or not has_both or _EXAMPLE.match(value):
         return False
     shares = [count / len(value) for count in Counter(value).values()]
     return -sum(share * math.log2(share) for share in shares) >= _MIN_ENTROPY
