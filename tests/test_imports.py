@@ -13,6 +13,7 @@ SOURCE = Path(tunefork.__file__).parent
 ORDER = [
     "schema_markdown",
     "errors",
+    "home",
     "yaml_text",
     "recipe",
     "recipe_file",

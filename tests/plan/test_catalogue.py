@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tunefork.plan.catalogue import HOME, CatalogueError, load_catalogue
+from tunefork.home import HOME
+from tunefork.plan.catalogue import CatalogueError, load_catalogue
 
 IDS = [
     "rtx3090",

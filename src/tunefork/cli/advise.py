@@ -134,7 +134,8 @@ def _resolve(
 ) -> Resolved:
     from tunefork.advise.resolve import resolve
     from tunefork.advise.situation import load_situation
-    from tunefork.plan.catalogue import home, load_catalogue
+    from tunefork.home import home
+    from tunefork.plan.catalogue import load_catalogue
 
     for folder in runs or ():
         if not folder.is_dir():

@@ -15,17 +15,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tunefork.home import home
 from tunefork.model.damage import unreadable
 
 _FORMAT = 1
 """Raised whenever a fingerprint is defined otherwise: older entries then count for nothing."""
 
 Key = list[list[Any]]
-
-
-def home() -> Path:
-    """Where the user's own files lie: TUNEFORK_HOME, else ~/.tunefork."""
-    return Path(os.environ.get("TUNEFORK_HOME") or Path.home() / ".tunefork")
 
 
 def key_of(files: Iterable[Path], what: str) -> Key:

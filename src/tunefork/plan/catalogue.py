@@ -5,7 +5,6 @@ Every row names its source and its date. A file given by the user (`--catalogue 
 are written in the units of data sheets; `Gpu` has bytes, seconds and operations.
 """
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date as Date
@@ -16,10 +15,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tunefork.errors import BadInputError, nearest
+from tunefork.home import home
 from tunefork.plan.reading import read_fields, validate
-
-HOME = "TUNEFORK_HOME"
-"""Environment variable: where the user's own files lie; `~/.tunefork` where it is not set."""
 
 
 class CatalogueError(BadInputError):
@@ -208,11 +205,6 @@ class Catalogue:
             if service.takes(params)
         ]
         return sorted(offers, key=lambda offer: offer.cost_usd)
-
-
-def home() -> Path:
-    """Where the user's own files lie."""
-    return Path(os.environ.get(HOME) or Path.home() / ".tunefork")
 
 
 def load_catalogue(extra: Path | None = None) -> Catalogue:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tunefork.plan.catalogue import home
+from tunefork.home import home
 
 _LAST = 50
 """Runs that count: an older one may be of another driver or another version of this library."""

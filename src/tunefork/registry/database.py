@@ -6,7 +6,6 @@ on the disk: without it a power cut could take back a commit that was already ac
 https://sqlite.org/pragma.html#pragma_synchronous
 """
 
-import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +17,6 @@ from tunefork.registry.migrations import migrate
 FILE = "store.sqlite"
 _WAIT_S = 60.0
 """How long a writer waits for another one before it gives up."""
-
-
-def home() -> Path:
-    """Where the user's own files lie: TUNEFORK_HOME, default ~/.tunefork."""
-    return Path(os.environ.get("TUNEFORK_HOME") or Path.home() / ".tunefork")
 
 
 def connect(folder: Path) -> sqlite3.Connection:

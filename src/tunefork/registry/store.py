@@ -20,8 +20,9 @@ from types import TracebackType
 from typing import Self
 
 from tunefork.errors import StoreError
+from tunefork.home import home
 from tunefork.registry import rows
-from tunefork.registry.database import FILE, as_store_error, connect, home, writing
+from tunefork.registry.database import FILE, as_store_error, connect, writing
 from tunefork.registry.holds import Hold, owners
 from tunefork.registry.intake import check_safetensors, incoming, opened
 from tunefork.registry.lineage import Lineage, read_lineage
