@@ -17,8 +17,8 @@ def runs(
 ) -> None:
     """List the runs below a folder or, without one, every run made on this machine.
 
-    Status: ok; trained (not evaluated yet: run the same command again); interrupted (stopped while
-    it trained). A run whose folder is gone is listed as it was.
+    Status: ok; trained (not evaluated yet) and interrupted (stopped while it trained): the same
+    command goes on. A run whose folder is gone is listed as it was.
     """
     import json
 
