@@ -20,6 +20,7 @@ from tunefork.model import attention
 from tunefork.model.damage import check_filled, unreadable
 from tunefork.model.gguf import converted
 from tunefork.model.packaged import PACKAGED, locate
+from tunefork.model.tokens import add_tokens, added_ids, grow
 from tunefork.recipe import ModelSection
 
 
@@ -65,7 +66,7 @@ def find(section: ModelSection) -> Source:
 
 
 def load_tokenizer(section: ModelSection) -> Any:
-    """The model's tokenizer (a `PreTrainedTokenizerFast`)."""
+    """The model's tokenizer (a `PreTrainedTokenizerFast`), with the recipe's added tokens."""
     source = find(section)
     tokenizer = _from_pretrained(AutoTokenizer, section, source)
     if not tokenizer.is_fast:
@@ -73,7 +74,15 @@ def load_tokenizer(section: ModelSection) -> Any:
             f"model.id: {section.id} has no fast tokenizer; tunefork needs one to find which "
             "tokens are an answer's"
         )
+    add_tokens(tokenizer, section.add_tokens)
     return tokenizer
+
+
+def new_ids(section: ModelSection) -> tuple[int, ...]:
+    """Ids of the tokens that the recipe adds to the model."""
+    if not section.add_tokens:
+        return ()
+    return added_ids(load_tokenizer(section), section.add_tokens)
 
 
 def load_model(
@@ -82,7 +91,8 @@ def load_model(
     """The model (a `PreTrainedModel` with a causal-LM head) in `dtype` on `device`.
 
     `in_host_memory` leaves it on the CPU, ready to be moved to `device` in parts.
-    Dropout in the base is off in training too: the recipe's `lora.dropout` is the only one.
+    The recipe's added tokens have rows. Dropout in the base is off in training too: the recipe's
+    `lora.dropout` is the only one.
     """
     source = find(section)
     config, model_class = _architecture(section, source)
@@ -105,6 +115,8 @@ def load_model(
         ignore_mismatched_sizes=True,
     )
     check_filled(model, loaded, f"model.id: {section.id}")
+    if section.add_tokens:
+        grow(model, new_ids(section))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -115,7 +127,11 @@ def load_model(
 
 def load_config(section: ModelSection) -> Any:
     """The model's configuration alone; raises ModelError for what cannot be trained."""
-    return _architecture(section, find(section))[0]
+    config = _architecture(section, find(section))[0]
+    if section.add_tokens:
+        text = config.get_text_config()
+        text.vocab_size = max(text.vocab_size, max(new_ids(section)) + 1)
+    return config
 
 
 def load_skeleton(section: ModelSection) -> Any:
