@@ -117,4 +117,4 @@ def _widened(weight_od: Tensor) -> Iterator[Tensor]:
     """Rows of W in fp32 at least, some at a time."""
     dtype = torch.promote_types(weight_od.dtype, torch.float32)
     at_a_time = max(1, _CHUNK // weight_od.shape[1])
-    return (rows.to(dtype) for rows in weight_od.split(at_a_time))
+    return (rows.to(dtype) for rows in torch.split(weight_od, at_a_time))

@@ -41,7 +41,7 @@ def dora_linear(
     """
     v_od = weight_od + scale * (lora_b_or @ lora_a_rd).to(weight_od.dtype)
     gain_o = magnitude_o.to(v_od.dtype) / v_od.norm(dim=1).detach()
-    y = gain_o * F.linear(x_d, v_od)
+    y: Tensor = gain_o * F.linear(x_d, v_od)
     return y if bias_o is None else y + bias_o
 
 

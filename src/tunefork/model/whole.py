@@ -80,7 +80,8 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 def path_of(model: PreTrainedModel, module: nn.Module) -> str:
     """Where `module` is in `model`."""
-    return next(path for path, candidate in model.named_modules() if candidate is module)
+    paths = (path for path, candidate in model.named_modules() if candidate is module)
+    return str(next(paths))
 
 
 def _is(path: str, name: str) -> bool:

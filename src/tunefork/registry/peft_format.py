@@ -62,7 +62,7 @@ def save_adapter(
         if isinstance(module, TokenEmbedding)
         or (isinstance(module, TokenHead) and not module.is_shared)
     }
-    whole = _whole(model, [*layers, *rows])
+    whole = _whole(model)
     tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
         tensors[f"{path}.lora_A.weight"] = layer.lora_a
@@ -142,7 +142,7 @@ def _expected(
     shapes: dict[str, tuple[int, ...]] = {}
     for path, delta in targets.deltas.items():
         layer = model.get_submodule(path)
-        features_in, features_out = int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
+        features_in, features_out = int(layer.in_features), int(layer.out_features)
         shapes[f"{path}.lora_A.weight"] = (delta.rank, features_in)
         shapes[f"{path}.lora_B.weight"] = (features_out, delta.rank)
         if config.use_dora:
@@ -197,7 +197,7 @@ def _check_alive(
         length = tensors.get(f"{path}.lora_magnitude_vector")
         if length is None:
             break
-        base = LoraLinear(model.get_submodule(path), rank=1, scale=1.0, dropout=0.0)  # type: ignore[arg-type]
+        base = LoraLinear(model.get_submodule(path), rank=1, scale=1.0, dropout=0.0)
         own = base.materialize().float().norm(dim=1)
         if not torch.allclose(length.to(own), own, rtol=1e-2):  # a bf16 norm's rounding
             return
@@ -214,7 +214,7 @@ def _put_deltas(
     kind = DoraLinear if config.use_dora else LoraLinear
     for path, delta in targets.deltas.items():
         base = model.get_submodule(path)
-        layer = kind(base, rank=delta.rank, scale=delta.scale, dropout=0.0)  # type: ignore[arg-type]
+        layer = kind(base, rank=delta.rank, scale=delta.scale, dropout=0.0)
         layer.lora_a.data.copy_(tensors[f"{path}.lora_A.weight"])
         layer.lora_b.data.copy_(tensors[f"{path}.lora_B.weight"])
         if isinstance(layer, DoraLinear):
@@ -255,12 +255,13 @@ def _put_rows(model: PreTrainedModel, targets: Targets, tensors: dict[str, Tenso
         module.rows.data.copy_(tensors[path + _ROWS])
 
 
-def _whole(model: PreTrainedModel, others: list[str]) -> list[str]:
+def _whole(model: PreTrainedModel) -> list[str]:
     """Paths of the modules that are trained whole."""
     return [
         path
         for path, module in model.named_modules()
-        if path not in others and any(p.requires_grad for p in module.parameters(recurse=False))
+        if not isinstance(module, Delta | TokenEmbedding | TokenHead)
+        and any(p.requires_grad for p in module.parameters(recurse=False))
     ]
 
 

@@ -78,7 +78,8 @@ def _end_of_one(kind: Any, value: Any, starts: set[int], walk: _Walk) -> set[int
             raise UnsafeRegexError("has flags, which are not supported")
         return _ends(parts, starts, walk)
     if kind in (c.MAX_REPEAT, c.MIN_REPEAT):  # greedy or not is the same to a full match
-        return _repeated(*value, starts, walk)
+        least, most, repeated = value
+        return _repeated(least, most, repeated, starts, walk)
     text = walk.text
     if kind is c.AT:
         return {at for at in starts if _is_at(value, at, text)}
