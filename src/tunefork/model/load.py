@@ -65,9 +65,12 @@ def find(section: ModelSection) -> Source:
     return Source(model_id, section.revision)
 
 
-def load_tokenizer(section: ModelSection) -> Any:
-    """The model's tokenizer (a `PreTrainedTokenizerFast`), with the recipe's added tokens."""
-    source = find(section)
+def load_tokenizer(section: ModelSection, saved_in: Path | None = None) -> Any:
+    """The model's tokenizer (a `PreTrainedTokenizerFast`), with the recipe's added tokens.
+
+    `saved_in`: an adapter's folder, whose own tokenizer is taken instead.
+    """
+    source = find(section) if saved_in is None else Source(str(saved_in))
     tokenizer = _from_pretrained(AutoTokenizer, section, source)
     if not tokenizer.is_fast:
         raise ModelError(

@@ -65,6 +65,8 @@ class TokenEmbedding(nn.Module):
         ids_n = torch.tensor(ids, device=base.weight.device)
         self.rows = nn.Parameter(base.weight.detach()[ids_n].float())
         self.ids = list(ids)
+        self.register_buffer("at", ids_n, persistent=False)
+        self.at: Tensor
         slots_v = torch.full((base.num_embeddings,), -1, device=ids_n.device)
         slots_v[ids_n] = torch.arange(len(ids), device=ids_n.device)
         self.register_buffer("slots", slots_v, persistent=False)
@@ -83,7 +85,7 @@ class TokenEmbedding(nn.Module):
     @property
     def weight(self) -> Tensor:
         """(V, D) in the base's dtype, with a gradient to the trained rows."""
-        return _with_rows(self.base.weight, self.ids, self.rows)
+        return _with_rows(self.base.weight, self.at, self.rows)
 
 
 class TokenHead(nn.Module):
@@ -96,13 +98,15 @@ class TokenHead(nn.Module):
     def __init__(self, base: nn.Linear, ids: Sequence[int], rows: nn.Parameter | None) -> None:
         super().__init__()
         self.base, self.ids, self.is_shared = base, list(ids), rows is not None
-        own = base.weight.detach()[torch.tensor(ids, device=base.weight.device)].float()
+        self.register_buffer("at", torch.tensor(ids, device=base.weight.device), persistent=False)
+        self.at: Tensor
+        own = base.weight.detach()[self.at].float()
         self.rows = nn.Parameter(own) if rows is None else rows
 
     @property
     def weight(self) -> Tensor:
         """(V, D) in the base's dtype, with a gradient to the trained rows."""
-        return _with_rows(self.base.weight, self.ids, self.rows)
+        return _with_rows(self.base.weight, self.at, self.rows)
 
     @property
     def bias(self) -> Tensor | None:
@@ -114,9 +118,8 @@ class TokenHead(nn.Module):
         return F.linear(hidden_d, self.weight, self.bias)
 
 
-def _with_rows(weight_vd: Tensor, ids: Sequence[int], rows_nd: Tensor) -> Tensor:
-    at = torch.tensor(ids, device=weight_vd.device)
-    return weight_vd.detach().index_copy(0, at, rows_nd.to(weight_vd.dtype))
+def _with_rows(weight_vd: Tensor, at_n: Tensor, rows_nd: Tensor) -> Tensor:
+    return weight_vd.detach().index_copy(0, at_n, rows_nd.to(weight_vd.dtype))
 
 
 def train_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:
