@@ -129,11 +129,12 @@ def test_bf16_modules_lose_no_small_update(make_recipe: Make) -> None:
 def test_plain_lora_keeps_its_fused_optimiser_and_magnitudes_take_no_decay(
     make_recipe: Make,
 ) -> None:
-    for lora, decay, kind in (
+    cases: list[tuple[dict[str, Any], float, type]] = [
         ({}, 0.1, LoraAdamW),
         ({"dora": True}, 0.0, LoraAdamW),
         ({"dora": True}, 0.1, ShadowAdamW),
-    ):
+    ]
+    for lora, decay, kind in cases:
         recipe = _with(make_recipe(), **lora)
         recipe = recipe.model_copy(
             update={"train": recipe.train.model_copy(update={"weight_decay": decay})}

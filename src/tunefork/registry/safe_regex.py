@@ -81,6 +81,8 @@ def _end_of_one(kind: Any, value: Any, starts: set[int], walk: _Walk) -> set[int
         least, most, repeated = value
         return _repeated(least, most, repeated, starts, walk)
     text = walk.text
+    if kind not in (c.AT, c.ANY, c.LITERAL, c.NOT_LITERAL, c.IN):
+        raise UnsafeRegexError(f"has {str(kind).lower()}, which is not supported")
     if kind is c.AT:
         return {at for at in starts if _is_at(value, at, text)}
     return {at + 1 for at in starts if at < len(text) and _is_one(kind, value, text[at])}
@@ -136,7 +138,7 @@ def _is_one(kind: Any, value: Any, letter: str) -> bool:
         is_negated = value[0][0] is c.NEGATE
         members = value[1:] if is_negated else value
         return is_negated != any(_is_one(k, v, letter) for k, v in members)
-    raise UnsafeRegexError(f"has {str(kind).lower()}, which is not supported")
+    raise UnsafeRegexError(f"has {str(kind).lower()} in a class, which is not supported")
 
 
 def _is_category(category: Any, letter: str) -> bool:
