@@ -1,5 +1,6 @@
 """Adapter folders made to crash, exhaust or mislead: each is refused by name, and soon."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -189,7 +190,7 @@ def test_configurations(case: str, saved: Path) -> None:
     config = json.loads((saved / CONFIG).read_text()) | fields
     (saved / CONFIG).write_text(json.dumps(config))
     refusal = _refusal(saved)
-    assert message in refusal and CONFIG in refusal or case == "rows far", refusal
+    assert (message in refusal and CONFIG in refusal) or case == "rows far", refusal
 
 
 @pytest.mark.parametrize(
@@ -209,10 +210,8 @@ def test_expressions_that_backtrack_for_ever_do_not(
     config = json.loads((saved / CONFIG).read_text()) | {field: value}
     (saved / CONFIG).write_text(json.dumps(config))
     start = time.perf_counter()
-    try:
+    with contextlib.suppress(AdapterError):
         load_adapter(tiny_model("llama"), saved)
-    except AdapterError:
-        pass
     assert time.perf_counter() - start < 5.0
 
 
