@@ -118,8 +118,8 @@ def _entries(stream: BinaryIO, file: Path) -> tuple[dict[str, Entry], int]:
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
     if not 2 <= length <= min(MOST_HEADER_BYTES, size - 8):
         raise AdapterError(
-            f"{file}: cannot be read: no safetensors file, or cut short: its header would have {length:,} of "
-            f"{size:,} bytes (at most {MOST_HEADER_BYTES:,} are read)"
+            f"{file}: cannot be read: no safetensors file, or cut short: its header would have "
+            f"{length:,} of {size:,} bytes (at most {MOST_HEADER_BYTES:,} are read)"
         )
     header = _parse(stream.read(length), file)
     header.pop("__metadata__", None)
