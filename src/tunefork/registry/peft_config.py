@@ -116,6 +116,27 @@ def base_section(folder: Path) -> ModelSection:
     return ModelSection(id=base, revision=config.revision)
 
 
+def adapter_settings(lora: LoraSection) -> dict[str, Any]:
+    """What adapter_config.json says of every adapter that `lora` trains, whatever its base."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.scaling == "rslora",
+        "use_dora": lora.dora,
+        "lora_bias": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": list(lora.modules_to_save) or None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
 def write_config(
     folder: Path,
     lora: LoraSection,
@@ -131,25 +152,11 @@ def write_config(
     The base is written as what `from_pretrained` takes, so that others can load the adapter by
     itself: for a GGUF file or a packaged model that is the folder it was converted to.
     """
-    config: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+    config = adapter_settings(lora) | {
         "base_model_name_or_path": _loadable(base, revision),
         "revision": revision,
-        "inference_mode": True,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "use_rslora": lora.scaling == "rslora",
-        "use_dora": lora.dora,
-        "lora_bias": False,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
         "modules_to_save": modules_to_save or None,
         "trainable_token_indices": token_indices or None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
         "target_modules": target_modules,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

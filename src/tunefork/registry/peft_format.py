@@ -16,76 +16,39 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunefork.errors import AdapterError
 from tunefork.model.build import replace
-from tunefork.model.dora import Delta, DoraLinear
+from tunefork.model.dora import DoraLinear
 from tunefork.model.linear import LoraLinear
 from tunefork.model.tokens import TokenEmbedding, TokenHead, grow, token_embedding, token_head
 from tunefork.model.whole import is_tied, train_whole
-from tunefork.recipe import LoraSection
 from tunefork.registry import peft_targets
 from tunefork.registry.peft_config import (
     CONFIG,
     WEIGHTS,
     AdapterConfig,
+    adapter_settings,
     base_section,
     read_config,
-    write_config,
 )
+from tunefork.registry.peft_save import PREFIX, ROWS, save_adapter
 from tunefork.registry.peft_targets import Targets
 from tunefork.registry.safe_read import Entry, read_header, read_tensors
 
-__all__ = ["CONFIG", "WEIGHTS", "base_section", "load_adapter", "read_config", "save_adapter"]
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "adapter_settings",
+    "base_section",
+    "load_adapter",
+    "read_config",
+    "save_adapter",
+]
 
-_PREFIX = "base_model.model."
-_ROWS = ".token_adapter.trainable_tokens_delta"
 _MOST_NEW_TOKENS = 1 << 16
-
-
-def save_adapter(
-    model: PreTrainedModel,
-    folder: Path,
-    lora: LoraSection,
-    *,
-    base: str,
-    revision: str | None = None,
-) -> None:
-    """Write what was trained of `model`; `base` and `revision` are those of the recipe's model."""
-    layers = {p: m for p, m in model.named_modules() if isinstance(m, Delta)}
-    rows = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, TokenEmbedding)
-        or (isinstance(module, TokenHead) and not module.is_shared)
-    }
-    whole = _whole(model)
-    tensors: dict[str, Tensor] = {}
-    for path, layer in layers.items():
-        tensors[f"{path}.lora_A.weight"] = layer.lora_a
-        tensors[f"{path}.lora_B.weight"] = layer.lora_b
-        if isinstance(layer, DoraLinear):
-            tensors[f"{path}.lora_magnitude_vector"] = layer.magnitude
-    for path in whole:
-        for name, parameter in model.get_submodule(path).named_parameters(recurse=False):
-            tensors[f"{path}.{name}"] = parameter
-    for path, module in rows.items():
-        tensors[path + _ROWS] = module.rows
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {_PREFIX + k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-    save_file(content, folder / WEIGHTS, metadata={"format": "pt"})
-    write_config(
-        folder,
-        lora,
-        base=base,
-        revision=revision,
-        target_modules=_shortest_names(model, list(layers)),
-        modules_to_save=_shortest_ends(model, whole),
-        token_indices={path.rpartition(".")[2]: module.ids for path, module in rows.items()},
-    )
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> bool:
@@ -102,7 +65,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> bool:
     num_tokens = model.get_input_embeddings().num_embeddings
     has_grown = _grow(model, targets, header, file)
     _check_header(header, _expected(model, config, targets), file)
-    tensors = {k.removeprefix(_PREFIX): t for k, t in read_tensors(file, header).items()}
+    tensors = {k.removeprefix(PREFIX): t for k, t in read_tensors(file, header).items()}
     _check_alive(model, tensors, targets, file, num_tokens)
     model.requires_grad_(False)
     _put_deltas(model, config, targets, tensors)
@@ -120,7 +83,7 @@ def _grow(model: PreTrainedModel, targets: Targets, header: dict[str, Entry], fi
     }
     wanted = [max(ids) + 1 for ids in targets.rows.values()]
     for path in targets.whole:
-        entry = header.get(f"{_PREFIX}{path}.weight")
+        entry = header.get(f"{PREFIX}{path}.weight")
         if path in ends and entry is not None and entry.shape:
             wanted.append(entry.shape[0])
     has, needs = embedding.num_embeddings, max(wanted, default=0)
@@ -152,8 +115,8 @@ def _expected(
             shapes[f"{path}.{name}"] = tuple(parameter.shape)
     width = model.get_input_embeddings().embedding_dim
     for path, ids in targets.rows.items():
-        shapes[path + _ROWS] = (len(ids), width)
-    return {_PREFIX + key: shape for key, shape in shapes.items()}
+        shapes[path + ROWS] = (len(ids), width)
+    return {PREFIX + key: shape for key, shape in shapes.items()}
 
 
 def _check_header(
@@ -252,48 +215,11 @@ def _put_rows(model: PreTrainedModel, targets: Targets, tensors: dict[str, Tenso
                 token_head(model, ids, module.rows)
         else:
             module = token_head(model, ids)
-        module.rows.data.copy_(tensors[path + _ROWS])
-
-
-def _whole(model: PreTrainedModel) -> list[str]:
-    """Paths of the modules that are trained whole."""
-    return [
-        path
-        for path, module in model.named_modules()
-        if not isinstance(module, Delta | TokenEmbedding | TokenHead)
-        and any(p.requires_grad for p in module.parameters(recurse=False))
-    ]
-
-
-def _shortest_names(model: PreTrainedModel, paths: list[str]) -> list[str]:
-    """`q_proj` where every layer of that name has a delta, else the full path."""
-    adapted = set(paths)
-    names = {path.rpartition(".")[2] for path in paths}
-    whole = {
-        name
-        for name in names
-        if all(
-            path in adapted
-            for path, module in model.named_modules()
-            if path.rpartition(".")[2] == name and hasattr(module, "in_features")
-        )
-    }
-    return sorted({n if (n := p.rpartition(".")[2]) in whole else p for p in paths})
-
-
-def _shortest_ends(model: PreTrainedModel, paths: list[str]) -> list[str]:
-    """The same for modules_to_save, whose names PEFT matches by any end of a path."""
-    every = [path for path, _ in model.named_modules()]
-    names = []
-    for path in paths:
-        name = path.rpartition(".")[2]
-        alone = all(other in paths for other in every if other.endswith(name))
-        names.append(name if alone else path)
-    return sorted(set(names))
+        module.rows.data.copy_(tensors[path + ROWS])
 
 
 def _bare(key: str) -> str:
-    return key.removeprefix(_PREFIX).removesuffix(".weight")
+    return key.removeprefix(PREFIX).removesuffix(".weight")
 
 
 def _some(keys: Iterable[str]) -> str:
