@@ -8,10 +8,10 @@ The PEFT library materialises B A for the norm, as large as W. Here the norm is 
     ||w + s b A||^2 = ||w||^2 + 2 s (W A^T) . b + s^2 b (A A^T) b^T,
 
 in fp32, of which only (O, R) and (R, R) products are new at each step. The sum cancels where the
-delta undoes a row: its relative error is about 2^-24 (||w|| + s ||b A||)^2 / ||w + s b A||^2, so
-half of a row's length may be undone before a second bit of 24 is lost, and 97 % of it before the
-norm is worse than what bf16 resolves. Rows shorter than 2^-10 of their parts are kept there: the
-expansion cannot tell them from zero.
+delta undoes a row: its relative error is about 2^-24 (||w|| + s ||b A||)^2 / ||w + s b A||^2.
+Undoing half of a row costs some three of 24 bits, and undoing 97 % of it still leaves more than
+bf16's 8. A row shorter than 2^-10 of its parts is kept at that: the expansion cannot tell it from
+zero.
 
 Shape legend as in `reference.py`.
 """
