@@ -331,3 +331,16 @@ def test_a_recipe_made_in_python_is_anchored_and_shortened_again(tmp_path: Path)
     assert anchor(anchored, tmp_path / "elsewhere") == anchored
     assert relative(anchored, tmp_path) == recipe
     assert relative(anchored, tmp_path / "elsewhere") == anchored
+
+
+def test_options_of_deltas_are_refused_where_there_are_none() -> None:
+    for lora in ({"dora": True}, {"modules_to_save": ["lm_head"]}):
+        assert f"lora.{next(iter(lora))}: is set, but method full" in _refusal(
+            method="full", lora=lora
+        )
+        parse(SMALLEST | {"method": "qlora", "lora": lora})
+    message = _refusal(lora={"modules_to_save": ["lm_head", "lm_head"]})
+    assert "lora.modules_to_save: holds the same value twice" in message
+    message = _refusal(model={"id": "owner/name", "add_tokens": ["<a>", "<a>"]})
+    assert "model.add_tokens: holds the same value twice" in message
+    parse(SMALLEST | {"model": {"id": "owner/name", "add_tokens": ["<a>"]}, "method": "full"})

@@ -1,5 +1,6 @@
 """Tiny random models of five architectures, built in the test: no file, no network."""
 
+import copy
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
 def tiny_model(name: str = "llama", *, seed: int = 0, **options: Any) -> Any:
     """A random causal LM of architecture `name`, fp32, in eval mode."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], **options)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), **options)
     for parameter in model.parameters():  # norms start at one: make every weight matter
         parameter.data += 0.05 * torch.randn_like(parameter)
     return model.eval()

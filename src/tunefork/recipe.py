@@ -9,6 +9,7 @@ Sources named below:
 - LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685
 - QLoRA: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314
 - rsLoRA: Kalajdzievski 2023, https://arxiv.org/abs/2312.03732
+- DoRA: Liu et al. 2024, https://arxiv.org/abs/2402.09353
 - LoRA Without Regret: Schulman et al. 2025, https://thinkingmachines.ai/blog/lora/
 """
 
@@ -72,6 +73,11 @@ class ModelSection(Section):
 
     revision: str | None = None
     """Branch, tag or commit of a hub id. Refused for everything else."""
+
+    add_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Tokens added to the tokenizer. Their rows of the embedding (and of the output head) start as
+    the mean of the others and are trained by every method: by LoRA and QLoRA alone, as PEFT's
+    `trainable_token_indices`, unless `lora.modules_to_save` trains all rows."""
 
 
 Action = Literal["error", "warn", "drop", "ignore"]
@@ -243,6 +249,15 @@ class LoraSection(Section):
     """Which linear layers get a delta: all but the output head, one block's, or a list of module
     names (`q_proj`, or a longer path's end, `self_attn.q_proj`). Attention only loses to MLP
     only at equal parameters (LoRA Without Regret)."""
+
+    dora: bool = False
+    """Also train the length of each row of W + scale * B A (DoRA, eq. 5). One number an output
+    feature more, a slower step, and some servers refuse such adapters. Refused for `full`."""
+
+    modules_to_save: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Modules trained whole beside the deltas and saved with them: `embed_tokens`, `lm_head`,
+    `norm`, or a longer path's end. A tied head or embedding named here is untied. The adapter grows
+    by their size. Refused for `full`, which trains everything."""
 
 
 class FullSection(Section):
@@ -454,6 +469,8 @@ class Recipe(Section):
         lists: dict[str, tuple[object, ...] | str | None] = {
             "data.labels": self.data.labels,
             "lora.targets": self.lora.targets,
+            "lora.modules_to_save": self.lora.modules_to_save or None,
+            "model.add_tokens": self.model.add_tokens or None,
             "evaluate.metrics": self.evaluate.metrics,
             "compare.methods": self.compare.methods,
             "compare.seeds": self.compare.seeds,
@@ -463,6 +480,7 @@ class Recipe(Section):
                 raise ValueError(f"{field}: is an empty list; name at least one")
             if isinstance(values, tuple) and len(set(values)) < len(values):
                 raise ValueError(f"{field}: holds the same value twice")
+        self._check_full_trains_all()
         for method in self.compare.methods:
             rates = self.compare.learning_rates.get(method, ())
             if len(rates) < self.compare.search_trials:
@@ -473,6 +491,16 @@ class Recipe(Section):
             if list(rates) != sorted(set(rates)):
                 raise ValueError(f"compare.learning_rates.{method}: must ascend, each rate once")
         return self
+
+    def _check_full_trains_all(self) -> None:
+        """Options of deltas alone are refused where `method` has none; `compare` may have both."""
+        chosen = {"dora": self.lora.dora, "modules_to_save": bool(self.lora.modules_to_save)}
+        for field, is_set in chosen.items():
+            if is_set and self.method is Method.FULL:
+                raise ValueError(
+                    f"lora.{field}: is set, but method full trains every weight and has no deltas; "
+                    "leave it out, or choose lora or qlora"
+                )
 
     def learning_rate(self, method: Method) -> float:
         """Peak learning rate for `method` where no search chose one."""

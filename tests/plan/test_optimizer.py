@@ -50,9 +50,12 @@ def test_states_are_those_that_the_optimiser_keeps(method: Method, form: dict[st
     assert sum(state_bytes(trained, method, full)) == sum(kept.values())
 
 
-def test_only_full_fine_tuning_takes_room_for_an_update() -> None:
+def test_only_bf16_weights_take_room_for_an_update() -> None:
     weights = [torch.nn.Parameter(torch.zeros(8, 4, dtype=torch.bfloat16))]
-    assert update(weights, Method.LORA, FullSection()).room_bytes == 0
+    deltas = [torch.nn.Parameter(torch.zeros(8, 4))]
+    assert update(deltas, Method.LORA, FullSection()).room_bytes == 0
+    # lora.modules_to_save
+    assert update([*deltas, *weights], Method.LORA, FullSection()).room_bytes == 4 * 32
     assert update(weights, Method.FULL, FullSection()).room_bytes == 4 * 32
     rounded = update(weights, Method.FULL, FullSection(weights="bf16"))
     assert rounded.room_bytes == 10 * 32 and rounded.rounded_params == 32

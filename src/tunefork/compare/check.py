@@ -55,7 +55,7 @@ def check_recipe(
 
 
 def _check_method(skeleton: PreTrainedModel, recipe: Recipe, method: Method) -> None:
-    check_method(skeleton, method, recipe.lora)
+    check_method(skeleton, method, recipe.lora, adds_tokens=bool(recipe.model.add_tokens))
     if method is not Method.FULL or recipe.full.weights != "bf16":
         return
     precision = recipe.train.precision

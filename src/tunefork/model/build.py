@@ -13,7 +13,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tunefork.errors import ModelError, nearest
+from tunefork.model.dora import DoraLinear
 from tunefork.model.linear import LoraLinear, Nf4Linear
+from tunefork.model.tokens import train_rows
+from tunefork.model.whole import check_whole, find_whole, train_whole
 from tunefork.recipe import LoraSection, Method
 
 _BLOCKS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn")}
@@ -26,20 +29,21 @@ def build(
     *,
     seed: int,
     device: torch.device | None = None,
+    new_ids: tuple[int, ...] = (),
 ) -> None:
     """Make `model` trainable by `method` on `device` (default: where it is), in place.
 
-    `seed` initialises the deltas.
+    `seed` initialises the deltas; `new_ids` are the tokens that the recipe added.
     """
     match method:
         case Method.FULL:
             model.to(device).requires_grad_(True)
         case Method.LORA:
             model.to(device)
-            add_deltas(model, lora, seed=seed)
+            add_deltas(model, lora, seed=seed, new_ids=new_ids)
         case Method.QLORA:
             quantize_nf4(model, device)
-            add_deltas(model, lora, seed=seed)
+            add_deltas(model, lora, seed=seed, new_ids=new_ids)
 
 
 def check_lora(model: PreTrainedModel, lora: LoraSection) -> list[str]:
@@ -59,33 +63,67 @@ def check_lora(model: PreTrainedModel, lora: LoraSection) -> list[str]:
                 f"{layer.out_features}); at most {smaller} makes sense there, or leave it out of "
                 "lora.targets"
             )
+    if both := set(paths) & set(find_whole(model, lora.modules_to_save)):
+        raise ModelError(
+            f"lora.modules_to_save: {min(both)} is trained whole there and has a delta by "
+            "lora.targets; leave it out of one of the two"
+        )
     return paths
 
 
-def check_method(model: PreTrainedModel, method: Method, lora: LoraSection) -> None:
+def check_new_rows(model: PreTrainedModel, lora: LoraSection) -> bool:
+    """Whether `lora.modules_to_save` trains the rows of added tokens; ModelError for half of them.
+
+    Where it names neither the embedding nor the head, their new rows are trained alone.
+    """
+    whole = {model.get_submodule(path) for path in find_whole(model, lora.modules_to_save)}
+    ends = {model.get_input_embeddings(), model.get_output_embeddings()}
+    if whole & ends and not ends <= whole:
+        raise ModelError(
+            "lora.modules_to_save: names one of the embedding and the output head, and the rows of "
+            "model.add_tokens in the other would stay untrained; name both, or neither (then the "
+            "new rows alone are trained)"
+        )
+    return ends <= whole
+
+
+def check_method(
+    model: PreTrainedModel, method: Method, lora: LoraSection, *, adds_tokens: bool = False
+) -> None:
     """Raise ModelError where `method` cannot train `model`, which may be on the meta device."""
     if method is not Method.FULL:
         check_lora(model, lora)
+        check_whole(model, lora.modules_to_save, is_nf4=method is Method.QLORA)
+        if adds_tokens:
+            check_new_rows(model, lora)
     if method is Method.QLORA:  # layers that are no target are quantised too
         _refuse_unusual_weights(model)
 
 
-def add_deltas(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> list[str]:
+def add_deltas(
+    model: PreTrainedModel, lora: LoraSection, *, seed: int, new_ids: tuple[int, ...] = ()
+) -> list[str]:
     """Freeze `model` and put a delta on each of `lora.targets`; returns their paths in order.
+
+    `lora.modules_to_save` are trained whole, and the rows of the added tokens `new_ids`.
 
     Raises ModelError as `check_lora` does.
     """
     paths = check_lora(model, lora)
+    whole = check_whole(model, lora.modules_to_save, is_nf4=False)
+    adds_rows = bool(new_ids) and not check_new_rows(model, lora)
     model.requires_grad_(False)
+    kind = DoraLinear if lora.dora else LoraLinear
     scale = lora_scale(lora)
     generator = torch.Generator().manual_seed(seed)
     for path in paths:
         base = model.get_submodule(path)
         assert isinstance(base, nn.Linear | Nf4Linear)
-        layer = LoraLinear(
-            base, rank=lora.rank, scale=scale, dropout=lora.dropout, generator=generator
-        )
+        layer = kind(base, rank=lora.rank, scale=scale, dropout=lora.dropout, generator=generator)
         replace(model, path, layer)
+    train_whole(model, whole)
+    if adds_rows:
+        train_rows(model, new_ids)
     return paths
 
 
@@ -96,7 +134,7 @@ def quantize_nf4(model: PreTrainedModel, device: torch.device | None = None) -> 
     beside the 4-bit rest.
     """
     _refuse_unusual_weights(model)
-    for path in _linear_paths(model):
+    for path in linear_paths(model):
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
         replace(model, path, Nf4Linear(linear, device))
@@ -110,7 +148,7 @@ def lora_scale(lora: LoraSection) -> float:
 
 def find_targets(model: PreTrainedModel, targets: str | tuple[str, ...]) -> list[str]:
     """Paths of the linear layers that `targets` names, in module order, never the output head."""
-    linear = _linear_paths(model)
+    linear = linear_paths(model)
     if targets == "all-linear":
         _refuse_unusual_weights(model)
         return linear
@@ -146,7 +184,7 @@ def _names(paths: list[str]) -> list[str]:
     return sorted({path.rpartition(".")[2] for path in paths})
 
 
-def _linear_paths(model: PreTrainedModel) -> list[str]:
+def linear_paths(model: PreTrainedModel) -> list[str]:
     """Paths of the linear layers, quantised or not, but for the output head."""
     head = model.get_output_embeddings()
     return [

@@ -18,7 +18,7 @@ from tunefork.model.fingerprint_tokenizer import (
 )
 from tunefork.model.fingerprint_weights import weights_sha256
 from tunefork.model.identity import Identity, check_identity, short
-from tunefork.model.load import load_saved_tokenizer, load_skeleton, load_tokenizer
+from tunefork.model.load import load_skeleton, load_tokenizer
 from tunefork.model.weight_files import Located, find_files, weight_files
 from tunefork.recipe import ModelSection
 
@@ -31,8 +31,9 @@ def identify(section: ModelSection) -> Identity:
     """The identity of the model that `section` names; instant where its files are as last time.
 
     Reads the weights once, without loading them. Raises ModelError for a model that cannot be read
-    or whose weights are in pickle.
+    or whose weights are in pickle. Tokens that a recipe adds are its adapter's, not the base's.
     """
+    section = section.model_copy(update={"add_tokens": ()})
     located = find_files(section)
     tokenizer = _tokenizer_digests(section, located)
     return Identity(
@@ -63,9 +64,8 @@ def check_rendering(folder: Path, base: ModelSection) -> None:
     if not (folder / "tokenizer_config.json").is_file():
         return
     beside = Located(str(folder), folder, None)
-    own = _of_tokenizer(
-        "rendering", beside, partial(load_saved_tokenizer, folder), rendering_sha256
-    )
+    load_own = partial(load_tokenizer, ModelSection(id=str(folder)), folder)
+    own = _of_tokenizer("rendering", beside, load_own, rendering_sha256)
     bases = _of_tokenizer(
         "rendering", find_files(base), partial(load_tokenizer, base), rendering_sha256
     )

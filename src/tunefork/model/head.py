@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunefork.errors import ModelError
+from tunefork.model.tokens import TokenHead
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
     """A model's output head: D features in, V logits out."""
 
-    linear: nn.Linear
+    linear: nn.Linear | TokenHead
     is_plain: bool
     """The model's logits are exactly `linear(hidden)`, and the head has no bias."""
 
@@ -80,7 +81,7 @@ class Head:
 def find_head(model: PreTrainedModel) -> Head:
     """The head of a transformers causal LM; raises ModelError where it has no linear one."""
     linear = model.get_output_embeddings()
-    if not isinstance(linear, nn.Linear):
+    if not isinstance(linear, nn.Linear | TokenHead):
         raise ModelError(
             f"{type(model).__name__}: its output head is {type(linear).__name__}; tunefork trains "
             "causal language models whose head is a linear layer"

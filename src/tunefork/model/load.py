@@ -21,6 +21,7 @@ from tunefork.model.damage import check_filled, unreadable
 from tunefork.model.gguf import converted
 from tunefork.model.hub import can_ask_hub
 from tunefork.model.packaged import PACKAGED, locate
+from tunefork.model.tokens import add_tokens, added_ids, grow
 from tunefork.recipe import ModelSection
 
 
@@ -65,24 +66,27 @@ def find(section: ModelSection) -> Source:
     return Source(model_id, section.revision)
 
 
-def load_tokenizer(section: ModelSection) -> Any:
-    """The model's tokenizer (a `PreTrainedTokenizerFast`)."""
-    return _fast_tokenizer(section, find(section))
+def load_tokenizer(section: ModelSection, saved_in: Path | None = None) -> Any:
+    """The model's tokenizer (a `PreTrainedTokenizerFast`), with the recipe's added tokens.
 
-
-def load_saved_tokenizer(folder: Path) -> Any:
-    """The tokenizer in `folder`, beside an adapter perhaps: a folder that is no model."""
-    return _fast_tokenizer(ModelSection(id=str(folder)), Source(str(folder)))
-
-
-def _fast_tokenizer(section: ModelSection, source: Source) -> Any:
+    `saved_in`: an adapter's folder, whose own tokenizer is taken instead.
+    """
+    source = find(section) if saved_in is None else Source(str(saved_in))
     tokenizer = _from_pretrained(AutoTokenizer, section, source)
     if not tokenizer.is_fast:
         raise ModelError(
             f"model.id: {section.id} has no fast tokenizer; tunefork needs one to find which "
             "tokens are an answer's"
         )
+    add_tokens(tokenizer, section.add_tokens)
     return tokenizer
+
+
+def new_ids(section: ModelSection) -> tuple[int, ...]:
+    """Ids of the tokens that the recipe adds to the model."""
+    if not section.add_tokens:
+        return ()
+    return added_ids(load_tokenizer(section), section.add_tokens)
 
 
 def load_model(
@@ -91,7 +95,8 @@ def load_model(
     """The model (a `PreTrainedModel` with a causal-LM head) in `dtype` on `device`.
 
     `in_host_memory` leaves it on the CPU, ready to be moved to `device` in parts.
-    Dropout in the base is off in training too: the recipe's `lora.dropout` is the only one.
+    The recipe's added tokens have rows. Dropout in the base is off in training too: the recipe's
+    `lora.dropout` is the only one.
     """
     source = find(section)
     config, model_class = _architecture(section, source)
@@ -114,6 +119,8 @@ def load_model(
         ignore_mismatched_sizes=True,
     )
     check_filled(model, loaded, f"model.id: {section.id}")
+    if section.add_tokens:
+        grow(model, new_ids(section))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -124,7 +131,11 @@ def load_model(
 
 def load_config(section: ModelSection) -> Any:
     """The model's configuration alone; raises ModelError for what cannot be trained."""
-    return _architecture(section, find(section))[0]
+    config = _architecture(section, find(section))[0]
+    if section.add_tokens:
+        text = config.get_text_config()
+        text.vocab_size = max(text.vocab_size, max(new_ids(section)) + 1)
+    return config
 
 
 def load_skeleton(section: ModelSection) -> Any:

@@ -140,9 +140,9 @@ def scaled_work(case: Case, batches: Batches) -> dict[str, Work]:
 
 
 def artifact_bytes(case: Case, step: Step) -> int:
-    """Adapters are saved in fp32, as they were trained; models in their weights' dtype."""
+    """Adapters are saved as they were trained, deltas in fp32; models in their weights' dtype."""
     if case.made.method is not Method.FULL:
-        return 4 * step.trained
+        return step.gradients  # as many bytes as what they are the gradients of
     return case.total_params * case.made.dtype.itemsize
 
 

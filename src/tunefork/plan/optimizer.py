@@ -1,6 +1,7 @@
 """What the optimiser keeps and moves, by `train.optim`'s rules; a test holds the two together.
 
-LoRA, QLoRA        AdamW on fp32 parameters: two fp32 moments
+LoRA, QLoRA        AdamW on fp32 parameters: two fp32 moments; an fp32 shadow of a bf16 module that
+                   is trained whole (lora.modules_to_save)
 full, fp32         an fp32 shadow of each bf16 weight, two fp32 moments
 full, bf16         two fp32 moments; the shadow exists while its weight is updated
 adamw_8bit         moments in 8 bits with an fp32 maximum for 256 of them; of a weight with fewer
@@ -27,7 +28,8 @@ def state_bytes(parameters: Sequence[nn.Parameter], method: Method, full: FullSe
     for parameter in parameters:
         numel = parameter.numel()
         if method is not Method.FULL:
-            sizes += [4 * numel, 4 * numel]
+            shadows = [] if parameter.dtype == torch.float32 else [4 * numel]
+            sizes += [*shadows, 4 * numel, 4 * numel]
             continue
         if full.weights == "fp32" and parameter.dtype != torch.float32:
             sizes.append(4 * numel)
@@ -61,9 +63,11 @@ def update(parameters: Sequence[nn.Parameter], method: Method, full: FullSection
     width = parameters[0].element_size()
     # Clipping reads the gradients twice and writes them once; the update reads them, writes and
     # reads them widened, reads and writes every state and the weights.
-    moved = 6.0 * width * total + 2.0 * states
+    moved = 6.0 * sum(p.numel() * p.element_size() for p in parameters) + 2.0 * states
     if method is not Method.FULL:
-        return Update(0, moved, 0, 0, 0)
+        narrow = [p.numel() for p in parameters if p.dtype != torch.float32]
+        num_operations = len(parameters) * _OPERATIONS if narrow else 0
+        return Update(4 * max(narrow, default=0), moved, num_operations, 0, 0)
     largest = max(p.numel() for p in parameters)
     is_rounded = full.weights == "bf16" and width < 4
     # An fp32 gradient of one weight, beside its bf16 one. Without shadows also its fp32 weight and

@@ -10,7 +10,7 @@ from typing import Any
 
 from tunefork.data.example import Encoded
 from tunefork.data.loader import load_data
-from tunefork.model.load import load_tokenizer
+from tunefork.model.load import load_tokenizer, new_ids
 from tunefork.plan.batches import Batches, Work, batches_of_data, batches_of_numbers
 from tunefork.plan.catalogue import Catalogue, Machine, load_catalogue
 from tunefork.plan.device import Target, dtype_for, target_of
@@ -126,6 +126,7 @@ def _plan_batches(
             recipe.full,
             recipe.train.activation_checkpointing,
             recipe.train.precision,
+            new_ids(recipe.model),
         ),
         methods=methods,
         target=target,
@@ -141,6 +142,8 @@ class Forms:
     full: FullSection
     activation_checkpointing: bool
     precision: str
+    new_ids: tuple[int, ...] = ()
+    """Of the tokens that the recipe adds."""
 
 
 def _plan(
@@ -166,6 +169,7 @@ def _plan(
             dtype=dtype_for(target, forms.precision),
             activation_checkpointing=forms.activation_checkpointing,
             device=target.kind,
+            new_ids=forms.new_ids,
         )
         case = Case(config, total, made, target)
         found = plan_method(case, batches, has_limits=has_details)

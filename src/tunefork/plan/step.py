@@ -18,6 +18,7 @@ from tunefork.data.pack import MicroBatch
 from tunefork.model.build import build
 from tunefork.model.head import Head
 from tunefork.model.linear import Nf4Linear
+from tunefork.model.tokens import TokenHead
 from tunefork.plan.attention import NAME, Setting, install
 from tunefork.plan.optimizer import Update, state_bytes, update
 from tunefork.plan.schema import Part
@@ -59,6 +60,8 @@ class Build:
     activation_checkpointing: bool
     device: str
     """"cuda" or "cpu": whose kernels are stood in for."""
+    new_ids: tuple[int, ...] = ()
+    """Tokens that the recipe adds, whose rows are trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +201,7 @@ def _built(config: Any, made: Build) -> _Built:
 def _build(config: Any, made: Build) -> _Built:
     model = on_meta(config, dtype=made.dtype, attention=NAME)
     model.config.pad_token_id = None  # GPT-2 looks for it among ids, of which there are none
-    build(model, made.method, made.lora, seed=0)
+    build(model, made.method, made.lora, seed=0, new_ids=made.new_ids)
     if made.activation_checkpointing:
         enable_checkpointing(model)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -265,7 +268,7 @@ def _gradients(trained: Sequence[nn.Parameter], trace: Trace) -> Iterator[None]:
 
 def _head(model: PreTrainedModel, config: Any) -> Head:
     linear = model.get_output_embeddings()
-    assert isinstance(linear, nn.Linear)
+    assert isinstance(linear, nn.Linear | TokenHead)
     text = config.get_text_config()
     is_plain = not any(getattr(text, name, None) for name in _SCALED_LOGITS)
     return Head(linear, is_plain=is_plain and linear.bias is None)

@@ -67,10 +67,11 @@ def open_model(
     model = load_model(parts.section, dtype=dtype, device=device, in_host_memory=parts.is_nf4)
     if parts.is_nf4:
         quantize_nf4(model, device)
-    if parts.adapter is not None:
-        load_adapter(model, parts.adapter)
+    own_tokens = None
+    if parts.adapter is not None and load_adapter(model, parts.adapter):
+        own_tokens = parts.adapter
     model.requires_grad_(False).eval()
-    return Opened(model, load_tokenizer(parts.section), parts.section, parts.data)
+    return Opened(model, load_tokenizer(parts.section, own_tokens), parts.section, parts.data)
 
 
 def _check(parts: _Parts, target: str, say: Callable[[str], None]) -> None:

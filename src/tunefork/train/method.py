@@ -10,7 +10,7 @@ from tunefork.data.example import Encoded
 from tunefork.data.isolation import check_packing
 from tunefork.data.loader import steps
 from tunefork.model.build import build
-from tunefork.model.load import load_model
+from tunefork.model.load import load_model, new_ids
 from tunefork.recipe import Method, Recipe
 from tunefork.train import deterministic
 from tunefork.train.checkpoints import Checkpoints, Found, Policy
@@ -26,7 +26,8 @@ def load_for_training(
     """The recipe's base, built for `method`. Raises ModelError where it cannot be."""
     deterministic.prepare(recipe.train.deterministic)
     model = load_model(recipe.model, dtype=dtype, device=device, in_host_memory=True)
-    build(model, method, recipe.lora, seed=seed, device=device)
+    added = new_ids(recipe.model)
+    build(model, method, recipe.lora, seed=seed, device=device, new_ids=added)
     if recipe.train.packing:
         check_packing(model)
     if recipe.train.activation_checkpointing:
@@ -47,12 +48,14 @@ def make_optimizer(
     """The optimiser of what `method` trains in `model`."""
     trained = [p for p in model.parameters() if p.requires_grad]
     betas, decay = (recipe.train.beta1, recipe.train.beta2), recipe.train.weight_decay
-    if method is not Method.FULL:
+    is_full, is_fp32 = method is Method.FULL, all(p.dtype == torch.float32 for p in trained)
+    # Modules trained whole beside deltas may be bf16, and DoRA's magnitudes take no decay.
+    if not is_full and is_fp32 and (decay == 0.0 or all(p.dim() >= 2 for p in trained)):
         return LoraAdamW(trained, betas=betas, weight_decay=decay)
     return ShadowAdamW(
         trained,
-        keep_shadows=recipe.full.weights == "fp32" and trained[0].dtype != torch.float32,
-        eight_bit=recipe.full.optimizer == "adamw_8bit",
+        keep_shadows=not is_fp32 and not (is_full and recipe.full.weights == "bf16"),
+        eight_bit=is_full and recipe.full.optimizer == "adamw_8bit",
         betas=betas,
         weight_decay=decay,
         seed=seed,

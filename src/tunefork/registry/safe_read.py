@@ -1,0 +1,186 @@
+"""Files from strangers: safetensors and JSON only, looked at before they are believed.
+
+Nothing of a file is read before its size is known to be small, no tensor before its header is
+known to be consistent and its shapes are those that the base asks for. Links are refused, because
+a folder that was downloaded could name any file of this machine, and pickles by name, because
+loading one runs code.
+
+Header: https://huggingface.co/docs/safetensors#format
+"""
+
+import errno
+import json
+import os
+import stat
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from tunefork.errors import AdapterError
+
+MOST_JSON_BYTES = 4 << 20
+MOST_HEADER_BYTES = 16 << 20
+_MOST_DIMENSIONS = 8
+_MOST_ELEMENTS = 1 << 48
+_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""A trained tensor's dtypes -> bytes of an element."""
+_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor as its file's header has it."""
+
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+def check_folder(folder: Path, weights: str) -> None:
+    """Raise AdapterError where `folder` is none, or holds a pickle in the place of `weights`."""
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: is no folder")
+    if (folder / weights).exists():
+        return
+    for name in _PICKLES:
+        if (folder / name).exists():
+            raise AdapterError(
+                f"{folder / name}: is a pickle, which can run code when it is loaded, and is never "
+                f"read; ask its author for {weights}, or convert it where you trust it: load it "
+                "with the PEFT library and save_pretrained(folder)"
+            )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A small JSON object, each key once. Raises AdapterError."""
+    with _opened(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > MOST_JSON_BYTES:
+            raise AdapterError(
+                f"{file}: has {size:,} bytes; at most {MOST_JSON_BYTES:,} are read as a "
+                "configuration"
+            )
+        return _parse(stream.read(MOST_JSON_BYTES), file)
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """Tensors of a safetensors file, known to lie in it side by side. Raises AdapterError."""
+    with _opened(file) as stream:
+        return _entries(stream, file)[0]
+
+
+def read_tensors(file: Path, expected: dict[str, Entry]) -> dict[str, Tensor]:
+    """The tensors of a file whose header is still `expected`. Raises AdapterError."""
+    with _opened(file) as stream:
+        if _entries(stream, file)[0] != expected:
+            raise AdapterError(f"{file}: changed while it was read; try again")
+        stream.seek(0)
+        content = stream.read()
+    try:
+        tensors: dict[str, Tensor] = load(content)
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise AdapterError(f"{file}: cannot be read: {error}") from error
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"{file}: {key} holds NaN or infinite values")
+    return tensors
+
+
+def _opened(file: Path) -> BinaryIO:
+    """`file` open for reading, if it is a plain file and no link."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise AdapterError(
+                f"{file}: is a symbolic link, which could lead anywhere; copy the folder with its "
+                "links resolved (cp -rL)"
+            ) from error
+        raise AdapterError(f"{file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a NUL in the name
+        raise AdapterError(f"{file}: cannot be read: {error}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise AdapterError(f"{file}: is no plain file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _entries(stream: BinaryIO, file: Path) -> tuple[dict[str, Entry], int]:
+    """Key -> entry, and where the tensors begin."""
+    size = os.fstat(stream.fileno()).st_size
+    start = stream.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if not 2 <= length <= min(MOST_HEADER_BYTES, size - 8):
+        raise AdapterError(
+            f"{file}: cannot be read: no safetensors file, or cut short: its header would have "
+            f"{length:,} of {size:,} bytes (at most {MOST_HEADER_BYTES:,} are read)"
+        )
+    header = _parse(stream.read(length), file)
+    header.pop("__metadata__", None)
+    entries, spans = {}, []
+    for key, value in header.items():
+        entries[key], begin, end = _entry(value, f"{file}: {key[:200]!r}")
+        spans.append((begin, end))
+    at = 0
+    for begin, end in sorted(spans):
+        if begin != at:
+            raise AdapterError(f"{file}: its tensors overlap, or leave gaps, at byte {at:,}")
+        at = end
+    if at != size - 8 - length:
+        raise AdapterError(
+            f"{file}: its header asks for {at:,} bytes of tensors, and {size - 8 - length:,} follow"
+        )
+    return entries, 8 + length
+
+
+def _entry(value: Any, what: str) -> tuple[Entry, int, int]:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise AdapterError(f"{what}: its header entry has not dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise AdapterError(f"{what}: its dtype is none of {', '.join(_DTYPES)}")
+    if not _is_sizes(shape) or len(shape) > _MOST_DIMENSIONS or prod(shape) > _MOST_ELEMENTS:
+        raise AdapterError(f"{what}: its shape is no list of at most {_MOST_DIMENSIONS} sizes")
+    if not _is_sizes(offsets) or len(offsets) != 2:
+        raise AdapterError(f"{what}: its data_offsets are no two byte positions")
+    num_bytes = prod(shape) * _DTYPES[dtype]
+    if offsets[1] - offsets[0] != num_bytes:
+        raise AdapterError(f"{what}: its shape needs {num_bytes:,} bytes, its offsets differ")
+    return Entry(tuple(shape), num_bytes), offsets[0], offsets[1]
+
+
+def _is_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        type(item) is int and 0 <= item < _MOST_ELEMENTS for item in value
+    )
+
+
+def _parse(text: bytes, file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_each_once, parse_constant=_refuse_constant
+        )
+    except RecursionError as error:
+        raise AdapterError(f"{file}: is nested too deeply") from error
+    except ValueError as error:  # bad UTF-8 or JSON, a number of thousands of digits
+        raise AdapterError(f"{file}: cannot be read: {str(error)[:200]}") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{file}: must hold a JSON object")
+    return value
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
