@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tunefork.errors import ModelError
-from tunefork.model.fingerprint_cache import home, key_of, recall, remember
+from tunefork.home import home
+from tunefork.model.fingerprint_cache import key_of, recall, remember
 
 
 @pytest.fixture
