@@ -47,6 +47,14 @@ class DivergedError(TuneforkError):
     """A loss or a gradient is no longer finite. Exit status 1."""
 
 
+class NoMemoryError(TuneforkError):
+    """The device or the host has no memory left; the message names the phase. Exit status 1."""
+
+
+class NoRoomError(TuneforkError):
+    """The disk will not hold what a run keeps. Exit status 1."""
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether a write failed for want of space; safetensors says so in words only."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
