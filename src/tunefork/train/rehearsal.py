@@ -14,36 +14,31 @@ It costs two micro-batches, one update, one batch of evaluation and one save. A 
 longer one the passes are at most two in `FEWEST`, 2 % of a run of 100 micro-batches.
 """
 
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from tunefork.data.example import Encoded
-from tunefork.data.pack import MicroBatch, arrange, pack
-from tunefork.errors import NoMemoryError, NoRoomError, is_disk_full
+from tunefork.data.pack import MicroBatch, pack
+from tunefork.errors import NoMemoryError
 from tunefork.model.device import peak_bytes, reset_peak
 from tunefork.model.head import find_head
+from tunefork.train.dry_update import dry_update, zero_gradients
 from tunefork.train.kernels import attention_kernels
+from tunefork.train.longest import Passes, passes_of
 from tunefork.train.loop import Optimizer
 from tunefork.train.loss import loss_sum
 from tunefork.train.out_of_memory import Remedies, phase
 from tunefork.train.progress import duration
+from tunefork.train.save_rehearsal import SaveCost, rehearse_save
 
 FEWEST = 16
 """Micro-batches of a run that is worth a rehearsal."""
-_MOST_WRITTEN = 2**30
-"""Artefacts up to this many bytes are saved whole; of larger ones `_PROBE` bytes are written."""
-_PROBE = 2**28
-_SCRATCH = ".rehearsal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,21 +54,12 @@ class Rehearsal:
     """Predicted for the whole run, from the longest micro-batches: rather too long."""
     evaluate_s: float | None = None
     """Predicted likewise."""
-    save_s: float | None = None
-    save_bytes: int | None = None
-    free_bytes: int | None = None
-    """Where the run folder lies, before anything is kept."""
+    save: SaveCost | None = None
 
     def __str__(self) -> str:
-        said = [
-            f"rehearsed in {self.seconds:.1f} s",
-            f"peak {self.peak_bytes / 2**30:.2f} GiB",
-        ]
-        if self.save_s is not None and self.save_bytes is not None and self.free_bytes is not None:
-            said.append(
-                f"a save of {self.save_bytes / 2**20:.1f} MiB takes {self.save_s:.1f} s, "
-                f"{self.free_bytes / 2**30:.0f} GiB are free"
-            )
+        said = [f"rehearsed in {self.seconds:.1f} s", f"peak {self.peak_bytes / 2**30:.2f} GiB"]
+        if self.save is not None:
+            said.append(str(self.save))
         said.append(f"training will take about {duration(self.train_s)}")
         if self.evaluate_s is not None:
             said.append(f"evaluation {duration(self.evaluate_s)}")
@@ -122,8 +108,16 @@ def rehearse(
             if passes.count < FEWEST:
                 return None
             try:
-                batches = _make(passes, examples, steps, limit, packing, pad_id)
-                peak, train_s = _train(model, optimizer, passes, batches, len(steps), remedies)
+                made = [
+                    pack(
+                        [examples[i] for i in steps[step]],
+                        max_tokens=limit,
+                        packing=packing,
+                        pad_id=pad_id,
+                    )[at]
+                    for step, at in passes.heaviest
+                ]
+                peak, train_s = _train(model, optimizer, passes, made, len(steps), remedies)
                 break
             except NoMemoryError:
                 if on_out_of_memory == "error" or limit <= longest:
@@ -152,7 +146,7 @@ def _train(
     try:
         with dry_update(optimizer, remedies) as update_s:
             if passes.is_accumulated:  # the second micro-batch finds the first one's gradients
-                _zero_gradients(optimizer)
+                zero_gradients(optimizer)
             token_s = []
             for batch in batches:
                 rows, width = batch.input_ids.shape
@@ -186,11 +180,7 @@ def _off_stage(
     with phase("evaluation", remedies, "rehearsal of the largest batch"):
         share = stage.evaluate()
     evaluate_s = (_now(device) - start) / max(share, 1e-9)
-    free = shutil.disk_usage(stage.folder).free
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    with _scratch(stage.folder) as folder, phase("save", remedies, "rehearsal"):
-        save_s, save_bytes = _save(stage, folder, trained, free)
-    _check_room(stage, save_bytes, free)
-    return replace(
-        found, evaluate_s=evaluate_s, save_s=save_s, save_bytes=save_bytes, free_bytes=free
-    )
+    with phase("save", remedies, "rehearsal"):
+        save = rehearse_save(stage.folder, stage.save, trained_bytes=trained, kept=stage.kept)
+    return replace(found, evaluate_s=evaluate_s, save=save)

@@ -1,4 +1,4 @@
-"""A run's figures in TensorBoard, MLflow, Weights & Biases or Trackio, where the recipe asks for it.
+"""A run's figures in TensorBoard, MLflow, Weights & Biases or Trackio, if the recipe says so.
 
 None is on by default, each is an optional extra, and what is sent is the figures of each step and
 the run's own settings: no data, no row, no console output, no code, no machine statistics. Where to
@@ -143,7 +143,6 @@ class TrackerThread:
     ) -> None:
         self.name, self.warn = name, warn
         self.is_ok = False
-        self.failed = threading.Event()
         self.waiting: queue.Queue[StepDone | None] = queue.Queue(_MOST_WAITING)
         self.warned = False
         self.error: str | None = None
