@@ -55,6 +55,10 @@ class NoRoomError(TuneforkError):
     """The disk will not hold what a run keeps. Exit status 1."""
 
 
+class CheckpointError(TuneforkError):
+    """A checkpoint cannot be written, or does not fit the run that would go on from it."""
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether a write failed for want of space; safetensors says so in words only."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

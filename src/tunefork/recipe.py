@@ -230,7 +230,32 @@ class TrainSection(Section):
     """Seeds what `train` draws: the order of the examples, adapter initialisation and dropout; and
     for every verb which examples `data.max_train_examples` and `max_eval_examples` keep. In
     `compare` also the validation split and the search; the final runs draw by `compare.seeds`.
-    Two runs on one machine with the same versions are identical."""
+    Two runs on one machine with the same versions are identical, on a GPU with `deterministic`."""
+
+    deterministic: bool = False
+    """On a GPU: only kernels that give the same bits each time (ordered sums in attention's
+    backward pass, a fixed cuBLAS workspace, no choice of kernels by measurement); an operation that
+    has none ends the run. Off, as it costs speed there. A CPU gives the same bits either way, for
+    one number of threads."""
+
+    checkpoint_every_s: PositiveFloat | None = 300.0
+    """Seconds between checkpoints, from which the same command goes on, bit for bit, after a stop,
+    a kill or a power cut: at most so much is lost. null: none by time. Saving takes 1 % or less of
+    five minutes for what fits one machine's memory. A run that is told to stop (Ctrl-C, SIGTERM,
+    SIGUSR1, `preemption_file`) saves one whatever this says."""
+
+    checkpoint_every_steps: PositiveInt | None = None
+    """A checkpoint also after every so many optimiser steps."""
+
+    keep_checkpoints: PositiveInt = 2
+    """The newest so many checkpoints are kept: one more than is needed, should its disk fail."""
+
+    checkpoints_when_done: Literal["remove", "keep"] = "remove"
+    """What becomes of the checkpoints once what was trained is saved."""
+
+    preemption_file: str | None = None
+    """A file whose appearance tells that the machine will be taken away: the run saves its state
+    after the step at hand and ends, as on SIGTERM. Relative to where the command runs."""
 
     log_every_s: PositiveFloat = 5.0
     """Seconds between progress lines where the output is not a terminal."""

@@ -14,8 +14,8 @@ def runs(
 ) -> None:
     """List the runs below a folder.
 
-    Status: ok; trained (not evaluated yet: run the same command again); interrupted (stopped while
-    it trained).
+    Status: ok; trained (not evaluated yet) and interrupted (stopped while it trained): the same
+    command goes on.
     """
     import json
 

@@ -22,8 +22,8 @@ def train(
 ) -> None:
     """Train by one method, save the adapter or model, evaluate it.
 
-    Stopped (Ctrl-C) while it evaluates, the same command goes on there. Stopped while it trains, it
-    saves what was learnt, and does not evaluate that.
+    Stopped (Ctrl-C, SIGTERM, SIGUSR1) or killed, the same command goes on from there. Stopped while
+    it trains, it also saves what was learnt so far, and does not evaluate that.
     """
     resolved = load_recipe(recipe, [*(sets or []), *([f"method={method}"] if method else [])])
     from rich.console import Console

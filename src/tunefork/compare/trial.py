@@ -2,11 +2,13 @@
 
 `tunefork train` is one trial; `tunefork compare` is a base trial and one for each method and seed.
 run.json is written once the artefact is saved, and again once it is evaluated: stopped in between,
-by Ctrl-C or an error, the same call goes on at the evaluation.
+by Ctrl-C or an error, the same call goes on at the evaluation. Stopped or killed while it trains,
+the same call goes on from the newest checkpoint.
 """
 
 import json
 import platform
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,12 +51,22 @@ from tunefork.registry.run import (
     RunRecord,
     folder_bytes,
     read_record,
+    write_atomically,
     write_record,
 )
+from tunefork.train.checkpoint import sync
+from tunefork.train.checkpoints import FOLDER as CHECKPOINTS
+from tunefork.train.checkpoints import Found
 from tunefork.train.interrupt import Interrupt
 from tunefork.train.loop import StepRecord, TrainResult
-from tunefork.train.method import load_for_training, plan_steps, train_method
+from tunefork.train.method import (
+    load_for_training,
+    open_checkpoints,
+    plan_steps,
+    train_method,
+)
 from tunefork.train.progress import TrainProgress
+from tunefork.train.state import Progress
 
 
 def train_run(
@@ -68,8 +80,9 @@ def train_run(
 
     A run that cannot fit in memory is refused unless `ignore_plan`.
 
-    Ctrl-C ends training after the step at hand and saves what was learnt. Raises BadInputError
-    before any training; RunFolderError for a folder with an interrupted run, to overwrite none.
+    Ctrl-C ends training after the step at hand and saves what was learnt; the same call goes on
+    from there. Raises BadInputError before any training; RunFolderError for a folder with an
+    interrupted run whose checkpoints are gone, to overwrite none.
     """
     recipe = anchor(recipe, Path.cwd())
     method = recipe.method
@@ -78,15 +91,10 @@ def train_run(
         done = read_record(folder)
         if done is not None and done.status == "ok":
             return done
-        if done is not None and done.status == "interrupted":
-            raise RunFolderError(
-                f"{folder}: holds a run that was stopped after {done.num_steps} steps, and "
-                "training from the start would overwrite it. It can be used as it is (tunefork "
-                "chat, tunefork evaluate); to train again, give another folder with --out, or "
-                "remove this one"
-            )
         rate = recipe.learning_rate(method)
-        return run_trial(recipe, method, folder, seed=recipe.train.seed, learning_rate=rate)
+        return run_trial(
+            recipe, method, folder, seed=recipe.train.seed, learning_rate=rate, say=say
+        )
 
 
 def run_trial(
@@ -97,11 +105,13 @@ def run_trial(
     seed: int,
     learning_rate: float | None,
     keep_interrupted: bool = True,
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> RunRecord:
     """Train `method` on all training examples (None: leave the base as it is), save, evaluate.
 
-    What lies trained in `folder` is only evaluated. An interrupted run is saved but not evaluated;
-    unless `keep_interrupted`, it raises KeyboardInterrupt at once instead.
+    What lies trained in `folder` is only evaluated, what lies half trained is gone on with. An
+    interrupted run is saved but not evaluated; unless `keep_interrupted`, it raises
+    KeyboardInterrupt at once, its checkpoint written.
     """
     tokenizer = load_tokenizer(recipe.model)
     data = load_data(recipe, tokenizer)
@@ -116,9 +126,8 @@ def run_trial(
     else:
         assert learning_rate is not None
         prediction = predict(recipe, method, data.train)
-        (folder / RECORD).unlink(missing_ok=True)  # what it tells of is overwritten from here on
         model, result = _train(
-            recipe, method, data, tokenizer, folder / STEPS, seed=seed, learning_rate=learning_rate
+            recipe, method, data, tokenizer, folder, seed=seed, learning_rate=learning_rate, say=say
         )
         if result.status == "interrupted" and not keep_interrupted:
             raise KeyboardInterrupt
@@ -128,6 +137,8 @@ def run_trial(
         record = _save(model, tokenizer, recipe, record, folder)
         if record.status == "interrupted":
             return record
+        if recipe.train.checkpoints_when_done == "remove":
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     evaluation = evaluate(model, tokenizer, data, recipe)
     return _finish(evaluation, recipe, record, folder)
 
@@ -137,20 +148,39 @@ def _train(
     method: Method,
     data: Data,
     tokenizer: Any,
-    steps: Path,
+    folder: Path,
     *,
     seed: int,
     learning_rate: float,
+    say: Callable[[str], None],
 ) -> tuple[Any, TrainResult]:
-    """The base, loaded and trained; each step is logged to `steps`."""
+    """The base, loaded and trained, from the newest checkpoint on where there is one."""
     device = pick_device()
     dtype = pick_dtype(recipe.train.precision, device)
+    checkpoints = open_checkpoints(
+        folder / CHECKPOINTS,
+        data.train,
+        recipe,
+        method,
+        learning_rate=learning_rate,
+        seed=seed,
+        device=device,
+        say=say,
+    )
+    start = checkpoints.newest()
+    _may_begin(folder, start, say)
     model = load_for_training(recipe, method, dtype=dtype, device=device, seed=seed)
     num_steps = len(plan_steps(recipe, len(data.train), seed=seed))
     every_s = recipe.train.log_every_s
     with (
-        _step_log(steps) as log,
-        TrainProgress(str(method), num_steps=num_steps, device=device, every_s=every_s) as progress,
+        _step_log(folder / STEPS, after=start.facts.step if start else 0) as log,
+        TrainProgress(
+            str(method),
+            num_steps=num_steps,
+            device=device,
+            every_s=every_s,
+            start=start.facts.progress() if start else Progress(),
+        ) as progress,
     ):
 
         def on_step(record: StepRecord) -> None:
@@ -166,8 +196,25 @@ def _train(
             seed=seed,
             pad_id=pad_id(tokenizer),
             on_step=on_step,
+            checkpoints=checkpoints,
+            start=start,
         )
     return model, result
+
+
+def _may_begin(folder: Path, start: Found | None, say: Callable[[str], None]) -> None:
+    """Say what is gone on with; raise RunFolderError rather than train over what was learnt."""
+    record = read_record(folder)
+    if start is not None:
+        say(f"going on after step {start.facts.step} ({start.folder})")
+    elif record is not None and record.status == "interrupted":
+        raise RunFolderError(
+            f"{folder}: holds a run that was stopped after {record.num_steps} steps, and no "
+            "checkpoint to go on from; training from the start would overwrite it. It can be used "
+            "as it is (tunefork chat, tunefork evaluate); to train again, give another folder with "
+            "--out, or remove this one"
+        )
+    (folder / RECORD).unlink(missing_ok=True)  # what it tells of is overwritten from here on
 
 
 def _save(model: Any, tokenizer: Any, recipe: Recipe, record: RunRecord, folder: Path) -> RunRecord:
@@ -195,6 +242,8 @@ def _save(model: Any, tokenizer: Any, recipe: Recipe, record: RunRecord, folder:
             "artifact_bytes": folder_bytes(folder / name),
         }
         record = record.model_copy(update=saved)
+        for file in (folder / name).iterdir():  # the checkpoints go once this is on the disk
+            sync(file)
         write_record(folder, record)
     if interrupt.requested:
         raise KeyboardInterrupt
@@ -210,7 +259,7 @@ def _learnt(record: RunRecord, prediction: Prediction, result: TrainResult) -> R
             f"{record.method} of {record.total_params / 1e9:.3g}B, "
             f"{record.tokens / record.num_steps:.0f} tokens a step"
         ),
-        num_steps=len(result.steps),
+        num_steps=result.num_steps,
         train_s=result.seconds,
         process_bytes=result.process_bytes,
         say=lambda line: print(line, file=sys.stderr),
@@ -256,7 +305,7 @@ def _record(
         model_revision=recipe.model.revision,
         total_params=sum(p.numel() for p in load_skeleton(recipe.model).parameters()),
         trainable_params=0,
-        num_steps=0 if result is None else len(result.steps),
+        num_steps=0 if result is None else result.num_steps,
         tokens=0 if result is None else result.tokens,
         supervised_tokens=0 if result is None else result.supervised_tokens,
         train_s=0.0 if result is None else result.seconds,
@@ -301,11 +350,23 @@ def versions() -> dict[str, str]:
 
 
 @contextmanager
-def _step_log(file: Path) -> Iterator[Any]:
-    """Writes each step as a JSON line, visible at once to whoever follows the file."""
-    with file.open("w", encoding="utf-8", buffering=1) as stream:
+def _step_log(file: Path, *, after: int) -> Iterator[Any]:
+    """Writes each step as a JSON line, visible at once to whoever follows the file.
+
+    Lines of steps beyond `after` are dropped first: those steps are taken again.
+    """
+    kept = [line for line in _lines(file) if json.loads(line)["step"] <= after] if after else []
+    write_atomically(file, "".join(kept))
+    with file.open("a", encoding="utf-8", buffering=1) as stream:
 
         def write(record: StepRecord) -> None:
             stream.write(json.dumps(asdict(record)) + "\n")
 
         yield write
+
+
+def _lines(file: Path) -> list[str]:
+    """The whole lines of a step log; the last may have been cut short by a kill."""
+    if not file.exists():
+        return []
+    return [line for line in file.read_text("utf-8").splitlines(True) if line.endswith("}\n")]

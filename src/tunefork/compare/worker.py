@@ -78,8 +78,8 @@ _INTERRUPTED = 130
 _DISK_FULL = 74  # EX_IOERR of sysexits.h: a full disk takes no error.json either
 _DISK_IS_FULL = "the disk is full; free some space and run the same command again"
 
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Ctrl-C, a scheduler's request, a terminal that was closed."""
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Ctrl-C, a scheduler's request, a terminal that was closed, a scheduler's early warning."""
 
 
 @contextmanager
@@ -153,7 +153,7 @@ def _run(folder: Path, task: list[str]) -> None:
                 seed_folder(folder, Method(method), int(seed)),
                 seed=int(seed),
                 learning_rate=float(learning_rate),
-                keep_interrupted=False,  # the next call trains it again
+                keep_interrupted=False,  # the next call goes on from its checkpoint
             )
         case _:
             raise ValueError(f"no such task: {task}")

@@ -1,19 +1,33 @@
-"""Ctrl-C (or SIGTERM) ends a run between two steps, so that what it learnt can be saved."""
+"""A signal, or a file that a scheduler makes, ends a run between two steps, its state saved.
+
+Ctrl-C, SIGTERM (Kubernetes, `docker stop`, Slurm at its limit), SIGUSR1 (Slurm's
+`--signal=USR1@60`) or the appearance of `train.preemption_file`.
+"""
 
 import signal
 import threading
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
 
 class Interrupt:
-    """While entered, the first signal is only noted (`requested`); a second one interrupts."""
+    """While entered, a signal is only noted (`requested`); a second Ctrl-C interrupts.
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    A scheduler may send SIGTERM after SIGUSR1, or twice: that does not end what is being saved.
+    """
 
-    def __init__(self) -> None:
-        self.requested = False
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, preemption_file: Path | None = None) -> None:
+        self._noted = False
+        self._file = preemption_file
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether the run should end after the step at hand."""
+        return self._noted or (self._file is not None and self._file.exists())
 
     def __enter__(self) -> Self:
         # Python allows handlers in the main thread only; elsewhere a run cannot be signalled.
@@ -31,6 +45,6 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.requested:
+        if self._noted and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self._noted = True

@@ -1,6 +1,7 @@
 """What a method trains: the built model and the optimiser that fits it."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -11,14 +12,19 @@ from tunefork.data.loader import steps
 from tunefork.model.build import build
 from tunefork.model.load import load_model
 from tunefork.recipe import Method, Recipe
-from tunefork.train.loop import Optimizer, StepRecord, TrainResult, train
+from tunefork.train import deterministic
+from tunefork.train.checkpoints import Checkpoints, Found, Policy
+from tunefork.train.loop import StepRecord, TrainResult, train
 from tunefork.train.optim import LoraAdamW, ShadowAdamW, learning_rate_at
+from tunefork.train.setting import environment, setting
+from tunefork.train.state import Optimizer
 
 
 def load_for_training(
     recipe: Recipe, method: Method, *, dtype: torch.dtype, device: torch.device, seed: int
 ) -> PreTrainedModel:
     """The recipe's base, built for `method`. Raises ModelError where it cannot be."""
+    deterministic.prepare(recipe.train.deterministic)
     model = load_model(recipe.model, dtype=dtype, device=device, in_host_memory=True)
     build(model, method, recipe.lora, seed=seed, device=device)
     if recipe.train.packing:
@@ -64,6 +70,38 @@ def plan_steps(recipe: Recipe, num_examples: int, *, seed: int) -> list[list[int
     )
 
 
+def open_checkpoints(
+    folder: Path,
+    examples: Sequence[Encoded],
+    recipe: Recipe,
+    method: Method,
+    *,
+    learning_rate: float,
+    seed: int,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> Checkpoints:
+    """The checkpoints in `folder` of the run that `train_method` takes with the same arguments."""
+    return Checkpoints(
+        folder,
+        setting(
+            recipe,
+            method,
+            examples,
+            learning_rate=learning_rate,
+            seed=seed,
+            num_steps=len(plan_steps(recipe, len(examples), seed=seed)),
+        ),
+        environment(device),
+        Policy(
+            every_s=recipe.train.checkpoint_every_s,
+            every_steps=recipe.train.checkpoint_every_steps,
+            keep=recipe.train.keep_checkpoints,
+        ),
+        say,
+    )
+
+
 def train_method(
     model: PreTrainedModel,
     examples: Sequence[Encoded],
@@ -74,29 +112,42 @@ def train_method(
     seed: int,
     pad_id: int,
     on_step: Callable[[StepRecord], None],
+    checkpoints: Checkpoints | None = None,
+    start: Found | None = None,
+    stop_after: int | None = None,
 ) -> TrainResult:
-    """Train the built `model` on `examples` as the recipe says, at a peak `learning_rate`."""
+    """Train the built `model` on `examples` as the recipe says, at a peak `learning_rate`.
+
+    `checkpoints`, `start` and `stop_after` are those of `loop.train`.
+    """
     schedule = plan_steps(recipe, len(examples), seed=seed)
     section = recipe.train
-    return train(
-        model,
-        examples,
-        schedule,
-        make_optimizer(model, recipe, method, seed=seed),
-        learning_rates=[
-            learning_rate_at(
-                step,
-                num_steps=len(schedule),
-                peak=learning_rate,
-                schedule=section.schedule,
-                warmup_share=section.warmup_share,
-            )
-            for step in range(len(schedule))
-        ],
-        micro_batch_tokens=section.micro_batch_tokens,
-        packing=section.packing,
-        pad_id=pad_id,
-        max_grad_norm=section.max_grad_norm,
-        seed=seed,
-        on_step=on_step,
-    )
+    with deterministic.deterministic(section.deterministic):
+        return train(
+            model,
+            examples,
+            schedule,
+            make_optimizer(model, recipe, method, seed=seed),
+            learning_rates=[
+                learning_rate_at(
+                    step,
+                    num_steps=len(schedule),
+                    peak=learning_rate,
+                    schedule=section.schedule,
+                    warmup_share=section.warmup_share,
+                )
+                for step in range(len(schedule))
+            ],
+            micro_batch_tokens=section.micro_batch_tokens,
+            packing=section.packing,
+            pad_id=pad_id,
+            max_grad_norm=section.max_grad_norm,
+            seed=seed,
+            on_step=on_step,
+            checkpoints=checkpoints,
+            start=start,
+            preemption_file=None
+            if section.preemption_file is None
+            else Path(section.preemption_file).expanduser(),
+            stop_after=stop_after,
+        )

@@ -9,12 +9,15 @@ for one weight only, in memory that all of them take turns in (on a CPU, fresh m
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from tunefork.errors import CheckpointError
 from tunefork.kernels.quantized import AdamW8bit
+from tunefork.train.optim_state import check_layout, check_moments, load_moments, moments
+from tunefork.train.state import check_generator
 
 
 class ShadowAdamW:
@@ -67,6 +70,45 @@ class ShadowAdamW:
             if not self.keep_shadows:
                 shadow.data = shadow.data.new_empty(0)
 
+    def state_tensors(self) -> dict[str, Tensor]:
+        """`N.MOMENT` and `N.shadow` of the weight at index N; `generator.DEVICE`. Not copied."""
+        found = {
+            f"{index}.{name}": value
+            for index, (shadow, inner) in enumerate(zip(self.shadows, self.inner, strict=True))
+            for name, value in moments(inner, shadow).items()
+        }
+        if self.keep_shadows:
+            found |= {f"{i}.shadow": shadow.detach() for i, shadow in enumerate(self.shadows)}
+        generators = self.generators.items()
+        return found | {f"generator.{device}": g.get_state() for device, g in generators}
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `state_tensors` gave; raises CheckpointError before anything changes."""
+        groups = by_first_part(tensors)
+        generators, shadows = groups.pop("generator", {}), dict[int, Tensor]()
+        for index, parameter in enumerate(self.parameters):
+            found = groups.setdefault(str(index), {})
+            if self.keep_shadows:
+                shadows[index] = found.pop("shadow", torch.empty(0))
+                wanted = {"shadow": (torch.float32, tuple(parameter.shape))}
+                check_layout({"shadow": shadows[index]}, wanted, f"optimizer: weight {index}")
+            inner = self.inner[index]
+            check_moments(inner, parameter.shape, found, f"optimizer: weight {index}")
+        _check_indices(groups, len(self.parameters))
+        devices = {str(parameter.device): parameter.device for parameter in self.parameters}
+        for name, state in generators.items():
+            if name not in devices:
+                raise CheckpointError(f"optimizer: generator.{name} is of another device")
+            check_generator(state, devices[name], f"optimizer: generator.{name}")
+        for index, (shadow, inner) in enumerate(zip(self.shadows, self.inner, strict=True)):
+            load_moments(inner, shadow, groups[str(index)])
+            if self.keep_shadows:
+                shadow.copy_(shadows[index])
+        self.generators.clear()
+        for name, state in generators.items():
+            self._generator(devices[name]).set_state(state)
+
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self.generators:
             self.generators[device] = torch.Generator(device).manual_seed(self.seed)
@@ -93,6 +135,39 @@ class LoraAdamW:
         self.inner.param_groups[0]["lr"] = learning_rate
         self.inner.step()
         self.inner.zero_grad(set_to_none=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """`N.MOMENT` of the parameter at index N; not copied."""
+        return {
+            f"{index}.{name}": value
+            for index, parameter in enumerate(self.parameters)
+            for name, value in moments(self.inner, parameter).items()
+        }
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `state_tensors` gave; raises CheckpointError before anything changes."""
+        groups = by_first_part(tensors)
+        for index, parameter in enumerate(self.parameters):
+            found = groups.setdefault(str(index), {})
+            check_moments(self.inner, parameter.shape, found, f"optimizer: weight {index}")
+        _check_indices(groups, len(self.parameters))
+        for index, parameter in enumerate(self.parameters):
+            load_moments(self.inner, parameter, groups[str(index)])
+
+
+def by_first_part(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """`{"3.step": x}` as `{"3": {"step": x}}`."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        first, _, rest = key.partition(".")
+        groups.setdefault(first, {})[rest] = value
+    return groups
+
+
+def _check_indices(groups: Mapping[str, object], count: int) -> None:
+    for index in groups.keys() - {str(i) for i in range(count)}:
+        raise CheckpointError(f"optimizer: has {index}, and this run trains {count} weights")
 
 
 def _widen(narrow: Tensor, room: Tensor) -> Tensor:

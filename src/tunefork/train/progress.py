@@ -13,10 +13,14 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from tunefork.model.device import used_bytes
 from tunefork.train.loop import StepRecord
+from tunefork.train.state import Progress as RunProgress
 
 
 class TrainProgress:
-    """Shows loss, tokens/s, memory and time left of a run of `num_steps` steps."""
+    """Shows loss, tokens/s, memory and time left of a run of `num_steps` steps.
+
+    Rates are those of this process, which went on from `start`.
+    """
 
     def __init__(
         self,
@@ -25,9 +29,11 @@ class TrainProgress:
         num_steps: int,
         device: torch.device,
         every_s: float,
+        start: RunProgress | None = None,
         console: Console | None = None,
     ) -> None:
         self.label, self.num_steps, self.device, self.every_s = label, num_steps, device, every_s
+        self.done = start or RunProgress()
         self.console = console or Console(stderr=True)
         self.started = self.last_line = time.perf_counter()
         self.bar: Progress | None = None
@@ -39,7 +45,9 @@ class TrainProgress:
                 console=self.console,
                 transient=True,
             )
-            self.task = self.bar.add_task(label, total=num_steps, facts="first step ...")
+            self.task = self.bar.add_task(
+                label, total=num_steps, completed=self.done.step, facts="first step ..."
+            )
 
     def __enter__(self) -> Self:
         if self.bar:
@@ -67,9 +75,10 @@ class TrainProgress:
             self.console.print(line, soft_wrap=True, highlight=False)
 
     def _facts(self, record: StepRecord, seconds: float) -> str:
-        left_s = seconds / record.step * (self.num_steps - record.step)
+        steps, tokens = record.step - self.done.step, record.tokens - self.done.tokens
+        left_s = seconds / steps * (self.num_steps - record.step)
         return (
-            f"loss {record.loss:.3f}  {record.tokens / seconds:,.0f} tokens/s  "
+            f"loss {record.loss:.3f}  {tokens / seconds:,.0f} tokens/s  "
             f"{used_bytes(self.device) / 2**30:.1f} GiB  {duration(left_s)} left"
         )
 
