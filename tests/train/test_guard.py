@@ -36,7 +36,7 @@ def test_the_row_that_is_not_finite_is_named() -> None:
     model.get_input_embeddings().register_forward_hook(
         lambda module, given, out: out.masked_fill((given[0] == POISON)[..., None], float("inf"))
     )
-    said = blame(model, _rows(), max_tokens=64, pad_id=0)
+    said = blame(model, _rows(), pad_id=0)
     assert said == "rows whose own loss is not finite: row 2"
     assert all(p.grad is None for p in model.parameters())
 
@@ -50,7 +50,7 @@ def test_a_gradient_that_is_not_finite_is_found_by_its_row() -> None:
 
     model.get_input_embeddings().register_forward_hook(spoil)
     model.get_input_embeddings().weight.requires_grad_(True)
-    said = blame(model, _rows(), max_tokens=64, pad_id=0)
+    said = blame(model, _rows(), pad_id=0)
     assert said == "rows whose own gradient is not finite: row 2"
     assert all(p.grad is None for p in model.parameters())
 
@@ -58,7 +58,7 @@ def test_a_gradient_that_is_not_finite_is_found_by_its_row() -> None:
 def test_bad_weights_are_not_blamed_on_the_rows() -> None:
     model = _model()
     model.model.layers[0].mlp.up_proj.base.weight.data[0, 0] = float("nan")
-    said = blame(model, _rows(), max_tokens=64, pad_id=0)
+    said = blame(model, _rows(), pad_id=0)
     assert said.startswith("every row of the step has a loss that is not finite, so the weights")
     with pytest.raises(ModelError, match=r"up_proj\.base\.weight has 1 of \d+ values that are not"):
         check_weights(model, "tiny")
@@ -70,7 +70,7 @@ def test_good_weights_pass() -> None:
 
 def _alarms(losses: Any) -> int:
     watch = SpikeWatch()
-    return sum(watch.score(float(loss)) is not None for loss in losses)
+    return sum(watch.found(float(loss)) is not None for loss in losses)
 
 
 @pytest.mark.parametrize("noise", ["normal", "laplace"])
@@ -85,7 +85,7 @@ def test_a_doubled_loss_is_a_spike_and_a_low_one_is_not() -> None:
     losses[50] = 4.5
     losses[60] = 0.5
     watch = SpikeWatch()
-    flagged = [at for at, loss in enumerate(losses) if watch.score(float(loss)) is not None]
+    flagged = [at for at, loss in enumerate(losses) if watch.found(float(loss)) is not None]
     assert flagged == [50]
 
 
@@ -96,10 +96,3 @@ def test_a_constant_loss_has_no_spike_in_its_last_digits() -> None:
 
 def test_the_start_of_training_is_not_judged() -> None:
     assert _alarms([2.0] * 10 + [9.0]) == 0
-
-
-def test_a_rolled_back_loss_is_forgotten() -> None:
-    watch = SpikeWatch([2.0] * 20)
-    assert watch.score(9.0) is not None
-    watch.forget()
-    assert list(watch.losses) == [2.0] * 20

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunefork.train.loop import Optimizer
 from tunefork.train.out_of_memory import Remedies, phase
+from tunefork.train.state import Optimizer
 
 
 def zero_gradients(optimizer: Optimizer) -> None:

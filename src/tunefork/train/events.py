@@ -10,6 +10,7 @@ A resumed or rolled-back run takes some steps twice: of two lines of one step, t
 """
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -137,15 +138,17 @@ class EventLog:
         if is_torn:
             self.stream.write("\n")
         self.listeners: list[Callable[[Line], None]] = []
+        self._lock = threading.RLock()  # a listener may write
 
     def write(self, event: Event) -> None:
         """One line; it can be read when this returns."""
-        self.seq += 1
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        fields = {"seq": self.seq, "time": now} | event.model_dump(exclude_none=True)
-        self.stream.write(json.dumps(fields) + "\n")
-        for listen in self.listeners:
-            listen(Line(seq=self.seq, time=now, what=event))
+        with self._lock:  # checkpoints are told of by the thread that writes them
+            self.seq += 1
+            now = datetime.now(UTC).isoformat(timespec="milliseconds")
+            fields = {"seq": self.seq, "time": now} | event.model_dump(exclude_none=True)
+            self.stream.write(json.dumps(fields) + "\n")
+            for listen in self.listeners:
+                listen(Line(seq=self.seq, time=now, what=event))
 
     def state(self, state: State, detail: str | None = None) -> None:
         """The run goes into `state`."""

@@ -44,8 +44,8 @@ class SpikeWatch:
     def __init__(self, losses: Sequence[float] = ()) -> None:
         self.losses: deque[float] = deque(losses, maxlen=_WINDOW)
 
-    def score(self, loss: float) -> float | None:
-        """How many spreads `loss` is above the median, where that is a spike; remembers `loss`."""
+    def found(self, loss: float) -> str | None:
+        """In words, where `loss` is a spike; remembers `loss`."""
         known = list(self.losses)
         self.losses.append(loss)
         if len(known) < _FEWEST:
@@ -53,11 +53,12 @@ class SpikeWatch:
         middle = median(known)
         spread = 1.4826 * median(abs(value - middle) for value in known)
         score = (loss - middle) / max(spread, _LEAST_SPREAD * abs(middle), 1e-12)
-        return score if score > _THRESHOLD else None
-
-    def forget(self) -> None:
-        """Leave out the last loss: its step was rolled back."""
-        self.losses.pop()
+        if score <= _THRESHOLD:
+            return None
+        return (
+            f"the loss is {loss:.4g}, {score:.0f} robust standard deviations above the "
+            f"{middle:.4g} of the {len(known)} steps before"
+        )
 
 
 @torch.no_grad()
@@ -74,19 +75,17 @@ def check_weights(model: PreTrainedModel, name: str) -> None:
             )
 
 
-def blame(
-    model: PreTrainedModel, examples: Sequence[Encoded], *, max_tokens: int, pad_id: int
-) -> str:
+def blame(model: PreTrainedModel, examples: Sequence[Encoded], *, pad_id: int) -> str:
     """Which of a step's rows, by file:line, are not finite by themselves; in words.
 
     Forward passes of one row each, of at most `_MOST_ROWS`; where all are finite, backward passes
     too. Gradients are dropped. Call it with the weights of before the step.
     """
     chosen = examples[:_MOST_ROWS]
-    sick = [e for e in chosen if not _is_finite(model, e, max_tokens, pad_id, backward=False)]
+    sick = [e for e in chosen if not _is_finite(model, e, pad_id, backward=False)]
     what = "loss"
     if not sick:
-        sick = [e for e in chosen if not _is_finite(model, e, max_tokens, pad_id, backward=True)]
+        sick = [e for e in chosen if not _is_finite(model, e, pad_id, backward=True)]
         what = "gradient"
     if len(sick) == len(chosen):
         return (
@@ -98,11 +97,9 @@ def blame(
     return f"no row by itself is not finite. The step's rows: {_names(examples)}"
 
 
-def _is_finite(
-    model: PreTrainedModel, example: Encoded, max_tokens: int, pad_id: int, *, backward: bool
-) -> bool:
+def _is_finite(model: PreTrainedModel, example: Encoded, pad_id: int, *, backward: bool) -> bool:
     """Of `example` alone: whether its loss is, and with `backward` its gradients too."""
-    [batch] = pack([example], max_tokens=max_tokens, packing=False, pad_id=pad_id)
+    [batch] = pack([example], max_tokens=len(example.input_ids), packing=False, pad_id=pad_id)
     if not len(batch.supervised[0]):
         return True
     model.zero_grad(set_to_none=True)

@@ -31,11 +31,11 @@ from tunefork.model.head import find_head
 from tunefork.train.dry_update import dry_update, zero_gradients
 from tunefork.train.kernels import attention_kernels
 from tunefork.train.longest import Passes, passes_of
-from tunefork.train.loop import Optimizer
 from tunefork.train.loss import loss_sum
 from tunefork.train.out_of_memory import Remedies, phase
 from tunefork.train.progress import duration
 from tunefork.train.save_rehearsal import SaveCost, rehearse_save
+from tunefork.train.state import Optimizer
 
 FEWEST = 16
 """Micro-batches of a run that is worth a rehearsal."""

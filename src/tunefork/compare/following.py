@@ -1,0 +1,147 @@
+"""A run's events as it goes: into events.jsonl, to the trackers, and what is odd to whoever asks.
+
+From entering to leaving, whatever ends the run: its last line says finished, failed or interrupted.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from tunefork.errors import TuneforkError
+from tunefork.model.device import used_bytes
+from tunefork.recipe import Method, Recipe
+from tunefork.train.events import (
+    CheckpointSaved,
+    Event,
+    EventLog,
+    Resumed,
+    SettingChanged,
+    StepDone,
+    Warned,
+    event_log,
+)
+from tunefork.train.loop import StepRecord
+from tunefork.train.trackers import TrackerThread, open_trackers
+
+
+@dataclass(slots=True)
+class Following:
+    """What a run tells of itself."""
+
+    log: EventLog
+    say: Callable[[str], None]
+    tokens: int = 0
+    since: float = field(default_factory=time.perf_counter)
+
+    def begin_steps(self, tokens: int) -> None:
+        """Training goes on, or begins, after `tokens`."""
+        self.tokens, self.since = tokens, time.perf_counter()
+
+    def on_step(self, record: StepRecord, num_steps: int, device: torch.device) -> None:
+        """One step was taken."""
+        now = time.perf_counter()
+        rate = (record.tokens - self.tokens) / max(now - self.since, 1e-9)
+        self.tokens, self.since = record.tokens, now
+        self.log.write(
+            StepDone(
+                step=record.step,
+                num_steps=num_steps,
+                tokens=record.tokens,
+                loss=record.loss,
+                learning_rate=record.learning_rate,
+                grad_norm=record.grad_norm,
+                tokens_per_s=rate,
+                memory_bytes=used_bytes(device),
+            )
+        )
+
+    def on_event(self, event: Event) -> None:
+        """Something else happened; what a user should know is said too."""
+        self.log.write(event)
+        match event:
+            case Warned(message=message):
+                self.say(f"warning: {message}")
+            case SettingChanged():
+                self.say(
+                    f"warning: step {event.step}: {event.field} is {event.after} from here on, not "
+                    f"{event.before}: {event.why}"
+                )
+            case Resumed():
+                left_out = ", ".join(map(str, event.skipped_steps))
+                self.say(
+                    f"warning: {event.why}: back to {event.checkpoint}, and on without the rows of "
+                    f"steps {left_out}"
+                )
+
+    def on_written(self, folder: Path, num_bytes: int, seconds: float) -> None:
+        """A checkpoint became visible."""
+        name = f"{folder.parent.name}/{folder.name}"
+        step = int(folder.name.rpartition("-")[2])
+        self.log.write(CheckpointSaved(step=step, folder=name, bytes=num_bytes, seconds=seconds))
+
+
+@contextmanager
+def following(
+    folder: Path,
+    recipe: Recipe,
+    method: Method | None,
+    *,
+    seed: int,
+    learning_rate: float | None,
+    say: Callable[[str], None],
+) -> Iterator[Following]:
+    """Follow a run in `folder` from its preparation to its end."""
+    with event_log(folder) as log:
+        told = Following(log, say)
+        opened = _open_trackers(told, folder, recipe, method, seed, learning_rate)
+        try:
+            log.state("preparing")
+            yield told
+        except KeyboardInterrupt:
+            log.state("interrupted")
+            raise
+        except Exception as error:
+            log.state("failed", failure(error))
+            raise
+        finally:
+            for tracker in opened:
+                tracker.close()
+
+
+def failure(error: BaseException) -> str:
+    """Why a run failed, for its record: our own errors never quote a row, a library's may."""
+    return str(error) if isinstance(error, TuneforkError) else type(error).__name__
+
+
+def _open_trackers(
+    told: Following,
+    folder: Path,
+    recipe: Recipe,
+    method: Method | None,
+    seed: int,
+    learning_rate: float | None,
+) -> list[TrackerThread]:
+    if method is None:
+        return []
+    settings: dict[str, str | int | float] = {
+        "model": recipe.model.id,
+        "method": str(method),
+        "seed": seed,
+        "learning_rate": learning_rate or 0.0,
+        "batch_size": recipe.train.batch_size,
+        "epochs": recipe.train.epochs,
+    }
+    if method is not Method.FULL:
+        settings |= {"rank": recipe.lora.rank}
+    opened = open_trackers(
+        recipe.train.trackers,
+        folder,
+        settings,
+        lambda message: told.on_event(Warned(code="tracker", message=message)),
+    )
+    told.log.listeners += [tracker.listen for tracker in opened]
+    return opened
