@@ -1,6 +1,7 @@
 """One run: what it leaves where it is stopped, and that nothing it left is lost."""
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ from tunefork.errors import RunFolderError, TuneforkError
 from tunefork.recipe import Method, Recipe
 from tunefork.registry.opening import open_model
 from tunefork.registry.peft_format import save_adapter
-from tunefork.registry.run import ADAPTER, COLUMNS, read_record
+from tunefork.registry.run import ADAPTER, COLUMNS, STEPS, read_record
+from tunefork.train.loop import StepRecord
 from tunefork.train.progress import TrainProgress
 
 Make = Callable[..., Recipe]
@@ -31,14 +33,27 @@ def _fail(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException) -> N
     monkeypatch.setattr(trial, name, fail)
 
 
-@pytest.fixture
-def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C comes after the first step."""
-
+def _stop_after_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
     def on_step(self: TrainProgress, record: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(TrainProgress, "on_step", on_step)
+
+
+def _die_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """End the run without a state saved."""
+
+    def on_step(self: TrainProgress, record: StepRecord) -> None:
+        if record.step == step:
+            raise SystemExit
+
+    monkeypatch.setattr(TrainProgress, "on_step", on_step)
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes after the first step."""
+    _stop_after_each_step(monkeypatch)
 
 
 @pytest.mark.parametrize("method", list(Method))
@@ -68,28 +83,112 @@ def test_what_ends_the_evaluation_costs_no_training(
     assert train_run(recipe, folder) == done
 
 
-def test_an_interrupted_run_is_usable_not_evaluated_and_not_overwritten(
-    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: None
+@pytest.fixture(params=list(Method))
+def whole(request: pytest.FixtureRequest, make_recipe: Make, tmp_path: Path) -> tuple[Recipe, Path]:
+    """A recipe, and the folder of its run that was never stopped."""
+    recipe = make_recipe(method=request.param, lora={"dropout": 0.1})
+    train_run(recipe, tmp_path / "whole")
+    return recipe, tmp_path / "whole"
+
+
+def _artefact(folder: Path) -> dict[str, bytes]:
+    return {name: b for name, b in _content(folder).items() if name.endswith(".safetensors")}
+
+
+def test_an_interrupted_run_is_usable_and_the_same_call_goes_on(
+    whole: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _fail(monkeypatch, "evaluate", AssertionError("evaluated"))
+    recipe, folder = whole[0], tmp_path / "run"
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        _stop_after_each_step(patch)
+        _fail(patch, "evaluate", AssertionError("evaluated"))
+        record = train_run(recipe, folder, say=said.append)
+        assert (record.status, record.num_steps, record.metrics) == ("interrupted", 1, {})
+        assert record == read_record(folder) and open_model(str(folder)).model is not None
+        assert train_run(recipe, folder, say=said.append).num_steps == 2
+    done = train_run(recipe, folder, say=said.append)
+    assert [line.partition(" (")[0] for line in said] == [
+        "going on after step 1",
+        "going on after step 2",
+    ]
+    uninterrupted = read_record(whole[1])
+    assert uninterrupted is not None
+    same = ("status", "num_steps", "tokens", "supervised_tokens", "metrics", "artifact_bytes")
+    assert [getattr(done, f) for f in same] == [getattr(uninterrupted, f) for f in same]
+    assert _artefact(folder) == _artefact(whole[1])
+    assert (folder / STEPS).read_bytes() == (whole[1] / STEPS).read_bytes()
+    assert not (folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(
+    whole: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bool
+) -> None:
+    fields = whole[0].model_dump(mode="json")
+    fields["train"] |= {"checkpoint_every_steps": 1}
+    recipe, folder = Recipe.model_validate(fields), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        _die_after(patch, step=3)
+        with pytest.raises(SystemExit):
+            train_run(recipe, folder)
+    assert read_record(folder) is None and len((folder / STEPS).read_text().splitlines()) == 3
+    with (folder / STEPS).open("a") as stream:
+        stream.write('{"step": 4, "tok')  # a line that the kill cut short
+    said: list[str] = []
+    if torn:
+        os.truncate(folder / "checkpoints" / "step-000002" / "state.safetensors", 999)
+    train_run(recipe, folder, say=said.append)
+    last = 1 if torn else 2
+    assert said[-1].startswith(f"going on after step {last} ")
+    assert torn == any("step-000002/state.safetensors: has 999 bytes, not" in s for s in said)
+    assert _artefact(folder) == _artefact(whole[1])
+    assert (folder / STEPS).read_bytes() == (whole[1] / STEPS).read_bytes()
+
+
+def test_an_interrupted_run_without_its_checkpoints_is_not_overwritten(
+    make_recipe: Make, tmp_path: Path, interrupted: None
+) -> None:
     recipe, folder = make_recipe(), tmp_path / "run"
-    record = train_run(recipe, folder)
-    assert (record.status, record.num_steps, record.metrics) == ("interrupted", 1, {})
-    assert record == read_record(folder) and open_model(str(folder)).model is not None
+    train_run(recipe, folder)
+    shutil.rmtree(folder / "checkpoints")
     before = _content(folder)
     with pytest.raises(RunFolderError, match=r"run: holds a run that was stopped after 1 steps.*"):
         train_run(recipe, folder)
     assert _content(folder) == before
 
 
-def test_an_interrupted_piece_of_a_comparison_ends_at_once(
-    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: None
+@pytest.mark.parametrize("way", ["SIGUSR1", "SIGTERM", "file"])
+def test_a_preemption_notice_saves_the_state(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    _fail(monkeypatch, "evaluate", AssertionError("evaluated"))
-    options: dict[str, Any] = {"seed": 0, "learning_rate": 1e-3}
-    with pytest.raises(KeyboardInterrupt):
-        run_trial(make_recipe(), Method.LORA, tmp_path, keep_interrupted=False, **options)
+    notice = tmp_path / "notice"
+
+    def on_step(self: TrainProgress, record: object) -> None:
+        notice.touch() if way == "file" else os.kill(os.getpid(), getattr(signal, way))
+
+    monkeypatch.setattr(TrainProgress, "on_step", on_step)
+    recipe = make_recipe(train={"preemption_file": str(notice), "checkpoint_every_s": None})
+    record = train_run(recipe, tmp_path / "run")
+    assert (record.status, record.num_steps) == ("interrupted", 1)
+    assert (tmp_path / "run" / "checkpoints" / "step-000001" / "manifest.json").is_file()
+
+
+def test_an_interrupted_piece_of_a_comparison_ends_at_once_and_goes_on(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"seed": 0, "learning_rate": 1e-3, "keep_interrupted": False}
+    with monkeypatch.context() as patch:
+        _stop_after_each_step(patch)
+        _fail(patch, "evaluate", AssertionError("evaluated"))
+        with pytest.raises(KeyboardInterrupt):
+            run_trial(make_recipe(), Method.LORA, tmp_path, **options)
     assert read_record(tmp_path) is None and not (tmp_path / ADAPTER).exists()
+    said: list[str] = []
+    assert (
+        run_trial(make_recipe(), Method.LORA, tmp_path, say=said.append, **options).num_steps == 3
+    )
+    assert said[0].startswith("going on after step 1 ")
 
 
 def test_ctrl_c_while_saving_waits_for_the_record(

@@ -13,6 +13,7 @@ from tunefork.cli.plan import plan
 from tunefork.cli.recipe import recipe
 from tunefork.cli.runs import runs
 from tunefork.cli.train import train
+from tunefork.cli.verify_resume import verify_resume
 
 app = typer.Typer(
     name="tunefork",
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 for verb in (advise, plan, compare, train, evaluate, chat, runs):
     app.command()(verb)
+app.command(name="verify-resume")(verify_resume)
 app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")
 

@@ -29,7 +29,7 @@ SCRATCH = ".scratch-"
 
 _LARGEST_JSON_BYTES = 2**20
 
-Value = str | int | float | None
+Value = str | bool | int | float | None
 Content = TypeVar("Content", bound=BaseModel)
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 

@@ -110,9 +110,9 @@ def digest(tensors: Mapping[str, Tensor], prefix: str = "") -> str:
     """SHA-256 of the names, types, shapes and bits of the tensors whose names start so."""
     whole = hashlib.sha256()
     for name in sorted(name for name in tensors if name.startswith(prefix)):
-        value = tensors[name].detach().cpu().contiguous()
+        value = tensors[name]
         whole.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        whole.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        whole.update(_bytes(value).numpy().data)
     return whole.hexdigest()
 
 
@@ -153,3 +153,46 @@ def check_generator(state: Tensor, device: torch.device, what: str) -> None:
         torch.Generator(device).set_state(state)
     except (RuntimeError, TypeError) as error:
         raise CheckpointError(f"{what} is no generator's state ({error})") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where two states first differ, in the order of the tensors' names."""
+
+    name: str
+    index: tuple[int, ...] | None
+    """None: one has no such tensor, or of another shape or type."""
+    left: str
+    right: str
+    num_tensors: int
+    """That differ."""
+
+
+def first_difference(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Difference | None:
+    """None where all bits are equal."""
+    names = sorted(left.keys() | right.keys())
+    unequal = [name for name in names if not _same(left.get(name), right.get(name))]
+    if not unequal:
+        return None
+    name, count = unequal[0], len(unequal)
+    a, b = left.get(name), right.get(name)
+    if a is None or b is None or (a.dtype, a.shape) != (b.dtype, b.shape):
+        return Difference(name, None, _kind(a), _kind(b), count)
+    at = int((_bytes(a) != _bytes(b)).nonzero()[0]) // a.element_size()
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), a.shape))
+    shown = [repr(x.reshape(-1)[at].item()) for x in (a, b)]
+    return Difference(name, index, shown[0], shown[1], count)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None or (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(value: Tensor) -> Tensor:
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _kind(value: Tensor | None) -> str:
+    return "absent" if value is None else f"{tuple(value.shape)} in {value.dtype}"
