@@ -14,7 +14,9 @@ import torch
 from tunefork.errors import TuneforkError
 from tunefork.model.device import used_bytes
 from tunefork.recipe import Method, Recipe
+from tunefork.train.checkpoints import Found
 from tunefork.train.events import (
+    EVENTS,
     CheckpointSaved,
     Event,
     EventLog,
@@ -23,8 +25,10 @@ from tunefork.train.events import (
     StepDone,
     Warned,
     event_log,
+    read_steps,
 )
 from tunefork.train.loop import StepRecord
+from tunefork.train.rehearsal import Rehearsal
 from tunefork.train.trackers import TrackerThread, open_trackers
 
 
@@ -34,11 +38,50 @@ class Following:
 
     log: EventLog
     say: Callable[[str], None]
+    trackers: list[TrackerThread] = field(default_factory=list)
     tokens: int = 0
     since: float = field(default_factory=time.perf_counter)
 
-    def begin_steps(self, tokens: int) -> None:
-        """Training goes on, or begins, after `tokens`."""
+    def begin_training(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        method: Method,
+        *,
+        seed: int,
+        learning_rate: float,
+        start: Found | None,
+    ) -> None:
+        """Training is about to begin, or to go on from `start`; opens the trackers."""
+        if start is not None:
+            self._resumed(start.facts.step, start.folder.name, "it was stopped")
+        elif read_steps(folder / EVENTS):
+            self._resumed(0, "", "it left no checkpoint")
+        settings: dict[str, str | int | float] = {
+            "model": recipe.model.id,
+            "method": str(method),
+            "seed": seed,
+            "learning_rate": learning_rate,
+            "batch_size": recipe.train.batch_size,
+            "epochs": recipe.train.epochs,
+        }
+        if method is not Method.FULL:
+            settings["rank"] = recipe.lora.rank
+        self.trackers = open_trackers(
+            recipe.train.trackers,
+            folder,
+            settings,
+            lambda message: self.on_event(Warned(code="tracker", message=message)),
+        )
+        self.log.listeners += [tracker.listen for tracker in self.trackers]
+        if recipe.train.rehearse:
+            self.log.state("rehearsing")
+
+    def begin_steps(self, tokens: int, found: Rehearsal | None) -> None:
+        """Training begins, or goes on, after `tokens`."""
+        if found is not None:
+            self.say(str(found))
+        self.log.state("training", None if found is None else str(found))
         self.tokens, self.since = tokens, time.perf_counter()
 
     def on_step(self, record: StepRecord, num_steps: int, device: torch.device) -> None:
@@ -77,6 +120,9 @@ class Following:
                     f"steps {left_out}"
                 )
 
+    def _resumed(self, step: int, checkpoint: str, why: str) -> None:
+        self.log.write(Resumed(step=step, checkpoint=checkpoint, why=why))
+
     def on_written(self, folder: Path, num_bytes: int, seconds: float) -> None:
         """A checkpoint became visible."""
         name = f"{folder.parent.name}/{folder.name}"
@@ -85,19 +131,10 @@ class Following:
 
 
 @contextmanager
-def following(
-    folder: Path,
-    recipe: Recipe,
-    method: Method | None,
-    *,
-    seed: int,
-    learning_rate: float | None,
-    say: Callable[[str], None],
-) -> Iterator[Following]:
+def following(folder: Path, say: Callable[[str], None]) -> Iterator[Following]:
     """Follow a run in `folder` from its preparation to its end."""
     with event_log(folder) as log:
         told = Following(log, say)
-        opened = _open_trackers(told, folder, recipe, method, seed, learning_rate)
         try:
             log.state("preparing")
             yield told
@@ -108,40 +145,10 @@ def following(
             log.state("failed", failure(error))
             raise
         finally:
-            for tracker in opened:
+            for tracker in told.trackers:
                 tracker.close()
 
 
 def failure(error: BaseException) -> str:
     """Why a run failed, for its record: our own errors never quote a row, a library's may."""
     return str(error) if isinstance(error, TuneforkError) else type(error).__name__
-
-
-def _open_trackers(
-    told: Following,
-    folder: Path,
-    recipe: Recipe,
-    method: Method | None,
-    seed: int,
-    learning_rate: float | None,
-) -> list[TrackerThread]:
-    if method is None:
-        return []
-    settings: dict[str, str | int | float] = {
-        "model": recipe.model.id,
-        "method": str(method),
-        "seed": seed,
-        "learning_rate": learning_rate or 0.0,
-        "batch_size": recipe.train.batch_size,
-        "epochs": recipe.train.epochs,
-    }
-    if method is not Method.FULL:
-        settings |= {"rank": recipe.lora.rank}
-    opened = open_trackers(
-        recipe.train.trackers,
-        folder,
-        settings,
-        lambda message: told.on_event(Warned(code="tracker", message=message)),
-    )
-    told.log.listeners += [tracker.listen for tracker in opened]
-    return opened

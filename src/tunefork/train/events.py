@@ -104,8 +104,9 @@ class Resumed(_Event):
 
     event: Literal["resumed"] = "resumed"
     step: int
-    """The last step that the checkpoint has taken."""
+    """The last step that the checkpoint has taken; 0 from the start."""
     checkpoint: str
+    """Its folder's name; empty from the start."""
     why: str
     skipped_steps: tuple[int, ...] = ()
     """Steps whose rows are left out from now on."""

@@ -106,7 +106,7 @@ def train(
     cut = Accumulator(
         model,
         head,
-        done.micro_batch_tokens or micro_batch_tokens,
+        min(done.micro_batch_tokens or micro_batch_tokens, micro_batch_tokens),
         packing,
         pad_id,
         on_fault.out_of_memory,
@@ -148,7 +148,7 @@ def train(
                 done.tokens + sum(len(example.input_ids) for example in chosen),
                 done.supervised_tokens + num_supervised,
                 time.perf_counter() - clock,
-                cut.limit if cut.limit < micro_batch_tokens else None,
+                cut.limit,
                 done.skipped,
                 tuple(watch.losses),
             )

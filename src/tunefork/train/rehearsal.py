@@ -98,10 +98,10 @@ def rehearse(
     keeps, and whatever an evaluation or a save would have raised.
     """
     start = time.perf_counter()
-    limit = micro_batch_tokens
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
     longest = max((len(examples[at].input_ids) for step in steps for at in step), default=0)
+    limit = max(micro_batch_tokens, longest)
     with torch.random.fork_rng(devices=devices), attention_kernels():
         while True:
             passes = passes_of(examples, steps, micro_batch_tokens=limit, packing=packing)

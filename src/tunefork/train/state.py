@@ -50,7 +50,7 @@ class Progress:
     seconds: float = 0.0
     """Spent on the finished steps, by all processes of the run."""
     micro_batch_tokens: int | None = None
-    """Where a lack of memory made it less than the recipe's."""
+    """Of the last step: a lack of memory may have made it less than the recipe's."""
     skipped: tuple[int, ...] = ()
     """Steps that are left out, for a loss spike (`recovery.py`)."""
     losses: tuple[float, ...] = ()
