@@ -17,6 +17,7 @@ from tunefork.data.pack import pack
 from tunefork.errors import CheckpointError
 from tunefork.model.build import build
 from tunefork.recipe import LoraSection, Method
+from tunefork.train import accumulate
 from tunefork.train.checkpoints import Checkpoints, Policy
 from tunefork.train.loop import StepRecord, TrainResult, train
 from tunefork.train.loss import loss_sum

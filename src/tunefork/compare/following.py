@@ -53,6 +53,7 @@ class Following:
         start: Found | None,
     ) -> None:
         """Training is about to begin, or to go on from `start`; opens the trackers."""
+        self.log.state("preparing")
         if start is not None:
             self._resumed(start.facts.step, start.folder.name, "it was stopped")
         elif read_steps(folder / EVENTS):
@@ -132,17 +133,18 @@ class Following:
 
 @contextmanager
 def following(folder: Path, say: Callable[[str], None]) -> Iterator[Following]:
-    """Follow a run in `folder` from its preparation to its end."""
+    """Follow a run in `folder` to its end, once it has said that it begins."""
     with event_log(folder) as log:
-        told = Following(log, say)
+        told, before = Following(log, say), log.seq
         try:
-            log.state("preparing")
             yield told
         except KeyboardInterrupt:
-            log.state("interrupted")
+            if log.seq > before:  # else it was refused, and what is there is as it was
+                log.state("interrupted")
             raise
         except Exception as error:
-            log.state("failed", failure(error))
+            if log.seq > before:
+                log.state("failed", failure(error))
             raise
         finally:
             for tracker in told.trackers:

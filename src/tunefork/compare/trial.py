@@ -184,7 +184,7 @@ def _run(
 def _failure_recorded(
     recipe: Recipe, method: Method, folder: Path, *, seed: int, learning_rate: float
 ) -> Iterator[None]:
-    """What ends the training within in an error is in run.json: no such run is taken for a good one.
+    """An error that ends the training within is in run.json: no such run is taken for a good one.
 
     Bad input is found before anything is trained, and leaves whatever record there is.
     """
