@@ -32,7 +32,7 @@ class Policy:
     """When a checkpoint is due, and how many are kept."""
 
     every_s: float | None = None
-    """Seconds since the last one was begun."""
+    """Seconds from one that is on the disk to the next: begun earlier by what the last took."""
     every_steps: int | None = None
     keep: int = 2
     """The newest so many."""
@@ -65,6 +65,7 @@ class Checkpoints:
     on_written: Callable[[Path, int, float], None] = lambda folder, num_bytes, seconds: None
     """Told of each one that became visible, maybe on the writer's thread."""
     _began: float = field(default_factory=time.monotonic)
+    _took_s: float = 0.0
     _writer: threading.Thread | None = None
     _error: BaseException | None = None
     _passed_over: set[str] = field(default_factory=set)
@@ -106,7 +107,8 @@ class Checkpoints:
         if every is not None and step % every == 0:
             return True
         every_s = self.policy.every_s
-        is_time = every_s is not None and time.monotonic() - self._began >= every_s
+        since = time.monotonic() - self._began
+        is_time = every_s is not None and since >= every_s - self._took_s
         return is_time and not (self._writer and self._writer.is_alive())
 
     def save(
@@ -151,6 +153,7 @@ class Checkpoints:
             state, self.folder, setting=self.setting, environment=self.environment
         )
         self.on_written(made, state.num_bytes(), time.monotonic() - start)
+        self._took_s = time.monotonic() - self._began
         self._prune(state.progress.step)
 
     def _prune(self, newest: int) -> None:
