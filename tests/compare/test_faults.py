@@ -36,7 +36,7 @@ def long_recipe(make_recipe: Make, tmp_path: Path) -> Callable[..., Recipe]:
     def make(**train: Any) -> Recipe:
         options = {"max_steps": 20, "batch_size": 2, "packing": False} | train
         recipe = make_recipe(train=options, lora={"dropout": 0.1})
-        long = {"text": f"{SECRET} " * 12, "label": "dog"}
+        long = {"text": f"{SECRET} " * 5, "label": "dog"}
         lines = [json.dumps(row) for row in (*rows(39), long)]
         Path(recipe.data.train).write_text("\n".join(lines) + "\n")
         return recipe
@@ -63,7 +63,7 @@ def _hooked(monkeypatch: pytest.MonkeyPatch, hook: Callable[[Any], Any]) -> None
 def _room(tokens: int) -> Callable[[Any], None]:
     def hook(model: Any) -> None:
         def check(_: object, given: tuple[torch.Tensor, ...]) -> None:
-            if given[0].numel() > tokens:
+            if torch.is_grad_enabled() and given[0].numel() > tokens:
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
         model.get_input_embeddings().register_forward_pre_hook(check)
@@ -110,7 +110,7 @@ def test_the_rehearsal_changes_no_bit(long_recipe: Make, tmp_path: Path, method:
 def test_a_planted_out_of_memory_is_found_before_step_1(
     long_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _hooked(monkeypatch, _room(120))
+    _hooked(monkeypatch, _room(160))
     folder = tmp_path / "run"
     with pytest.raises(NoMemoryError, match=r"out of memory in the forward pass \(rehearsal of"):
         train_run(long_recipe(), folder, say=lambda line: None)
