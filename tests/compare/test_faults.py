@@ -11,10 +11,10 @@ import torch
 from tests.compare.conftest import rows
 from tunefork.compare.trial import train_run
 from tunefork.errors import DivergedError, NoMemoryError, NoRoomError, RunFolderError
+from tunefork.model.load import load_model
 from tunefork.recipe import Method, Recipe
 from tunefork.registry.opening import open_model
 from tunefork.registry.run import ADAPTER, find_runs, read_record
-from tunefork.train import method as method_module
 from tunefork.train.events import (
     EVENTS,
     CheckpointSaved,
@@ -50,14 +50,13 @@ def _states(folder: Path) -> list[str]:
 
 def _hooked(monkeypatch: pytest.MonkeyPatch, hook: Callable[[Any], Any]) -> None:
     """`hook` gets every model that is loaded for training."""
-    first = method_module.load_model
 
     def load(*arguments: Any, **options: Any) -> Any:
-        model = first(*arguments, **options)
+        model = load_model(*arguments, **options)
         hook(model)
         return model
 
-    monkeypatch.setattr(method_module, "load_model", load)
+    monkeypatch.setattr("tunefork.train.method.load_model", load)
 
 
 def _room(tokens: int) -> Callable[[Any], None]:

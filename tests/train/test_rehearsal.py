@@ -15,6 +15,7 @@ from tests.train.test_out_of_memory import room_for
 from tunefork.errors import NoMemoryError, NoRoomError
 from tunefork.model.build import build
 from tunefork.recipe import LoraSection, Method
+from tunefork.train.dry_update import dry_update
 from tunefork.train.longest import passes_of
 from tunefork.train.loop import train
 from tunefork.train.optim import LoraAdamW, ShadowAdamW
@@ -25,13 +26,13 @@ LENGTHS = tuple(4 + at % 7 for at in range(2 * FEWEST - 1))
 EXAMPLES = examples((*LENGTHS, 40))
 """The last one is the longest by far."""
 STEPS = [[2 * at, 2 * at + 1] for at in range(FEWEST)]
-KINDS = ("lora", "qlora", "full_fp32", "full_bf16", "full_8bit")
+KINDS = ("lora", "qlora", "full_fp32", "full_bf16", "full_master", "full_8bit")
 
 
 def _made(kind: str) -> tuple[Any, Any]:
     method = Method(kind.partition("_")[0])
     model = tiny_model("llama")
-    if kind == "full_bf16":
+    if kind in ("full_bf16", "full_master"):
         model = model.to(torch.bfloat16)
     build(model, method, LoraSection(rank=4, dropout=0.1), seed=0)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -40,7 +41,7 @@ def _made(kind: str) -> tuple[Any, Any]:
         return model, LoraAdamW(trained, betas=(0.9, 0.999), weight_decay=0.1)
     return model, ShadowAdamW(
         trained,
-        keep_shadows=False,
+        keep_shadows=kind == "full_master",
         eight_bit=kind == "full_8bit",
         betas=(0.9, 0.999),
         weight_decay=0.1,
@@ -87,6 +88,24 @@ def test_a_run_with_it_is_bit_equal_to_one_without(kind: str) -> None:
         ends.append((result.steps, _bits(model)))
     assert ends[0][0] == ends[1][0]
     assert all(map(torch.equal, ends[0][1], ends[1][1]))
+
+
+def test_negative_zeros_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an optimiser that turns them into zeros, as a kernel may."""
+    model, optimizer = _made("full_master")
+    before, shadows = _bits(model), [s.detach().clone() for s in optimizer.shadows]
+
+    def step(rate: float) -> None:
+        for parameter, shadow in zip(optimizer.parameters, optimizer.shadows, strict=True):
+            parameter.data.add_(0.0)
+            shadow.data.add_(0.0)
+
+    monkeypatch.setattr(optimizer, "step", step)
+    with dry_update(optimizer, None):
+        pass
+    assert all(map(torch.equal, before, _bits(model)))
+    for shadow, was in zip(optimizer.shadows, shadows, strict=True):
+        assert torch.equal(shadow.view(torch.int32), was.view(torch.int32))
 
 
 def test_a_planted_out_of_memory_is_found_before_the_first_step() -> None:
