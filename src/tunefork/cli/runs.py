@@ -15,7 +15,7 @@ def runs(
     """List the runs below a folder.
 
     Status: ok; trained (not evaluated yet) and interrupted (stopped while it trained): the same
-    command goes on.
+    command goes on; failed (training ended in an error, which run.json tells).
     """
     import json
 

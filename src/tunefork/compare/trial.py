@@ -66,7 +66,7 @@ from tunefork.train.method import (
 )
 from tunefork.train.out_of_memory import Remedies, phase
 from tunefork.train.progress import TrainProgress
-from tunefork.train.rehearsal import Stage
+from tunefork.train.rehearsal import Rehearsal, Stage
 from tunefork.train.state import Progress
 
 
@@ -247,6 +247,10 @@ def _train(
             told.on_step(record, num_steps, device)
             progress.on_step(record)
 
+        def on_rehearsed(found: Rehearsal | None) -> None:
+            told.begin_steps(done.tokens, found)
+            progress.restart()
+
         result = train_method(
             model,
             data.train,
@@ -260,7 +264,7 @@ def _train(
             start=start,
             on_event=told.on_event,
             stage=_stage(model, tokenizer, data, recipe, method, folder),
-            on_rehearsed=lambda found: told.begin_steps(done.tokens, found),
+            on_rehearsed=on_rehearsed,
         )
     return model, result
 
