@@ -1,6 +1,7 @@
 """Kills, cuts and costs: what a run loses when its process is killed, and what being safe costs.
 
     python -m benchmarks.faults kills [--kills 1000]     SIGKILLs spread over training and saving
+    python -m benchmarks.faults cost                     the share of the time that checkpoints take
 
 A process that has imported PyTorch and built a tiny model forks one child a kill (imports would
 take seconds each). The child trains on from its newest checkpoint, saving one after every second
@@ -20,6 +21,8 @@ import os
 import random
 import shutil
 import signal
+import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -27,15 +30,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks import results
 from tests.train.test_state import KINDS, STEPS
 from tests.train.test_state import run as train_tiny
-from tunefork.model.device import describe
+from tunefork.data.example import Encoded
+from tunefork.model.device import describe, pick_device, pick_dtype
+from tunefork.recipe import Method
+from tunefork.recipe_file import parse
 from tunefork.train import checkpoint, loop
 from tunefork.train.checkpoints import Checkpoints, Policy
-from tunefork.train.state import digest
+from tunefork.train.loop import train
+from tunefork.train.method import load_for_training, make_optimizer
+from tunefork.train.state import Optimizer, Progress, capture, digest
 
 INTERVAL = 2
 """Steps between checkpoints."""
@@ -193,17 +202,94 @@ def _kills_of(kind: str, wanted: int, draw: random.Random) -> dict[str, Any]:
     }
 
 
+COST_INTERVAL_S = 300.0
+_COST_EXAMPLES = 16
+
+
+def cost() -> list[dict[str, Any]]:
+    """What checkpoints take of a run of the demo's model, by method; the disk is this machine's."""
+    rows = []
+    for method in Method:
+        recipe = parse(
+            {
+                "model": "smollm2-135m-instruct",
+                "data": {"train": "none.jsonl", "max_length": 128},
+                "method": method,
+                "train": {"batch_size": 8},
+            }
+        )
+        device = pick_device()
+        dtype = pick_dtype("auto", device)
+        model = load_for_training(recipe, method, dtype=dtype, device=device, seed=0)
+        optimizer = make_optimizer(model, recipe, method, seed=0)
+        with tempfile.TemporaryDirectory(dir=Path.cwd()) as scratch:
+            rows.append(_cost_of(method, model, optimizer, Path(scratch)))
+    return rows
+
+
+def _cost_of(method: Method, model: Any, optimizer: Optimizer, folder: Path) -> dict[str, Any]:
+    draw = np.random.default_rng(0)
+    examples = [
+        Encoded(f"row {i}", draw.integers(3, 49152, 100).astype(np.int32), np.arange(100) >= 90)
+        for i in range(_COST_EXAMPLES)
+    ]
+    saved = _checkpoints(folder)
+    saved.policy = Policy()
+    result = train(
+        model,
+        examples,
+        [list(range(8))] * 6,
+        optimizer,
+        learning_rates=[1e-5] * 6,
+        micro_batch_tokens=4096,
+        packing=True,
+        pad_id=0,
+        max_grad_norm=1.0,
+        seed=0,
+        checkpoints=saved,
+    )
+    progress, held_up, whole = Progress(step=1), list[float](), list[float]()
+    for _ in range(3):
+        began = time.perf_counter()
+        with saved:
+            saved.save(model, optimizer, progress, wait=False)
+            held_up.append(time.perf_counter() - began)
+        whole.append(time.perf_counter() - began)
+    checks = 10_000
+    began = time.perf_counter()
+    for step in range(checks):
+        saved.check()
+        saved.is_due(step)
+    check_s = (time.perf_counter() - began) / checks
+    step_s = result.seconds / result.num_steps
+    return {
+        "case": f"cost, {method}",
+        "step_s": step_s,
+        "state_bytes": capture(model, optimizer, progress, copy=False).num_bytes(),
+        "training_waits_s": statistics.median(held_up),
+        "save_s": statistics.median(whole),
+        "save_s_spread": [min(whole), max(whole)],
+        "check_s": check_s,
+        "interval_s": COST_INTERVAL_S,
+        # As if all of the writing slowed training down, which on a CPU of few cores it may.
+        "share": statistics.median(whole) / COST_INTERVAL_S + check_s / step_s,
+    }
+
+
 def main() -> None:
-    """Run what is asked for; its rows replace those of its kind in benchmarks/results/faults.json."""
+    """Run what is asked for; its rows replace those of its kind in results/faults.json."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["kills"])
+    parser.add_argument("what", choices=["kills", "cost"])
     parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--no-write", action="store_true", help="leave results/faults.json alone")
     options = parser.parse_args()
     began = time.perf_counter()
-    rows = kills(options.kills)
+    rows = kills(options.kills) if options.what == "kills" else cost()
     for row in rows:
-        print(row)
-    print(f"{time.perf_counter() - began:.0f} s")
+        print(json.dumps(row))
+    print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
+    if options.no_write:
+        return
     file = results.FOLDER / "faults.json"
     kept = json.loads(file.read_text())["rows"] if file.exists() else []
     kept = [row for row in kept if not row["case"].startswith(f"{options.what},")]

@@ -1,0 +1,32 @@
+"""SIGKILLs at random places of training and saving: nothing torn is taken up, nothing is lost.
+
+The short form of `python -m benchmarks.faults kills`, whose thousand are in its results.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+KILLS = 12
+
+
+def test_killed_anywhere_a_run_goes_on_with_the_same_bits() -> None:
+    command = [sys.executable, "-m", "benchmarks.faults", "kills", "--kills", str(KILLS)]
+    paths = f"{ROOT / 'src'}{os.pathsep}{ROOT}"
+    done = subprocess.run(
+        [*command, "--no-write"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert sum(row["kills"] for row in rows) == KILLS
+    for row in rows:
+        assert sum(row["where"].values()) == row["kills"]
+        for fault in ("unloadable", "not_bit_equal", "over_an_interval_and_none_being_written"):
+            assert row[fault] == 0, row
