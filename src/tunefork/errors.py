@@ -55,6 +55,14 @@ class DivergedError(TuneforkError):
     """A loss or a gradient is no longer finite. Exit status 1."""
 
 
+class NoMemoryError(TuneforkError):
+    """The device or the host has no memory left; the message names the phase. Exit status 1."""
+
+
+class NoRoomError(TuneforkError):
+    """The disk will not hold what a run keeps. Exit status 1."""
+
+
 class CheckpointError(TuneforkError):
     """A checkpoint cannot be written, or does not fit the run that would go on from it."""
 

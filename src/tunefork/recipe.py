@@ -361,6 +361,26 @@ class TrainSection(Section):
     log_every_s: PositiveFloat = 5.0
     """Seconds between progress lines where the output is not a terminal."""
 
+    rehearse: bool = True
+    """Before the first step, go once through the longest micro-batch of the whole run, the largest
+    batch of the evaluation and one save, so that a lack of memory or disk shows in the first
+    minute. Costs two micro-batches, one update, one evaluation batch and one save, and changes no
+    bit of the run. Runs of fewer than 16 micro-batches are not rehearsed."""
+
+    on_out_of_memory: Literal["error", "shrink"] = "error"
+    """What a forward or backward pass without memory leads to. `error`: the run stops and names the
+    cheapest change. `shrink`: the step is taken again in micro-batches of half the tokens, down to
+    one row at a time, and so are those after it; the gradient is the same but for rounding."""
+
+    on_loss_spike: Literal["warn", "rollback", "stop"] = "warn"
+    """What a loss far above the last 64 leads to (10 robust standard deviations). `rollback`: back
+    to the last checkpoint, and on without the rows of the steps around the spike. `stop`: the run
+    fails before the update. A loss that is not finite always stops it."""
+
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb", "trackio"], ...] = ()
+    """Where the figures of each step go beside events.jsonl. Each is an extra (`pip install
+    'tunefork[mlflow]'`) and finds its server in its own environment variables."""
+
 
 class EvaluateSection(Section):
     """What is measured on held-out examples."""
@@ -474,9 +494,10 @@ class Recipe(Section):
             "evaluate.metrics": self.evaluate.metrics,
             "compare.methods": self.compare.methods,
             "compare.seeds": self.compare.seeds,
+            "train.trackers": self.train.trackers,
         }
         for field, values in lists.items():
-            if isinstance(values, tuple) and not values:
+            if isinstance(values, tuple) and not values and field != "train.trackers":
                 raise ValueError(f"{field}: is an empty list; name at least one")
             if isinstance(values, tuple) and len(set(values)) < len(values):
                 raise ValueError(f"{field}: holds the same value twice")

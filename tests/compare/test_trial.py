@@ -20,7 +20,8 @@ from tunefork.registry.claim import CLAIM
 from tunefork.registry.opening import open_model
 from tunefork.registry.peft_format import save_adapter
 from tunefork.registry.provenance import read_provenance
-from tunefork.registry.run import ADAPTER, COLUMNS, STEPS, read_record
+from tunefork.registry.run import ADAPTER, COLUMNS, read_record
+from tunefork.train.events import EVENTS, read_steps
 from tunefork.train.loop import StepRecord
 from tunefork.train.progress import TrainProgress
 
@@ -100,6 +101,12 @@ def _artefact(folder: Path) -> dict[str, bytes]:
     return {name: b for name, b in _content(folder).items() if name.endswith(".safetensors")}
 
 
+def _steps(folder: Path) -> list[tuple[object, ...]]:
+    """What the steps of a run did, but not how fast."""
+    fields = ("step", "tokens", "loss", "learning_rate", "grad_norm")
+    return [tuple(getattr(s, f) for f in fields) for s in read_steps(folder / EVENTS)]
+
+
 def test_an_interrupted_run_is_usable_and_the_same_call_goes_on(
     whole: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,7 +129,7 @@ def test_an_interrupted_run_is_usable_and_the_same_call_goes_on(
     same = ("status", "num_steps", "tokens", "supervised_tokens", "metrics", "artifact_bytes")
     assert [getattr(done, f) for f in same] == [getattr(uninterrupted, f) for f in same]
     assert _artefact(folder) == _artefact(whole[1])
-    assert (folder / STEPS).read_bytes() == (whole[1] / STEPS).read_bytes()
+    assert _steps(folder) == _steps(whole[1])
     assert not (folder / "checkpoints").exists()
 
 
@@ -137,9 +144,9 @@ def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(
         _die_after(patch, step=3)
         with pytest.raises(SystemExit):
             train_run(recipe, folder)
-    assert read_record(folder) is None and len((folder / STEPS).read_text().splitlines()) == 3
-    with (folder / STEPS).open("a") as stream:
-        stream.write('{"step": 4, "tok')  # a line that the kill cut short
+    assert read_record(folder) is None and len(_steps(folder)) == 3
+    with (folder / EVENTS).open("a") as stream:
+        stream.write('{"seq": 99, "eve')  # a line that the kill cut short
     said: list[str] = []
     if torn:
         os.truncate(folder / "checkpoints" / "step-000002" / "state.safetensors", 999)
@@ -148,7 +155,7 @@ def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(
     assert said[-1].startswith(f"going on after step {last} ")
     assert torn == any("step-000002/state.safetensors: has 999 bytes, not" in s for s in said)
     assert _artefact(folder) == _artefact(whole[1])
-    assert (folder / STEPS).read_bytes() == (whole[1] / STEPS).read_bytes()
+    assert _steps(folder) == _steps(whole[1])
 
 
 def test_an_interrupted_run_without_its_checkpoints_is_not_overwritten(
@@ -219,7 +226,8 @@ def test_an_old_record_does_not_outlive_what_it_tells_of(
     _fail(monkeypatch, "train_method", MemoryError())
     with pytest.raises(MemoryError):
         run_trial(make_recipe(), Method.LORA, tmp_path, **options)
-    assert read_record(tmp_path) is None
+    record = read_record(tmp_path)
+    assert record is not None and (record.status, record.error) == ("failed", "MemoryError")
 
 
 def test_changed_data_is_not_taken_for_what_was_trained_on(

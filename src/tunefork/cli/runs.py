@@ -18,7 +18,8 @@ def runs(
     """List the runs below a folder or, without one, every run made on this machine.
 
     Status: ok; trained (not evaluated yet) and interrupted (stopped while it trained): the same
-    command goes on. A run whose folder is gone is listed as it was.
+    command goes on; failed (training ended in an error, which run.json tells). A run whose folder
+    is gone is listed as it was.
     """
     import json
 

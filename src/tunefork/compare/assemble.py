@@ -30,6 +30,7 @@ from tunefork.evaluate.statistics import Columns, estimate, paired_difference
 from tunefork.recipe import Metric, Recipe
 from tunefork.recipe_file import relative
 from tunefork.registry.run import COLUMNS, STEPS, RunRecord, read_record
+from tunefork.train.events import EVENTS, read_steps
 
 MOST_POINTS = 200
 """Of a loss curve in comparison.json; the run folder keeps every step."""
@@ -147,7 +148,7 @@ def _result(recipe: Recipe, out: Path, arms: dict[Arm, ArmRuns], arm: Arm) -> Me
         search_s=_search_s(runs),
         search=_trials(runs),
         seeds=tuple(record.seed for record in records),
-        loss_curve=_curve(runs.folders[0] / STEPS) if trained else (),
+        loss_curve=_curve(runs.folders[0]) if trained else (),
     )
 
 
@@ -212,13 +213,14 @@ def _trials(runs: ArmRuns) -> tuple[SearchTrial, ...]:
     return tuple(SearchTrial.model_validate(trial.model_dump()) for trial in trials)
 
 
-def _curve(file: Path) -> tuple[LossPoint, ...]:
+def _curve(folder: Path) -> tuple[LossPoint, ...]:
     """The steps of a run, evenly thinned; the last one is always there."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    stride = -(-len(lines) // MOST_POINTS)
-    kept = lines[::-1][::stride][::-1]
-    points = (json.loads(line) for line in kept)
-    return tuple(LossPoint(**{k: p[k] for k in LossPoint.model_fields}) for p in points)
+    points = [step.model_dump() for step in read_steps(folder / EVENTS)]
+    if not points and (folder / STEPS).is_file():
+        lines = (folder / STEPS).read_text(encoding="utf-8").splitlines()
+        points = [json.loads(line) for line in lines]
+    kept = points[::-1][:: -(-len(points) // MOST_POINTS) or 1][::-1]
+    return tuple(LossPoint(**{k: p[k] for k in LossPoint.model_fields}) for p in kept)
 
 
 def _device(records: Sequence[RunRecord]) -> Device:

@@ -20,6 +20,7 @@ from tunefork.model.device import pick_device, pick_dtype
 from tunefork.model.load import load_skeleton, load_tokenizer
 from tunefork.plan.gate import refuse_what_cannot_fit
 from tunefork.recipe import Method, Recipe
+from tunefork.train.trackers import check_trackers
 
 
 def check_recipe(
@@ -34,6 +35,7 @@ def check_recipe(
     Raises BadInputError, also where the plan says that a method cannot fit in this machine's
     memory; `ignore_plan` leaves that out.
     """
+    check_trackers(recipe.train.trackers)
     skeleton = load_skeleton(recipe.model)
     for method in methods:
         try:

@@ -6,23 +6,23 @@ by Ctrl-C or an error, the same call goes on at the evaluation. Stopped or kille
 the same call goes on from the newest checkpoint.
 """
 
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tunefork.compare.check import check_recipe, check_tokens
+from tunefork.compare.following import Following, failure, following
 from tunefork.data.loader import Data, load_data
-from tunefork.errors import RunFolderError
+from tunefork.errors import BadInputError, RunFolderError
 from tunefork.evaluate.evaluate import (
     Evaluation,
     evaluate,
     pad_id,
     plan_evaluation,
+    rehearse,
     save_columns,
 )
 from tunefork.evaluate.statistics import estimate
@@ -54,16 +54,15 @@ from tunefork.registry.run import (
     COLUMNS,
     MODEL,
     RECORD,
-    STEPS,
     RunRecord,
     folder_bytes,
     read_record,
-    write_atomically,
     write_record,
 )
 from tunefork.train.checkpoint import sync
 from tunefork.train.checkpoints import FOLDER as CHECKPOINTS
 from tunefork.train.checkpoints import Found
+from tunefork.train.events import EVENTS, read_steps
 from tunefork.train.interrupt import Interrupt
 from tunefork.train.loop import StepRecord, TrainResult
 from tunefork.train.method import (
@@ -72,7 +71,9 @@ from tunefork.train.method import (
     plan_steps,
     train_method,
 )
+from tunefork.train.out_of_memory import Remedies, phase
 from tunefork.train.progress import TrainProgress
+from tunefork.train.rehearsal import Rehearsal, Stage
 from tunefork.train.state import Progress
 
 
@@ -121,10 +122,34 @@ def run_trial(
     is refused where the base has changed since. An interrupted run is saved but not evaluated;
     unless `keep_interrupted`, it raises KeyboardInterrupt at once, its checkpoint written.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    with following(folder, say) as told:
+        record = _run(
+            recipe,
+            method,
+            folder,
+            told,
+            seed=seed,
+            learning_rate=learning_rate,
+            keep_interrupted=keep_interrupted,
+        )
+        told.log.state("interrupted" if record.status == "interrupted" else "finished")
+        return record
+
+
+def _run(
+    recipe: Recipe,
+    method: Method | None,
+    folder: Path,
+    told: Following,
+    *,
+    seed: int,
+    learning_rate: float | None,
+    keep_interrupted: bool,
+) -> RunRecord:
     identity = identify(recipe.model)  # before training: a base that cannot be read shows now
     tokenizer = load_tokenizer(recipe.model)
     data = load_data(recipe, tokenizer, is_checked=True)
-    folder.mkdir(parents=True, exist_ok=True)
     record = read_record(folder)
     if record is not None and record.status == "trained":
         check_base(record, identity, folder)
@@ -136,9 +161,19 @@ def run_trial(
     else:
         assert learning_rate is not None
         prediction = predict(recipe, method, data.train)
-        model, result = _train(
-            recipe, method, data, tokenizer, folder, seed=seed, learning_rate=learning_rate, say=say
-        )
+        with _failure_recorded(
+            recipe, method, identity, folder, seed=seed, learning_rate=learning_rate
+        ):
+            model, result = _train(
+                recipe,
+                method,
+                data,
+                tokenizer,
+                folder,
+                told,
+                seed=seed,
+                learning_rate=learning_rate,
+            )
         if result.status == "interrupted" and not keep_interrupted:
             raise KeyboardInterrupt
         record = _record(
@@ -146,13 +181,49 @@ def run_trial(
         )
         if prediction is not None:
             record = _learnt(record, prediction, result)
-        record = _save(model, tokenizer, recipe, record, folder, data.fingerprint())
+        told.log.state("saving")
+        with phase("save", Remedies.of(recipe, method)):
+            record = _save(model, tokenizer, recipe, record, folder, data.fingerprint())
         if record.status == "interrupted":
             return record
         if recipe.train.checkpoints_when_done == "remove":
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    evaluation = evaluate(model, tokenizer, data, recipe)
+    told.log.state("evaluating")
+    with phase("evaluation", None if method is None else Remedies.of(recipe, method)):
+        evaluation = evaluate(model, tokenizer, data, recipe)
     return _finish(evaluation, recipe, record, folder)
+
+
+@contextmanager
+def _failure_recorded(
+    recipe: Recipe,
+    method: Method,
+    identity: Identity,
+    folder: Path,
+    *,
+    seed: int,
+    learning_rate: float,
+) -> Iterator[None]:
+    """An error that ends the training within is in run.json: no such run is taken for a good one.
+
+    Bad input is found before anything is trained, and leaves whatever record there is.
+    """
+    try:
+        yield
+    except BadInputError:
+        raise
+    except Exception as error:
+        steps = read_steps(folder / EVENTS)
+        record = _record(recipe, method, identity, seed=seed, learning_rate=learning_rate)
+        failed = {
+            "status": "failed",
+            "error": failure(error),
+            "num_steps": steps[-1].step if steps else 0,
+            "tokens": steps[-1].tokens if steps else 0,
+        }
+        with suppress(OSError):  # a full disk: events.jsonl and the exit status say it
+            write_record(folder, record.model_copy(update=failed))
+        raise
 
 
 def _train(
@@ -161,10 +232,10 @@ def _train(
     data: Data,
     tokenizer: Any,
     folder: Path,
+    told: Following,
     *,
     seed: int,
     learning_rate: float,
-    say: Callable[[str], None],
 ) -> tuple[Any, TrainResult]:
     """The base, loaded and trained, from the newest checkpoint on where there is one."""
     device = pick_device()
@@ -177,27 +248,28 @@ def _train(
         learning_rate=learning_rate,
         seed=seed,
         device=device,
-        say=say,
+        say=told.say,
     )
+    checkpoints.on_written = told.on_written
     start = checkpoints.newest()
-    _may_begin(folder, start, say)
-    model = load_for_training(recipe, method, dtype=dtype, device=device, seed=seed)
+    _may_begin(folder, start, told.say)
+    told.begin_training(folder, recipe, method, seed=seed, learning_rate=learning_rate, start=start)
+    with phase("load", Remedies.of(recipe, method)):
+        model = load_for_training(recipe, method, dtype=dtype, device=device, seed=seed)
+    done = start.facts.progress() if start else Progress()
     num_steps = len(plan_steps(recipe, len(data.train), seed=seed))
     every_s = recipe.train.log_every_s
-    with (
-        _step_log(folder / STEPS, after=start.facts.step if start else 0) as log,
-        TrainProgress(
-            str(method),
-            num_steps=num_steps,
-            device=device,
-            every_s=every_s,
-            start=start.facts.progress() if start else Progress(),
-        ) as progress,
-    ):
+    with TrainProgress(
+        str(method), num_steps=num_steps, device=device, every_s=every_s, start=done
+    ) as progress:
 
         def on_step(record: StepRecord) -> None:
-            log(record)
+            told.on_step(record, num_steps, device)
             progress.on_step(record)
+
+        def on_rehearsed(found: Rehearsal | None) -> None:
+            told.begin_steps(done.tokens, found)
+            progress.restart()
 
         result = train_method(
             model,
@@ -210,8 +282,40 @@ def _train(
             on_step=on_step,
             checkpoints=checkpoints,
             start=start,
+            on_event=told.on_event,
+            stage=_stage(model, tokenizer, data, recipe, method, folder),
+            on_rehearsed=on_rehearsed,
         )
     return model, result
+
+
+def _stage(
+    model: Any, tokenizer: Any, data: Data, recipe: Recipe, method: Method, folder: Path
+) -> Stage:
+    """What the rehearsal goes through beside the training passes."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    state_bytes = sum(
+        p.numel() * _state_bytes_a_value(recipe, method, p.element_size()) for p in trained
+    )
+    is_timed = recipe.train.checkpoint_every_s or recipe.train.checkpoint_every_steps
+    # One more than is kept, while it is written; those there already are part of it.
+    num_kept = recipe.train.keep_checkpoints + 1 if is_timed else 1
+    there = folder_bytes(folder / CHECKPOINTS)
+    return Stage(
+        folder=folder,
+        evaluate=lambda: rehearse(model, tokenizer, data, recipe),
+        save=lambda at: _write_artefact(model, tokenizer, recipe, method, at),
+        kept=lambda artefact_bytes: max(0, artefact_bytes + num_kept * state_bytes - there),
+    )
+
+
+def _state_bytes_a_value(recipe: Recipe, method: Method, weight_bytes: int) -> int:
+    """Of a checkpoint: the weight, both moments, and the master copy where there is one."""
+    if method is not Method.FULL:
+        return weight_bytes + 8
+    moments = 2 if recipe.full.optimizer == "adamw_8bit" else 8
+    has_copy = recipe.full.weights == "fp32" and weight_bytes < 4
+    return weight_bytes + moments + (4 if has_copy else 0)
 
 
 def _may_begin(folder: Path, start: Found | None, say: Callable[[str], None]) -> None:
@@ -248,19 +352,9 @@ def _save(
     A signal meanwhile is heeded once both are written: it would cost all the training.
     """
     name = MODEL if record.method is Method.FULL else ADAPTER
+    assert record.method is not None
     with Interrupt() as interrupt:
-        if record.method is Method.FULL:
-            with without_progress_bars():
-                model.save_pretrained(folder / name)
-        else:
-            save_adapter(
-                model,
-                folder / name,
-                recipe.lora,
-                base=recipe.model.id,
-                revision=recipe.model.revision,
-            )
-        tokenizer.save_pretrained(folder / name)
+        _write_artefact(model, tokenizer, recipe, record.method, folder / name)
         write_provenance(
             folder / name, _provenance(recipe, record, folder / name, tokenizer, data_sha256)
         )
@@ -298,6 +392,19 @@ def _provenance(
         created=record.created,
         versions=record.versions,
     )
+
+
+def _write_artefact(
+    model: Any, tokenizer: Any, recipe: Recipe, method: Method, target: Path
+) -> None:
+    if method is Method.FULL:
+        with without_progress_bars():
+            model.save_pretrained(target)
+    else:
+        save_adapter(
+            model, target, recipe.lora, base=recipe.model.id, revision=recipe.model.revision
+        )
+    tokenizer.save_pretrained(target)
 
 
 def _learnt(record: RunRecord, prediction: Prediction, result: TrainResult) -> RunRecord:
@@ -399,26 +506,3 @@ def metric_intervals(
     samples = recipe.evaluate.bootstrap_samples
     found = {m: estimate(m, [evaluation.columns], samples=samples) for m in evaluation.metrics}
     return {metric: (i.value, i.low, i.high) for metric, i in found.items()}
-
-
-@contextmanager
-def _step_log(file: Path, *, after: int) -> Iterator[Any]:
-    """Writes each step as a JSON line, visible at once to whoever follows the file.
-
-    Lines of steps beyond `after` are dropped first: those steps are taken again.
-    """
-    kept = [line for line in _lines(file) if json.loads(line)["step"] <= after] if after else []
-    write_atomically(file, "".join(kept))
-    with file.open("a", encoding="utf-8", buffering=1) as stream:
-
-        def write(record: StepRecord) -> None:
-            stream.write(json.dumps(asdict(record)) + "\n")
-
-        yield write
-
-
-def _lines(file: Path) -> list[str]:
-    """The whole lines of a step log; the last may have been cut short by a kill."""
-    if not file.exists():
-        return []
-    return [line for line in file.read_text("utf-8").splitlines(True) if line.endswith("}\n")]

@@ -74,23 +74,35 @@ def pack(
     default `ROW_LENGTH`, or the longest example's length where that is more). The same examples
     give the same micro-batches. Raises ValueError where an example is longer than either limit.
     """
-    longest = max((len(example.input_ids) for example in examples), default=0)
+    lengths = [len(example.input_ids) for example in examples]
+    return [
+        _lay_out(examples, rows, width, pad_id)
+        for rows, width in arrange(
+            lengths, max_tokens=max_tokens, packing=packing, row_length=row_length
+        )
+    ]
+
+
+def arrange(
+    lengths: Sequence[int], *, max_tokens: int, packing: bool, row_length: int | None = None
+) -> list[tuple[list[list[int]], int]]:
+    """The micro-batches that `pack` makes of examples so long, without their tokens: each one's
+    rows, as indices of the examples in them, and its width. Raises as `pack` does."""
+    longest = max(lengths, default=0)
     row_length = row_length or min(max(longest, ROW_LENGTH), max_tokens)
     if longest > min(max_tokens, row_length):
         raise ValueError(
             f"an example has {longest} tokens, more than max_tokens ({max_tokens}) or row_length "
             f"({row_length})"
         )
-    lengths = [len(example.input_ids) for example in examples]
-    rows = _fill_rows(lengths, row_length) if packing else [[at] for at in range(len(examples))]
+    rows = _fill_rows(lengths, row_length) if packing else [[at] for at in range(len(lengths))]
     used = [sum(lengths[at] for at in row) for row in rows]
     fullest_first = sorted(range(len(rows)), key=lambda row: -used[row])
     batches = []
     while fullest_first:
         width = used[fullest_first[0]]
         count = max_tokens // width
-        batch = [rows[row] for row in fullest_first[:count]]
-        batches.append(_lay_out(examples, batch, width, pad_id))
+        batches.append(([rows[row] for row in fullest_first[:count]], width))
         fullest_first = fullest_first[count:]
     return batches
 

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,6 +25,7 @@ from tunefork.train.kernels import attention_kernels
 FORGETTING = "forgetting_loss"
 _LABELLED = ("accuracy", "macro_f1")
 _GENERATED = ("exact_match", "rouge_l")
+_REHEARSED_TOKENS = 8
 _FEWEST_DOCUMENTS = 20
 """A bootstrap over fewer draws is worth less than one over sequences that are not independent."""
 
@@ -111,6 +112,28 @@ def evaluate(model: PreTrainedModel, tokenizer: Any, data: Data, recipe: Recipe)
         seconds=time.perf_counter() - start,
         majority_share=_majority_share(data),
     )
+
+
+def rehearse(model: PreTrainedModel, tokenizer: Any, data: Data, recipe: Recipe) -> float:
+    """Evaluate what takes the most memory: one batch of the longest evaluation examples.
+
+    Returns their share of all tokens to be evaluated. Answers are generated to 8 tokens only.
+    """
+    plan = plan_evaluation(recipe, data, tokenizer)
+    lengths = [len(example.input_ids) for example in data.eval]
+    chosen, room = list[Encoded](), recipe.train.micro_batch_tokens
+    for at in sorted(range(len(lengths)), key=lambda at: -lengths[at]):
+        chosen.append(data.eval[at])
+        room -= lengths[at]
+        if room <= 0:
+            break
+    by_prompt = sorted(plan.generated, key=lambda example: -example.prompt_length)
+    few = replace(plan, generated=by_prompt[: len(chosen)], passages=plan.passages[:1])
+    section = recipe.evaluate.model_copy(update={"max_new_tokens": _REHEARSED_TOKENS})
+    short = recipe.model_copy(update={"evaluate": section})
+    with attention_kernels():
+        _measure(model, tokenizer, replace(data, eval=chosen), short, few)
+    return sum(len(example.input_ids) for example in chosen) / sum(lengths)
 
 
 def _measure(

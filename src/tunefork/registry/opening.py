@@ -140,6 +140,8 @@ def _parts_of_adapter(folder: Path) -> _Parts:
 
 
 def _parts_of_run(run: Path, record: RunRecord) -> _Parts:
+    if record.status == "failed":
+        raise RunFolderError(f"{run}: its training failed, and it has no artefact: {record.error}")
     base = ModelSection(id=record.model_id, revision=record.model_revision)
     data = _data_section(run)
     if record.artifact is None:

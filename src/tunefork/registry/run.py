@@ -4,7 +4,7 @@ recipe.yaml    the resolved recipe
 claim.json     what the folder is for: `registry/claim.py` (a comparison's folder has both too)
 run.json       the record below, written atomically when the artefact is saved, and again when it
                is evaluated: what a folder without it holds is unfinished
-steps.jsonl    one line an optimiser step
+events.jsonl   what happens in it, step by step: `train/events.py`
 adapter/       the adapter in the PEFT format (lora, qlora), or
 model/         the model as a Hugging Face folder (full)
 columns.npz    one value an evaluation example, from which every interval is computed
@@ -24,6 +24,7 @@ from tunefork.recipe import Method
 RECORD = "run.json"
 RECIPE = "recipe.yaml"
 STEPS = "steps.jsonl"
+"""What runs of tunefork 0.1.0 have for events.jsonl: a line an optimiser step."""
 COLUMNS = "columns.npz"
 ADAPTER = "adapter"
 MODEL = "model"
@@ -37,9 +38,10 @@ class RunRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    status: Literal["trained", "ok", "interrupted"]
+    status: Literal["trained", "ok", "interrupted", "failed"]
     """`trained`: saved, its evaluation is still to come. `ok`: evaluated too. `interrupted`:
-    training was stopped; what it had learnt is saved, and not evaluated."""
+    training was stopped; what it had learnt is saved, and not evaluated. `failed`: training ended
+    in an error, and there is no artefact; its checkpoints may hold the last good state."""
     method: Method | None
     """None: the untouched base was evaluated."""
     seed: int
@@ -73,6 +75,8 @@ class RunRecord(BaseModel):
     """Name -> value, low, high (95 % over the evaluation examples)."""
     majority_share: float | None
     """Accuracy of always giving the training data's most frequent label."""
+    error: str | None = None
+    """Why it failed."""
     created: str
     """ISO 8601, UTC."""
     device: dict[str, str | int]

@@ -13,6 +13,7 @@ import hashlib
 import os
 import shutil
 import stat
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -54,6 +55,9 @@ class Facts(_Content):
     tokens: Count
     supervised_tokens: Count
     seconds: Annotated[float, Field(ge=0.0)]
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | None = None
+    skipped: tuple[Count, ...] = ()
+    losses: tuple[float, ...] = ()
     setting: dict[str, Value]
     """What the run is of: going on with another is refused."""
     environment: dict[str, Value]
@@ -61,7 +65,7 @@ class Facts(_Content):
 
     def progress(self) -> Progress:
         """As the loop counts it."""
-        return Progress(self.step, self.tokens, self.supervised_tokens, self.seconds)
+        return Progress(**{f.name: getattr(self, f.name) for f in fields(Progress)})
 
 
 def folder_name(step: int) -> str:
@@ -86,14 +90,7 @@ def write(
     progress = state.progress
     target = folder / folder_name(progress.step)
     scratch = folder / f"{SCRATCH}{target.name}"
-    facts = Facts(
-        step=progress.step,
-        tokens=progress.tokens,
-        supervised_tokens=progress.supervised_tokens,
-        seconds=progress.seconds,
-        setting=setting,
-        environment=environment,
-    )
+    facts = Facts(**asdict(progress), setting=setting, environment=environment)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(scratch, ignore_errors=True)

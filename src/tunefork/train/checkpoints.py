@@ -62,6 +62,8 @@ class Checkpoints:
     environment: dict[str, Value]
     policy: Policy = Policy()
     say: Callable[[str], None] = print
+    on_written: Callable[[Path, int, float], None] = lambda folder, num_bytes, seconds: None
+    """Told of each one that became visible, maybe on the writer's thread."""
     _began: float = field(default_factory=time.monotonic)
     _took_s: float = 0.0
     _writer: threading.Thread | None = None
@@ -86,6 +88,7 @@ class Checkpoints:
 
     def newest(self) -> Found | None:
         """The newest checkpoint that is whole and of this run; says which are passed over."""
+        self._join()
         for folder in self._all():
             try:
                 facts = checkpoint.read_facts(folder)
@@ -145,7 +148,11 @@ class Checkpoints:
             self._error = error
 
     def _write(self, state: State) -> None:
-        checkpoint.write(state, self.folder, setting=self.setting, environment=self.environment)
+        start = time.monotonic()
+        made = checkpoint.write(
+            state, self.folder, setting=self.setting, environment=self.environment
+        )
+        self.on_written(made, state.num_bytes(), time.monotonic() - start)
         self._took_s = time.monotonic() - self._began
         self._prune(state.progress.step)
 

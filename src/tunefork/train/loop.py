@@ -7,14 +7,15 @@ gradients add up. Accumulation and packing therefore change speed and memory, ne
 A run goes on from its newest checkpoint, bit for bit: what the next step depends on is in
 `state.py`, the rest follows from the arguments.
 
-`train` is the loop, `_accumulate` the forward and backward passes of one optimiser step.
+`train` is the loop; `accumulate.py` has the forward and backward passes of one optimiser step,
+`guard.py` and `recovery.py` what comes between a sick step and the weights.
 """
 
 import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,15 +23,16 @@ import torch
 from transformers import PreTrainedModel
 
 from tunefork.data.example import Encoded
-from tunefork.data.pack import MicroBatch, pack
-from tunefork.errors import DivergedError
 from tunefork.model.device import peak_bytes, process_bytes, reset_peak
-from tunefork.model.head import Head, find_head
+from tunefork.model.head import find_head
+from tunefork.train.accumulate import Accumulator, random_states
 from tunefork.train.checkpoints import Checkpoints, Found
+from tunefork.train.guard import SpikeWatch
 from tunefork.train.interrupt import Interrupt
 from tunefork.train.kernels import attention_kernels
-from tunefork.train.loss import loss_sum
 from tunefork.train.optim import clip_gradients
+from tunefork.train.out_of_memory import phase
+from tunefork.train.recovery import JUST_STOP, OnFault, Recovery
 from tunefork.train.state import Optimizer, Progress, restore
 
 
@@ -86,13 +88,14 @@ def train(
     start: Found | None = None,
     preemption_file: Path | None = None,
     stop_after: int | None = None,
+    on_fault: OnFault = JUST_STOP,
 ) -> TrainResult:
     """Run the optimiser steps (indices into `examples`), each at its own learning rate.
 
     Goes on from `start`, one of `checkpoints`. Ctrl-C, SIGTERM, SIGUSR1 or `preemption_file` ends
     the run after the step at hand, its state saved, with status "interrupted"; `stop_after` so many
     steps does likewise. Raises DivergedError, before the update, when a loss or gradient is not
-    finite, and CheckpointError where one cannot be read or written.
+    finite; NoMemoryError; and CheckpointError where one cannot be read or written.
     """
     device = next(model.parameters()).device
     head = find_head(model)
@@ -100,6 +103,18 @@ def train(
     torch.manual_seed(seed)
     done = Progress() if start is None else restore(start.read(), model, optimizer)
     reset_peak(device)
+    cut = Accumulator(
+        model,
+        head,
+        min(done.micro_batch_tokens or micro_batch_tokens, micro_batch_tokens),
+        packing,
+        pad_id,
+        on_fault.out_of_memory,
+        on_fault.remedies,
+        on_fault.on_event,
+    )
+    recovery = Recovery(cut, optimizer, checkpoints, on_fault)
+    watch = SpikeWatch(done.losses)
     records: list[StepRecord] = []
     clock = time.perf_counter() - done.seconds
     with (
@@ -107,26 +122,35 @@ def train(
         attention_kernels(),
         checkpoints or nullcontext(),
     ):
-        for number in range(done.step + 1, len(steps) + 1):
+        while done.step < len(steps):
+            number = done.step + 1
+            if number in done.skipped:
+                done = replace(done, step=number)
+                continue
             chosen = [examples[i] for i in steps[number - 1]]
             learning_rate = learning_rates[number - 1]
-            batches = pack(chosen, max_tokens=micro_batch_tokens, packing=packing, pad_id=pad_id)
-            num_supervised = sum(len(batch.supervised[0]) for batch in batches)
-            loss = _accumulate(model, head, batches, num_supervised, device)
+            random = random_states(device)
+            loss, num_supervised = cut.gradient(chosen, number)
             grad_norm = clip_gradients(optimizer.parameters, max_grad_norm)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                raise DivergedError(
-                    f"step {number}: the loss is {loss} and the gradient's norm {grad_norm}; the "
-                    "weights were left as they were before the step. The step's rows: "
-                    f"{', '.join(e.source for e in chosen[:16])}. Lower train.learning_rate, or "
-                    "set train.precision: fp32"
-                )
-            optimizer.step(learning_rate)
+                what = f"the loss is {loss} and the gradient's norm {grad_norm}"
+                raise recovery.stop(what, done, random, chosen, find_rows=True)
+            if (spike := watch.found(loss)) is not None:
+                back = recovery.spike(spike, done, random, chosen)
+                if back is not None:
+                    done, watch = back, SpikeWatch(back.losses)
+                    records = [record for record in records if record.step <= done.step]
+                    continue
+            with phase("optimiser step", on_fault.remedies, f"step {number}"):
+                optimizer.step(learning_rate)
             done = Progress(
                 number,
                 done.tokens + sum(len(example.input_ids) for example in chosen),
                 done.supervised_tokens + num_supervised,
                 time.perf_counter() - clock,
+                cut.limit,
+                done.skipped,
+                tuple(watch.losses),
             )
             records.append(StepRecord(number, done.tokens, loss, learning_rate, grad_norm))
             on_step(records[-1])
@@ -147,19 +171,3 @@ def train(
         peak_memory_bytes=peak_bytes(device),
         process_bytes=process_bytes(device),
     )
-
-
-def _accumulate(
-    model: PreTrainedModel,
-    head: Head,
-    batches: Sequence[MicroBatch],
-    num_supervised: int,
-    device: torch.device,
-) -> float:
-    """Add the step's gradient to the parameters; returns its mean loss, nats per token."""
-    total = torch.zeros((), device=device)
-    for batch in batches:
-        loss = loss_sum(model, head, batch.to(device)) / num_supervised
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
-    return float(total)

@@ -14,8 +14,13 @@ from tunefork.model.load import load_model, new_ids
 from tunefork.recipe import Method, Recipe
 from tunefork.train import deterministic
 from tunefork.train.checkpoints import Checkpoints, Found, Policy
+from tunefork.train.events import Event, SettingChanged
+from tunefork.train.guard import check_weights
 from tunefork.train.loop import StepRecord, TrainResult, train
 from tunefork.train.optim import LoraAdamW, ShadowAdamW, learning_rate_at
+from tunefork.train.out_of_memory import Remedies
+from tunefork.train.recovery import OnFault
+from tunefork.train.rehearsal import Rehearsal, Stage, rehearse
 from tunefork.train.setting import environment, setting
 from tunefork.train.state import Optimizer
 
@@ -118,19 +123,53 @@ def train_method(
     checkpoints: Checkpoints | None = None,
     start: Found | None = None,
     stop_after: int | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+    stage: Stage | None = None,
+    on_rehearsed: Callable[[Rehearsal | None], None] = lambda found: None,
 ) -> TrainResult:
     """Train the built `model` on `examples` as the recipe says, at a peak `learning_rate`.
 
-    `checkpoints`, `start` and `stop_after` are those of `loop.train`.
+    `checkpoints`, `start` and `stop_after` are those of `loop.train`. With a `stage`, the run is
+    rehearsed before its first step, if the recipe says so.
     """
     schedule = plan_steps(recipe, len(examples), seed=seed)
     section = recipe.train
+    optimizer = make_optimizer(model, recipe, method, seed=seed)
+    limit = section.micro_batch_tokens
+    remedies = Remedies.of(recipe, method)
+    check_weights(model, recipe.model.id)
     with deterministic.deterministic(section.deterministic):
+        found = None
+        if stage is not None and section.rehearse:
+            found = rehearse(
+                model,
+                examples,
+                schedule if start is None else schedule[start.facts.step :],
+                optimizer,
+                micro_batch_tokens=(start and start.facts.micro_batch_tokens) or limit,
+                packing=section.packing,
+                pad_id=pad_id,
+                on_out_of_memory=section.on_out_of_memory,
+                remedies=remedies,
+                stage=stage,
+            )
+        if found is not None and found.micro_batch_tokens < limit:
+            on_event(
+                SettingChanged(
+                    step=0,
+                    field="train.micro_batch_tokens",
+                    before=limit,
+                    after=found.micro_batch_tokens,
+                    why="the rehearsal was out of memory; the gradients are the same",
+                )
+            )
+            limit = found.micro_batch_tokens
+        on_rehearsed(found)
         return train(
             model,
             examples,
             schedule,
-            make_optimizer(model, recipe, method, seed=seed),
+            optimizer,
             learning_rates=[
                 learning_rate_at(
                     step,
@@ -141,7 +180,7 @@ def train_method(
                 )
                 for step in range(len(schedule))
             ],
-            micro_batch_tokens=section.micro_batch_tokens,
+            micro_batch_tokens=limit,
             packing=section.packing,
             pad_id=pad_id,
             max_grad_norm=section.max_grad_norm,
@@ -153,4 +192,5 @@ def train_method(
             if section.preemption_file is None
             else Path(section.preemption_file).expanduser(),
             stop_after=stop_after,
+            on_fault=OnFault(section.on_out_of_memory, section.on_loss_spike, remedies, on_event),
         )

@@ -63,6 +63,10 @@ class TrainProgress:
         if self.bar:
             self.bar.stop()
 
+    def restart(self) -> None:
+        """Rates are counted from now: what came before was no step."""
+        self.started = self.last_line = time.perf_counter()
+
     def on_step(self, record: StepRecord) -> None:
         """Show one finished step."""
         now = time.perf_counter()

@@ -27,6 +27,10 @@ _CHANGES_NO_STEP = {
     "keep_checkpoints",
     "checkpoints_when_done",
     "preemption_file",
+    "rehearse",
+    "on_out_of_memory",
+    "on_loss_spike",
+    "trackers",
 }
 _PACKAGES = ("torch", "transformers", "bitsandbytes")
 

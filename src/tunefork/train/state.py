@@ -49,6 +49,12 @@ class Progress:
     supervised_tokens: int = 0
     seconds: float = 0.0
     """Spent on the finished steps, by all processes of the run."""
+    micro_batch_tokens: int | None = None
+    """Of the last step: a lack of memory may have made it less than the recipe's."""
+    skipped: tuple[int, ...] = ()
+    """Steps that are left out, for a loss spike (`recovery.py`)."""
+    losses: tuple[float, ...] = ()
+    """The last ones, by which a spike is told (`guard.py`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,100 @@
+"""The gradient of one optimiser step, from as many forward and backward passes as memory wants.
+
+Each micro-batch's *summed* loss is divided by the supervised tokens of the whole step, and the
+gradients add up: how the step is cut changes speed and memory, never the gradient. So a step that
+ran out of memory may be taken again in smaller pieces, down to one row at a time.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from tunefork.data.example import Encoded
+from tunefork.data.pack import MicroBatch, pack
+from tunefork.errors import NoMemoryError
+from tunefork.model.head import Head
+from tunefork.train.events import SettingChanged
+from tunefork.train.loss import loss_sum
+from tunefork.train.out_of_memory import Remedies, phase
+
+
+@dataclass(slots=True)
+class Accumulator:
+    """How a run's steps are cut into micro-batches; `limit` falls where memory says so."""
+
+    model: PreTrainedModel
+    head: Head
+    limit: int
+    """Most tokens of a micro-batch, padding included."""
+    packing: bool
+    pad_id: int
+    on_out_of_memory: Literal["error", "shrink"] = "error"
+    remedies: Remedies | None = None
+    on_change: Callable[[SettingChanged], None] = lambda change: None
+
+    def gradient(self, chosen: Sequence[Encoded], step: int) -> tuple[float, int]:
+        """Add the gradient of step `step` to the parameters.
+
+        Returns the mean loss, nats, and the number of supervised tokens it is the mean of. Raises
+        NoMemoryError where even the smallest micro-batches do not fit, or may not be tried.
+        """
+        device = self.model.device
+        longest = max(len(example.input_ids) for example in chosen)
+        random = random_states(device)
+        while True:
+            limit = max(self.limit, longest)
+            batches = pack(chosen, max_tokens=limit, packing=self.packing, pad_id=self.pad_id)
+            supervised = sum(len(batch.supervised[0]) for batch in batches)
+            try:
+                return self._accumulate(batches, supervised, step), supervised
+            except NoMemoryError:
+                if self.on_out_of_memory == "error" or limit == longest:
+                    raise
+            # Outside of `except`: the error holds the failed pass's tensors.
+            self._start_over(random)
+            self.limit = max(longest, limit // 2)
+            self.on_change(
+                SettingChanged(
+                    step=step,
+                    field="train.micro_batch_tokens",
+                    before=limit,
+                    after=self.limit,
+                    why="out of memory; the gradient is the same",
+                )
+            )
+
+    def _accumulate(self, batches: Sequence[MicroBatch], supervised: int, step: int) -> float:
+        device = self.model.device
+        total = torch.zeros((), device=device)
+        for batch in batches:
+            rows, width = batch.input_ids.shape
+            where = f"step {step}, a micro-batch of {rows} x {width} tokens"
+            with phase("forward", self.remedies, where):
+                loss = loss_sum(self.model, self.head, batch.to(device)) / supervised
+            with phase("backward", self.remedies, where):
+                loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return float(total)
+
+    def _start_over(self, random: Sequence[torch.Tensor]) -> None:
+        """Back to the step's start: no gradient, the same dropout."""
+        self.model.zero_grad(set_to_none=True)
+        restore_random(random, self.model.device)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def random_states(device: torch.device) -> list[torch.Tensor]:
+    """Of the generators that a step draws from: dropout's."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def restore_random(states: Sequence[torch.Tensor], device: torch.device) -> None:
+    """Put back what `random_states` gave."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)

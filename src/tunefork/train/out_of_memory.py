@@ -1,0 +1,101 @@
+"""Out of memory: in which phase, what would help, and (if the recipe says so) a smaller try.
+
+PyTorch says it in three ways: `torch.OutOfMemoryError` on a GPU, a RuntimeError of the CPU's
+allocator ("can't allocate memory"), and Python's MemoryError. On a machine that overcommits, the
+kernel kills the process instead, and nothing here sees it; the plan and the rehearsal are for that.
+
+Smaller micro-batches change no gradient: each one's *summed* loss is divided by the supervised
+tokens of the whole step (`train/loop.py`), so a step may be cut in any way. Sums are then taken in
+another order, which shows in the last bits.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from tunefork.errors import NoMemoryError
+from tunefork.recipe import Method, Recipe
+
+Phase = Literal["load", "forward", "backward", "optimiser step", "evaluation", "save"]
+
+_CPU_ALLOCATOR = ("can't allocate memory", "not enough memory")  # DefaultCPUAllocator, by version
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a phase failed for want of memory, the device's or the host's."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _CPU_ALLOCATOR)
+
+
+@dataclass(frozen=True, slots=True)
+class Remedies:
+    """What a run could still change to take less memory; the recipe's options in words."""
+
+    method: Method
+    micro_batch_tokens: int
+    least_tokens: int
+    """`data.max_length`: a micro-batch must hold one sequence."""
+    activation_checkpointing: bool
+    eight_bit: bool
+    master_weights: bool
+    """Full fine-tuning keeps fp32 copies of the weights."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, method: Method) -> "Remedies":
+        """Of what the recipe says."""
+        return cls(
+            method=method,
+            micro_batch_tokens=recipe.train.micro_batch_tokens,
+            least_tokens=recipe.data.max_length,
+            activation_checkpointing=recipe.train.activation_checkpointing,
+            eight_bit=recipe.full.optimizer == "adamw_8bit",
+            master_weights=recipe.full.weights == "fp32",
+        )
+
+    def cheapest(self, phase: Phase) -> str:
+        """What to change first: what costs neither quality nor time comes before what does."""
+        activations = phase in ("forward", "backward", "evaluation")
+        half = self.micro_batch_tokens // 2
+        if activations and half >= self.least_tokens:
+            return f"train.micro_batch_tokens: {half} (the same gradients, a little slower)"
+        if phase in ("forward", "backward") and not self.activation_checkpointing:
+            return (
+                "train.activation_checkpointing: true (the same gradients, about a quarter slower)"
+            )
+        if phase in ("forward", "backward", "optimiser step") and self.method is Method.FULL:
+            if not self.eight_bit:
+                return "full.optimizer: adamw_8bit"
+            if self.master_weights:
+                return "full.weights: bf16"
+            return "method: lora"
+        if phase == "save":
+            return "close what else is running on this machine, and run the same command again"
+        if self.method is not Method.QLORA:
+            return "method: qlora"
+        return f"data.max_length below {self.least_tokens}, or a smaller model"
+
+
+@contextmanager
+def phase(name: Phase, remedies: Remedies | None, where: str = "") -> Iterator[None]:
+    """Want of memory within becomes a NoMemoryError that names the phase and a remedy."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, NoMemoryError) or not is_out_of_memory(error):
+            raise
+        # Without the cause: its traceback holds the very tensors that there was no room for.
+        raise NoMemoryError(describe(name, remedies, where)) from None
+
+
+def describe(name: Phase, remedies: Remedies | None, where: str = "") -> str:
+    """`out of memory in the forward pass (step 3): set train.micro_batch_tokens: 2048 ...`."""
+    words = {"forward": "the forward pass", "backward": "the backward pass", "load": "loading"}
+    said = words.get(name, f"the {name}")
+    at = f" ({where})" if where else ""
+    if remedies is None:
+        return f"out of memory in {said}{at}"
+    return f"out of memory in {said}{at}; the cheapest change is {remedies.cheapest(name)}"

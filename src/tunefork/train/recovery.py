@@ -1,0 +1,135 @@
+"""What a run does about a sick step: stop with its last good state saved, or go back and around.
+
+A step whose loss or gradient is not finite never reaches the weights; the state of before it is
+saved as a checkpoint (weights, optimiser, random states), and the run fails. A loss spike is said;
+with `rollback` the run goes back to its last checkpoint and leaves out the rows of the steps around
+the spike, as was done by hand for PaLM (Chowdhery et al. 2022, section 5.1,
+https://arxiv.org/abs/2204.02311: about 100 steps back, 200 to 500 batches skipped; the rows alone
+were harmless elsewhere, so it is those rows with that state of the weights). Here it is the spike's
+step and up to `_BEFORE` before it: what hurt the weights came before what shows it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from tunefork.data.example import Encoded
+from tunefork.errors import CheckpointError, DivergedError
+from tunefork.train.accumulate import Accumulator, restore_random
+from tunefork.train.checkpoints import Checkpoints
+from tunefork.train.events import Event, Resumed, Warned
+from tunefork.train.guard import blame
+from tunefork.train.out_of_memory import Remedies
+from tunefork.train.state import Optimizer, Progress, restore
+
+_BEFORE = 3
+_MOST_ROLLBACKS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class OnFault:
+    """How a run meets faults: the recipe's `train.on_...`, and who is told."""
+
+    out_of_memory: Literal["error", "shrink"] = "error"
+    loss_spike: Literal["warn", "rollback", "stop"] = "warn"
+    remedies: Remedies | None = None
+    on_event: Callable[[Event], None] = lambda event: None
+
+
+JUST_STOP = OnFault()
+
+
+@dataclass(slots=True)
+class Recovery:
+    """Of one run."""
+
+    cut: Accumulator
+    optimizer: Optimizer
+    checkpoints: Checkpoints | None
+    on_fault: OnFault
+    rollbacks: int = 0
+    last_spike: int = -1
+
+    def stop(
+        self,
+        what: str,
+        done: Progress,
+        random: Sequence[Tensor],
+        chosen: Sequence[Encoded],
+        *,
+        find_rows: bool,
+    ) -> DivergedError:
+        """The error that ends the run before its next update; the state before is saved."""
+        model, step = self.cut.model, done.step + 1
+        model.zero_grad(set_to_none=True)
+        restore_random(random, model.device)
+        saved = self._save(done)
+        rows = f"The step's rows: {', '.join(e.source for e in chosen[:16])}"
+        if find_rows:
+            rows = blame(model, chosen, pad_id=self.cut.pad_id)
+        return DivergedError(
+            f"step {step}: {what}; the weights were left as they were before the step{saved}. "
+            f"{rows[0].upper()}{rows[1:]}. Lower train.learning_rate, mend or remove those rows, "
+            "or set train.precision: fp32"
+        )
+
+    def spike(
+        self,
+        what: str,
+        done: Progress,
+        random: Sequence[Tensor],
+        chosen: Sequence[Encoded],
+    ) -> Progress | None:
+        """None where the run takes the step all the same; else from where it goes on.
+
+        Raises DivergedError where it stops.
+        """
+        step, wish = done.step + 1, self.on_fault.loss_spike
+        is_new, self.last_spike = step != self.last_spike + 1, step
+        if wish == "warn":
+            if is_new:
+                rows = ", ".join(e.source for e in chosen[:16])
+                self._warn(step, f"{what} (rows {rows})")
+            return None
+        if wish == "stop":
+            raise self.stop(what, done, random, chosen, find_rows=False)
+        if self.rollbacks == _MOST_ROLLBACKS:
+            what = f"{what}, after {self.rollbacks} rollbacks"
+            raise self.stop(what, done, random, chosen, find_rows=False)
+        self.rollbacks += 1
+        self.cut.model.zero_grad(set_to_none=True)
+        return self._go_back(step, what, done)
+
+    def _go_back(self, step: int, what: str, done: Progress) -> Progress:
+        found = None if self.checkpoints is None else self.checkpoints.newest()
+        if found is None:
+            self._warn(step, f"{what}; there is no checkpoint yet, so only its rows are left out")
+            return replace(done, skipped=(*done.skipped, step))
+        back = restore(found.read(), self.cut.model, self.optimizer)
+        first = max(back.step + 1, step - _BEFORE)
+        skipped = tuple(sorted({*done.skipped, *range(first, step + 1)}))
+        self.on_fault.on_event(
+            Resumed(
+                step=back.step,
+                checkpoint=found.folder.name,
+                why=f"step {step}: {what}",
+                skipped_steps=tuple(range(first, step + 1)),
+            )
+        )
+        return replace(back, skipped=skipped)
+
+    def _save(self, done: Progress) -> str:
+        if self.checkpoints is None or done.step == 0:
+            return ""
+        try:
+            self.checkpoints.save(self.cut.model, self.optimizer, done, wait=True)
+        except CheckpointError as error:
+            return f", and could not be saved ({error})"
+        return f", and saved as a checkpoint of step {done.step}"
+
+    def _warn(self, step: int, message: str) -> None:
+        self.on_fault.on_event(
+            Warned(code="loss_spike", step=step, message=f"step {step}: {message}")
+        )
