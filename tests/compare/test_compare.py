@@ -111,7 +111,7 @@ def test_what_is_done_is_kept_and_what_is_trained_only_evaluated(
     def train(*_: object, **__: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(trial, "_train", train)
+    monkeypatch.setattr(trial, "train", train)
     said: list[str] = []
     comparison = compare(recipe, out, say=said.append)
     assert said == [

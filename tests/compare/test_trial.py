@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import tunefork.compare.artifact as artifact
 import tunefork.compare.trial as trial
 from tests.folders import save_model
 from tunefork.compare.trial import run_trial, train_run
@@ -210,7 +211,7 @@ def test_ctrl_c_while_saving_waits_for_the_record(
         os.kill(os.getpid(), signal.SIGINT)
         save_adapter(*arguments, **options)
 
-    monkeypatch.setattr(trial, "save_adapter", slow)
+    monkeypatch.setattr(artifact, "save_adapter", slow)
     with pytest.raises(KeyboardInterrupt):
         train_run(make_recipe(), tmp_path / "run")
     record = read_record(tmp_path / "run")

@@ -15,9 +15,9 @@ from tunefork.compare.assemble import ArmRuns, assemble, primary_metric
 from tunefork.compare.check import check_recipe
 from tunefork.compare.comparison import Arm, Comparison
 from tunefork.compare.comparison import Data as DataFacts
+from tunefork.compare.record import check_base
 from tunefork.compare.report import write_report
 from tunefork.compare.search import RESULT, SearchResult, grid
-from tunefork.compare.trial import check_base
 from tunefork.compare.worker import Failure, seed_folder, start
 from tunefork.data.loader import Data, validation_split
 from tunefork.errors import BadInputError, RecipeError, TuneforkError

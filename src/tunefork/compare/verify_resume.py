@@ -17,6 +17,7 @@ from tunefork.data.loader import load_data
 from tunefork.errors import RecipeError, RunFolderError, TuneforkError
 from tunefork.evaluate.evaluate import pad_id
 from tunefork.model.device import pick_device, pick_dtype
+from tunefork.model.fingerprint import identify
 from tunefork.model.load import load_tokenizer
 from tunefork.recipe import Recipe
 from tunefork.recipe_file import dump, load
@@ -96,6 +97,7 @@ def _run(folder: Path, run: str, stop_after: int) -> None:
         examples,
         recipe,
         method,
+        base_sha256=identify(recipe.model).weights_sha256,
         learning_rate=rate,
         seed=seed,
         device=device,

@@ -84,18 +84,23 @@ def open_checkpoints(
     recipe: Recipe,
     method: Method,
     *,
+    base_sha256: str,
     learning_rate: float,
     seed: int,
     device: torch.device,
     say: Callable[[str], None],
 ) -> Checkpoints:
-    """The checkpoints in `folder` of the run that `train_method` takes with the same arguments."""
+    """The checkpoints in `folder` of the run that `train_method` takes with the same arguments.
+
+    `base_sha256` is the base's weights' (`model/identity.py`).
+    """
     return Checkpoints(
         folder,
         setting(
             recipe,
             method,
             examples,
+            base_sha256=base_sha256,
             learning_rate=learning_rate,
             seed=seed,
             num_steps=len(plan_steps(recipe, len(examples), seed=seed)),

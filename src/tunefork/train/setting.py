@@ -40,6 +40,7 @@ def setting(
     method: Method,
     examples: Sequence[Encoded],
     *,
+    base_sha256: str,
     learning_rate: float,
     seed: int,
     num_steps: int,
@@ -52,6 +53,7 @@ def setting(
         "learning_rate": learning_rate,
         "seed": seed,
         "num_steps": num_steps,
+        "base_sha256": base_sha256,
         "data_sha256": _digest(examples),
     }
     for name in ("model", section, "train"):

@@ -1,0 +1,180 @@
+"""Training within a trial: from the newest checkpoint on, rehearsed, followed, its end recorded."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from tunefork.compare.artifact import write_artifact
+from tunefork.compare.following import Following, failure
+from tunefork.compare.record import begin_record
+from tunefork.data.loader import Data
+from tunefork.errors import BadInputError, RunFolderError
+from tunefork.evaluate.evaluate import (
+    pad_id,
+    rehearse,
+)
+from tunefork.model.device import pick_device, pick_dtype
+from tunefork.model.identity import Identity
+from tunefork.recipe import Method, Recipe
+from tunefork.registry.run import (
+    RECORD,
+    folder_bytes,
+    read_record,
+    write_record,
+)
+from tunefork.train.checkpoints import FOLDER as CHECKPOINTS
+from tunefork.train.checkpoints import Found
+from tunefork.train.events import EVENTS, read_steps
+from tunefork.train.loop import StepRecord, TrainResult
+from tunefork.train.method import (
+    load_for_training,
+    open_checkpoints,
+    plan_steps,
+    train_method,
+)
+from tunefork.train.out_of_memory import Remedies, phase
+from tunefork.train.progress import TrainProgress
+from tunefork.train.rehearsal import Rehearsal, Stage
+from tunefork.train.state import Progress
+
+
+@contextmanager
+def failure_recorded(
+    recipe: Recipe,
+    method: Method,
+    identity: Identity,
+    folder: Path,
+    *,
+    seed: int,
+    learning_rate: float,
+) -> Iterator[None]:
+    """An error that ends the training within is in run.json: no such run is taken for a good one.
+
+    Bad input is found before anything is trained, and leaves whatever record there is.
+    """
+    try:
+        yield
+    except BadInputError:
+        raise
+    except Exception as error:
+        steps = read_steps(folder / EVENTS)
+        record = begin_record(recipe, method, identity, seed=seed, learning_rate=learning_rate)
+        failed = {
+            "status": "failed",
+            "error": failure(error),
+            "num_steps": steps[-1].step if steps else 0,
+            "tokens": steps[-1].tokens if steps else 0,
+        }
+        with suppress(OSError):  # a full disk: events.jsonl and the exit status say it
+            write_record(folder, record.model_copy(update=failed))
+        raise
+
+
+def train(
+    recipe: Recipe,
+    method: Method,
+    identity: Identity,
+    data: Data,
+    tokenizer: Any,
+    folder: Path,
+    told: Following,
+    *,
+    seed: int,
+    learning_rate: float,
+) -> tuple[Any, TrainResult]:
+    """The base, loaded and trained, from the newest checkpoint on where there is one."""
+    device = pick_device()
+    dtype = pick_dtype(recipe.train.precision, device)
+    checkpoints = open_checkpoints(
+        folder / CHECKPOINTS,
+        data.train,
+        recipe,
+        method,
+        base_sha256=identity.weights_sha256,
+        learning_rate=learning_rate,
+        seed=seed,
+        device=device,
+        say=told.say,
+    )
+    checkpoints.on_written = told.on_written
+    start = checkpoints.newest()
+    _may_begin(folder, start, told.say)
+    told.begin_training(folder, recipe, method, seed=seed, learning_rate=learning_rate, start=start)
+    with phase("load", Remedies.of(recipe, method)):
+        model = load_for_training(recipe, method, dtype=dtype, device=device, seed=seed)
+    done = start.facts.progress() if start else Progress()
+    num_steps = len(plan_steps(recipe, len(data.train), seed=seed))
+    every_s = recipe.train.log_every_s
+    with TrainProgress(
+        str(method), num_steps=num_steps, device=device, every_s=every_s, start=done
+    ) as progress:
+
+        def on_step(record: StepRecord) -> None:
+            told.on_step(record, num_steps, device)
+            progress.on_step(record)
+
+        def on_rehearsed(found: Rehearsal | None) -> None:
+            told.begin_steps(done.tokens, found)
+            progress.restart()
+
+        result = train_method(
+            model,
+            data.train,
+            recipe,
+            method,
+            learning_rate=learning_rate,
+            seed=seed,
+            pad_id=pad_id(tokenizer),
+            on_step=on_step,
+            checkpoints=checkpoints,
+            start=start,
+            on_event=told.on_event,
+            stage=_stage(model, tokenizer, data, recipe, method, folder),
+            on_rehearsed=on_rehearsed,
+        )
+    return model, result
+
+
+def _stage(
+    model: Any, tokenizer: Any, data: Data, recipe: Recipe, method: Method, folder: Path
+) -> Stage:
+    """What the rehearsal goes through beside the training passes."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    state_bytes = sum(
+        p.numel() * _state_bytes_a_value(recipe, method, p.element_size()) for p in trained
+    )
+    is_timed = recipe.train.checkpoint_every_s or recipe.train.checkpoint_every_steps
+    # One more than is kept, while it is written; those there already are part of it.
+    num_kept = recipe.train.keep_checkpoints + 1 if is_timed else 1
+    there = folder_bytes(folder / CHECKPOINTS)
+    return Stage(
+        folder=folder,
+        evaluate=lambda: rehearse(model, tokenizer, data, recipe),
+        save=lambda at: write_artifact(model, tokenizer, recipe, method, at),
+        kept=lambda artefact_bytes: max(0, artefact_bytes + num_kept * state_bytes - there),
+    )
+
+
+def _state_bytes_a_value(recipe: Recipe, method: Method, weight_bytes: int) -> int:
+    """Of a checkpoint: the weight, both moments, and the master copy where there is one."""
+    if method is not Method.FULL:
+        return weight_bytes + 8
+    moments = 2 if recipe.full.optimizer == "adamw_8bit" else 8
+    has_copy = recipe.full.weights == "fp32" and weight_bytes < 4
+    return weight_bytes + moments + (4 if has_copy else 0)
+
+
+def _may_begin(folder: Path, start: Found | None, say: Callable[[str], None]) -> None:
+    """Say what is gone on with; raise RunFolderError rather than train over what was learnt."""
+    record = read_record(folder)
+    if start is not None:
+        say(f"going on after step {start.facts.step} ({start.folder})")
+    elif record is not None and record.status == "interrupted":
+        raise RunFolderError(
+            f"{folder}: holds a run that was stopped after {record.num_steps} steps, and no "
+            "checkpoint to go on from; training from the start would overwrite it. It can be used "
+            "as it is (tunefork chat, tunefork evaluate); to train again, give another folder with "
+            "--out, or remove this one"
+        )
+    (folder / RECORD).unlink(missing_ok=True)  # what it tells of is overwritten from here on
