@@ -6,11 +6,13 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 import tunefork.compare.artifact as artifact
+import tunefork.compare.training as training
 import tunefork.compare.trial as trial
 from tests.folders import save_model
 from tunefork.compare.trial import run_trial, train_run
@@ -33,11 +35,13 @@ def _content(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
-def _fail(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException) -> None:
+def _fail(
+    monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException, module: ModuleType = trial
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(trial, name, fail)
+    monkeypatch.setattr(module, name, fail)
 
 
 def _stop_after_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +85,7 @@ def test_what_ends_the_evaluation_costs_no_training(
     record = read_record(folder)
     assert record is not None and (record.status, record.metrics) == ("trained", {})
     assert open_model(str(folder)).model is not None
-    _fail(monkeypatch, "_train", AssertionError("trained again"))
+    _fail(monkeypatch, "train", AssertionError("trained again"))
     done = train_run(recipe, folder)
     assert done == read_record(folder) and done.status == "ok"
     assert (done.created, done.train_s) == (record.created, record.train_s)
@@ -224,7 +228,7 @@ def test_an_old_record_does_not_outlive_what_it_tells_of(
     options: dict[str, Any] = {"seed": 0, "learning_rate": 1e-3}
     run_trial(make_recipe(), Method.LORA, tmp_path, **options)
     assert read_record(tmp_path) is not None
-    _fail(monkeypatch, "train_method", MemoryError())
+    _fail(monkeypatch, "train_method", MemoryError(), module=training)
     with pytest.raises(MemoryError):
         run_trial(make_recipe(), Method.LORA, tmp_path, **options)
     record = read_record(tmp_path)
@@ -301,7 +305,7 @@ def test_what_was_trained_on_another_base_is_not_evaluated(
 def test_a_base_that_cannot_be_read_is_found_before_training(
     make_recipe: Make, own_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _fail(monkeypatch, "_train", AssertionError("trained"))
+    _fail(monkeypatch, "train", AssertionError("trained"))
     (own_base / "model.safetensors").rename(own_base / "pytorch_model.bin")
     with pytest.raises(ModelError, match="pickle"):
         train_run(make_recipe(model=str(own_base)), tmp_path / "run")
