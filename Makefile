@@ -15,7 +15,7 @@ demo: $(READY)
 	@echo "Report: demo/run/report.html"
 
 test: check
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -45,7 +45,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("tunefork.compare.trial.load_for_training", fail)
+    monkeypatch.setattr("tunefork.compare.training.load_for_training", fail)
     monkeypatch.setattr("tunefork.compare.trial.load_model", fail)
 
 

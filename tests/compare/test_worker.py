@@ -89,6 +89,7 @@ def test_a_signal_to_a_piece_at_work_ends_both_quietly(
         return bool(ends)
 
     _wait_until(is_loaded)  # from here on it waits for what is never written
+    time.sleep(0.2)  # a signal just before a read that waits is heeded after it, as in any Python
     parent.send_signal(signal.SIGINT)
     out, err = parent.communicate(timeout=PATIENCE_S)
     assert (out, err) == ("interrupted\n", "")
