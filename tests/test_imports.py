@@ -22,6 +22,7 @@ ORDER = [
     "train",
     "evaluate",
     "registry",
+    "export",
     "plan",
     "compare",
     "advise",

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tunefork.errors import RunFolderError
 from tunefork.model.build import quantize_nf4
 from tunefork.model.device import pick_device, pick_dtype
@@ -27,11 +29,17 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
-class _Parts:
+class Parts:
+    """What a target is made of: a base or whole model, and maybe an adapter over it."""
+
     section: ModelSection
+    """The base, or the fully fine-tuned model."""
     adapter: Path | None = None
     is_nf4: bool = False
+    """The adapter was trained on the base quantised to NF4."""
     data: DataSection | None = None
+    run: Path | None = None
+    """The folder of the run that made it."""
 
 
 def open_model(target: str, *, precision: str = "auto") -> Opened:
@@ -40,19 +48,24 @@ def open_model(target: str, *, precision: str = "auto") -> Opened:
     A QLoRA run's adapter goes onto its base quantised as it was in training. Raises
     RunFolderError, ModelError or AdapterError.
     """
-    parts = _parts(target)
+    parts = find_parts(target)
     device = pick_device()
-    dtype = pick_dtype(precision, device)
+    model = load_parts(parts, dtype=pick_dtype(precision, device), device=device)
+    return Opened(model, load_tokenizer(parts.section), parts.section, parts.data)
+
+
+def load_parts(parts: Parts, *, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model that `parts` make, frozen and in eval mode."""
     model = load_model(parts.section, dtype=dtype, device=device, in_host_memory=parts.is_nf4)
     if parts.is_nf4:
         quantize_nf4(model, device)
     if parts.adapter is not None:
         load_adapter(model, parts.adapter)
-    model.requires_grad_(False).eval()
-    return Opened(model, load_tokenizer(parts.section), parts.section, parts.data)
+    return model.requires_grad_(False).eval()
 
 
-def _parts(target: str) -> _Parts:
+def find_parts(target: str) -> Parts:
+    """The files behind `target`: the one place where such a string becomes folders."""
     try:
         folder = Path(target).expanduser()
     except RuntimeError as error:
@@ -62,28 +75,28 @@ def _parts(target: str) -> _Parts:
     if record is not None:
         return _parts_of_run(run, record)
     if (folder / CONFIG).is_file():
-        return _Parts(base_section(folder), adapter=folder)
+        return Parts(base_section(folder), adapter=folder)
     if (folder / RECIPE).is_file():
         inside = sorted(str(path.parent) for path in folder.rglob("run.json"))
         raise RunFolderError(
             f"{target}: holds no finished run of its own"
             + (f"; give one of {', '.join(inside)}" if inside else "")
         )
-    return _Parts(ModelSection(id=target))
+    return Parts(ModelSection(id=target))
 
 
-def _parts_of_run(run: Path, record: RunRecord) -> _Parts:
+def _parts_of_run(run: Path, record: RunRecord) -> Parts:
     base = ModelSection(id=record.model_id, revision=record.model_revision)
     data = _data_section(run)
     if record.artifact is None:
-        return _Parts(base, data=data)
+        return Parts(base, data=data, run=run)
     artifact = run / record.artifact
     if not artifact.is_dir():
         raise RunFolderError(f"{run}: its {record.artifact} folder is gone")
     if record.method is Method.FULL:
-        return _Parts(ModelSection(id=str(artifact)), data=data)
+        return Parts(ModelSection(id=str(artifact)), data=data, run=run)
     is_nf4 = record.method is Method.QLORA
-    return _Parts(base, adapter=artifact, is_nf4=is_nf4, data=data)
+    return Parts(base, adapter=artifact, is_nf4=is_nf4, data=data, run=run)
 
 
 def _data_section(run: Path) -> DataSection | None:
