@@ -159,6 +159,10 @@ class LoraSection(Section):
     names (`q_proj`, or a longer path's end, `self_attn.q_proj`). Attention only loses to MLP
     only at equal parameters (LoRA Without Regret)."""
 
+    serve_with: tuple[Literal["vllm", "sglang"], ...] = ()
+    """Servers that the adapter is for: what one of them would refuse is refused before training.
+    Empty: nothing is checked."""
+
 
 class FullSection(Section):
     """Full fine-tuning."""

@@ -86,7 +86,9 @@ def test_what_cannot_be_combined_is_refused(make_run: MakeRun, tmp_path: Path) -
     one, other = make_run(name="one") / "adapter", make_run(name="two", architecture="qwen3")
     quantised = make_run(Method.QLORA, name="three")
 
-    def refuse(message: str, *targets: Path, kind: str = "linear", density: float | None = None):
+    def refuse(
+        message: str, *targets: Path, kind: str = "linear", density: float | None = None
+    ) -> None:
         with pytest.raises(BadInputError, match=message):
             combine_adapters(
                 list(map(str, targets)), tmp_path / "m", kind=kind, weights=[1, 1], density=density

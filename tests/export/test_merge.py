@@ -116,8 +116,9 @@ def test_agreement_is_kl_and_top1() -> None:
     same = agreement([p], [p + 3])  # a constant changes no distribution
     assert same.mean_kl < 1e-6 and same.top1 == 1.0 and same.num_tokens == 2
     q = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 0.0]])
-    kl = torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True,
-                                    reduction="sum")
+    kl = torch.nn.functional.kl_div(
+        q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum"
+    )
     found = agreement([p], [q])
     assert found.mean_kl == pytest.approx(float(kl) / 2) and found.top1 == 0.5
     assert agreement([p], [p * torch.nan]).mean_kl == 1e6

@@ -81,7 +81,7 @@ def make_gate(max_mean_kl: float | None, max_kl: float | None, min_top1: float |
     from tunefork.export.proof import Gate
 
     given = {"max_mean_kl": max_mean_kl, "max_kl": max_kl, "min_top1": min_top1}
-    return Gate(**{name: value for name, value in given.items() if value is not None})
+    return Gate.model_validate({name: v for name, v in given.items() if v is not None})
 
 
 def print_proof(proof: Proof) -> None:

@@ -34,9 +34,7 @@ _ARCHITECTURES = {
     "Qwen2ForCausalLM": _Architecture(gguf.MODEL_ARCH.QWEN2, is_permuted=False),
     "Qwen3ForCausalLM": _Architecture(gguf.MODEL_ARCH.QWEN3, is_permuted=False),
 }
-_ELSEWHERE = (
-    "export --to merged, and convert that folder with llama.cpp's own convert_hf_to_gguf.py"
-)
+ELSEWHERE = "export --to merged, and convert that folder with llama.cpp's own convert_hf_to_gguf.py"
 
 
 class Layout:
@@ -46,7 +44,7 @@ class Layout:
         name = (config.architectures or ["no architecture"])[0]
         if name not in _ARCHITECTURES:
             raise ModelError(
-                f"gguf: {name} is not converted here, only {', '.join(_ARCHITECTURES)}; {_ELSEWHERE}"
+                f"gguf: {name} is not converted here, only {', '.join(_ARCHITECTURES)}; {ELSEWHERE}"
             )
         self._config, self._architecture = config, _ARCHITECTURES[name]
         self.arch = gguf.MODEL_ARCH_NAMES[self._architecture.model]
@@ -59,12 +57,12 @@ class Layout:
     def _check(self) -> None:
         kind = self._rope.get("rope_type", "default")
         if kind not in ("default", "linear", "llama3"):
-            raise ModelError(f"gguf: rope type {kind!r} is not converted here; {_ELSEWHERE}")
+            raise ModelError(f"gguf: rope type {kind!r} is not converted here; {ELSEWHERE}")
         uses_window = getattr(self._config, "use_sliding_window", True)
         if uses_window and getattr(self._config, "sliding_window", None):
             raise ModelError(
                 f"gguf: sliding-window attention in a {self.arch} model is not converted here; "
-                f"{_ELSEWHERE}"
+                f"{ELSEWHERE}"
             )
         if self._config.hidden_act != "silu":
             raise ModelError(f"gguf: activation {self._config.hidden_act!r} is not converted here")
@@ -77,7 +75,7 @@ class Layout:
         """`blk.0.attn_q.weight` of `model.layers.0.self_attn.q_proj.weight`."""
         found = self._names.get_name(path, try_suffixes=(".weight", ".bias"))
         if found is None:
-            raise ModelError(f"gguf: {self.arch} has no place for {path}; {_ELSEWHERE}")
+            raise ModelError(f"gguf: {self.arch} has no place for {path}; {ELSEWHERE}")
         return str(found)
 
     def to_gguf(self, path: str, rows: Tensor) -> Tensor:
@@ -111,9 +109,8 @@ class Layout:
         writer.add_rope_dimension_count(self._head_dim)
         writer.add_rope_freq_base(rope.get("rope_theta", 10000.0))
         writer.add_vocab_size(config.vocab_size)
-        if self._head_dim * config.num_attention_heads != config.hidden_size:
-            writer.add_key_length(self._head_dim)
-            writer.add_value_length(self._head_dim)
+        writer.add_key_length(self._head_dim)
+        writer.add_value_length(self._head_dim)
         if rope.get("rope_type") == "linear":
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(rope["factor"])

@@ -13,6 +13,7 @@ from typing import Any
 import gguf
 
 from tunefork.errors import ModelError
+from tunefork.export.gguf_layout import ELSEWHERE
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -75,21 +76,21 @@ def pre_tokenizer(stored: dict[str, Any]) -> str:
     """llama.cpp's name for the splitting rule of a tokenizer.json; raises ModelError."""
     model = stored["model"]
     if model["type"] != "BPE" or model.get("byte_fallback"):
+        kind = "SentencePiece BPE" if model["type"] == "BPE" else model["type"]
         raise ModelError(
-            f"gguf: a {model['type']} tokenizer{' of SentencePiece' * bool(model.get('byte_fallback'))}"
-            " is not converted here, only byte-level BPE; export --to merged, and convert that "
-            "folder with llama.cpp's own convert_hf_to_gguf.py"
+            f"gguf: a {kind} tokenizer is not converted here, only byte-level BPE; {ELSEWHERE}"
         )
     pre = _PRE.get(_steps(stored["pre_tokenizer"]))
     if pre is None or stored["normalizer"] not in _NORMALIZERS.get(pre, (None,)):
         raise ModelError(
             "gguf: llama.cpp's name for this tokenizer's splitting rule is not known here (known: "
             f"{', '.join(_PRE.values())}), and a wrong one would give other tokens in silence; "
-            "export --to merged, and convert that folder with llama.cpp's own "
-            "convert_hf_to_gguf.py"
+            f"{ELSEWHERE}"
         )
     if bool(model.get("ignore_merges")) != (pre in _IGNORES_MERGES):
-        raise ModelError(f"gguf: ignore_merges={model.get('ignore_merges')} is not what {pre} means")
+        raise ModelError(
+            f"gguf: ignore_merges={model.get('ignore_merges')} is not what {pre} means"
+        )
     return pre
 
 

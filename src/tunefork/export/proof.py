@@ -13,7 +13,7 @@ export (a permuted head, a delta left out) costs 0.1 to 10. A mean of 0.02 nats 
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -35,14 +35,14 @@ _BROKEN = 1e6
 class Gate(Section):
     """How far an export may be from what was trained."""
 
-    max_mean_kl: float = Field(0.02, ge=0.0)
+    max_mean_kl: Annotated[float, Field(ge=0.0)] = 0.02
     """Nats a token, mean over all positions."""
-    max_kl: float = Field(2.0, ge=0.0)
+    max_kl: Annotated[float, Field(ge=0.0)] = 2.0
     """Nats at the worst position. Wide: one rare token may move far where nothing is wrong; a
     broken token or position goes far beyond."""
-    min_top1: float = Field(0.97, ge=0.0, le=1.0)
+    min_top1: Annotated[float, Field(ge=0.0, le=1.0)] = 0.97
     """Share of positions with the same likeliest token. Ties within rounding flip some."""
-    num_tokens: int = Field(2048, ge=1)
+    num_tokens: Annotated[int, Field(ge=1)] = 2048
     """Tokens read. The reference's logits are kept meanwhile: 4 bytes times the vocabulary each."""
 
 
@@ -81,7 +81,7 @@ class Proof(Section):
     exported: str
     prompts: str
     agreement: Agreement
-    alternatives: dict[str, Agreement] = {}
+    alternatives: dict[str, Agreement] = Field(default_factory=dict)
     """Other ways of making this artefact, which were measured too and lost more."""
     task: tuple[TaskMetric, ...] = ()
     gate: Gate
@@ -153,13 +153,23 @@ class Reference:
         found, gate = self.compare(model), self.gate
         task = self._task_of(model)
         checks: list[tuple[bool, str]] = [
-            (found.mean_kl > gate.max_mean_kl, f"mean KL {found.mean_kl:.3g} nats a token is above "
-             f"{gate.max_mean_kl:g}"),
+            (
+                found.mean_kl > gate.max_mean_kl,
+                f"mean KL {found.mean_kl:.3g} nats a token is above {gate.max_mean_kl:g}",
+            ),
             (found.max_kl > gate.max_kl, f"largest KL {found.max_kl:.3g} is above {gate.max_kl:g}"),
-            (found.top1 < gate.min_top1, f"top-1 agreement {found.top1:.4f} is below "
-             f"{gate.min_top1:g}"),
-            *((t.is_worse, f"{t.name} went from {t.reference:.4g} to {t.exported:.4g}, more than "
-               f"the margin of {t.margin:g}") for t in task),
+            (
+                found.top1 < gate.min_top1,
+                f"top-1 agreement {found.top1:.4f} is below {gate.min_top1:g}",
+            ),
+            *(
+                (
+                    t.is_worse,
+                    f"{t.name} went from {t.reference:.4g} to {t.exported:.4g}, more than "
+                    f"the margin of {t.margin:g}",
+                )
+                for t in task
+            ),
         ]
         reasons = tuple(reason for failed, reason in checks if failed)
         return Proof(
@@ -188,4 +198,3 @@ class Reference:
 def write_proof(folder: Path, proof: Proof) -> None:
     """Write proof.json into the artefact's folder."""
     write_atomically(folder / PROOF, proof.model_dump_json(indent=2) + "\n")
-

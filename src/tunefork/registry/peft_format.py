@@ -64,10 +64,21 @@ def save_adapter(
         tensors[f"base_model.model.{path}.lora_A.weight"] = layer.lora_a.detach().cpu()
         tensors[f"base_model.model.{path}.lora_B.weight"] = layer.lora_b.detach().cpu()
     config: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        **adapter_settings(lora),
         "base_model_name_or_path": _loadable(base, revision),
         "revision": revision,
+        "target_modules": _shortest_names(model, list(layers)),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def adapter_settings(lora: LoraSection) -> dict[str, Any]:
+    """What adapter_config.json says of every adapter that `lora` trains, whatever its base."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
         "inference_mode": True,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
@@ -81,11 +92,7 @@ def save_adapter(
         "modules_to_save": None,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "target_modules": _shortest_names(model, list(layers)),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> None:
