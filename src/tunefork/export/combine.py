@@ -1,7 +1,7 @@
 """Several adapters of one base become one, by the definitions of the PEFT library.
 
-    linear       A = sum_i a_i A_i and B = sum_i b_i B_i, with a_i = sign(w_i s_i) sqrt(|w_i s_i|) and
-                 b_i = sqrt(|w_i s_i|): w the weight given, s the adapter's own scale
+    linear       A = sum_i a_i A_i and B = sum_i b_i B_i, b_i = sqrt(|w_i s_i|), a_i = b_i with the
+                 sign of w_i s_i: w the weight given, s the adapter's own scale
     cat          A and B side by side: exactly sum_i w_i s_i B_i A_i, at the sum of the ranks
     ties         linear, over values trimmed to the largest and without those whose sign lost
                  (Yadav et al. 2023, https://arxiv.org/abs/2306.01708)

@@ -116,7 +116,7 @@ class Layout:
             writer.add_rope_scaling_factor(rope["factor"])
 
     def extra_tensors(self) -> dict[str, Tensor]:
-        """Llama 3.1's stretched rotary frequencies are a tensor in GGUF, of factors to divide by."""
+        """Llama 3.1's stretched rotary frequencies: factors that llama.cpp divides them by."""
         rope = self._rope
         if rope.get("rope_type") != "llama3":
             return {}

@@ -107,7 +107,8 @@ def write_merged(subject: Subject, folder: Path) -> Proof:
     with without_progress_bars():
         subject.tokenizer.save_pretrained(folder)
     found.pop(best, None)
-    name = f"the adapter merged into {best}"
+    is_whole = subject.parts.adapter is None
+    name = "the model's folder" if is_whole else f"the adapter merged into {best}"
     return subject.reference.prove(load_folder(folder), name=name, alternatives=found)
 
 

@@ -8,9 +8,9 @@ vLLM: config/lora.py (MaxLoRARanks) and lora/peft_helper.py (_validate_features)
 are those of --max-lora-rank, which all of a server's adapters share: an adapter of another rank
 below it is accepted and takes the room of the next step.
 
-SGLang: srt/lora/lora_config.py and lora.py. It reads `lora_alpha / r` as the scale and does not look
-at `use_rslora`, so that an rsLoRA adapter would run at the wrong scale in silence: the export writes
-the same scale as a plain alpha.
+SGLang: srt/lora/lora_config.py and lora.py. It reads `lora_alpha / r` as the scale and does not
+look at `use_rslora`, so that an rsLoRA adapter would run at the wrong scale in silence: the export
+writes the same scale as a plain alpha.
 """
 
 from dataclasses import dataclass
