@@ -38,7 +38,7 @@ TEXTS = [
     " 3.14159",
     "<|im_start|>user\nhi 42<|im_end|>\n",
 ]
-GATE = Gate()
+GATE = Gate(num_tokens=256)
 
 
 def main() -> None:

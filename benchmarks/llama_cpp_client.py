@@ -40,7 +40,7 @@ def main() -> None:
         job["model"],
         lora_path=job["lora"],
         n_ctx=1024,
-        n_threads=2,
+        n_threads=1,  # its spinning threads stall on a busy machine
         type_k=fp32,
         type_v=fp32,
         verbose=False,
