@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.export.conftest import MakeRun
 from tunefork.errors import RunFolderError
-from tunefork.export.dense import merge_deltas, merged_weight
+from tunefork.export.dense import merge_deltas
 from tunefork.export.merge import DEQUANTISED, ORIGINAL, load_reference, merge
 from tunefork.export.proof import Agreement, Gate, Proof, TaskMetric, agreement
 from tunefork.export.publish import ExportFailedError, publish, staged
@@ -29,7 +29,7 @@ def test_a_merged_weight_is_rounded_once(
     run = make_run(dtype=dtype)
     before = load_parts(find_parts(str(run)), dtype=dtype, device=torch.device("cpu"))
     wanted = {
-        path: merged_weight(layer).to(dtype)
+        path: layer.merged_weight().to(dtype)
         for path, layer in before.named_modules()
         if isinstance(layer, LoraLinear)
     }
@@ -86,9 +86,7 @@ def test_what_fails_its_proof_is_not_published(make_run: MakeRun, tmp_path: Path
 def test_a_lost_delta_fails_the_gate(
     make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "tunefork.export.dense.merged_weight", lambda layer: layer.materialize().float()
-    )
+    monkeypatch.setattr(LoraLinear, "merged_weight", lambda layer: layer.materialize().float())
     with pytest.raises(ExportFailedError):
         merge(str(make_run()), tmp_path / "out", gate=GATE)
 

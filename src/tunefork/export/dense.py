@@ -14,18 +14,12 @@ from tunefork.model.build import replace
 from tunefork.model.linear import LoraLinear, Nf4Linear
 
 
-def merged_weight(layer: LoraLinear) -> Tensor:
-    """W + scale * B A in fp32, (O, D), not rounded."""
-    delta_od = layer.lora_b.float() @ layer.lora_a.float()
-    return layer.materialize().float() + layer.scale * delta_od
-
-
 @torch.no_grad()
 def merge_deltas(model: Any, dtype: torch.dtype) -> None:
     """Put one `nn.Linear` in `dtype` where `model` has a delta or a 4-bit weight, in place."""
     for path, layer in list(model.named_modules()):
         if isinstance(layer, LoraLinear):
-            replace(model, path, _linear(merged_weight(layer).to(dtype), layer.base.bias))
+            replace(model, path, _linear(layer.merged_weight().to(dtype), layer.base.bias))
     expand(model)
     if model.config.tie_word_embeddings and not _is_tied(model):
         model.config.tie_word_embeddings = False  # else the reader would drop the trained head

@@ -70,6 +70,11 @@ class LoraLinear(nn.Module):
         """The base's weight, (O, D), without the delta."""
         return self.base.weight if isinstance(self.base, nn.Linear) else self.base.materialize()
 
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + scale * B A in fp32: (O, D)."""
+        return self.materialize().float().addmm(self.lora_b, self.lora_a, alpha=self.scale)
+
     def forward(self, x_d: Tensor) -> Tensor:
         """(..., D) -> (..., O) in x_d's dtype."""
         if self.dropout > 0.0 and self.training:
