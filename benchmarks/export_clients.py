@@ -122,7 +122,7 @@ def _gguf_rows(run: str, out: Path, client: str) -> list[dict[str, Any]]:
             "texts": TEXTS,
         }
         found = ask(client, job)
-        row = {
+        row: dict[str, Any] = {
             "case": f"{form} {kind} in llama.cpp",
             "tool": f"llama-cpp-python {found['version']}",
         }
