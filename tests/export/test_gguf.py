@@ -62,6 +62,13 @@ def test_what_is_read_back_is_off_by_its_type_only(
         )
 
 
+def test_a_tensor_left_out_is_noticed(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run(dtype=torch.float32)
+    config = _written(tmp_path / "base-llama", tmp_path / "m.gguf")
+    with pytest.raises(ModelError, match=r"lacks model\.layers\.0\.self_attn\.q_proj\.bias"):
+        read_model(tmp_path / "m.gguf", config, ["model.layers.0.self_attn.q_proj.bias"])
+
+
 def test_qwen3_keeps_its_rows_and_its_head_size(make_run: MakeRun, tmp_path: Path) -> None:
     make_run(dtype=torch.float32, architecture="qwen3")
     _written(tmp_path / "base-qwen3", tmp_path / "m.gguf")

@@ -18,9 +18,16 @@ from tunefork.export import servers
 from tunefork.export.adapter import Adapter, pad_rank, read_adapter, write_adapter
 from tunefork.export.card import write_card
 from tunefork.export.gguf_file import read_lora, read_model, write_lora, write_model
-from tunefork.export.merge import Subject, load_folder, load_reference, open_subject, write_merged
+from tunefork.export.merge import (
+    Subject,
+    load_folder,
+    load_reference,
+    open_subject,
+    prove_merged,
+    write_merged,
+)
 from tunefork.export.ollama import modelfile, recognise
-from tunefork.export.proof import Gate, Proof
+from tunefork.export.proof import Agreement, Gate, Proof
 from tunefork.export.publish import publish, staged
 from tunefork.model.load import find, load_config
 from tunefork.recipe import ModelSection, Recipe
@@ -79,7 +86,7 @@ def export(
 
 
 def _merged(subject: Subject, folder: Path, form: Form, options: Options, out: Path) -> Exported:
-    return Exported(write_merged(subject, folder), f"tunefork chat {out}")
+    return Exported(prove_merged(subject, folder), f"tunefork chat {out}")
 
 
 def _peft(subject: Subject, folder: Path, form: Form, options: Options, out: Path) -> Exported:
@@ -117,7 +124,7 @@ def _gguf(subject: Subject, folder: Path, form: Form, options: Options, out: Pat
     if form == "ollama":
         recognise(subject.tokenizer)  # refused before hours of writing
     merged = folder / "merged"
-    whole = _whole_folder(subject, merged)
+    whole, name, others = _whole_folder(subject, merged)
     config = load_config(ModelSection(id=str(whole)))
     file = folder / f"model-{kind}.gguf"
     write_model(whole, config, subject.tokenizer, file, kind=kind)
@@ -125,7 +132,7 @@ def _gguf(subject: Subject, folder: Path, form: Form, options: Options, out: Pat
     paths = list(model.state_dict())
     model.load_state_dict(read_model(file, config, paths), strict=False)
     model.tie_weights()
-    proof = subject.reference.prove(model, name=f"the model as GGUF ({kind})")
+    proof = subject.reference.prove(model, name=f"{name}, as GGUF ({kind})", alternatives=others)
     if merged.exists():
         shutil.rmtree(merged)
     if form == "ollama":
@@ -216,13 +223,12 @@ def _next_step(rank: int, form: Form) -> int:
     return servers.step_above(rank, "sglang" if form == "sglang" else "vllm")
 
 
-def _whole_folder(subject: Subject, merged: Path) -> Path:
-    """A model folder: the one that full fine-tuning left, or the adapter's, merged."""
+def _whole_folder(subject: Subject, merged: Path) -> tuple[Path, str, dict[str, Agreement]]:
+    """A model folder, what it is, other ways: full fine-tuning's own, or the adapter's, merged."""
     if subject.parts.adapter is not None:
         merged.mkdir()
-        write_merged(subject, merged)
-        return merged
-    return Path(find(subject.parts.section).location)
+        return merged, *write_merged(subject, merged)
+    return Path(find(subject.parts.section).location), "the model", {}
 
 
 def _ollama_command(out: Path) -> str:

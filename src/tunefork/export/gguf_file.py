@@ -83,13 +83,17 @@ def write_lora(adapter: Adapter, config: Any, file: Path, *, kind: str) -> None:
 
 
 def read_model(file: Path, config: Any, paths: list[str]) -> dict[str, Tensor]:
-    """The fp32 tensors of `file` under the Hugging Face names `paths`."""
+    """The fp32 tensors of `file` under the Hugging Face names `paths`, but for a tied head.
+
+    Raises ModelError for one that the file lacks.
+    """
     layout, stored = Layout(config), {t.name: t for t in gguf.GGUFReader(file).tensors}
-    return {
-        path: layout.from_gguf(path, _read(stored[layout.name(path)]))
-        for path in paths
-        if layout.name(path) in stored
-    }
+    names = {path: layout.name(path) for path in paths}
+    if config.tie_word_embeddings:
+        names.pop("lm_head.weight", None)
+    if missing := [path for path, name in names.items() if name not in stored]:
+        raise ModelError(f"{file}: lacks {', '.join(missing[:3])}")
+    return {path: layout.from_gguf(path, _read(stored[name])) for path, name in names.items()}
 
 
 def read_lora(file: Path, config: Any, like: Adapter) -> Adapter:

@@ -82,14 +82,23 @@ def merge(target: str, out: Path, *, gate: Gate, recipe: Recipe | None = None) -
         subject = open_subject(target, gate, recipe)
         if subject.parts.adapter is None:
             raise RunFolderError(f"{target}: has no adapter, so there is nothing to merge")
-        proof = write_merged(subject, folder)
+        proof = prove_merged(subject, folder)
         write_card(folder, subject.parts, subject.target, kind="merged", proof=proof)
         publish(folder, out, proof)
     return proof
 
 
-def write_merged(subject: Subject, folder: Path) -> Proof:
-    """Write the merged model and tokenizer into the empty `folder`; returns its proof."""
+def prove_merged(subject: Subject, folder: Path) -> Proof:
+    """Write the merged model into the empty `folder`, read it back and prove it."""
+    name, others = write_merged(subject, folder)
+    return subject.reference.prove(load_folder(folder), name=name, alternatives=others)
+
+
+def write_merged(subject: Subject, folder: Path) -> tuple[str, dict[str, Agreement]]:
+    """Write the merged model and tokenizer into the empty `folder`.
+
+    Returns what it was merged into, and how near the other ways came.
+    """
     found: dict[str, Agreement] = {}
     for name, parts in _ways(subject.parts):
         attempt = folder.with_name(f"attempt-{len(found)}")
@@ -108,8 +117,7 @@ def write_merged(subject: Subject, folder: Path) -> Proof:
         subject.tokenizer.save_pretrained(folder)
     found.pop(best, None)
     is_whole = subject.parts.adapter is None
-    name = "the model's folder" if is_whole else f"the adapter merged into {best}"
-    return subject.reference.prove(load_folder(folder), name=name, alternatives=found)
+    return "the model's folder" if is_whole else f"the adapter merged into {best}", found
 
 
 def load_folder(folder: Path) -> Any:
