@@ -23,7 +23,7 @@ MaxMeanKl = Annotated[
 MaxKl = Annotated[float | None, typer.Option(min=0.0, help="Most KL at a token. [default: 2]")]
 MinTop1 = Annotated[
     float | None,
-    typer.Option("--min-top1", min=0.0, max=1.0, help="Least top-1 agreement. [default: 0.97]"),
+    typer.Option("--min-top1", min=0.0, max=1.0, help="Least top-1 agreement. [default: 0.93]"),
 ]
 
 

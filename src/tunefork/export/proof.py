@@ -39,7 +39,7 @@ class Gate(Section):
     max_kl: Annotated[float, Field(ge=0.0)] = 2.0
     """Nats at the worst position. Wide: one rare token may move far where nothing is wrong; a
     broken token or position goes far beyond."""
-    min_top1: Annotated[float, Field(ge=0.0, le=1.0)] = 0.97
+    min_top1: Annotated[float, Field(ge=0.0, le=1.0)] = 0.93
     """Share of positions with the same likeliest token. Ties within rounding flip some."""
     num_tokens: Annotated[int, Field(ge=1)] = 2048
     """Tokens read. The reference's logits are kept meanwhile: 4 bytes times the vocabulary each."""
