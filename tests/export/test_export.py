@@ -107,6 +107,17 @@ def test_a_server_refuses_what_it_has_not(make_run: MakeRun, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("form", ["vllm", "gguf-lora", "peft"])
+def test_a_qlora_adapter_is_proven_on_the_base_that_the_client_has(
+    make_run: MakeRun, tmp_path: Path, form: Form
+) -> None:
+    run, open_gate = make_run(Method.QLORA), Gate(max_kl=100, max_mean_kl=100, min_top1=0)
+    made = export(str(run), form, tmp_path / "out", options=Options(), gate=open_gate)
+    is_nf4 = form == "peft"
+    assert (made.proof.agreement.mean_kl < 1e-6) == is_nf4
+    assert ("original base" in made.proof.exported) != is_nf4
+
+
 def test_ollama_takes_the_adapter_beside_its_base(make_run: MakeRun, tmp_path: Path) -> None:
     _export(make_run(dtype=torch.float32), "ollama", tmp_path / "out", with_adapter=True)
     text = (tmp_path / "out" / "Modelfile").read_text()

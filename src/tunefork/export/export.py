@@ -36,6 +36,9 @@ Form = Literal["peft", "merged", "gguf", "gguf-lora", "ollama", "vllm", "sglang"
 FORMS: tuple[Form, ...] = get_args(Form)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+_ON_ORIGINAL = ", over the original base as it will be run"
+"""Of a QLoRA adapter: the client's base is not the one in NF4 that it was trained on."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -104,16 +107,13 @@ def _peft(subject: Subject, folder: Path, form: Form, options: Options, out: Pat
         notes.append(f"padded with zeros to rank {rank}")
     write_adapter(adapter, folder, dtype=_DTYPES[options.dtype] if options.dtype else None)
     subject.tokenizer.save_pretrained(folder)
-    model = load_reference(replace(subject.parts, adapter=folder))
-    proof = subject.reference.prove(model, name=f"the adapter as exported for {form}")
+    as_run = subject.parts if form == "peft" else replace(subject.parts, is_nf4=False)
+    model = load_reference(replace(as_run, adapter=folder))
+    where = "" if as_run.is_nf4 == subject.parts.is_nf4 else _ON_ORIGINAL
+    proof = subject.reference.prove(model, name=f"the adapter as exported for {form}{where}")
     base = find(subject.parts.section).location
     if form == "vllm" or form == "sglang":
         run = servers.command(form, base=base, adapter=out.name, folder=str(out), rank=adapter.rank)
-        if subject.parts.is_nf4:
-            notes.append(
-                "trained on the base in NF4: on the bf16 base it answers a little otherwise; "
-                "tunefork merge measures by how much"
-            )
     else:
         run = f"tunefork chat {out}"
     return Exported(proof, run, tuple(notes))
@@ -152,9 +152,10 @@ def _gguf_lora(subject: Subject, folder: Path, form: Form, options: Options, out
     write_lora(adapter, config, file, kind=kind)
     back = folder / "back"
     write_adapter(read_lora(file, config, adapter), back)
-    model = load_reference(replace(subject.parts, adapter=back))
+    model = load_reference(replace(subject.parts, adapter=back, is_nf4=False))
     shutil.rmtree(back)
-    proof = subject.reference.prove(model, name=f"the adapter as GGUF ({kind})")
+    where = _ON_ORIGINAL if subject.parts.is_nf4 else ""
+    proof = subject.reference.prove(model, name=f"the adapter as GGUF ({kind}){where}")
     base = folder / f"base-{kind}.gguf"
     source = Path(find(subject.parts.section).location)
     notes = []
@@ -164,11 +165,6 @@ def _gguf_lora(subject: Subject, folder: Path, form: Form, options: Options, out
         raise RunFolderError(f"ollama: {subject.parts.section.id} is not in a local folder")
     else:
         notes.append("the base is not in a local folder, so that no base GGUF was written")
-    if subject.parts.is_nf4:
-        notes.append(
-            "trained on the base in NF4, and the proof holds for that base: over the base as GGUF "
-            "it answers a little otherwise"
-        )
     if form == "ollama":
         text = modelfile(subject.tokenizer, gguf=base.name, adapter=file.name)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
