@@ -23,6 +23,7 @@ ORDER = [
     "train",
     "evaluate",
     "registry",
+    "export",
     "plan",
     "compare",
     "advise",

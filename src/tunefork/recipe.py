@@ -259,6 +259,10 @@ class LoraSection(Section):
     `norm`, or a longer path's end. A tied head or embedding named here is untied. The adapter grows
     by their size. Refused for `full`, which trains everything."""
 
+    serve_with: tuple[Literal["vllm", "sglang"], ...] = ()
+    """Servers that the adapter is for: what one of them would refuse is refused before training.
+    Empty: nothing is checked."""
+
 
 class FullSection(Section):
     """Full fine-tuning."""

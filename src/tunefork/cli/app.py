@@ -10,6 +10,8 @@ from tunefork.cli.chat import chat
 from tunefork.cli.compare import compare
 from tunefork.cli.data import data
 from tunefork.cli.evaluate import evaluate
+from tunefork.cli.export import export
+from tunefork.cli.merge import merge
 from tunefork.cli.plan import plan
 from tunefork.cli.recipe import recipe
 from tunefork.cli.runs import runs
@@ -23,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (advise, plan, compare, train, evaluate, chat, runs):
+for verb in (advise, plan, compare, train, evaluate, chat, runs, merge, export):
     app.command()(verb)
 app.add_typer(adapters, name="adapters")
 app.command(name="verify-resume")(verify_resume)

@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 from tunefork.data.loader import Data, load_data
 from tunefork.errors import ModelError, RecipeError
 from tunefork.evaluate.evaluate import Plan, pad_id, plan_evaluation
+from tunefork.export import servers
 from tunefork.model.build import check_method
 from tunefork.model.device import pick_device, pick_dtype
 from tunefork.model.load import load_skeleton, load_tokenizer
 from tunefork.plan.gate import refuse_what_cannot_fit
 from tunefork.recipe import Method, Recipe
+from tunefork.registry.peft_format import adapter_settings
 from tunefork.train.trackers import check_trackers
 
 
@@ -58,6 +60,8 @@ def check_recipe(
 
 def _check_method(skeleton: PreTrainedModel, recipe: Recipe, method: Method) -> None:
     check_method(skeleton, method, recipe.lora, adds_tokens=bool(recipe.model.add_tokens))
+    if method is not Method.FULL:
+        _check_servers(recipe)
     if method is not Method.FULL or recipe.full.weights != "bf16":
         return
     precision = recipe.train.precision
@@ -67,6 +71,13 @@ def _check_method(skeleton: PreTrainedModel, recipe: Recipe, method: Method) -> 
             f"full.weights: bf16 cannot be had with train.precision: {precision}{comes_to}; set "
             "train.precision: bf16, or full.weights: fp32"
         )
+
+
+def _check_servers(recipe: Recipe) -> None:
+    """Raise RecipeError where a server of `lora.serve_with` would not take the adapter."""
+    for name in recipe.lora.serve_with:
+        if found := servers.complaints(adapter_settings(recipe.lora), name):
+            raise RecipeError(f"lora.serve_with: {'; '.join(found)}; or leave {name} out")
 
 
 def check_tokens(

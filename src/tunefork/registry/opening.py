@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from tunefork.errors import AdapterError, RunFolderError
@@ -39,13 +40,19 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
-class _Parts:
+class Parts:
+    """What a target is made of: a base or whole model, and maybe an adapter over it."""
+
     section: ModelSection
+    """The base, or the fully fine-tuned model."""
     adapter: Path | None = None
     is_nf4: bool = False
+    """The adapter was trained on the base quantised to NF4."""
     data: DataSection | None = None
     identity: Identity | None = None
     """What the run's record says that `section` was."""
+    run: Path | None = None
+    """The folder of the run that made it."""
 
 
 def _to_stderr(line: str) -> None:
@@ -60,22 +67,35 @@ def open_model(
     A QLoRA run's adapter goes onto its base quantised as it was in training. Raises
     RunFolderError, ModelError or AdapterError; IdentityError where it belongs to another base.
     """
-    parts = _parts(_published(target))
-    _check(parts, target, say)
+    parts = find_parts(target)
+    check_parts(parts, target, say)
     device = pick_device()
-    dtype = pick_dtype(precision, device)
+    model = load_parts(parts, dtype=pick_dtype(precision, device), device=device)
+    return Opened(model, tokenizer_of(parts), parts.section, parts.data)
+
+
+def tokenizer_of(parts: Parts) -> Any:
+    """The tokenizer saved beside the adapter, which may have tokens of its own, else the base's."""
+    folder = parts.adapter
+    has_one = folder is not None and (folder / "tokenizer_config.json").is_file()
+    return load_tokenizer(parts.section, folder if has_one else None)
+
+
+def load_parts(parts: Parts, *, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model that `parts` make, frozen and in eval mode."""
     model = load_model(parts.section, dtype=dtype, device=device, in_host_memory=parts.is_nf4)
     if parts.is_nf4:
         quantize_nf4(model, device)
-    own_tokens = None
-    if parts.adapter is not None and load_adapter(model, parts.adapter):
-        own_tokens = parts.adapter
-    model.requires_grad_(False).eval()
-    return Opened(model, load_tokenizer(parts.section, own_tokens), parts.section, parts.data)
+    if parts.adapter is not None:
+        load_adapter(model, parts.adapter)
+    return model.requires_grad_(False).eval()
 
 
-def _check(parts: _Parts, target: str, say: Callable[[str], None]) -> None:
-    """Compare what was recorded with what is there; a line where an adapter has no record."""
+def check_parts(parts: Parts, target: str, say: Callable[[str], None] = _to_stderr) -> None:
+    """Compare what was recorded with what is there; a line where an adapter has no record.
+
+    Raises IdentityError where they differ.
+    """
     base = parts.section.id
     recorded = [] if parts.identity is None else [parts.identity]
     if parts.adapter is not None:
@@ -98,9 +118,10 @@ def _check(parts: _Parts, target: str, say: Callable[[str], None]) -> None:
             check_identity(identity, found, what=target, base=base)
 
 
-def _parts(target: str) -> _Parts:
+def find_parts(target: str) -> Parts:
+    """The files behind `target`: the one place where such a string becomes folders."""
     try:
-        folder = Path(target).expanduser()
+        folder = Path(_published(target)).expanduser()
     except RuntimeError as error:
         raise RunFolderError(f"{target}: {error}") from error
     run = folder.parent if folder.name in (ADAPTER, MODEL) else folder
@@ -115,7 +136,7 @@ def _parts(target: str) -> _Parts:
             f"{target}: holds no finished run of its own"
             + (f"; give one of {', '.join(inside)}" if inside else "")
         )
-    return _Parts(ModelSection(id=target))
+    return Parts(ModelSection(id=target))
 
 
 def _published(target: str) -> str:
@@ -126,33 +147,33 @@ def _published(target: str) -> str:
         return str(store.resolve(target).folder())
 
 
-def _parts_of_adapter(folder: Path) -> _Parts:
+def _parts_of_adapter(folder: Path) -> Parts:
     """Of an adapter away from its run: it says itself how it was trained and what it rendered."""
     provenance = read_provenance(folder)
     if provenance is None or provenance.recipe is None:
-        return _Parts(base_section(folder), adapter=folder)
+        return Parts(base_section(folder), adapter=folder)
     try:
         data = DataSection.model_validate(provenance.recipe["data"])
     except (KeyError, ValidationError) as error:
         raise AdapterError(f"{folder / FILE}: recipe.data: is none of this version's") from error
     is_nf4 = provenance.method is Method.QLORA
-    return _Parts(base_section(folder), adapter=folder, is_nf4=is_nf4, data=data)
+    return Parts(base_section(folder), adapter=folder, is_nf4=is_nf4, data=data)
 
 
-def _parts_of_run(run: Path, record: RunRecord) -> _Parts:
+def _parts_of_run(run: Path, record: RunRecord) -> Parts:
     if record.status == "failed":
         raise RunFolderError(f"{run}: its training failed, and it has no artefact: {record.error}")
     base = ModelSection(id=record.model_id, revision=record.model_revision)
     data = _data_section(run)
     if record.artifact is None:
-        return _Parts(base, data=data, identity=record.identity)
+        return Parts(base, data=data, identity=record.identity, run=run)
     artifact = run / record.artifact
     if not artifact.is_dir():
         raise RunFolderError(f"{run}: its {record.artifact} folder is gone")
     if record.method is Method.FULL:
-        return _Parts(ModelSection(id=str(artifact)), data=data)
+        return Parts(ModelSection(id=str(artifact)), data=data, run=run)
     is_nf4 = record.method is Method.QLORA
-    return _Parts(base, artifact, is_nf4, data, record.identity)
+    return Parts(base, artifact, is_nf4, data, record.identity, run)
 
 
 def _data_section(run: Path) -> DataSection | None:

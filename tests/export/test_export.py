@@ -1,0 +1,163 @@
+"""Each form, written, read back from the disk and proven; and the refusals."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.export.conftest import MakeRun
+from tunefork.errors import AdapterError, BadInputError, RunFolderError
+from tunefork.export.adapter import pad_rank, read_adapter, write_adapter
+from tunefork.export.export import FORMS, Exported, Form, Options, export
+from tunefork.export.proof import Gate
+from tunefork.export.publish import ExportFailedError
+from tunefork.recipe import Method
+
+GATE = Gate(num_tokens=128)
+IDS = torch.arange(5, 37)[None]
+
+
+def _export(run: Path, form: Form, out: Path, **options: Any) -> Exported:
+    return export(str(run), form, out, options=Options(**options), gate=GATE)
+
+
+def _peft(base: Path, adapter: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        logits: torch.Tensor = PeftModel.from_pretrained(model, adapter).eval()(IDS).logits
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("form", "files", "command"),
+    [
+        ("peft", {"adapter_model.safetensors", "adapter_config.json"}, "tunefork chat"),
+        ("merged", {"model.safetensors", "generation_config.json"}, "tunefork chat"),
+        ("gguf", {"model-f16.gguf"}, "llama-server -m"),
+        ("gguf-lora", {"base-f16.gguf", "lora-f16.gguf"}, "--lora"),
+        ("ollama", {"model-f16.gguf", "Modelfile"}, "ollama create out"),
+        ("vllm", {"adapter_model.safetensors", "tokenizer.json"}, "--max-lora-rank 8"),
+        ("sglang", {"adapter_model.safetensors", "tokenizer.json"}, "--max-lora-rank 4"),
+    ],
+)
+def test_each_form_is_written_proven_and_says_how_to_run(
+    make_run: MakeRun, tmp_path: Path, form: Form, files: set[str], command: str
+) -> None:
+    made = _export(make_run(dtype=torch.float32), form, tmp_path / "out")
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found >= files | {"README.md", "proof.json"} and not {"merged", "back"} & found
+    assert made.proof.passed and made.proof.agreement.mean_kl < 1e-4
+    assert command in made.command and form in FORMS
+
+
+def test_the_exported_adapter_answers_alike_in_peft(make_run: MakeRun, tmp_path: Path) -> None:
+    run, base = make_run(dtype=torch.float32), tmp_path / "base-llama"
+    wanted = _peft(base, run / "adapter")
+    _export(run, "peft", tmp_path / "same")
+    torch.testing.assert_close(_peft(base, tmp_path / "same"), wanted, rtol=0, atol=0)
+    made = _export(run, "vllm", tmp_path / "padded", pad_rank=0)
+    torch.testing.assert_close(_peft(base, tmp_path / "padded"), wanted, rtol=1e-5, atol=1e-5)
+    assert read_adapter(tmp_path / "padded").rank == 8 and "padded" in made.notes[0]
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_padding_keeps_the_scale(make_run: MakeRun, tmp_path: Path, rslora: bool) -> None:
+    adapter = read_adapter(make_run() / "adapter")
+    adapter.config["use_rslora"] = rslora
+    padded = pad_rank(adapter, 7)
+    assert padded.scale == pytest.approx(adapter.scale) and padded.rank == 7
+    for path, (a_rd, b_or) in adapter.deltas.items():
+        a_pad, b_pad = padded.deltas[path]
+        assert a_pad.shape[0] == b_pad.shape[1] == 7
+        torch.testing.assert_close(b_pad @ a_pad, b_or @ a_rd)
+    with pytest.raises(AdapterError, match="cannot be padded to 2"):
+        pad_rank(adapter, 2)
+
+
+def test_bf16_halves_the_file(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(dtype=torch.float32)
+    made = _export(run, "peft", tmp_path / "half", dtype="bf16")
+    tensors = load_file(tmp_path / "half" / "adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    assert 0 < made.proof.agreement.mean_kl < 1e-3
+
+
+def test_sglang_gets_rsloras_scale_as_it_reads_it(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(dtype=torch.float32)
+    adapter = read_adapter(run / "adapter")
+    adapter.config["use_rslora"] = True
+    write_adapter(adapter, run / "adapter")
+    made = _export(run, "sglang", tmp_path / "out")
+    exported = read_adapter(tmp_path / "out")
+    assert exported.config["lora_alpha"] / exported.rank == adapter.scale
+    assert made.proof.agreement.mean_kl < 1e-6 and "rsLoRA" in made.notes[0]
+
+
+def test_a_server_refuses_what_it_has_not(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(dtype=torch.float32)
+    adapter = read_adapter(run / "adapter")
+    adapter.config["init_lora_weights"] = "pissa"
+    write_adapter(adapter, run / "adapter")
+    with pytest.raises(AdapterError, match="init_lora_weights='pissa' is not supported"):
+        _export(run, "vllm", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["vllm", "gguf-lora", "peft"])
+def test_a_qlora_adapter_is_proven_on_the_base_that_the_client_has(
+    make_run: MakeRun, tmp_path: Path, form: Form
+) -> None:
+    run, open_gate = make_run(Method.QLORA), Gate(max_kl=100, max_mean_kl=100, min_top1=0)
+    made = export(str(run), form, tmp_path / "out", options=Options(), gate=open_gate)
+    is_nf4 = form == "peft"
+    assert (made.proof.agreement.mean_kl < 1e-6) == is_nf4
+    assert ("original base" in made.proof.exported) != is_nf4
+
+
+def test_ollama_takes_the_adapter_beside_its_base(make_run: MakeRun, tmp_path: Path) -> None:
+    _export(make_run(dtype=torch.float32), "ollama", tmp_path / "out", with_adapter=True)
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    assert text.startswith("FROM ./base-f16.gguf\nADAPTER ./lora-f16.gguf\n")
+
+
+def test_full_runs_become_gguf_and_have_no_adapter(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(Method.FULL, dtype=torch.float32)
+    made = _export(run, "gguf", tmp_path / "out", kind="f32")
+    assert made.proof.agreement.mean_kl < 1e-6
+    for form in ("peft", "gguf-lora", "vllm"):
+        with pytest.raises(RunFolderError, match="has no adapter"):
+            _export(run, form, tmp_path / form)
+    assert _export(run, "merged", tmp_path / "merged").proof.exported == "the model's folder"
+
+
+def test_a_wrong_permutation_fails_the_gate(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "tunefork.export.gguf_layout.Layout.from_gguf", lambda self, path, rows: rows
+    )
+    with pytest.raises(ExportFailedError, match=r"out\.failed"):
+        _export(make_run(dtype=torch.float32), "gguf", tmp_path / "out")
+    assert (tmp_path / "out.failed" / "proof.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "message"),
+    [
+        ("gguf", {"dtype": "bf16"}, "--dtype: means nothing for gguf"),
+        ("peft", {"kind": "f16"}, "--type: means nothing for peft"),
+        ("merged", {"pad_rank": 8}, "--pad-rank: means nothing for merged"),
+        ("gguf", {"with_adapter": True}, "--with-adapter: means nothing for gguf"),
+        ("gguf-lora", {"kind": "q8_0"}, "--type: a LoRA file is"),
+        ("onnx", {}, "--to: onnx is none of peft"),
+    ],
+)
+def test_an_option_is_honoured_or_refused(
+    tmp_path: Path, form: Form, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadInputError, match=message):
+        export("nowhere", form, tmp_path / "out", options=Options(**options), gate=GATE)
