@@ -259,7 +259,7 @@ def _cost_of(method: Method, model: Any, optimizer: Optimizer, folder: Path) -> 
     began = time.perf_counter()
     for step in range(checks):
         saved.check()
-        saved.is_due(step)
+        saved.is_due(Progress(step=step))
     check_s = (time.perf_counter() - began) / checks
     step_s = result.seconds / result.num_steps
     return {

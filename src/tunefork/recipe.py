@@ -355,6 +355,18 @@ class TrainSection(Section):
     keep_checkpoints: PositiveInt = 2
     """The newest so many checkpoints are kept: one more than is needed, should its disk fail."""
 
+    validate_every_steps: PositiveInt | None = None
+    """Measure the loss on held-back examples after every so many optimiser steps, and after the
+    last. They are cut off the training examples (`validation_share`); the evaluation's are used for
+    no choice. null: no validation, and all training examples are trained on."""
+
+    validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    """Share of the training examples that `validate_every_steps` holds back, by a hash of each."""
+
+    keep: Literal["last", "best"] = "last"
+    """Which state a finished run leaves: after its last step, or after the step with the lowest
+    validation loss, which then is among the checkpoints. `best` needs `validate_every_steps`."""
+
     checkpoints_when_done: Literal["remove", "keep"] = "remove"
     """What becomes of the checkpoints once what was trained is saved."""
 
@@ -489,6 +501,11 @@ class Recipe(Section):
             raise ValueError(
                 f"train.micro_batch_tokens: {self.train.micro_batch_tokens} is less than "
                 f"data.max_length ({self.data.max_length}): one sequence must fit in one pass"
+            )
+        if self.train.keep == "best" and self.train.validate_every_steps is None:
+            raise ValueError(
+                "train.keep: best is the state with the lowest validation loss, and none is "
+                "measured; set train.validate_every_steps"
             )
         lists: dict[str, tuple[object, ...] | str | None] = {
             "data.labels": self.data.labels,

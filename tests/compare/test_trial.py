@@ -138,6 +138,38 @@ def test_an_interrupted_run_is_usable_and_the_same_call_goes_on(
     assert not (folder / "checkpoints").exists()
 
 
+def test_ctrl_c_during_the_last_step_is_heeded_once_the_training_is_saved(
+    whole: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, folder = whole[0], tmp_path / "run"
+
+    def on_step(self: TrainProgress, record: StepRecord) -> None:
+        if record.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainProgress, "on_step", on_step)
+        _fail(patch, "evaluate", AssertionError("evaluated"))
+        with pytest.raises(KeyboardInterrupt):
+            train_run(recipe, folder)
+    record = read_record(folder)
+    assert record is not None and (record.status, record.num_steps) == ("trained", 3)
+    _fail(monkeypatch, "train", AssertionError("trained again"))
+    assert train_run(recipe, folder).status == "ok"
+
+
+def test_the_best_state_is_saved_and_said(make_recipe: Make, tmp_path: Path) -> None:
+    recipe = make_recipe(
+        train={"validate_every_steps": 1, "validation_share": 0.3, "keep": "best"},
+    )
+    said: list[str] = []
+    record = train_run(recipe, tmp_path / "run", say=said.append)
+    assert record.validation_loss is not None
+    assert record.artifact_step is None or 1 <= record.artifact_step < record.num_steps
+    assert sum("validation loss" in line for line in said) == record.num_steps
+    assert any("the best so far" in line for line in said)
+
+
 @pytest.mark.parametrize("torn", [False, True])
 def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(
     whole: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bool

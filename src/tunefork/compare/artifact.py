@@ -39,8 +39,8 @@ def save(
             "artifact_bytes": folder_bytes(folder / name),
         }
         record = record.model_copy(update=saved)
-        for file in (folder / name).iterdir():  # the checkpoints go once this is on the disk
-            sync(file)
+        for path in (*(folder / name).iterdir(), folder / name, folder):
+            sync(path)  # the checkpoints go once this is on the disk
         write_record(folder, record)
         remember_run(folder, record)
     if interrupt.requested:

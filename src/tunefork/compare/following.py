@@ -23,6 +23,7 @@ from tunefork.train.events import (
     Resumed,
     SettingChanged,
     StepDone,
+    Validated,
     Warned,
     event_log,
     read_steps,
@@ -107,6 +108,10 @@ class Following:
         """Something else happened; what a user should know is said too."""
         self.log.write(event)
         match event:
+            case Validated():
+                best = ", the best so far" if event.is_best else ""
+                loss = f"{event.validation_loss:.4f}"
+                self.say(f"step {event.step}: validation loss {loss}{best}")
             case Warned(message=message):
                 self.say(f"warning: {message}")
             case SettingChanged():

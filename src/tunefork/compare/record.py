@@ -87,6 +87,8 @@ def begin_record(
         total_params=sum(p.numel() for p in load_skeleton(recipe.model).parameters()),
         trainable_params=0,
         num_steps=0 if result is None else result.num_steps,
+        artifact_step=_artifact_step(result),
+        validation_loss=None if result is None else result.validation_loss,
         tokens=0 if result is None else result.tokens,
         supervised_tokens=0 if result is None else result.supervised_tokens,
         train_s=0.0 if result is None else result.seconds,
@@ -102,6 +104,12 @@ def begin_record(
         device=describe(device),
         versions=versions(),
     )
+
+
+def _artifact_step(result: TrainResult | None) -> int | None:
+    if result is None or result.kept_step == result.num_steps:
+        return None
+    return result.kept_step
 
 
 def metric_intervals(

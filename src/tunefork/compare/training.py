@@ -8,7 +8,8 @@ from typing import Any
 from tunefork.compare.artifact import write_artifact
 from tunefork.compare.following import Following, failure
 from tunefork.compare.record import begin_record
-from tunefork.data.loader import Data
+from tunefork.data.example import Encoded
+from tunefork.data.loader import Data, validation_split
 from tunefork.errors import BadInputError, RunFolderError
 from tunefork.evaluate.evaluate import (
     pad_id,
@@ -86,9 +87,10 @@ def train(
     """The base, loaded and trained, from the newest checkpoint on where there is one."""
     device = pick_device()
     dtype = pick_dtype(recipe.train.precision, device)
+    examples, validation = held_back(data, recipe)
     checkpoints = open_checkpoints(
         folder / CHECKPOINTS,
-        data.train,
+        examples,
         recipe,
         method,
         base_sha256=identity.weights_sha256,
@@ -104,7 +106,7 @@ def train(
     with phase("load", Remedies.of(recipe, method)):
         model = load_for_training(recipe, method, dtype=dtype, device=device, seed=seed)
     done = start.facts.progress() if start else Progress()
-    num_steps = len(plan_steps(recipe, len(data.train), seed=seed))
+    num_steps = len(plan_steps(recipe, len(examples), seed=seed))
     every_s = recipe.train.log_every_s
     with TrainProgress(
         str(method), num_steps=num_steps, device=device, every_s=every_s, start=done
@@ -120,7 +122,7 @@ def train(
 
         result = train_method(
             model,
-            data.train,
+            examples,
             recipe,
             method,
             learning_rate=learning_rate,
@@ -132,8 +134,24 @@ def train(
             on_event=told.on_event,
             stage=_stage(model, tokenizer, data, recipe, method, folder),
             on_rehearsed=on_rehearsed,
+            validate_on=validation,
         )
     return model, result
+
+
+def held_back(data: Data, recipe: Recipe) -> tuple[list[Encoded], list[Encoded]]:
+    """What is trained on, and what is validated on, which is nothing unless the recipe asks.
+
+    The same for every seed and method of a comparison.
+    """
+    if recipe.train.validate_every_steps is None:
+        return data.train, []
+    return validation_split(
+        data.train,
+        recipe.train.validation_share,
+        recipe.train.seed,
+        "leave train.validate_every_steps out",
+    )
 
 
 def _stage(
@@ -147,6 +165,7 @@ def _stage(
     is_timed = recipe.train.checkpoint_every_s or recipe.train.checkpoint_every_steps
     # One more than is kept, while it is written; those there already are part of it.
     num_kept = recipe.train.keep_checkpoints + 1 if is_timed else 1
+    num_kept += recipe.train.keep == "best"
     there = folder_bytes(folder / CHECKPOINTS)
     return Stage(
         folder=folder,

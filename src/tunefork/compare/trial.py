@@ -21,7 +21,7 @@ from tunefork.compare.record import (
     metric_intervals,
     with_prediction,
 )
-from tunefork.compare.training import failure_recorded, train
+from tunefork.compare.training import failure_recorded, held_back, train
 from tunefork.data.loader import load_data
 from tunefork.evaluate.evaluate import (
     evaluate,
@@ -129,7 +129,7 @@ def _run(
         record = begin_record(recipe, None, identity, seed=seed)
     else:
         assert learning_rate is not None
-        prediction = predict(recipe, method, data.train)
+        prediction = predict(recipe, method, held_back(data, recipe)[0])
         with failure_recorded(
             recipe, method, identity, folder, seed=seed, learning_rate=learning_rate
         ):
@@ -158,6 +158,8 @@ def _run(
             return record
         if recipe.train.checkpoints_when_done == "remove":
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        if result.is_asked_to_stop:  # during the last step: the same call goes on here
+            raise KeyboardInterrupt
     told.log.state("evaluating")
     with phase("evaluation", None if method is None else Remedies.of(recipe, method)):
         evaluation = evaluate(model, tokenizer, data, recipe)

@@ -41,11 +41,15 @@ def held_out(keys: Sequence[bytes], share: float) -> list[bool]:
 
 
 def validation_split(
-    examples: Sequence[Encoded], share: float, seed: int
+    examples: Sequence[Encoded],
+    share: float,
+    seed: int,
+    otherwise: str = "set compare.search_trials: 1",
 ) -> tuple[list[Encoded], list[Encoded]]:
     """Cut `share` of the examples off to choose by: (rest, validation), in the order given.
 
-    The choice depends on `seed` and each example's ids. Raises DataError where a side is empty.
+    The choice depends on `seed` and each example's ids. Raises DataError where a side is empty;
+    `otherwise` is what can be done then beside giving more.
     """
     keys = [_digest(example.input_ids.tobytes(), seed.to_bytes(4, "big")) for example in examples]
     is_validation = held_out(keys, share)
@@ -54,7 +58,7 @@ def validation_split(
     if not rest or not validation:
         raise DataError(
             f"data.train: {len(examples)} examples ({len(set(keys))} different) are too few to cut "
-            f"a validation share of {share:g} off; give more, or set compare.search_trials: 1"
+            f"a validation share of {share:g} off; give more, or {otherwise}"
         )
     return rest, validation
 

@@ -54,6 +54,10 @@ class RunRecord(BaseModel):
     total_params: int
     trainable_params: int
     num_steps: int
+    artifact_step: int | None = None
+    """After which step the artefact's weights were; None: the last (`train.keep: last`)."""
+    validation_loss: float | None = None
+    """The lowest that was measured, mean over supervised tokens, nats; None: none was."""
     tokens: int
     """Tokens trained on, prompts included, padding not."""
     supervised_tokens: int

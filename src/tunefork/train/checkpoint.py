@@ -58,6 +58,8 @@ class Facts(_Content):
     micro_batch_tokens: Annotated[int, Field(ge=1)] | None = None
     skipped: tuple[Count, ...] = ()
     losses: tuple[float, ...] = ()
+    best_step: Count = 0
+    best_loss: float | None = None
     setting: dict[str, Value]
     """What the run is of: going on with another is refused."""
     environment: dict[str, Value]

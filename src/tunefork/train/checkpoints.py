@@ -36,6 +36,8 @@ class Policy:
     every_steps: int | None = None
     keep: int = 2
     """The newest so many."""
+    keep_best: bool = False
+    """Also that of `Progress.best_step`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +103,18 @@ class Checkpoints:
             return Found(folder, facts)
         return None
 
-    def is_due(self, step: int) -> bool:
-        """Whether a checkpoint should follow on finished step number `step`."""
-        every = self.policy.every_steps
+    def read(self, step: int) -> State:
+        """The state after `step`, once it is on the disk. Raises CheckpointError."""
+        self._join()
+        self.check()
+        folder = self.folder / checkpoint.folder_name(step)
+        return checkpoint.read(folder, checkpoint.read_facts(folder))
+
+    def is_due(self, done: Progress) -> bool:
+        """Whether a checkpoint should follow on the finished step `done.step`."""
+        step, every = done.step, self.policy.every_steps
+        if self.policy.keep_best and step == done.best_step:
+            return True
         if every is not None and step % every == 0:
             return True
         every_s = self.policy.every_s
@@ -116,6 +127,9 @@ class Checkpoints:
     ) -> None:
         """Make a checkpoint, on the disk when this returns if `wait`; removes the oldest.
 
+        A policy of steps always waits: at most so many are lost, which those taken while a thread
+        writes would be on top of.
+
         Raises CheckpointError where it, or the one before it, cannot be written.
         """
         self._join()
@@ -124,7 +138,7 @@ class Checkpoints:
         state = capture(model, optimizer, progress, copy=False)
         device = next(model.parameters()).device
         is_copied = device.type != "cpu" or state.num_bytes() <= _COPIED_ON_CPU_BYTES
-        if wait or not is_copied:
+        if wait or not is_copied or self.policy.every_steps is not None:
             self._write(state)
             return
         state = capture(model, optimizer, progress)
@@ -154,10 +168,11 @@ class Checkpoints:
         )
         self.on_written(made, state.num_bytes(), time.monotonic() - start)
         self._took_s = time.monotonic() - self._began
-        self._prune(state.progress.step)
+        self._prune(state.progress)
 
-    def _prune(self, newest: int) -> None:
+    def _prune(self, done: Progress) -> None:
         """Keep the newest; what is damaged, or of steps that are being taken again, goes first."""
+        newest, best = done.step, done.best_step if self.policy.keep_best else None
         good = []
         for folder in self._all():
             is_stale = (checkpoint.step_of(folder) or 0) > newest
@@ -168,7 +183,8 @@ class Checkpoints:
             else:
                 good.append(folder)
         for folder in good[self.policy.keep :]:
-            checkpoint.discard(folder)
+            if checkpoint.step_of(folder) != best:
+                checkpoint.discard(folder)
 
     def _all(self) -> list[Path]:
         """Newest first, whole or not."""

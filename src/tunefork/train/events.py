@@ -68,6 +68,17 @@ class StepDone(_Event):
     """In use now: CUDA memory allocated, or the process's resident set on a CPU."""
 
 
+class Validated(_Event):
+    """The loss on the validation examples was measured."""
+
+    event: Literal["validation"] = "validation"
+    step: int
+    validation_loss: float
+    """Mean over the supervised tokens, nats."""
+    is_best: bool
+    """Lower than at every validation before."""
+
+
 class CheckpointSaved(_Event):
     """A resumable state became visible."""
 
@@ -113,7 +124,7 @@ class Resumed(_Event):
 
 
 Event = Annotated[
-    StateChanged | StepDone | CheckpointSaved | Warned | SettingChanged | Resumed,
+    StateChanged | StepDone | Validated | CheckpointSaved | Warned | SettingChanged | Resumed,
     Field(discriminator="event"),
 ]
 

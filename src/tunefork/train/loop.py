@@ -34,6 +34,7 @@ from tunefork.train.optim import clip_gradients
 from tunefork.train.out_of_memory import phase
 from tunefork.train.recovery import JUST_STOP, OnFault, Recovery
 from tunefork.train.state import Optimizer, Progress, restore
+from tunefork.train.validation import Validation, go_back_to_best
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +59,14 @@ class TrainResult:
     status: Literal["ok", "interrupted"]
     steps: list[StepRecord]
     """Those that this process took."""
+    is_asked_to_stop: bool
+    """By a signal or the preemption file, if only during the last step."""
     num_steps: int
     """All that are finished, those before a checkpoint included; so below."""
+    kept_step: int
+    """After which the weights were as they are left."""
+    validation_loss: float | None
+    """The lowest that was measured."""
     tokens: int
     """Tokens seen, prompts included, padding not."""
     supervised_tokens: int
@@ -89,13 +96,16 @@ def train(
     preemption_file: Path | None = None,
     stop_after: int | None = None,
     on_fault: OnFault = JUST_STOP,
+    validation: Validation | None = None,
 ) -> TrainResult:
     """Run the optimiser steps (indices into `examples`), each at its own learning rate.
 
     Goes on from `start`, one of `checkpoints`. Ctrl-C, SIGTERM, SIGUSR1 or `preemption_file` ends
     the run after the step at hand, its state saved, with status "interrupted"; `stop_after` so many
-    steps does likewise. Raises DivergedError, before the update, when a loss or gradient is not
-    finite; NoMemoryError; and CheckpointError where one cannot be read or written.
+    steps does likewise. With `validation` that keeps the best state, a run that came to its end
+    leaves the weights of that state; it needs `checkpoints`. Raises DivergedError, before the
+    update, when a loss or gradient is not finite; NoMemoryError; and CheckpointError where one
+    cannot be read or written.
     """
     device = next(model.parameters()).device
     head = find_head(model)
@@ -151,20 +161,31 @@ def train(
                 cut.limit,
                 done.skipped,
                 tuple(watch.losses),
+                done.best_step,
+                done.best_loss,
             )
             records.append(StepRecord(number, done.tokens, loss, learning_rate, grad_norm))
             on_step(records[-1])
+            if validation is not None and validation.is_due(number, len(steps)):
+                done = validation.measure(model, head, done)
             is_last = interrupt.requested or number == stop_after
             if checkpoints is not None:
                 checkpoints.check()
-                if is_last or (number < len(steps) and checkpoints.is_due(number)):
+                if is_last or (number < len(steps) and checkpoints.is_due(done)):
                     checkpoints.save(model, optimizer, done, wait=is_last)
             if is_last:
                 break
+    kept_step = done.step
+    if validation is not None and validation.keep_best and done.step == len(steps):
+        assert checkpoints is not None
+        kept_step = go_back_to_best(model, checkpoints, done, validation.on_event)
     return TrainResult(
         status="ok" if done.step == len(steps) else "interrupted",
         steps=records,
+        is_asked_to_stop=interrupt.requested,
         num_steps=done.step,
+        kept_step=kept_step,
+        validation_loss=done.best_loss if validation is not None else None,
         tokens=done.tokens,
         supervised_tokens=done.supervised_tokens,
         seconds=time.perf_counter() - clock,

@@ -23,6 +23,7 @@ from tunefork.train.recovery import OnFault
 from tunefork.train.rehearsal import Rehearsal, Stage, rehearse
 from tunefork.train.setting import environment, setting
 from tunefork.train.state import Optimizer
+from tunefork.train.validation import Validation
 
 
 def load_for_training(
@@ -110,6 +111,7 @@ def open_checkpoints(
             every_s=recipe.train.checkpoint_every_s,
             every_steps=recipe.train.checkpoint_every_steps,
             keep=recipe.train.keep_checkpoints,
+            keep_best=recipe.train.keep == "best",
         ),
         say,
     )
@@ -131,11 +133,13 @@ def train_method(
     on_event: Callable[[Event], None] = lambda event: None,
     stage: Stage | None = None,
     on_rehearsed: Callable[[Rehearsal | None], None] = lambda found: None,
+    validate_on: Sequence[Encoded] = (),
 ) -> TrainResult:
     """Train the built `model` on `examples` as the recipe says, at a peak `learning_rate`.
 
     `checkpoints`, `start` and `stop_after` are those of `loop.train`. With a `stage`, the run is
-    rehearsed before its first step, if the recipe says so.
+    rehearsed before its first step, if the recipe says so. `validate_on` are the examples held
+    back, where it asks for validation.
     """
     schedule = plan_steps(recipe, len(examples), seed=seed)
     section = recipe.train
@@ -198,4 +202,15 @@ def train_method(
             else Path(section.preemption_file).expanduser(),
             stop_after=stop_after,
             on_fault=OnFault(section.on_out_of_memory, section.on_loss_spike, remedies, on_event),
+            validation=Validation(
+                validate_on,
+                section.validate_every_steps,
+                section.keep == "best",
+                limit,
+                section.packing,
+                pad_id,
+                on_event,
+            )
+            if validate_on and section.validate_every_steps
+            else None,
         )

@@ -27,6 +27,9 @@ _CHANGES_NO_STEP = {
     "keep_checkpoints",
     "checkpoints_when_done",
     "preemption_file",
+    "validate_every_steps",  # which examples are held back is in the data's digest
+    "validation_share",
+    "keep",
     "rehearse",
     "on_out_of_memory",
     "on_loss_spike",

@@ -55,6 +55,9 @@ class Progress:
     """Steps that are left out, for a loss spike (`recovery.py`)."""
     losses: tuple[float, ...] = ()
     """The last ones, by which a spike is told (`guard.py`)."""
+    best_step: int = 0
+    """After which the validation loss was lowest (`validation.py`); 0: none was measured."""
+    best_loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,16 @@ def restore(state: State, model: nn.Module, optimizer: Optimizer) -> Progress:
     if "cuda" in random:
         torch.cuda.set_rng_state(random["cuda"], _device(model))
     return state.progress
+
+
+def restore_weights(state: State, model: nn.Module) -> None:
+    """Give `model` the weights of `state` alone; raises CheckpointError for another model's."""
+    trained, weights = _trained(model), _below(WEIGHTS, state.tensors)
+    layout = {name: (value.dtype, tuple(value.shape)) for name, value in trained.items()}
+    check_layout(weights, layout, "weights")
+    with torch.no_grad():
+        for name, value in trained.items():
+            value.copy_(weights[name])
 
 
 def digest(tensors: Mapping[str, Tensor], prefix: str = "") -> str:

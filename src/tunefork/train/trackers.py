@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunefork.errors import RecipeError
-from tunefork.train.events import Line, State, StateChanged, StepDone
+from tunefork.train.events import Line, State, StateChanged, StepDone, Validated
 
 Tracker = Literal["tensorboard", "mlflow", "wandb", "trackio"]
 Settings = dict[str, str | int | float]
@@ -143,7 +143,7 @@ class TrackerThread:
     ) -> None:
         self.name, self.warn = name, warn
         self.is_ok = False
-        self.waiting: queue.Queue[StepDone | None] = queue.Queue(_MOST_WAITING)
+        self.waiting: queue.Queue[StepDone | Validated | None] = queue.Queue(_MOST_WAITING)
         self.warned = False
         self.error: str | None = None
         opening = (folder, run, settings)
@@ -155,7 +155,7 @@ class TrackerThread:
         match line.what:
             case StateChanged(state=state) if state in _ENDED:
                 self.is_ok = state == "finished"
-            case StepDone() as done:
+            case StepDone() | Validated() as done:
                 try:
                     self.waiting.put_nowait(done)
                 except queue.Full:
@@ -183,7 +183,8 @@ class TrackerThread:
         try:
             sink = _OPEN[self.name](folder, run, settings)
             while (done := self.waiting.get()) is not None:
-                sink.log(done.step, {name: float(getattr(done, name)) for name in _FIGURES})
+                names = _FIGURES if isinstance(done, StepDone) else ("validation_loss",)
+                sink.log(done.step, {name: float(getattr(done, name)) for name in names})
             sink.close(self.is_ok)
         except BaseException as error:  # whatever a tracker does, a run goes on
             # Its type only: messages hold addresses, and sometimes keys.
