@@ -36,13 +36,16 @@ import torch
 from benchmarks import results
 from tests.train.test_state import KINDS, STEPS
 from tests.train.test_state import run as train_tiny
+from tunefork.compare.following import following
 from tunefork.data.example import Encoded
 from tunefork.model.device import describe, pick_device, pick_dtype
 from tunefork.recipe import Method
 from tunefork.recipe_file import parse
 from tunefork.train import checkpoint, loop
+from tunefork.train.accumulate import random_states
 from tunefork.train.checkpoints import Checkpoints, Policy
-from tunefork.train.loop import train
+from tunefork.train.guard import SpikeWatch
+from tunefork.train.loop import StepRecord, train
 from tunefork.train.method import load_for_training, make_optimizer
 from tunefork.train.state import Optimizer, Progress, capture, digest
 
@@ -261,6 +264,7 @@ def _cost_of(method: Method, model: Any, optimizer: Optimizer, folder: Path) -> 
         saved.check()
         saved.is_due(Progress(step=step))
     check_s = (time.perf_counter() - began) / checks
+    watch_s = _watch_seconds(model.device, result.steps[-1], folder)
     step_s = result.seconds / result.num_steps
     return {
         "case": f"cost, {method}",
@@ -270,10 +274,23 @@ def _cost_of(method: Method, model: Any, optimizer: Optimizer, folder: Path) -> 
         "save_s": statistics.median(whole),
         "save_s_spread": [min(whole), max(whole)],
         "check_s": check_s,
+        "watch_s": watch_s,
         "interval_s": COST_INTERVAL_S,
         # As if all of the writing slowed training down, which on a CPU of few cores it may.
-        "share": statistics.median(whole) / COST_INTERVAL_S + check_s / step_s,
+        "share": statistics.median(whole) / COST_INTERVAL_S + (check_s + watch_s) / step_s,
     }
+
+
+def _watch_seconds(device: torch.device, step: StepRecord, folder: Path) -> float:
+    """Of a step: random states kept for a retry, the spike watch, the line in events.jsonl."""
+    steps, watch = 1000, SpikeWatch()
+    with following(folder, print) as told:
+        began = time.perf_counter()
+        for number in range(steps):
+            random_states(device)
+            watch.found(step.loss + 0.01 * (number % 7))
+            told.on_step(step, steps, device)
+        return (time.perf_counter() - began) / steps
 
 
 def main() -> None:

@@ -346,8 +346,9 @@ class TrainSection(Section):
     checkpoint_every_s: PositiveFloat | None = 300.0
     """Seconds between checkpoints, from which the same command goes on, bit for bit, after a stop,
     a kill or a power cut: at most so much is lost. null: none by time. Of five minutes, saving
-    SmolLM2-135M takes 0.04 % (LoRA, QLoRA) and 1.2 % (full) on a CPU (benchmarks/faults.py). A run that is told to stop (Ctrl-C, SIGTERM,
-    SIGUSR1, `preemption_file`) saves one whatever this says."""
+    SmolLM2-135M takes 0.04 % (LoRA, QLoRA) and 1.2 % (full) on a CPU (benchmarks/faults.py). A run
+    that is told to stop (Ctrl-C, SIGTERM, SIGUSR1, `preemption_file`) saves one whatever this
+    says."""
 
     checkpoint_every_steps: PositiveInt | None = None
     """A checkpoint also after every so many optimiser steps."""
