@@ -4,6 +4,7 @@ import json
 import os
 import random
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tunefork.errors import CheckpointError
 from tunefork.train import checkpoint
 from tunefork.train.checkpoint import FACTS, MANIFEST, TENSORS
 from tunefork.train.checkpoints import Checkpoints, Found
+from tunefork.train.loop import StepRecord
 from tunefork.train.state import Progress, capture, digest, restore
 from tunefork.train.tensor_file import read_tensors, write_tensors
 
@@ -121,6 +123,24 @@ def test_a_failure_in_the_background_comes_up_in_training(tmp_path: Path) -> Non
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(CheckpointError, match=r"step-000001: cannot be written: .*File exists"):
         run("lora", checkpoints(tmp_path))
+
+
+def test_a_checkpoint_due_by_steps_is_on_the_disk_before_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, seen = checkpoint.write, list[tuple[int, set[str]]]()
+
+    def slowly(*arguments: Any, **options: Any) -> Path:
+        time.sleep(0.05)  # much longer than a step: one written aside would be late
+        return write(*arguments, **options)
+
+    def on_step(record: StepRecord) -> None:
+        seen.append((record.step, {p.name for p in (tmp_path / "checkpoints").glob("step-*")}))
+
+    monkeypatch.setattr(checkpoint, "write", slowly)
+    run("lora", checkpoints(tmp_path, every_steps=2), on_step=on_step)
+    for step, names in seen[2:]:
+        assert checkpoint.folder_name((step - 1) // 2 * 2) in names
 
 
 def _mutated(content: bytes, draw: random.Random) -> bytes:

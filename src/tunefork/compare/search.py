@@ -150,7 +150,7 @@ class _Bench:
                     validation_loss=None,
                     status="diverged",
                 )
-        if result.status == "interrupted":
+        if result.is_asked_to_stop:
             raise KeyboardInterrupt
         columns = loss_columns(
             model,

@@ -49,7 +49,8 @@ class Rehearsal:
     """What fits: the recipe's, or less where it may shrink."""
     seconds: float
     peak_bytes: int
-    """Of the training passes, the optimiser's states included."""
+    """Of the training passes, the optimiser's states included. The run's own may be higher, above
+    all on a CPU."""
     train_s: float
     """Predicted for the whole run, from the longest micro-batches: rather too long."""
     evaluate_s: float | None = None
@@ -57,7 +58,10 @@ class Rehearsal:
     save: SaveCost | None = None
 
     def __str__(self) -> str:
-        said = [f"rehearsed in {self.seconds:.1f} s", f"peak {self.peak_bytes / 2**30:.2f} GiB"]
+        said = [
+            f"rehearsed in {self.seconds:.1f} s",
+            f"peak at least {self.peak_bytes / 2**30:.2f} GiB",
+        ]
         if self.save is not None:
             said.append(str(self.save))
         said.append(f"training will take about {duration(self.train_s)}")
