@@ -23,7 +23,6 @@ _FIELDS = (
     "use_parallel_residual",
     # attention
     "num_attention_heads",
-    "partial_rotary_factor",
     "rotary_pct",
     "rotary_dim",
     "alibi",
@@ -66,6 +65,7 @@ def config_sha256(config: Any) -> str:
 def _rope(text: Any) -> dict[str, Any]:
     """The rotary embedding's parameters but for those that say nothing."""
     rope = dict(getattr(text, "rope_parameters", None) or {})
+    rope.setdefault("partial_rotary_factor", getattr(text, "partial_rotary_factor", None))
     silent = {"rope_type": "default", "partial_rotary_factor": 1.0, "type": rope.get("rope_type")}
     return {k: v for k, v in rope.items() if v is not None and silent.get(k) != v}
 
