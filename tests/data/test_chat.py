@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.data.conftest import CHATML
-from tunefork.data.chat import Renderer
+from tunefork.data.chat import Renderer, answer_ends, end_of_turn_tokens
 from tunefork.data.example import Encoded, Example, Message, RowProblem
 from tunefork.errors import DataError
 from tunefork.recipe import DataSection
@@ -251,3 +251,17 @@ def test_is_closed(make_tokenizer: Callable[..., Any]) -> None:
     for template, closed in ((CHATML, True), (NO_END, False)):
         renderer = Renderer(make_tokenizer(template), DataSection(train="x"))
         assert renderer.is_closed(renderer.encode(example(Q, A))) is closed
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_an_added_token_at_the_end_of_an_answer_ends_no_turn(
+    make_tokenizer: Callable[..., Any], template: str
+) -> None:
+    tokenizer = make_tokenizer(template)
+    tokenizer.add_tokens(["<ticket>"])
+    encoded = Renderer(tokenizer, DataSection(train="x")).encode(
+        example(Q, Message("assistant", "jumps<ticket>"))
+    )
+    assert supervised_texts(encoded, tokenizer) == ["jumps<ticket><|im_end|>"]
+    assert answer_ends(tokenizer, [encoded]) == tokenizer.convert_tokens_to_ids(["<|im_end|>"])
+    assert "<ticket>" not in end_of_turn_tokens(tokenizer)

@@ -9,10 +9,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.export.conftest import MakeRun
-from tunefork.errors import AdapterError, BadInputError
+from tests.folders import save_model
+from tunefork.errors import AdapterError, BadInputError, IdentityError
 from tunefork.export.adapter import pad_rank, read_adapter, write_adapter
 from tunefork.export.combine import combine_adapters, parse_weights
 from tunefork.recipe import Method
+from tunefork.registry.opening import find_parts
+from tunefork.registry.provenance import read_provenance
 
 WEIGHTS = [0.7, -0.4]
 
@@ -113,3 +116,18 @@ def test_weights_are_read() -> None:
     for wrong in ("a,b", "1", "nan,1"):
         with pytest.raises(BadInputError, match="--weights"):
             parse_weights(wrong, 2)
+
+
+@pytest.mark.parametrize("method", [Method.LORA, Method.QLORA])
+def test_a_combination_knows_its_base(make_run: MakeRun, tmp_path: Path, method: Method) -> None:
+    folders = [str(make_run(method, name=name) / "adapter") for name in ("one", "two")]
+    out = tmp_path / "out"
+    combine_adapters(folders, out, kind="cat", weights=[1.0, 1.0])
+    origin = read_provenance(out)
+    assert origin is not None and origin.parent == ", ".join(folders)
+    assert find_parts(str(out)).is_nf4 == (method is Method.QLORA)
+    card = (out / "README.md").read_text()
+    assert f"Made from: {folders[0]}" in card and "No proof was made" in card
+    save_model(tmp_path / "base-llama", seed=5)
+    with pytest.raises(IdentityError, match="weights"):
+        combine_adapters([str(out), str(out)], tmp_path / "again", kind="cat", weights=[1.0, 1.0])

@@ -1,21 +1,30 @@
 """Each form, written, read back from the disk and proven; and the refusals."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.export.conftest import MakeRun
-from tunefork.errors import AdapterError, BadInputError, RunFolderError
+from tests.folders import save_model
+from tunefork.errors import AdapterError, BadInputError, IdentityError, RunFolderError
 from tunefork.export.adapter import pad_rank, read_adapter, write_adapter
 from tunefork.export.export import FORMS, Exported, Form, Options, export
 from tunefork.export.proof import Gate
 from tunefork.export.publish import ExportFailedError
-from tunefork.recipe import Method
+from tunefork.model.build import build
+from tunefork.model.device import pick_device
+from tunefork.model.fingerprint import identify
+from tunefork.model.load import load_model
+from tunefork.recipe import LoraSection, Method, ModelSection
+from tunefork.registry.opening import find_parts, open_model
+from tunefork.registry.peft_format import save_adapter
+from tunefork.registry.provenance import Provenance, read_provenance, write_provenance
 
 GATE = Gate(num_tokens=128)
 IDS = torch.arange(5, 37)[None]
@@ -161,3 +170,70 @@ def test_an_option_is_honoured_or_refused(
 ) -> None:
     with pytest.raises(BadInputError, match=message):
         export("nowhere", form, tmp_path / "out", options=Options(**options), gate=GATE)
+
+
+@pytest.mark.parametrize("method", [Method.LORA, Method.QLORA])
+def test_an_exported_adapter_knows_its_base(
+    make_run: MakeRun, tmp_path: Path, method: Method
+) -> None:
+    run, base, out = make_run(method), tmp_path / "base-llama", tmp_path / "out"
+    origin = Provenance(identity=identify(ModelSection(id=str(base))), method=method)
+    write_provenance(run / "adapter", origin)
+    _export(run, "peft", out)
+    assert read_provenance(out) == origin
+    assert find_parts(str(out)).is_nf4 == (method is Method.QLORA)
+    save_model(base, seed=5)
+    with pytest.raises(IdentityError, match="weights"):
+        open_model(str(out))
+
+
+def test_a_merged_folder_knows_itself(make_run: MakeRun, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    _export(make_run(dtype=torch.float32), "merged", out)
+    origin = read_provenance(out)
+    assert origin is not None and origin.own == identify(ModelSection(id=str(out)))
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(IdentityError, match="weights"):
+        open_model(str(out))
+
+
+def test_peft_gets_what_only_peft_can_hold(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(dtype=torch.float32)
+    base, dora = tmp_path / "base-llama", tmp_path / "dora"
+    model = load_model(ModelSection(id=str(base)), dtype=torch.float32, device=pick_device())
+    lora = LoraSection(rank=4, dora=True, modules_to_save=("norm",))
+    build(model, Method.LORA, lora, seed=0)
+    for module in model.modules():
+        if hasattr(module, "lora_b"):
+            module.lora_b.data.normal_(std=0.1)
+    save_adapter(model, dora, lora, base=str(base))
+    _export(dora, "peft", tmp_path / "out")
+    torch.testing.assert_close(_peft(base, tmp_path / "out"), _peft(base, dora), rtol=0, atol=0)
+    with pytest.raises(AdapterError, match="vLLM has no DoRA"):
+        _export(dora, "vllm", tmp_path / "vllm")
+    with pytest.raises(AdapterError, match="merge the adapter into its base"):
+        _export(dora, "gguf-lora", tmp_path / "gguf")
+    assert run.exists()
+
+
+def test_the_card_of_an_adapter_away_from_its_run_says_what_it_records(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run(dtype=torch.float32)
+    away = shutil.copytree(run / "adapter", tmp_path / "away")
+    identity = identify(ModelSection(id=str(tmp_path / "base-llama")))
+    origin = Provenance(
+        identity=identity,
+        method=Method.LORA,
+        data_sha256="d" * 64,
+        metrics={"loss": (1.25, 1.0, 1.5)},
+        recipe={"model": {"id": "owner/name"}, "data": {"train": "/home/someone/rows.jsonl"}},
+    )
+    write_provenance(away, origin)
+    _export(away, "peft", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "d" * 64 in card and "| loss | 1.25 | 1 to 1.5 |" in card
+    assert identity.weights_sha256 in card and "Method: lora" in card
+    assert "train: rows.jsonl" in card and "someone" not in card

@@ -184,3 +184,45 @@ def test_a_tokenizer_beside_an_adapter_must_render_the_bases_ids(
     template.write_text(template.read_text().replace("Be helpful", "Be kind"))
     with pytest.raises(IdentityError, match=rf"{adapter}: .* than those of {model} \("):
         check_rendering(adapter, base)
+
+
+def _edit_config(model: Path, **fields: Any) -> Identity:
+    config = json.loads((model / "config.json").read_text()) | fields
+    (model / "config.json").write_text(json.dumps(config))
+    return _identify(model)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        {"rms_norm_eps": 1e-3},
+        {"hidden_act": "gelu"},
+    ],
+)
+def test_equal_weights_computed_with_otherwise_are_another_base(
+    model: Path, fields: dict[str, Any]
+) -> None:
+    before = _identify(model)
+    edited = _edit_config(model, **fields)
+    assert edited.weights_sha256 == before.weights_sha256
+    with pytest.raises(IdentityError, match="configuration .* recorded, .* found"):
+        check_identity(before, edited, what="adapter", base="model")
+
+
+def test_what_changes_no_logit_is_no_other_configuration(model: Path) -> None:
+    before = _identify(model)
+    edited = _edit_config(
+        model, dtype="bfloat16", use_cache=False, max_position_embeddings=64, unheard_of=1
+    )
+    assert edited == before
+
+
+def test_a_record_without_a_configuration_is_compared_by_the_rest(model: Path) -> None:
+    found = _identify(model)
+    older = found.model_copy(update={"config_sha256": None})
+    check_identity(older, found, what="adapter", base="model")
+    other = older.model_copy(update={"weights_sha256": "0" * 64})
+    with pytest.raises(IdentityError, match="weights"):
+        check_identity(other, found, what="adapter", base="model")

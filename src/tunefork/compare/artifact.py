@@ -3,13 +3,22 @@
 from pathlib import Path
 from typing import Any
 
+from tunefork.export.card import CARD, render
 from tunefork.model.fingerprint import identify_trained
 from tunefork.model.load import without_progress_bars
 from tunefork.recipe import Method, Recipe
 from tunefork.registry.history import remember_run
+from tunefork.registry.opening import find_parts
 from tunefork.registry.peft_format import save_adapter
 from tunefork.registry.provenance import Provenance, write_provenance
-from tunefork.registry.run import ADAPTER, MODEL, RunRecord, folder_bytes, write_record
+from tunefork.registry.run import (
+    ADAPTER,
+    MODEL,
+    RunRecord,
+    folder_bytes,
+    write_atomically,
+    write_record,
+)
 from tunefork.train.checkpoint import sync
 from tunefork.train.interrupt import Interrupt
 
@@ -28,6 +37,7 @@ def save(
     """
     name = MODEL if record.method is Method.FULL else ADAPTER
     assert record.method is not None
+    (folder / name / CARD).unlink(missing_ok=True)  # of what an interrupted run had saved
     with Interrupt() as interrupt:
         write_artifact(model, tokenizer, recipe, record.method, folder / name)
         write_provenance(
@@ -42,10 +52,20 @@ def save(
         for path in (*(folder / name).iterdir(), folder / name, folder):
             sync(path)  # the checkpoints go once this is on the disk
         write_record(folder, record)
+        write_run_card(folder, record)
         remember_run(folder, record)
     if interrupt.requested:
         raise KeyboardInterrupt
     return record
+
+
+def write_run_card(folder: Path, record: RunRecord) -> None:
+    """Write the card of the run's artefact, which says `record`'s figures."""
+    if record.artifact is None:
+        return
+    kind = "merged" if record.method is Method.FULL else "peft"
+    text = render(find_parts(str(folder)), folder.name, kind=kind, record=record, proof=None)
+    write_atomically(folder / record.artifact / CARD, text)
 
 
 def _provenance(

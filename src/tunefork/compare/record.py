@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from tunefork.compare.artifact import write_run_card
 from tunefork.evaluate.evaluate import Evaluation, save_columns
 from tunefork.evaluate.statistics import estimate
 from tunefork.model.device import describe, pick_device
@@ -59,6 +60,7 @@ def finish(evaluation: Evaluation, recipe: Recipe, record: RunRecord, folder: Pa
         if (provenance := read_provenance(artifact)) is not None:
             measured_too = provenance.model_copy(update={"metrics": record.metrics})
             write_provenance(artifact, measured_too)
+        write_run_card(folder, record)
     write_record(folder, record)
     remember_run(folder, record)
     return record

@@ -190,11 +190,17 @@ class Renderer:
 
 
 def end_of_turn_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Tokens that may end a turn: every added one but white space.
+    """Tokens that may end a turn: every added one that is special or in the chat template's text.
 
+    White space ends none, nor does a token of `model.add_tokens`, which an answer may hold.
     transformers 5 counts only those as special that the tokenizer has a name for (`eos_token`).
     """
-    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    template = str(tokenizer.chat_template or "")
+    added = [
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special or token.content in template
+    ]
     return tuple(token for token in {*added, *tokenizer.all_special_tokens} if token.strip())
 
 

@@ -16,6 +16,7 @@ same tensors there (peft/tuners/lora/model.py, add_weighted_adapter, and utils/m
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from torch import Tensor
 
 from tunefork.errors import AdapterError, BadInputError
 from tunefork.export.adapter import Adapter, read_adapter, write_adapter
+from tunefork.export.card import write_card
+from tunefork.export.origin import write_combined_origin
 from tunefork.export.publish import publish, staged
 from tunefork.model.load import load_skeleton, load_tokenizer
-from tunefork.registry.opening import Parts, find_parts
+from tunefork.registry.opening import Parts, check_parts, find_parts
 
 KINDS = ("linear", "ties", "dare_linear", "dare_ties", "cat")
 _Prune = Callable[[Tensor], Tensor]
@@ -58,6 +61,8 @@ def combine_adapters(
     _check(targets, kind, density)
     parts = [find_parts(target) for target in targets]
     folders = _adapter_folders(targets, parts)
+    for target, part in zip(targets, parts, strict=True):
+        check_parts(part, target)
     skeleton = load_skeleton(parts[0].section)
     order = [path for path, _ in skeleton.named_modules()]
     combined = combine(
@@ -71,6 +76,8 @@ def combine_adapters(
     with staged(out) as folder:
         write_adapter(combined, folder)
         load_tokenizer(parts[0].section).save_pretrained(folder)
+        write_combined_origin(folder, targets, parts)
+        write_card(folder, replace(parts[0], run=None, adapter=folder), out.name, kind="peft")
         publish(folder, out, None)
 
 

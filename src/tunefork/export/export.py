@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from safetensors.torch import save_file
 
 from tunefork.errors import AdapterError, BadInputError, RunFolderError
 from tunefork.export import servers
@@ -27,10 +28,13 @@ from tunefork.export.merge import (
     write_merged,
 )
 from tunefork.export.ollama import modelfile, recognise
+from tunefork.export.origin import write_origin
 from tunefork.export.proof import Agreement, Gate, Proof
 from tunefork.export.publish import publish, staged
 from tunefork.model.load import find, load_config
 from tunefork.recipe import ModelSection, Recipe
+from tunefork.registry.peft_format import CONFIG, WEIGHTS
+from tunefork.registry.safe_read import read_header, read_json, read_tensors
 
 Form = Literal["peft", "merged", "gguf", "gguf-lora", "ollama", "vllm", "sglang"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -83,6 +87,8 @@ def export(
         made = _MAKERS[form](subject, folder, form, options, out)
         kind = "gguf" if form in ("gguf", "gguf-lora", "ollama") else "peft"
         kind = "merged" if form == "merged" else kind
+        whole = subject.tokenizer if form == "merged" else None
+        write_origin(folder, subject.parts, whole=whole)
         write_card(folder, subject.parts, target, kind=kind, proof=made.proof)
         publish(folder, out, made.proof)
     return made
@@ -93,10 +99,12 @@ def _merged(subject: Subject, folder: Path, form: Form, options: Options, out: P
 
 
 def _peft(subject: Subject, folder: Path, form: Form, options: Options, out: Path) -> Exported:
+    if form == "peft" and options.pad_rank is None:
+        return _peft_as_it_is(subject, folder, options, out)
+    if form != "peft":  # asked first: these say more than that a key cannot be rearranged
+        _check_server(subject, form)
     adapter, notes = _adapter_of(subject, form), list[str]()
     if form == "vllm" or form == "sglang":
-        if found := servers.complaints(adapter.config, form):
-            raise AdapterError(f"{subject.target}: {'; '.join(found)}")
         plain = servers.plain_scale(adapter.config, form)
         if plain is not adapter.config:
             notes.append("rsLoRA's scale was written as a plain lora_alpha, which the server reads")
@@ -117,6 +125,31 @@ def _peft(subject: Subject, folder: Path, form: Form, options: Options, out: Pat
     else:
         run = f"tunefork chat {out}"
     return Exported(proof, run, tuple(notes))
+
+
+def _peft_as_it_is(subject: Subject, folder: Path, options: Options, out: Path) -> Exported:
+    """Every tensor under its own key, whatever it is: DoRA, trained rows, modules saved whole."""
+    adapter = _adapter_folder(subject, "peft")
+    file = adapter / WEIGHTS
+    dtype = _DTYPES[options.dtype] if options.dtype else None
+    tensors = read_tensors(file, read_header(file))
+    save_file(
+        {key: tensor.to(dtype or tensor.dtype).contiguous() for key, tensor in tensors.items()},
+        folder / WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    shutil.copyfile(adapter / CONFIG, folder / CONFIG)
+    subject.tokenizer.save_pretrained(folder)
+    model = load_reference(replace(subject.parts, adapter=folder))
+    proof = subject.reference.prove(model, name="the adapter as exported for peft")
+    return Exported(proof, f"tunefork chat {out}")
+
+
+def _check_server(subject: Subject, form: Form) -> None:
+    config = read_json(_adapter_folder(subject, form) / CONFIG)
+    assert form == "vllm" or form == "sglang"
+    if found := servers.complaints(config, form):
+        raise AdapterError(f"{subject.target}: {'; '.join(found)}")
 
 
 def _gguf(subject: Subject, folder: Path, form: Form, options: Options, out: Path) -> Exported:
@@ -207,12 +240,16 @@ def _check_options(form: Form, options: Options) -> None:
 
 
 def _adapter_of(subject: Subject, form: Form) -> Adapter:
+    return read_adapter(_adapter_folder(subject, form))
+
+
+def _adapter_folder(subject: Subject, form: Form) -> Path:
     if subject.parts.adapter is None:
         raise RunFolderError(
             f"{subject.target}: has no adapter, which {form} needs; use --to gguf, or serve its "
             "folder as it is"
         )
-    return read_adapter(subject.parts.adapter)
+    return subject.parts.adapter
 
 
 def _next_step(rank: int, form: Form) -> int:

@@ -17,6 +17,7 @@ import torch
 from tunefork.errors import RunFolderError
 from tunefork.export.card import write_card
 from tunefork.export.dense import expand, merge_deltas
+from tunefork.export.origin import write_origin
 from tunefork.export.prompts import find_prompts
 from tunefork.export.proof import Agreement, Gate, Proof, Reference
 from tunefork.export.publish import publish, staged
@@ -84,6 +85,7 @@ def merge(target: str, out: Path, *, gate: Gate, recipe: Recipe | None = None) -
         if subject.parts.adapter is None:
             raise RunFolderError(f"{target}: has no adapter, so there is nothing to merge")
         proof = prove_merged(subject, folder)
+        write_origin(folder, subject.parts, whole=subject.tokenizer)
         write_card(folder, subject.parts, subject.target, kind="merged", proof=proof)
         publish(folder, out, proof)
     return proof

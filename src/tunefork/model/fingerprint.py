@@ -1,4 +1,4 @@
-"""The identity of a base, computed from its files: weights, tokenizer, chat template.
+"""The identity of a base, computed from its files: weights, tokenizer, template, configuration.
 
 What is computed is remembered by the files that it came from, so that only the first call reads.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 from tunefork.errors import IdentityError, ModelError
 from tunefork.model.fingerprint_cache import key_of, recall, remember
+from tunefork.model.fingerprint_config import config_sha256
 from tunefork.model.fingerprint_tokenizer import (
     rendering_sha256,
     template_sha256,
@@ -18,7 +19,7 @@ from tunefork.model.fingerprint_tokenizer import (
 )
 from tunefork.model.fingerprint_weights import weights_sha256
 from tunefork.model.identity import Identity, check_identity, short
-from tunefork.model.load import load_skeleton, load_tokenizer
+from tunefork.model.load import load_config, load_skeleton, load_tokenizer
 from tunefork.model.weight_files import Located, find_files, weight_files
 from tunefork.recipe import ModelSection
 
@@ -40,6 +41,7 @@ def identify(section: ModelSection) -> Identity:
         weights_sha256=_weights_digest(section, located),
         tokenizer_sha256=tokenizer[0],
         template_sha256=tokenizer[1] or None,
+        config_sha256=config_sha256(load_config(section)),
     )
 
 
@@ -53,6 +55,7 @@ def identify_trained(folder: Path, tokenizer: Any) -> Identity:
         weights_sha256=_weights_digest(section, find_files(section)),
         tokenizer_sha256=tokenizer_sha256(tokenizer),
         template_sha256=template_sha256(tokenizer),
+        config_sha256=config_sha256(load_config(section)),
     )
 
 

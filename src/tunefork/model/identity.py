@@ -29,6 +29,9 @@ class Identity(BaseModel):
     """Of the vocabulary, merges, added tokens and of the ids of fixed texts."""
     template_sha256: Sha256 | None
     """Of the chat template and the ids of fixed conversations; None: the tokenizer has none."""
+    config_sha256: Sha256 | None = None
+    """Of what the configuration says of the computation (`fingerprint_config.py`): its rotary base,
+    say. None: not recorded, and then not compared."""
 
 
 def check_identity(recorded: Identity, found: Identity, *, what: str, base: str) -> None:
@@ -36,8 +39,7 @@ def check_identity(recorded: Identity, found: Identity, *, what: str, base: str)
 
     The message names both sides, all that differs between them, and what to do.
     """
-    if recorded == found:
-        return
+    known = {recorded.config_sha256, found.config_sha256} - {None}
     differing = [
         f"{name} {short(was)} recorded, {short(now)} found"
         for name, was, now in (
@@ -47,6 +49,13 @@ def check_identity(recorded: Identity, found: Identity, *, what: str, base: str)
         )
         if was != now
     ]
+    if len(known) > 1:
+        differing.append(
+            f"configuration {short(recorded.config_sha256)} recorded, "
+            f"{short(found.config_sha256)} found (the weights are computed with otherwise)"
+        )
+    if not differing:
+        return
     raise IdentityError(
         f"{what}: does not belong to {base} as it is now: {'; '.join(differing)}; give the very "
         "model that it was made with (another revision or copy, perhaps), or train on this one"

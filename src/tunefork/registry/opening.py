@@ -150,13 +150,13 @@ def _published(target: str) -> str:
 def _parts_of_adapter(folder: Path) -> Parts:
     """Of an adapter away from its run: it says itself how it was trained and what it rendered."""
     provenance = read_provenance(folder)
+    is_nf4 = provenance is not None and provenance.method is Method.QLORA
     if provenance is None or provenance.recipe is None:
-        return Parts(base_section(folder), adapter=folder)
+        return Parts(base_section(folder), adapter=folder, is_nf4=is_nf4)
     try:
         data = DataSection.model_validate(provenance.recipe["data"])
     except (KeyError, ValidationError) as error:
         raise AdapterError(f"{folder / FILE}: recipe.data: is none of this version's") from error
-    is_nf4 = provenance.method is Method.QLORA
     return Parts(base_section(folder), adapter=folder, is_nf4=is_nf4, data=data)
 
 
