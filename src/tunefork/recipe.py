@@ -382,7 +382,8 @@ class TrainSection(Section):
     """Before the first step, go once through the longest micro-batch of the whole run, the largest
     batch of the evaluation and one save, so that a lack of memory or disk shows in the first
     minute. Costs two micro-batches, one update, one evaluation batch and one save, and changes no
-    bit of the run. Runs of fewer than 16 micro-batches are not rehearsed."""
+    bit of the run. Runs of fewer than 64 micro-batches are not rehearsed: it would
+    be more than a sixteenth of them."""
 
     on_out_of_memory: Literal["error", "shrink"] = "error"
     """What a forward or backward pass without memory leads to. `error`: the run stops and names the

@@ -30,8 +30,11 @@ SECRET = "confidential"
 
 
 @pytest.fixture
-def long_recipe(make_recipe: Make, tmp_path: Path) -> Callable[..., Recipe]:
+def long_recipe(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Recipe]:
     """Enough micro-batches to be rehearsed; the last row of the file is much the longest."""
+    monkeypatch.setattr("tunefork.train.rehearsal.FEWEST", 16)
 
     def make(**train: Any) -> Recipe:
         options = {"max_steps": 20, "batch_size": 2, "packing": False} | train

@@ -19,14 +19,21 @@ from tunefork.train.dry_update import dry_update
 from tunefork.train.longest import passes_of
 from tunefork.train.loop import train
 from tunefork.train.optim import LoraAdamW, ShadowAdamW
-from tunefork.train.rehearsal import FEWEST, Rehearsal, Stage, rehearse
+from tunefork.train.rehearsal import Rehearsal, Stage, rehearse
 from tunefork.train.save_rehearsal import rehearse_save
 
+FEWEST = 16
 LENGTHS = tuple(4 + at % 7 for at in range(2 * FEWEST - 1))
 EXAMPLES = examples((*LENGTHS, 40))
 """The last one is the longest by far."""
 STEPS = [[2 * at, 2 * at + 1] for at in range(FEWEST)]
 KINDS = ("lora", "qlora", "full_fp32", "full_bf16", "full_master", "full_8bit")
+
+
+@pytest.fixture(autouse=True)
+def few_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs as short as those here are rehearsed."""
+    monkeypatch.setattr("tunefork.train.rehearsal.FEWEST", FEWEST)
 
 
 def _made(kind: str) -> tuple[Any, Any]:
