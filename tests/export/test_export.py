@@ -188,10 +188,15 @@ def test_an_exported_adapter_knows_its_base(
 
 
 def test_a_merged_folder_knows_itself(make_run: MakeRun, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    _export(make_run(dtype=torch.float32), "merged", out)
+    run, out = make_run(dtype=torch.float32), tmp_path / "out"
+    identity = identify(ModelSection(id=str(tmp_path / "base-llama")))
+    recipe = {"data": {"train": "rows.jsonl", "system": "Be brief."}}
+    write_provenance(run / "adapter", Provenance(identity=identity, recipe=recipe))
+    _export(run, "merged", out)
     origin = read_provenance(out)
     assert origin is not None and origin.own == identify(ModelSection(id=str(out)))
+    data = find_parts(str(out)).data  # it is asked as it was trained
+    assert data is not None and data.system == "Be brief."
     tensors = load_file(out / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})

@@ -18,6 +18,7 @@ from tunefork.registry.adopt import adopt
 from tunefork.registry.opening import open_model
 from tunefork.registry.peft_format import WEIGHTS, save_adapter
 from tunefork.registry.provenance import FILE, read_provenance
+from tunefork.registry.store import Store
 
 
 @pytest.fixture
@@ -104,3 +105,11 @@ def test_a_tokenizer_that_renders_otherwise_is_not_adopted(
     with pytest.raises(IdentityError, match="render other ids"):
         adopt(adapter, section)
     assert not (adapter / FILE).exists()
+
+
+def test_what_lies_in_the_store_is_not_written_to(adapter: Path, section: ModelSection) -> None:
+    with Store.open() as store:
+        folder = store.publish(adapter, "some/name").folder()
+    with pytest.raises(AdapterError, match="lies in the store"):
+        adopt(folder, section)
+    assert not (folder / FILE).exists()

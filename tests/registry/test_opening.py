@@ -354,3 +354,10 @@ def test_a_damaged_adapter_is_refused(run: Path, name: str) -> None:
 def test_a_target_of_nothing_is_refused(target: str) -> None:
     with pytest.raises((RunFolderError, ModelError), match=target):
         _open(target)
+
+
+def test_a_whole_model_in_the_store_opens_by_its_name(tmp_path: Path) -> None:
+    save_model(tmp_path / "model")
+    with Store.open() as store:
+        store.publish(tmp_path / "model", "some/model")
+    assert open_model("some/model:v1").model is not None

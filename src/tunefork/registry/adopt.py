@@ -15,6 +15,7 @@ from torch import Tensor
 from tunefork.data.chat import Renderer
 from tunefork.data.example import Message
 from tunefork.errors import AdapterError, DataError
+from tunefork.home import home
 from tunefork.model.device import pick_device, pick_dtype
 from tunefork.model.fingerprint import check_identity, check_rendering, identify
 from tunefork.model.golden import CONVERSATIONS
@@ -22,6 +23,7 @@ from tunefork.model.load import load_model, load_tokenizer
 from tunefork.recipe import DataSection, ModelSection
 from tunefork.registry.peft_format import load_adapter
 from tunefork.registry.provenance import Provenance, read_provenance, write_provenance
+from tunefork.registry.version import views
 
 _MAX_PROMPT_TOKENS = 512
 
@@ -41,6 +43,11 @@ def adopt(
     adapter that has its record already is checked against it. Raises AdapterError for one that
     does not fit, is not finite or changes nothing; IdentityError where it records another base.
     """
+    if views(home().resolve() / "store") in folder.resolve().parents:
+        raise AdapterError(
+            f"{folder}: lies in the store, where no version ever changes; copy it (cp -rL), adopt "
+            "the copy and publish that"
+        )
     identity = identify(base)
     known = read_provenance(folder)
     if known is not None:

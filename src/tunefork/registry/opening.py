@@ -22,7 +22,7 @@ from tunefork.model.load import load_model, load_tokenizer
 from tunefork.recipe import DataSection, Method, ModelSection
 from tunefork.recipe_file import load
 from tunefork.registry.peft_format import CONFIG, base_section, load_adapter
-from tunefork.registry.provenance import FILE, read_provenance
+from tunefork.registry.provenance import FILE, Provenance, read_provenance
 from tunefork.registry.run import ADAPTER, MODEL, RECIPE, RunRecord, read_record
 from tunefork.registry.store import Store
 
@@ -136,6 +136,10 @@ def find_parts(target: str) -> Parts:
             f"{target}: holds no finished run of its own"
             + (f"; give one of {', '.join(inside)}" if inside else "")
         )
+    if (
+        folder / "config.json"
+    ).is_file():  # merged or trained by tunefork, it says how it was asked
+        return Parts(ModelSection(id=str(folder)), data=_data_of(read_provenance(folder), folder))
     return Parts(ModelSection(id=target))
 
 
@@ -151,13 +155,17 @@ def _parts_of_adapter(folder: Path) -> Parts:
     """Of an adapter away from its run: it says itself how it was trained and what it rendered."""
     provenance = read_provenance(folder)
     is_nf4 = provenance is not None and provenance.method is Method.QLORA
+    data = _data_of(provenance, folder)
+    return Parts(base_section(folder), adapter=folder, is_nf4=is_nf4, data=data)
+
+
+def _data_of(provenance: Provenance | None, folder: Path) -> DataSection | None:
     if provenance is None or provenance.recipe is None:
-        return Parts(base_section(folder), adapter=folder, is_nf4=is_nf4)
+        return None
     try:
-        data = DataSection.model_validate(provenance.recipe["data"])
+        return DataSection.model_validate(provenance.recipe["data"])
     except (KeyError, ValidationError) as error:
         raise AdapterError(f"{folder / FILE}: recipe.data: is none of this version's") from error
-    return Parts(base_section(folder), adapter=folder, is_nf4=is_nf4, data=data)
 
 
 def _parts_of_run(run: Path, record: RunRecord) -> Parts:
