@@ -3,8 +3,11 @@
 The secrets are put together here, so that no scanner finds them in this file.
 """
 
+import numpy as np
 import pytest
 
+from tunefork.data.example import Encoded
+from tunefork.data.report import count_labels
 from tunefork.data.roles import find_roles
 from tunefork.data.secrets import find_emails, find_secrets
 from tunefork.data.unicode import find_broken, plain_form
@@ -122,3 +125,12 @@ def test_roles(roles: str, found: list[tuple[str, int]]) -> None:
 def test_labels_that_are_one() -> None:
     assert plain_form(" New\u00a0York") == plain_form("new  york")
     assert plain_form("cafe\u0301") == plain_form("café") != plain_form("cafe")
+
+
+@pytest.mark.parametrize("label", [SECRETS["AWS access key id"], "joe@" + "firm.org"])
+def test_a_label_that_is_a_secret_is_masked_in_the_report(label: str) -> None:
+    ids, supervised = np.zeros(2, dtype=np.int32), np.ones(2, dtype=np.bool_)
+    rows = [Encoded("f:1", ids, supervised, label=name) for name in (label, label, "fox")]
+    counts = count_labels(rows)
+    assert list(counts.values()) == [2, 1] and "fox" in counts
+    assert label not in str(counts)

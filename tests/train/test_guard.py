@@ -36,7 +36,7 @@ def test_the_row_that_is_not_finite_is_named() -> None:
     model.get_input_embeddings().register_forward_hook(
         lambda module, given, out: out.masked_fill((given[0] == POISON)[..., None], float("inf"))
     )
-    said = blame(model, _rows(), pad_id=0)
+    said = blame(model, _rows(), pad_id=0).said
     assert said == "rows whose own loss is not finite: row 2"
     assert all(p.grad is None for p in model.parameters())
 
@@ -50,7 +50,7 @@ def test_a_gradient_that_is_not_finite_is_found_by_its_row() -> None:
 
     model.get_input_embeddings().register_forward_hook(spoil)
     model.get_input_embeddings().weight.requires_grad_(True)
-    said = blame(model, _rows(), pad_id=0)
+    said = blame(model, _rows(), pad_id=0).said
     assert said == "rows whose own gradient is not finite: row 2"
     assert all(p.grad is None for p in model.parameters())
 
@@ -58,7 +58,7 @@ def test_a_gradient_that_is_not_finite_is_found_by_its_row() -> None:
 def test_bad_weights_are_not_blamed_on_the_rows() -> None:
     model = _model()
     model.model.layers[0].mlp.up_proj.base.weight.data[0, 0] = float("nan")
-    said = blame(model, _rows(), pad_id=0)
+    said = blame(model, _rows(), pad_id=0).said
     assert said.startswith("every row of the step has a loss that is not finite, so the weights")
     with pytest.raises(ModelError, match=r"up_proj\.base\.weight has 1 of \d+ values that are not"):
         check_weights(model, "tiny")
@@ -96,3 +96,11 @@ def test_a_constant_loss_has_no_spike_in_its_last_digits() -> None:
 
 def test_the_start_of_training_is_not_judged() -> None:
     assert _alarms([2.0] * 10 + [9.0]) == 0
+
+
+def test_a_step_of_one_row_does_not_convict_the_weights() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(float("nan"))
+    assert blame(model, _rows(), pad_id=0).is_weights
+    assert not blame(model, _rows()[:1], pad_id=0).is_weights

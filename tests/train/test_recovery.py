@@ -92,6 +92,27 @@ def test_a_step_that_is_not_finite_is_not_taken_and_the_state_before_is_saved(
     assert all(map(torch.equal, _weights(again), _weights(whole)))
 
 
+def test_bad_weights_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would be the newest checkpoint, and the same command would fail for ever."""
+    whole, _, _ = _run(tmp_path / "whole")
+    first = Accumulator.gradient
+
+    def gradient(self: Accumulator, chosen: Any, step: int) -> tuple[float, int]:
+        if step == 19:
+            with torch.no_grad():
+                next(p for p in self.model.parameters() if p.requires_grad).fill_(float("nan"))
+        return first(self, chosen, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Accumulator, "gradient", gradient)
+        with pytest.raises(DivergedError, match="not saved.*the weights are bad"):
+            _run(tmp_path / "run")
+    found = Checkpoints(tmp_path / "run", {}, {}).newest()
+    assert found is not None and found.facts.step == 16
+    again, _, _ = _run(tmp_path / "run")
+    assert all(map(torch.equal, _weights(again), _weights(whole)))
+
+
 def test_a_spike_is_said_once_and_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

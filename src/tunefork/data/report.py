@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, computed_field
 
 from tunefork.data.example import Encoded
 from tunefork.data.faults import FaultReport
+from tunefork.data.secrets import find_emails, find_secrets
 from tunefork.schema_markdown import schema_markdown
 
 _QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -117,6 +118,10 @@ def length_quantiles(sequences: Sequence[Encoded]) -> dict[str, int]:
 
 
 def count_labels(sequences: Sequence[Encoded]) -> dict[str, int]:
-    """`SplitReport.labels` of `sequences`."""
+    """`SplitReport.labels` of `sequences`; a secret or an address in a label's place is masked."""
     labels = sorted(sequence.label for sequence in sequences if sequence.label is not None)
-    return dict(Counter(labels).most_common())
+    counts: dict[str, int] = {}
+    for number, (label, count) in enumerate(Counter(labels).most_common(), start=1):
+        kinds = [kind for kind, _ in (*find_secrets(label), *find_emails(label))]
+        counts[f"<{', '.join(kinds)}, label {number}>" if kinds else label] = count
+    return counts

@@ -16,6 +16,7 @@ stopping for (a loss that doubles, while steps differ by a twentieth) is at 20.
 import math
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -75,8 +76,18 @@ def check_weights(model: PreTrainedModel, name: str) -> None:
             )
 
 
-def blame(model: PreTrainedModel, examples: Sequence[Encoded], *, pad_id: int) -> str:
-    """Which of a step's rows, by file:line, are not finite by themselves; in words.
+@dataclass(frozen=True, slots=True)
+class Blame:
+    """What a step that is not finite comes from."""
+
+    said: str
+    """In words, rows by file:line."""
+    is_weights: bool
+    """Every row of several is sick: such weights are worth no checkpoint."""
+
+
+def blame(model: PreTrainedModel, examples: Sequence[Encoded], *, pad_id: int) -> Blame:
+    """Which of a step's rows are not finite by themselves.
 
     Forward passes of one row each, of at most `_MOST_ROWS`; where all are finite, backward passes
     too. Gradients are dropped. Call it with the weights of before the step.
@@ -87,14 +98,16 @@ def blame(model: PreTrainedModel, examples: Sequence[Encoded], *, pad_id: int) -
     if not sick:
         sick = [e for e in chosen if not _is_finite(model, e, pad_id, backward=True)]
         what = "gradient"
-    if len(sick) == len(chosen):
-        return (
+    if len(sick) == len(chosen) > 1:
+        said = (
             f"every row of the step has a {what} that is not finite, so the weights are bad "
             f"rather than the data. The step's rows: {_names(examples)}"
         )
+        return Blame(said, is_weights=True)
     if sick:
-        return f"rows whose own {what} is not finite: {_names(sick)}"
-    return f"no row by itself is not finite. The step's rows: {_names(examples)}"
+        return Blame(f"rows whose own {what} is not finite: {_names(sick)}", is_weights=False)
+    said = f"no row by itself is not finite. The step's rows: {_names(examples)}"
+    return Blame(said, is_weights=False)
 
 
 def _is_finite(model: PreTrainedModel, example: Encoded, pad_id: int, *, backward: bool) -> bool:

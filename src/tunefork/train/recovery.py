@@ -1,7 +1,9 @@
 """What a run does about a sick step: stop with its last good state saved, or go back and around.
 
 A step whose loss or gradient is not finite never reaches the weights; the state of before it is
-saved as a checkpoint (weights, optimiser, random states), and the run fails. A loss spike is said;
+saved as a checkpoint (weights, optimiser, random states), and the run fails. Where every row of the
+step is sick it is the weights that are: they are not saved, as the same command would go on from
+them for ever, and the checkpoint before them stays the newest. A loss spike is said;
 with `rollback` the run goes back to its last checkpoint and leaves out the rows of the steps around
 the spike, as was done by hand for PaLM (Chowdhery et al. 2022, section 5.1,
 https://arxiv.org/abs/2204.02311: about 100 steps back, 200 to 500 batches skipped; the rows alone
@@ -61,14 +63,17 @@ class Recovery:
         *,
         find_rows: bool,
     ) -> DivergedError:
-        """The error that ends the run before its next update; the state before is saved."""
+        """The error that ends the run before its next update; a good state before it is saved."""
         model, step = self.cut.model, done.step + 1
         model.zero_grad(set_to_none=True)
+        found = blame(model, chosen, pad_id=self.cut.pad_id) if find_rows else None
         restore_random(random, model.device)
-        saved = self._save(done)
-        rows = f"The step's rows: {', '.join(e.source for e in chosen[:16])}"
-        if find_rows:
-            rows = blame(model, chosen, pad_id=self.cut.pad_id)
+        if found is not None and found.is_weights:
+            saved = ", and not saved: a checkpoint before, if there is one, is gone on from"
+        else:
+            saved = self._save(done)
+        names = ", ".join(e.source for e in chosen[:16])
+        rows = f"The step's rows: {names}" if found is None else found.said
         return DivergedError(
             f"step {step}: {what}; the weights were left as they were before the step{saved}. "
             f"{rows[0].upper()}{rows[1:]}. Lower train.learning_rate, mend or remove those rows, "
