@@ -131,6 +131,7 @@ def test_an_interrupted_run_is_usable_and_the_same_call_goes_on(
     ]
     uninterrupted = read_record(whole[1])
     assert uninterrupted is not None
+    assert "| loss |" in (folder / str(done.artifact) / "README.md").read_text()
     same = ("status", "num_steps", "tokens", "supervised_tokens", "metrics", "artifact_bytes")
     assert [getattr(done, f) for f in same] == [getattr(uninterrupted, f) for f in same]
     assert _artefact(folder) == _artefact(whole[1])
