@@ -85,6 +85,7 @@ def test_a_closing_token_without_a_name_is_a_stop_and_no_text(tokenizer: Any) ->
     """ChatML's <|im_end|> where eos is another: transformers 5 does not count it as special."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens([AddedToken("w9", special=False, normalized=False)])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + 'w9' }}{% endfor %}"
     end = tokenizer.convert_tokens_to_ids("w9")
     assert end not in tokenizer.all_special_ids
     model, examples = tiny_model(), _examples()

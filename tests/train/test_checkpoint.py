@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.train.test_state import checkpoints, run, start, whole
-from tunefork.errors import CheckpointError
+from tunefork.errors import CheckpointError, DivergedError
 from tunefork.train import checkpoint
 from tunefork.train.checkpoint import FACTS, MANIFEST, TENSORS
 from tunefork.train.checkpoints import Checkpoints, Found
@@ -141,6 +141,30 @@ def test_a_checkpoint_due_by_steps_is_on_the_disk_before_the_next_step(
     run("lora", checkpoints(tmp_path, every_steps=2), on_step=on_step)
     for step, names in seen[2:]:
         assert checkpoint.folder_name((step - 1) // 2 * 2) in names
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    said: list[str] = []
+    saved = checkpoints(tmp_path, every_steps=1)
+    saved.say = said.append
+
+    def on_step(record: StepRecord) -> None:
+        if record.step == 3:
+            trained[0].data.view(-1)[0] = float("nan")
+
+    trained: list[torch.nn.Parameter] = []
+
+    def on_capture(model: Any, *arguments: Any, **options: Any) -> Any:
+        trained[:] = [p for p in model.parameters() if p.requires_grad]
+        return capture(model, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tunefork.train.checkpoints.capture", on_capture)
+        with pytest.raises(DivergedError):
+            run("lora", saved, on_step=on_step)
+    found = saved.newest()
+    assert found is not None and found.facts.step == 2
+    assert any("step 3: weights are not finite, and" in line for line in said)
 
 
 def _mutated(content: bytes, draw: random.Random) -> bytes:

@@ -93,7 +93,7 @@ def train(
         examples,
         recipe,
         method,
-        base_sha256=identity.weights_sha256,
+        base_sha256=identity.of_model(),
         learning_rate=learning_rate,
         seed=seed,
         device=device,

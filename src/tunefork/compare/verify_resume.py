@@ -97,7 +97,7 @@ def _run(folder: Path, run: str, stop_after: int) -> None:
         examples,
         recipe,
         method,
-        base_sha256=identify(recipe.model).weights_sha256,
+        base_sha256=identify(recipe.model).of_model(),
         learning_rate=rate,
         seed=seed,
         device=device,

@@ -33,6 +33,10 @@ class Identity(BaseModel):
     """Of what the configuration says of the computation (`fingerprint_config.py`): its rotary base,
     say. None: not recorded, and then not compared."""
 
+    def of_model(self) -> str:
+        """Weights and configuration in one word."""
+        return f"{self.weights_sha256}+{self.config_sha256}"
+
 
 def check_identity(recorded: Identity, found: Identity, *, what: str, base: str) -> None:
     """Raise IdentityError unless `found`, the identity of `base`, is the one that `what` records.

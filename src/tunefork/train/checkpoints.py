@@ -136,6 +136,11 @@ class Checkpoints:
         self.check()
         self._began = time.monotonic()
         state = capture(model, optimizer, progress, copy=False)
+        if not state.is_sound():  # a run could not go on from it, and it would push sound ones out
+            self.say(
+                f"warning: step {progress.step}: weights are not finite; no checkpoint is made"
+            )
+            return
         device = next(model.parameters()).device
         is_copied = device.type != "cpu" or state.num_bytes() <= _COPIED_ON_CPU_BYTES
         if wait or not is_copied or self.policy.every_steps is not None:

@@ -93,7 +93,7 @@ def open_checkpoints(
 ) -> Checkpoints:
     """The checkpoints in `folder` of the run that `train_method` takes with the same arguments.
 
-    `base_sha256` is the base's weights' (`model/identity.py`).
+    `base_sha256` is the base's (`model.identity.Identity.of_model`).
     """
     return Checkpoints(
         folder,

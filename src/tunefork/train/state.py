@@ -71,6 +71,11 @@ class State:
         """Of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
+    def is_sound(self) -> bool:
+        """Whether every weight is finite."""
+        weights = _below(WEIGHTS, self.tensors).values()
+        return bool(torch.stack([weight.isfinite().all() for weight in weights]).all())
+
 
 def capture(
     model: nn.Module, optimizer: Optimizer, progress: Progress, *, copy: bool = True
