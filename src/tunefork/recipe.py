@@ -341,8 +341,8 @@ class TrainSection(Section):
     """On a GPU: only kernels that give the same bits each time (ordered sums in attention's
     backward pass, a fixed cuBLAS workspace, no choice of kernels by measurement); an operation that
     has none ends the run. Off, as it costs speed there: on an H200 with a 1B model and 4,096 tokens
-    a step 42 % (LoRA), 57 % (QLoRA), 8 % (full; benchmarks/results/h200_deterministic.json). A CPU gives the same bits either way, for
-    one number of threads."""
+    a step 42 % (LoRA), 57 % (QLoRA), 8 % (full; benchmarks/results/h200_deterministic.json). A CPU
+    gives the same bits either way, for one number of threads."""
 
     checkpoint_every_s: PositiveFloat | None = 300.0
     """Seconds between checkpoints, from which the same command goes on, bit for bit, after a stop,
