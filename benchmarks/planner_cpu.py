@@ -30,7 +30,7 @@ from benchmarks.results import write
 from tunefork.model.device import describe, pick_dtype
 from tunefork.plan.catalogue import load_catalogue
 from tunefork.plan.device import here
-from tunefork.plan.fits import fit_for, installed
+from tunefork.plan.fits import fit_for, installed, minor
 from tunefork.plan.method import Case
 from tunefork.plan.shape import config_for, count_params
 from tunefork.plan.short_run import WARM_UP, short_run
@@ -120,7 +120,7 @@ def main() -> None:
     start = start.model_copy(
         update={
             "name": f"{device['name']}, {device['threads']} cores",
-            "torch": torch.__version__.partition("+")[0],
+            "torch": minor(torch.__version__),
             "date": datetime.now(UTC).date().isoformat(),
             "runs": sum(not held_out(name) for name in CASES),
             "flops": float(f"{flops:.3g}"),
