@@ -1,20 +1,25 @@
 """Fused FP8 groups against the layers that they stand in for."""
 
+import pytest
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 
 from tests.tiny import tiny_model
+from tunefork.kernels import fp8
 from tunefork.model.build import build
-from tunefork.model.fused import find_groups, fuse_fp8
+from tunefork.model.fused import find_groups, fuse
 from tunefork.model.linear import LoraLinear
 from tunefork.recipe import LoraSection, Method
 
 IDS = torch.arange(3, 67).view(2, 32)
 
 
-def _trained(name: str = "llama") -> torch.nn.Module:
-    model = tiny_model(name).bfloat16()
-    build(model, Method.LORA, LoraSection(rank=4), seed=0)
+def _trained(
+    lora: LoraSection = LoraSection(rank=4), method: Method = Method.LORA
+) -> PreTrainedModel:
+    model = tiny_model("llama").bfloat16()
+    build(model, method, lora, seed=0)
     torch.manual_seed(1)
     for layer in model.modules():
         if isinstance(layer, LoraLinear):
@@ -29,15 +34,25 @@ def _loss(model: torch.nn.Module) -> torch.Tensor:
 
 def test_layers_with_one_input_are_found_without_their_names() -> None:
     model = _trained()
-    names = {module: path for path, module in model.named_modules()}
-    found = [[names[m].rpartition(".")[2] for m in group] for group in find_groups(model)]
+    found = [[path.rpartition(".")[2] for path in group] for group in find_groups(model)]
     block = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
     assert found == block * 2
 
 
-def test_loss_and_gradients_point_where_the_plain_layers_do() -> None:
-    plain, fused = _trained(), _trained()
-    groups = fuse_fp8(fused)
+@pytest.mark.parametrize("storage", ["two", "one", "nf4"])
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "up_proj")])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_loss_and_gradients_point_where_the_plain_layers_do(
+    storage: fp8.Storage, targets: str | tuple[str, ...], dropout: float
+) -> None:
+    method = Method.QLORA if storage == "nf4" else Method.LORA
+    lora = LoraSection(rank=4, targets=targets, dropout=dropout)
+    plain, fused = _trained(lora, method), _trained(lora, method)
+    groups = fuse(fused, storage, torch.device("cpu"))
+    for group in groups:
+        group.write_delta()
+    plain.eval()
+    fused.eval()
     expected, actual = _loss(plain), _loss(fused)
     assert abs(actual.item() - expected.item()) < 0.02 * expected.item()
     expected.backward()
@@ -49,16 +64,18 @@ def test_loss_and_gradients_point_where_the_plain_layers_do() -> None:
         if want.requires_grad:
             assert want.grad is not None and got[name].grad is not None
             # e4m3's rounding passes through two layers of a random model, whose sums cancel.
-            assert F.cosine_similarity(want.grad.flatten(), got[name].grad.flatten(), 0) > 0.9, name
+            assert F.cosine_similarity(want.grad.flatten(), got[name].grad.flatten(), 0) > 0.85, name
 
 
 def test_a_written_delta_is_heeded() -> None:
     model = _trained()
-    groups = fuse_fp8(model)
+    groups = fuse(model, "two", torch.device("cpu"))
+    for group in groups:
+        group.write_delta()
     before = model(input_ids=IDS).logits
     with torch.no_grad():
         for group in groups:
-            for member in group.members:
+            for member in group.deltas:
                 member.lora_b.zero_()
             group.write_delta()
     without = model(input_ids=IDS).logits

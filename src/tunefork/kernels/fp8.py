@@ -1,9 +1,10 @@
-"""The LoRA linear over a frozen FP8 base, with the delta inside the same matrix product.
+"""The LoRA linear over a frozen base with FP8 products, the delta inside the same product.
 
-The base is quantised once: e4m3 with one scale an output row (Micikevicius et al. 2022,
-https://arxiv.org/abs/2209.05433), and a second copy, quantised along its columns, for the input's
-gradient. Activations and their gradients are quantised row by row on the way, so a product is
-`codes_x @ codes_w^T * scale_x * scale_w`, which a Hopper GPU does at twice bf16's rate.
+Weights are e4m3 with one scale an output row (Micikevicius et al. 2022,
+https://arxiv.org/abs/2209.05433); activations and their gradients are quantised row by row on the
+way, so a product is `codes_x @ codes_w^T * scale_x * scale_w`, which a Hopper GPU does at twice
+bf16's rate. The input's gradient needs the weight transposed, which is kept as a second copy
+("two") or made on the way ("one"); an NF4 base ("nf4") is turned into e4m3 each time.
 
 The delta rides along. Adding `scale * (x A^T) B^T` to y afterwards reads and writes y once more,
 which for 8B-sized layers costs as much as a quarter of the product itself. Instead the operands are
@@ -12,16 +13,23 @@ columns. Three bits of mantissa would be too few for u and B, whose small update
 each is written as high + low, two e4m3 numbers, and the product as
 high*high + low*high + high*low, which keeps about as many bits as bf16 does.
 
-Shape legend: S tokens, D features in, O features out, R rank, P columns of the widened part.
+Layers that read the same input (q, k and v; gate and up) are one product: their weights stand one
+below the other, their A too, and their B on a block diagonal.
+
+Shape legend: S tokens, D features in, O features out (of all layers), R rank (their sum), P columns
+of the widened part.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from tunefork.kernels.compiled import compiled_on_cuda
+from tunefork.kernels.quantized import dequantize_nf4_tensors
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -35,6 +43,31 @@ _STEP = 64
 """The widened part is filled up to a multiple of this. A GEMM on Hopper takes the inner dimension
 in such pieces, and is slower than without the part where it ends inside one (measured on an H200:
 K + 48 costs 13 to 29 %, K + 64 at most 5 %)."""
+
+Storage = Literal["two", "one", "nf4"]
+"""How the frozen weight is kept: e4m3 in both directions, e4m3 once, 4-bit NormalFloat."""
+
+
+class Layout(NamedTuple):
+    """How the layers of one product lie beside each other."""
+
+    storage: Storage
+    sizes: tuple[int, ...]
+    """Features out of each layer."""
+    ranks: tuple[int, ...]
+    """Of each layer's delta; 0 for none."""
+    scale: float
+    """Of the deltas."""
+
+    @property
+    def rank(self) -> int:
+        """R"""
+        return sum(self.ranks)
+
+    @property
+    def width(self) -> int:
+        """P"""
+        return -(-3 * self.rank // _STEP) * _STEP
 
 
 def quantize_rows(x_sd: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,57 +99,101 @@ def scaled_mm(a_mk: Tensor, b_nk: Tensor, scale_m1: Tensor, scale_1n: Tensor) ->
 
 @dataclass(frozen=True, slots=True)
 class Fp8Weight:
-    """A frozen (O, D) weight in e4m3, widened by P columns for a delta, in both directions."""
+    """A frozen (O, D) weight in e4m3, widened by P columns for a delta."""
 
     codes_op: Tensor
     """(O, D + P): the weight, then what `write_delta` puts there for the forward product."""
     scale_1o: Tensor
-    codes_dp: Tensor
-    """(D, O + P): the same weight transposed and quantised along its columns, for the input's
-    gradient."""
-    scale_1d: Tensor
     balance: Tensor
     """() fp32, a power of two, at least 1: taken from B and given to u where B would overflow."""
-    rank: int
+    codes_dp: Tensor | None
+    """(D, O + P): the same weight transposed and quantised along its columns, for the input's
+    gradient. None where it is made from the first copy each time."""
+    scale_1d: Tensor | None
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(O, D)"""
-        return self.codes_op.shape[0], self.codes_dp.shape[0]
-
-
-@torch.no_grad()
-def quantize_weight(weight_od: Tensor, *, rank: int) -> Fp8Weight:
-    """`weight_od` in e4m3, with room for a delta of `rank`, which is zero until written."""
-    width = -(-3 * rank // _STEP) * _STEP
-
-    def widened(w: Tensor) -> tuple[Tensor, Tensor]:
-        codes, scale = quantize_rows(w)
-        room = torch.zeros(w.shape[0], w.shape[1] + width, dtype=torch.uint8, device=w.device)
-        room[:, : w.shape[1]] = codes.view(torch.uint8)
-        return room.view(E4M3), scale.t().contiguous()
-
-    codes_op, scale_1o = widened(weight_od)
-    codes_dp, scale_1d = widened(weight_od.t().contiguous())
-    balance = torch.ones((), device=weight_od.device)
-    return Fp8Weight(codes_op, scale_1o, codes_dp, scale_1d, balance, rank)
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that there are, in order."""
+        kept = (self.codes_op, self.scale_1o, self.balance, self.codes_dp, self.scale_1d)
+        return tuple(tensor for tensor in kept if tensor is not None)
 
 
 @torch.no_grad()
-def write_delta(weight: Fp8Weight, lora_a_rd: Tensor, lora_b_or: Tensor, scale: float) -> None:
-    """Put scale * B beside the weight and A beside its transpose, after each change of theirs."""
-    features_out, features_in = weight.shape
-    b_or = lora_b_or.float() * scale / weight.scale_1o.t()
+def quantize_weight(weights: Sequence[Tensor], layout: Layout) -> Fp8Weight:
+    """`weights` (O_i, D), one a layer, in e4m3, with room for their deltas, zero until written."""
+    width = layout.width
+
+    def widened(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        first = parts[0]
+        rows, columns = sum(part.shape[0] for part in parts), first.shape[1]
+        room = torch.zeros(rows, columns + width, dtype=torch.uint8, device=first.device)
+        scales, start = [], 0
+        for part in parts:  # one at a time: the fp32 form of a layer is four times its codes
+            codes, scale = quantize_rows(part)
+            room[start : start + len(part), :columns] = codes.view(torch.uint8)
+            scales.append(scale)
+            start += len(part)
+        return room.view(E4M3), torch.cat(scales).t().contiguous()
+
+    codes_op, scale_1o = widened(weights)
+    balance = torch.ones((), device=codes_op.device)
+    if layout.storage == "one":
+        return Fp8Weight(codes_op, scale_1o, balance, None, None)
+    codes_dp, scale_1d = widened([torch.cat([w.t() for w in weights], dim=1)])
+    return Fp8Weight(codes_op, scale_1o, balance, codes_dp, scale_1d)
+
+
+@torch.no_grad()
+def write_delta(
+    weight: Fp8Weight, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], layout: Layout
+) -> None:
+    """Put scale * B beside the weight and A beside its transpose, after each change of theirs.
+
+    `lora_a` (R_i, D) and `lora_b` (O_i, R_i) are those of the layers that have a delta, in order.
+    """
+    b_columns, a_columns, balance = _columns(
+        tuple(lora_a), tuple(lora_b), weight.scale_1o, weight.scale_1d, layout
+    )
+    weight.balance.copy_(balance)
+    for codes, columns in ((weight.codes_op, b_columns), (weight.codes_dp, a_columns)):
+        if codes is not None:
+            start = codes.shape[1] - layout.width
+            codes.view(torch.uint8)[:, start : start + columns.shape[1]] = columns
+
+
+@compiled_on_cuda(dynamic=False)
+def _columns(
+    lora_a: tuple[Tensor, ...],
+    lora_b: tuple[Tensor, ...],
+    scale_1o: Tensor,
+    scale_1d: Tensor | None,
+    layout: Layout,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The bytes of B's columns (O, 3R) and of A's (D, 3R), and the balance."""
+    b_or = _diagonal(lora_b, layout) * layout.scale / scale_1o.t()
+    balance = _balance(b_or)
+    a_dr = torch.cat(lora_a).float().t()
+    if scale_1d is not None:
+        a_dr = a_dr / scale_1d.t()
+    return _bytes(_right(b_or / balance)), _bytes(_right(a_dr)), balance
+
+
+def _balance(b_or: Tensor) -> Tensor:
     excess = (b_or.abs().amax() / LARGEST).clamp(min=1.0)
-    weight.balance.copy_(torch.exp2(torch.ceil(torch.log2(excess))))
-    a_dr = lora_a_rd.float().t() / weight.scale_1d.t()
-    for codes, start, part in (
-        (weight.codes_op, features_in, b_or / weight.balance),
-        (weight.codes_dp, features_out, a_dr),
-    ):
-        high, low = _split(part)
-        beside = torch.cat([high, high.float().div(_LOW).to(E4M3), low], dim=1)
-        codes.view(torch.uint8)[:, start : start + 3 * weight.rank] = beside.view(torch.uint8)
+    return torch.exp2(torch.ceil(torch.log2(excess)))
+
+
+def _diagonal(lora_b: Sequence[Tensor], layout: Layout) -> Tensor:
+    """B of each layer on the diagonal of an (O, R) matrix, fp32."""
+    rest, rows, start = list(lora_b), [], 0
+    for size, rank in zip(layout.sizes, layout.ranks, strict=True):
+        after = layout.rank - start - rank
+        if rank:
+            b = rest.pop(0).float()
+            rows.append(torch.cat([b.new_zeros(size, start), b, b.new_zeros(size, after)], dim=1))
+        else:
+            rows.append(lora_b[0].new_zeros(size, layout.rank, dtype=torch.float32))
+        start += rank
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 
 def _row_scale(x_sd: Tensor) -> Tensor:
@@ -130,70 +207,152 @@ def _split(wide: Tensor) -> tuple[Tensor, Tensor]:
     return high, ((wide - high.float()) * _LOW).to(E4M3)
 
 
-def _widen(x_sd: Tensor, u_sr: Tensor, balance: Tensor | float, width: int) -> tuple[Tensor, Tensor]:
-    """[x | u high | u low | u high / 16 | zeros], (S, D + width), over one scale a row."""
-    u_sr = u_sr.float() * balance
-    scale_s1 = torch.maximum(_row_scale(x_sd), _row_scale(u_sr))
-    high, low = _split(u_sr / scale_s1)
-    parts = [(x_sd.float() / scale_s1).to(E4M3), high, low, high.float().div(_LOW).to(E4M3)]
-    if spare := width - 3 * u_sr.shape[1]:
-        parts.append(x_sd.new_zeros(x_sd.shape[0], spare, dtype=E4M3))
-    # As bytes: PyTorch does not concatenate e4m3 everywhere.
-    return torch.cat([p.view(torch.uint8) for p in parts], dim=1).view(E4M3), scale_s1
+def _right(wide: Tensor) -> list[Tensor]:
+    """The right operand's columns of the delta: high | high / 16 | low."""
+    high, low = _split(wide)
+    return [high, high.float().div(_LOW).to(E4M3), low]
 
 
-class _Fp8LoraLinear(torch.autograd.Function):
-    # Tensors one by one: torch.compile follows no other arguments into a Function.
+def _bytes(parts: Sequence[Tensor]) -> Tensor:
+    """`parts` beside each other, as bytes: PyTorch does not concatenate e4m3 everywhere."""
+    return torch.cat([part.view(torch.uint8) for part in parts], dim=1)
+
+
+def _left(
+    parts: Sequence[Tensor], u_sr: Tensor | None, balance: Tensor | float, width: int
+) -> tuple[Tensor, Tensor]:
+    """[parts | u high | u low | u high / 16 | zeros], (S, D + width), over one scale a row."""
+    scale_s1 = _row_scale(parts[0])
+    for part in parts[1:]:
+        scale_s1 = torch.maximum(scale_s1, _row_scale(part))
+    if u_sr is not None:
+        u_sr = u_sr.float() * balance
+        scale_s1 = torch.maximum(scale_s1, _row_scale(u_sr))
+    columns = [(part.float() / scale_s1).to(E4M3) for part in parts]
+    if u_sr is not None:
+        high, low = _split(u_sr / scale_s1)
+        columns += [high, low, high.float().div(_LOW).to(E4M3)]
+        if spare := width - 3 * u_sr.shape[1]:
+            columns.append(high.new_zeros(high.shape[0], spare, dtype=torch.uint8))
+    return (_bytes(columns) if len(columns) > 1 else columns[0]).view(E4M3), scale_s1
+
+
+def _forward_operand(
+    layout: Layout, weights: Sequence[Tensor], lora_b: Sequence[Tensor], features_in: int
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """(O, D + P) codes, their (1, O) scale and the balance, for y."""
+    if layout.storage != "nf4":
+        codes_op, scale_1o, balance = weights[:3]
+        return codes_op, scale_1o, balance
+    codes_od, scale_o1 = _quantize_nf4(layout, weights, features_in)
+    scale_1o = scale_o1.t().contiguous()
+    if not layout.rank:
+        return codes_od, scale_1o, 1.0
+    b_or = _diagonal(lora_b, layout) * layout.scale / scale_o1
+    balance = _balance(b_or)
+    return _beside(codes_od, b_or / balance, layout), scale_1o, balance
+
+
+def _backward_operand(
+    layout: Layout, weights: Sequence[Tensor], a_rd: Tensor | None, features_in: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | float]:
+    """(D, O + P) codes, their (1, D) scale, what dy is multiplied by, and the balance, for dx."""
+    if layout.storage == "two":
+        return weights[3], weights[4], None, 1.0
+    if layout.storage == "one":
+        codes_op, scale_1o = weights[:2]
+        codes_od = codes_op[:, : codes_op.shape[1] - layout.width]
+    else:
+        codes_od, scale_o1 = _quantize_nf4(layout, weights, features_in)
+        scale_1o = scale_o1.t()
+    # The scales lie along the dimension that is summed over now: dy takes them.
+    codes_do = codes_od.view(torch.uint8).t().contiguous().view(E4M3)
+    ones_1d = scale_1o.new_ones(1, codes_do.shape[0])
+    if a_rd is None:
+        return codes_do, ones_1d, scale_1o, 1.0
+    largest = a_rd.abs().amax().float().clamp(min=1e-30)
+    balance = torch.exp2(torch.floor(torch.log2(largest / LARGEST)))
+    return _beside(codes_do, a_rd.float().t() / balance, layout), ones_1d, scale_1o, balance
+
+
+def _quantize_nf4(
+    layout: Layout, weights: Sequence[Tensor], features_in: int
+) -> tuple[Tensor, Tensor]:
+    return quantize_rows(
+        dequantize_nf4_tensors(weights, layout.sizes, features_in, torch.bfloat16)
+    )
+
+
+def _beside(codes: Tensor, delta: Tensor, layout: Layout) -> Tensor:
+    columns = [codes, *_right(delta)]
+    if spare := layout.width - 3 * layout.rank:
+        columns.append(codes.new_zeros(codes.shape[0], spare, dtype=torch.uint8))
+    return _bytes(columns).view(E4M3)
+
+
+class _Fp8Lora(torch.autograd.Function):
+    # Tensors one by one: torch.compile follows no lists of them into a Function.
     @staticmethod
     def forward(
-        ctx: Any,
-        x_sd: Tensor,
-        a_rd: Tensor,
-        b_or: Tensor,
-        codes_op: Tensor,
-        scale_1o: Tensor,
-        codes_dp: Tensor,
-        scale_1d: Tensor,
-        balance: Tensor,
-        scale: float,
-    ) -> Tensor:
-        u_sr = x_sd @ a_rd.t()
-        wide, scale_s1 = _widen(x_sd, u_sr, balance, codes_op.shape[1] - x_sd.shape[1])
-        ctx.save_for_backward(x_sd, u_sr, a_rd, b_or, codes_dp, scale_1d)
-        ctx.scale = scale
-        return scaled_mm(wide, codes_op, scale_s1, scale_1o)
+        ctx: Any, layout: Layout, num_weights: int, x_sd: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        weights, lora_b = tensors[:num_weights], tensors[num_weights + 1 :]
+        a_rd = tensors[num_weights] if layout.rank else None
+        u_sr = x_sd @ a_rd.t() if a_rd is not None else None
+        codes_op, scale_1o, balance = _forward_operand(layout, weights, lora_b, x_sd.shape[1])
+        wide, scale_s1 = _left([x_sd], u_sr, balance, layout.width)
+        y_so = scaled_mm(wide, codes_op, scale_s1, scale_1o)
+        saved = () if a_rd is None else (x_sd, u_sr, a_rd, *lora_b)
+        ctx.save_for_backward(*weights, *saved)
+        ctx.layout, ctx.num_weights, ctx.features_in = layout, num_weights, x_sd.shape[1]
+        return tuple(y_so.split(layout.sizes, dim=1)) if len(layout.sizes) > 1 else (y_so,)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_so: Tensor) -> tuple[Tensor | None, ...]:
-        x_sd, u_sr, a_rd, b_or, codes_dp, scale_1d = ctx.saved_tensors
-        du_sr = (dy_so @ b_or) * ctx.scale
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        layout, num_weights = ctx.layout, ctx.num_weights
+        tensors = ctx.saved_tensors  # asked for once: checkpointing recomputes them on asking
+        weights, saved = tensors[:num_weights], tensors[num_weights:]
+        a_rd, du_sr, gradients = None, None, ()
+        if layout.rank:
+            x_sd, u_sr, a_rd, *lora_b = saved
+            with_delta = [dy for dy, rank in zip(dys, layout.ranks, strict=True) if rank]
+            ranks = [rank for rank in layout.ranks if rank]
+            du = [dy @ b * layout.scale for dy, b in zip(with_delta, lora_b, strict=True)]
+            du_sr = torch.cat(du, dim=1) if len(du) > 1 else du[0]
+            us = u_sr.split(ranks, dim=1)
+            db = [(dy.t() @ u) * layout.scale for dy, u in zip(with_delta, us, strict=True)]
+            gradients = (du_sr.t() @ x_sd, *db)
         dx_sd = None
-        if ctx.needs_input_grad[0]:
-            wide, scale_s1 = _widen(dy_so, du_sr, 1.0, codes_dp.shape[1] - dy_so.shape[1])
+        if ctx.needs_input_grad[2]:
+            codes_dp, scale_1d, fold_1o, balance = _backward_operand(
+                layout, weights, a_rd, ctx.features_in
+            )
+            parts = list(dys)
+            if fold_1o is not None:
+                folds = fold_1o.split(layout.sizes, dim=1)
+                parts = [dy.float() * fold for dy, fold in zip(dys, folds, strict=True)]
+            wide, scale_s1 = _left(parts, du_sr, balance, layout.width)
             dx_sd = scaled_mm(wide, codes_dp, scale_s1, scale_1d)
-        da_rd, db_or = du_sr.t() @ x_sd, (dy_so.t() @ u_sr) * ctx.scale
-        return dx_sd, da_rd, db_or, None, None, None, None, None, None
+        return None, None, dx_sd, *(None for _ in weights), *gradients
 
 
-def fp8_lora_linear(
-    x_d: Tensor, weight: Fp8Weight, lora_a_rd: Tensor, lora_b_or: Tensor, scale: float
-) -> Tensor:
-    """y = W x + scale * B A x for a frozen W in e4m3, whose delta `write_delta` has written.
+def fp8_lora(
+    x_d: Tensor,
+    layout: Layout,
+    weights: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """y_i = W_i x + scale * B_i A_i x of each layer, for frozen W in e4m3 or NF4.
 
-    x_d (..., D) and the result (..., O) are bf16; A (R, D) and B (O, R) get gradients in their own
-    dtype. Their values serve the gradients only: y takes B from `weight`.
+    x_d (..., D) and the results (..., O_i) are bf16. A (R_i, D) and B (O_i, R_i) are those of the
+    layers that have a delta, and get gradients in their own dtype. `weights` are those of
+    `Fp8Weight.tensors` (then `write_delta` must have been told of A and B: their values here serve
+    the gradients only), or for storage "nf4" those of `quantized.nf4_tensors`.
     """
-    apply: Callable[..., Tensor] = _Fp8LoraLinear.apply
-    y_so = apply(
-        x_d.reshape(-1, x_d.shape[-1]),
-        lora_a_rd.to(x_d.dtype),
-        lora_b_or.to(x_d.dtype),
-        weight.codes_op,
-        weight.scale_1o,
-        weight.codes_dp,
-        weight.scale_1d,
-        weight.balance,
-        scale,
-    )
-    return y_so.view(*x_d.shape[:-1], -1)
+    apply: Callable[..., tuple[Tensor, ...]] = _Fp8Lora.apply
+    a_rd = [torch.cat([a.to(x_d.dtype) for a in lora_a])] if lora_a else []
+    b_or = [b.to(x_d.dtype) for b in lora_b]
+    parts = apply(layout, len(weights), x_d.reshape(-1, x_d.shape[-1]), *weights, *a_rd, *b_or)
+    return tuple(part.view(*x_d.shape[:-1], -1) for part in parts)

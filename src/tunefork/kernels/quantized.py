@@ -6,6 +6,7 @@ one message about it is dropped.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,13 @@ try:
 finally:
     _logger.removeFilter(_is_wanted)
 
-__all__ = ["AdamW8bit", "dequantize_nf4", "quantize_nf4"]
+__all__ = [
+    "AdamW8bit",
+    "dequantize_nf4",
+    "dequantize_nf4_tensors",
+    "nf4_tensors",
+    "quantize_nf4",
+]
 
 
 def quantize_nf4(weight: Tensor) -> tuple[Tensor, Any]:
@@ -46,5 +53,29 @@ def quantize_nf4(weight: Tensor) -> tuple[Tensor, Any]:
 
 def dequantize_nf4(codes: Tensor, state: Any) -> Tensor:
     """The weight in the shape and dtype that it was quantised from."""
-    weight: Tensor = bitsandbytes.functional.dequantize_4bit(codes, state)
-    return weight
+    rows, columns = state.shape
+    return dequantize_nf4_tensors(nf4_tensors(codes, state), [rows], columns, state.dtype)
+
+
+def nf4_tensors(codes: Tensor, state: Any) -> tuple[Tensor, ...]:
+    """What `dequantize_nf4_tensors` needs of a weight from `quantize_nf4`, as plain tensors.
+
+    torch.compile follows tensors into a compiled graph, not a state object.
+    """
+    second = state.state2
+    return codes, state.absmax, second.absmax, second.code, state.offset.to(codes.device)
+
+
+def dequantize_nf4_tensors(
+    tensors: Sequence[Tensor], sizes: Sequence[int], features_in: int, dtype: torch.dtype
+) -> Tensor:
+    """Weights (O_i, D) one below the other, from the `nf4_tensors` of each, one after the other."""
+    ops, weights = torch.ops.bitsandbytes, []
+    for index, size in enumerate(sizes):
+        codes, absmax, absmax2, code, offset = tensors[5 * index : 5 * index + 5]
+        scales = ops.dequantize_blockwise(absmax, absmax2, code, 256, torch.float32) + offset
+        # As one row: blocks run on from row to row, which the CPU kernel of bitsandbytes 0.50 heeds
+        # only where rows are multiples of a block.
+        flat = ops.dequantize_4bit(codes, scales, 64, "nf4", (1, size * features_in), dtype)
+        weights.append(flat.view(size, features_in))
+    return torch.cat(weights) if len(weights) > 1 else weights[0]

@@ -1,9 +1,9 @@
-"""LoRA layers that read the same input, fused into one product over an FP8 base.
+"""Linear layers that read the same input, fused into one product over a frozen FP8 or NF4 base.
 
 q, k and v of an attention block see one input, gate and up of an MLP another. Together they share
 its quantisation and one GEMM, which is large where k's and v's alone would be small. Which layers
-those are is not read from a list of names: a few tokens go through the model, and layers that are
-given the very same tensor one after the other belong together.
+those are is not read from a list of names: a few tokens go through a twin of the model on the meta
+device, and layers that are given the very same tensor one after the other belong together.
 
 The layers stay where they are in the model, with their A and B: saving, resuming and the optimiser
 do not know of this. Only their forward pass and the storage of their frozen weights change.
@@ -20,28 +20,40 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunefork.kernels import fp8
-from tunefork.model.linear import Fp8Linear, LoraLinear
+from tunefork.kernels.quantized import dequantize_nf4_tensors, nf4_tensors
+from tunefork.model.linear import LoraLinear, Nf4Linear
 
 
-class Fp8Group(nn.Module):
-    """LoRA layers with one input: a frozen (O, D) weight in e4m3 for all of them."""
+class FusedGroup(nn.Module):
+    """Linear layers with one input: a frozen (O, D) weight for all of them, and their deltas.
 
-    def __init__(self, members: Sequence[LoraLinear]) -> None:
+    The group is no module of the model; its members call it.
+    """
+
+    def __init__(
+        self, members: Sequence[nn.Module], storage: fp8.Storage, device: torch.device
+    ) -> None:
         super().__init__()
-        first = members[0]
-        weight_od = torch.cat([member.materialize() for member in members])
-        rank = sum(member.lora_a.shape[0] for member in members)
-        self.weight = fp8.quantize_weight(weight_od, rank=rank)
-        self.members = list(members)  # a list: they are modules of the model, not of this one
-        self.sizes = [member.base.out_features for member in members]
-        self.scale = first.scale
+        bases = [member.base if isinstance(member, LoraLinear) else member for member in members]
+        # With dropout a delta's input is not the base's, so it stays a product of its own.
+        self.deltas = [m for m in members if isinstance(m, LoraLinear) and m.dropout == 0.0]
+        self.features_in: int = bases[0].in_features
+        self.layout = fp8.Layout(
+            storage,
+            tuple(base.out_features for base in bases),
+            tuple(m.lora_a.shape[0] if m in self.deltas else 0 for m in members),
+            self.deltas[0].scale if self.deltas else 1.0,
+        )
+        self.fp8: fp8.Fp8Weight | None = None
+        if storage == "nf4":
+            self.weights = tuple(t for base in bases for t in nf4_tensors(base.codes, base.state))
+        else:
+            self.fp8 = fp8.quantize_weight(
+                [base.weight.detach().to(device) for base in bases], self.layout
+            )
+            self.weights = self.fp8.tensors()
         self.input: Tensor | None = None
         self.outputs: tuple[Tensor, ...] = ()
-
-    def bank(self) -> tuple[Tensor, Tensor]:
-        """A (R, D) of all members one below the other, and their B (O, R) as a block diagonal."""
-        a_rd = torch.cat([member.lora_a for member in self.members])
-        return a_rd, torch.block_diag(*[member.lora_b for member in self.members])
 
     def output(self, index: int, x_d: Tensor) -> Tensor:
         """Member `index`'s y for `x_d`; the first member computes everyone's."""
@@ -50,63 +62,126 @@ class Fp8Group(nn.Module):
         elif self.input is not x_d:
             raise RuntimeError("a fused layer was given another input than its group")
         y_o = self.outputs[index]
-        if index == len(self.members) - 1:  # kept no longer than needed
+        if index == len(self.layout.sizes) - 1:  # kept no longer than needed
             self.input, self.outputs = None, ()
         return y_o
 
     def forward(self, x_d: Tensor) -> tuple[Tensor, ...]:
-        """(..., D) in bf16 -> each member's (..., O_i)."""
-        y_o = fp8.fp8_lora_linear(x_d, self.weight, *self.bank(), self.scale)
-        return tuple(
-            part if member.base.bias is None else part + member.base.bias
-            for part, member in zip(y_o.split(self.sizes, dim=-1), self.members, strict=True)
-        )
+        """(..., D) in bf16 -> each member's (..., O_i), without its bias."""
+        lora_a = [member.lora_a for member in self.deltas]
+        lora_b = [member.lora_b for member in self.deltas]
+        return fp8.fp8_lora(x_d, self.layout, self.weights, lora_a, lora_b)
+
+    def write_delta(self) -> None:
+        """Take over A and B as they are now; due before a forward pass after a change of theirs."""
+        if self.fp8 is not None and self.deltas:
+            lora_a = [member.lora_a for member in self.deltas]
+            fp8.write_delta(self.fp8, lora_a, [m.lora_b for m in self.deltas], self.layout)
 
     @torch.no_grad()
-    def write_delta(self) -> None:
-        """Take over A and B as they are now; due after every change of theirs."""
-        fp8.write_delta(self.weight, *self.bank(), self.scale)
+    def materialize(self, index: int) -> Tensor:
+        """Member `index`'s frozen weight, (O_i, D), in bf16."""
+        start = sum(self.layout.sizes[:index])
+        rows = slice(start, start + self.layout.sizes[index])
+        if self.fp8 is not None:
+            codes_od = self.fp8.codes_op[rows, : self.features_in]
+            return (codes_od.float() * self.fp8.scale_1o.t()[rows]).bfloat16()
+        own = self.weights[5 * index : 5 * index + 5]
+        sizes = self.layout.sizes[index : index + 1]
+        return dequantize_nf4_tensors(own, sizes, self.features_in, torch.bfloat16)
 
 
-def fuse_fp8(model: PreTrainedModel) -> list[Fp8Group]:
-    """Move the frozen weights under `model`'s LoRA layers into FP8 groups, in place."""
+class FusedLinear(nn.Module):
+    """A frozen layer of a group: one without a delta, or the base of one that has one."""
+
+    def __init__(
+        self, group: FusedGroup, index: int, bias: nn.Parameter | None
+    ) -> None:
+        super().__init__()
+        object.__setattr__(self, "group", group)  # no submodule: it is everyone's
+        self.group: FusedGroup
+        self.index, self.bias = index, bias
+        self.in_features = group.features_in
+        self.out_features = group.layout.sizes[index]
+
+    def materialize(self) -> Tensor:
+        """The weight, (O, D), in bf16."""
+        return self.group.materialize(self.index)
+
+    def forward(self, x_d: Tensor) -> Tensor:
+        """(..., D) -> (..., O), with the delta where there is one."""
+        y_o = self.group.output(self.index, x_d)
+        return y_o if self.bias is None else y_o + self.bias
+
+
+def fuse(model: PreTrainedModel, storage: fp8.Storage, device: torch.device) -> list[FusedGroup]:
+    """Move the frozen weights of `model`'s linear layers, but the head's, into groups on `device`.
+
+    In place, group by group, so that a model in host memory never takes more of a GPU than one of
+    its groups does beside the quantised rest. Layers that are trained whole stay as they are.
+    """
     groups = []
-    for members in find_groups(model):
-        group = Fp8Group(members)
-        for index, member in enumerate(members):
-            base = member.base
-            start = sum(group.sizes[:index])
-            rows = slice(start, start + group.sizes[index])
-            member.base = Fp8Linear(group.weight, rows, base.bias)
-            member.fused = partial(group.output, index)
-        group.write_delta()
+    for paths in find_groups(model):
+        members = [model.get_submodule(path) for path in paths]
+        group = FusedGroup(members, storage, device)
+        for index, (path, member) in enumerate(zip(paths, members, strict=True)):
+            if isinstance(member, LoraLinear):
+                member.base = FusedLinear(group, index, member.base.bias)
+                member.base_adds_delta = member in group.deltas
+            else:
+                parent, _, name = path.rpartition(".")
+                fused = FusedLinear(group, index, member.bias)
+                setattr(model.get_submodule(parent), name, fused)
         groups.append(group)
+    model.to(device)
     return groups
+
+
+def find_groups(model: PreTrainedModel) -> list[list[str]]:
+    """Paths of frozen linear layers that are given the very same input one after the other."""
+    paths = _frozen_linear_paths(model)
+    seen = _inputs(model, set(paths))
+    if sorted(path for path, _ in seen) != sorted(paths):
+        # Not each once, in one pass: a layer used twice, or only for some tokens.
+        return [[path] for path in paths]
+    groups: list[list[str]] = []
+    last: Tensor | None = None
+    for path, given in seen:
+        if given is last:
+            groups[-1].append(path)
+        else:
+            groups.append([path])
+        last = given
+    return groups
+
+
+def _frozen_linear_paths(model: PreTrainedModel) -> list[str]:
+    """Of layers with a delta, and of those without one that are not trained; not the head's."""
+    paths, within = [], tuple[str, ...]()
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            within += (path + ".base",)
+        is_frozen = isinstance(module, nn.Linear) and not module.weight.requires_grad
+        is_head = module is model.get_output_embeddings()
+        if isinstance(module, LoraLinear | Nf4Linear) or (is_frozen and not is_head):
+            paths.append(path)
+    return [path for path in paths if path not in within]
 
 
 @torch.no_grad()
-def find_groups(model: PreTrainedModel) -> list[list[LoraLinear]]:
-    """Runs of LoRA layers that are given the very same input, in the order of the forward pass."""
-    seen: list[tuple[Tensor, LoraLinear]] = []
+def _inputs(model: PreTrainedModel, paths: set[str]) -> list[tuple[str, Tensor]]:
+    """Each layer of `paths` and what it is given, in the order of a forward pass."""
+    with torch.device("meta"):
+        twin = type(model)(model.config).eval()
+    seen: list[tuple[str, Tensor]] = []
 
-    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        assert isinstance(module, LoraLinear)
-        seen.append((inputs[0], module))
+    def note(path: str, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen.append((path, inputs[0]))
 
-    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
-    handles = [layer.register_forward_pre_hook(note) for layer in layers]
-    try:
-        ids = torch.arange(4, device=model.device)[None]
-        model(input_ids=ids, position_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    groups: list[list[LoraLinear]] = []
-    last: Tensor | None = None
-    for given, layer in seen:
-        if given is last:
-            groups[-1].append(layer)
-        else:
-            groups.append([layer])
-        last = given
-    return groups
+    for path in paths:
+        twin.get_submodule(path).register_forward_pre_hook(partial(note, path))
+    ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
+    # A ready mask: making one asks for values, and there are none here.
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool, device="meta")
+    twin(input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False)
+    return seen

@@ -8,13 +8,11 @@ Shape legend: D features in, O features out, R rank.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunefork.kernels import fp8
 from tunefork.kernels.lora import frozen_linear, lora_linear
 from tunefork.kernels.quantized import dequantize_nf4, quantize_nf4
 
@@ -43,25 +41,6 @@ class Nf4Linear(nn.Module):
         return frozen_linear(x_d, self.materialize, self.bias)
 
 
-class Fp8Linear(nn.Module):
-    """Rows of a frozen weight in e4m3 (`kernels/fp8.py`), for who asks for one layer's weight."""
-
-    def __init__(self, weight: fp8.Fp8Weight, rows: slice, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight, self.rows, self.bias = weight, rows, bias
-        self.in_features = weight.shape[1]
-        self.out_features = rows.stop - rows.start
-
-    def materialize(self) -> Tensor:
-        """The weight, (O, D), in bf16."""
-        codes_od = self.weight.codes_op[self.rows, : self.in_features]
-        return (codes_od.float() * self.weight.scale_1o.t()[self.rows]).bfloat16()
-
-    def forward(self, x_d: Tensor) -> Tensor:
-        """(..., D) -> (..., O), differentiable in x_d only."""
-        return frozen_linear(x_d, self.materialize, self.bias)
-
-
 class LoraLinear(nn.Module):
     """y = W x + bias + scale * B A dropout(x): W frozen, A (R, D) and B (O, R) trained in fp32.
 
@@ -79,11 +58,11 @@ class LoraLinear(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.base: nn.Linear | Nf4Linear | Fp8Linear = base
+        self.base: nn.Module = base
         self.scale, self.dropout = scale, dropout
-        self.fused: Callable[[Tensor], Tensor] | None = None
-        """Computes y in this layer's stead, together with its neighbours (`model/fused.py`)."""
-        device = base.weight.device if isinstance(base, nn.Linear) else base.codes.device
+        self.base_adds_delta = False
+        """The base is a layer of a fused group (`model/fused.py`), which computes the delta too."""
+        device = base.codes.device if isinstance(base, Nf4Linear) else base.weight.device
         bound = 1 / math.sqrt(base.in_features)
         # Drawn on the CPU, so that a seed gives the same adapter on every device.
         a_rd = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
@@ -92,7 +71,10 @@ class LoraLinear(nn.Module):
 
     def materialize(self) -> Tensor:
         """The base's weight, (O, D), without the delta."""
-        return self.base.weight if isinstance(self.base, nn.Linear) else self.base.materialize()
+        weight: Tensor = (
+            self.base.weight if isinstance(self.base, nn.Linear) else self.base.materialize()
+        )
+        return weight
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -101,11 +83,12 @@ class LoraLinear(nn.Module):
 
     def forward(self, x_d: Tensor) -> Tensor:
         """(..., D) -> (..., O) in x_d's dtype."""
-        if self.fused is not None:
-            return self.fused(x_d)
-        if self.dropout > 0.0 and self.training:
+        if self.base_adds_delta:
+            y_d: Tensor = self.base(x_d)
+            return y_d
+        if self.dropout > 0.0 and (self.training or not isinstance(self.base, nn.Linear | Nf4Linear)):
             # The delta's input differs from the base's, so the two products share nothing.
-            dropped_d = F.dropout(x_d, self.dropout)
+            dropped_d = F.dropout(x_d, self.dropout, self.training)
             delta = F.linear(
                 F.linear(dropped_d, self.lora_a.to(x_d.dtype)), self.lora_b.to(x_d.dtype)
             )
