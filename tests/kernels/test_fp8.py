@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from tunefork.kernels import fp8, reference
+from tunefork.kernels.layout import Layout, Storage
 from tunefork.kernels.quantized import dequantize_nf4, nf4_tensors, quantize_nf4
 
 
@@ -28,9 +29,9 @@ def _error(actual: Tensor, truth: Tensor) -> float:
 
 
 def _stored(
-    storage: fp8.Storage, weight: Tensor, a: Tensor, b: Tensor, scale: float
+    storage: Storage, weight: Tensor, a: Tensor, b: Tensor, scale: float
 ) -> tuple[fp8.Layout, tuple[Tensor, ...]]:
-    layout = fp8.Layout(storage, (weight.shape[0],), (a.shape[0],), scale)
+    layout = Layout(storage, "fp8", (weight.shape[0],), (a.shape[0],), scale)
     if storage == "nf4":
         return layout, nf4_tensors(*quantize_nf4(weight))
     quantized = fp8.quantize_weight([weight], layout)
@@ -38,12 +39,12 @@ def _stored(
     return layout, quantized.tensors()
 
 
-@pytest.mark.parametrize("storage", ["two", "one", "nf4"])
+@pytest.mark.parametrize("storage", ["fp8_twice", "fp8", "nf4"])
 @pytest.mark.parametrize(
     ("tokens", "d", "o", "r"), [(33, 64, 96, 4), (1, 128, 64, 1), (70, 96, 32, 16)]
 )
 def test_values_and_gradients_are_within_e4m3s_rounding(
-    storage: fp8.Storage, tokens: int, d: int, o: int, r: int
+    storage: Storage, tokens: int, d: int, o: int, r: int
 ) -> None:
     operands = _operands(tokens, d, o, r)
     x, weight, a, b = operands.values()
@@ -72,7 +73,7 @@ def test_the_delta_keeps_about_bf16s_precision_at_every_size(size: float) -> Non
     operands = _operands(64, 128, 96, 8)
     x, weight, a, b = operands.values()
     b = b.detach() * (size / 1e-2)
-    layout = fp8.Layout("two", (96,), (8,), 2.0)
+    layout = Layout("fp8_twice", "fp8", (96,), (8,), 2.0)
     quantized = fp8.quantize_weight([weight], layout)
     fp8.write_delta(quantized, [a], [b], layout)
     # What a delta adds to the product, seen in fp32, for the product's bf16 result hides it.
@@ -88,7 +89,7 @@ def test_the_delta_keeps_about_bf16s_precision_at_every_size(size: float) -> Non
 def test_one_rows_outlier_leaves_the_others_alone() -> None:
     operands = _operands(8, 64, 32, 4)
     x, weight, a, b = operands.values()
-    layout, weights = _stored("two", weight, a, b, 1.0)
+    layout, weights = _stored("fp8_twice", weight, a, b, 1.0)
     [before] = fp8.fp8_lora(x, layout, weights, [a], [b])
     spoilt = x.detach().clone()
     spoilt[3] = float("nan")

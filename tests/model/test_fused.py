@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from tests.tiny import tiny_model
-from tunefork.kernels import fp8
+from tunefork.kernels.layout import Storage
 from tunefork.model.build import build
 from tunefork.model.fused import find_groups, fuse
 from tunefork.model.linear import LoraLinear
@@ -39,16 +39,16 @@ def test_layers_with_one_input_are_found_without_their_names() -> None:
     assert found == block * 2
 
 
-@pytest.mark.parametrize("storage", ["two", "one", "nf4"])
+@pytest.mark.parametrize("storage", ["fp8_twice", "fp8", "nf4"])
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "up_proj")])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_loss_and_gradients_point_where_the_plain_layers_do(
-    storage: fp8.Storage, targets: str | tuple[str, ...], dropout: float
+    storage: Storage, targets: str | tuple[str, ...], dropout: float
 ) -> None:
     method = Method.QLORA if storage == "nf4" else Method.LORA
     lora = LoraSection(rank=4, targets=targets, dropout=dropout)
     plain, fused = _trained(lora, method), _trained(lora, method)
-    groups = fuse(fused, storage, torch.device("cpu"))
+    groups = fuse(fused, storage, "fp8", torch.device("cpu"))
     for group in groups:
         group.write_delta()
     plain.eval()
@@ -69,7 +69,7 @@ def test_loss_and_gradients_point_where_the_plain_layers_do(
 
 def test_a_written_delta_is_heeded() -> None:
     model = _trained()
-    groups = fuse(model, "two", torch.device("cpu"))
+    groups = fuse(model, "fp8_twice", "fp8", torch.device("cpu"))
     for group in groups:
         group.write_delta()
     before = model(input_ids=IDS).logits

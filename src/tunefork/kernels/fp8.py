@@ -3,8 +3,8 @@
 Weights are e4m3 with one scale an output row (Micikevicius et al. 2022,
 https://arxiv.org/abs/2209.05433); activations and their gradients are quantised row by row on the
 way, so a product is `codes_x @ codes_w^T * scale_x * scale_w`, which a Hopper GPU does at twice
-bf16's rate. The input's gradient needs the weight transposed, which is kept as a second copy
-("two") or made on the way ("one"); an NF4 base ("nf4") is turned into e4m3 each time.
+bf16's rate. The input's gradient needs the weight transposed, which is kept as a second copy or made on
+the way; an NF4 base is turned into e4m3 each time.
 
 The delta rides along. Adding `scale * (x A^T) B^T` to y afterwards reads and writes y once more,
 which for 8B-sized layers costs as much as a quarter of the product itself. Instead the operands are
@@ -22,13 +22,14 @@ of the widened part.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tunefork.kernels.compiled import compiled_on_cuda
+from tunefork.kernels.layout import Layout
 from tunefork.kernels.quantized import dequantize_nf4_tensors
 
 E4M3 = torch.float8_e4m3fn
@@ -38,37 +39,6 @@ LARGEST = 448.0
 _LOW = 16.0
 """The low part is kept times this, so that it lies where e4m3 has all its bits: high's rounding
 error is at most 2**-4 of high."""
-
-_STEP = 64
-"""The widened part is filled up to a multiple of this. A GEMM on Hopper takes the inner dimension
-in such pieces, and is slower than without the part where it ends inside one (measured on an H200:
-K + 48 costs 13 to 29 %, K + 64 at most 5 %)."""
-
-Storage = Literal["two", "one", "nf4"]
-"""How the frozen weight is kept: e4m3 in both directions, e4m3 once, 4-bit NormalFloat."""
-
-
-class Layout(NamedTuple):
-    """How the layers of one product lie beside each other."""
-
-    storage: Storage
-    sizes: tuple[int, ...]
-    """Features out of each layer."""
-    ranks: tuple[int, ...]
-    """Of each layer's delta; 0 for none."""
-    scale: float
-    """Of the deltas."""
-
-    @property
-    def rank(self) -> int:
-        """R"""
-        return sum(self.ranks)
-
-    @property
-    def width(self) -> int:
-        """P"""
-        return -(-3 * self.rank // _STEP) * _STEP
-
 
 def quantize_rows(x_sd: Tensor) -> tuple[Tensor, Tensor]:
     """Codes (S, D) in e4m3 and scales (S, 1) in fp32, with codes * scale close to `x_sd`.
@@ -136,7 +106,7 @@ def quantize_weight(weights: Sequence[Tensor], layout: Layout) -> Fp8Weight:
 
     codes_op, scale_1o = widened(weights)
     balance = torch.ones((), device=codes_op.device)
-    if layout.storage == "one":
+    if layout.storage == "fp8":
         return Fp8Weight(codes_op, scale_1o, balance, None, None)
     codes_dp, scale_1d = widened([torch.cat([w.t() for w in weights], dim=1)])
     return Fp8Weight(codes_op, scale_1o, balance, codes_dp, scale_1d)
@@ -257,9 +227,9 @@ def _backward_operand(
     layout: Layout, weights: Sequence[Tensor], a_rd: Tensor | None, features_in: int
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | float]:
     """(D, O + P) codes, their (1, D) scale, what dy is multiplied by, and the balance, for dx."""
-    if layout.storage == "two":
+    if layout.storage == "fp8_twice":
         return weights[3], weights[4], None, 1.0
-    if layout.storage == "one":
+    if layout.storage == "fp8":
         codes_op, scale_1o = weights[:2]
         codes_od = codes_op[:, : codes_op.shape[1] - layout.width]
     else:

@@ -1,4 +1,4 @@
-"""Linear layers that read the same input, fused into one product over a frozen FP8 or NF4 base.
+"""Linear layers that read the same input, fused into one product over a frozen base.
 
 q, k and v of an attention block see one input, gate and up of an MLP another. Together they share
 its quantisation and one GEMM, which is large where k's and v's alone would be small. Which layers
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunefork.kernels import fp8
+from tunefork.kernels.layout import Layout, Products, Storage
+from tunefork.kernels.lora_group import lora_group
 from tunefork.kernels.quantized import dequantize_nf4_tensors, nf4_tensors
 from tunefork.model.linear import LoraLinear, Nf4Linear
 
@@ -31,15 +33,20 @@ class FusedGroup(nn.Module):
     """
 
     def __init__(
-        self, members: Sequence[nn.Module], storage: fp8.Storage, device: torch.device
+        self,
+        members: Sequence[nn.Module],
+        storage: Storage,
+        products: Products,
+        device: torch.device,
     ) -> None:
         super().__init__()
         bases = [member.base if isinstance(member, LoraLinear) else member for member in members]
         # With dropout a delta's input is not the base's, so it stays a product of its own.
         self.deltas = [m for m in members if isinstance(m, LoraLinear) and m.dropout == 0.0]
         self.features_in: int = bases[0].in_features
-        self.layout = fp8.Layout(
+        self.layout = Layout(
             storage,
+            products,
             tuple(base.out_features for base in bases),
             tuple(m.lora_a.shape[0] if m in self.deltas else 0 for m in members),
             self.deltas[0].scale if self.deltas else 1.0,
@@ -48,10 +55,12 @@ class FusedGroup(nn.Module):
         if storage == "nf4":
             self.weights = tuple(t for base in bases for t in nf4_tensors(base.codes, base.state))
         else:
-            self.fp8 = fp8.quantize_weight(
-                [base.weight.detach().to(device) for base in bases], self.layout
-            )
-            self.weights = self.fp8.tensors()
+            weights = [base.weight.detach().to(device) for base in bases]
+            if storage == "bf16":
+                self.weights = (torch.cat(weights),)
+            else:
+                self.fp8 = fp8.quantize_weight(weights, self.layout)
+                self.weights = self.fp8.tensors()
         self.input: Tensor | None = None
         self.outputs: tuple[Tensor, ...] = ()
 
@@ -70,7 +79,8 @@ class FusedGroup(nn.Module):
         """(..., D) in bf16 -> each member's (..., O_i), without its bias."""
         lora_a = [member.lora_a for member in self.deltas]
         lora_b = [member.lora_b for member in self.deltas]
-        return fp8.fp8_lora(x_d, self.layout, self.weights, lora_a, lora_b)
+        product = fp8.fp8_lora if self.layout.products == "fp8" else lora_group
+        return product(x_d, self.layout, self.weights, lora_a, lora_b)
 
     def write_delta(self) -> None:
         """Take over A and B as they are now; due before a forward pass after a change of theirs."""
@@ -81,8 +91,9 @@ class FusedGroup(nn.Module):
     @torch.no_grad()
     def materialize(self, index: int) -> Tensor:
         """Member `index`'s frozen weight, (O_i, D), in bf16."""
-        start = sum(self.layout.sizes[:index])
-        rows = slice(start, start + self.layout.sizes[index])
+        rows = slice(*self.layout.bounds[index])
+        if self.layout.storage == "bf16":
+            return self.weights[0][rows]
         if self.fp8 is not None:
             codes_od = self.fp8.codes_op[rows, : self.features_in]
             return (codes_od.float() * self.fp8.scale_1o.t()[rows]).bfloat16()
@@ -114,7 +125,9 @@ class FusedLinear(nn.Module):
         return y_o if self.bias is None else y_o + self.bias
 
 
-def fuse(model: PreTrainedModel, storage: fp8.Storage, device: torch.device) -> list[FusedGroup]:
+def fuse(
+    model: PreTrainedModel, storage: Storage, products: Products, device: torch.device
+) -> list[FusedGroup]:
     """Move the frozen weights of `model`'s linear layers, but the head's, into groups on `device`.
 
     In place, group by group, so that a model in host memory never takes more of a GPU than one of
@@ -123,7 +136,7 @@ def fuse(model: PreTrainedModel, storage: fp8.Storage, device: torch.device) -> 
     groups = []
     for paths in find_groups(model):
         members = [model.get_submodule(path) for path in paths]
-        group = FusedGroup(members, storage, device)
+        group = FusedGroup(members, storage, products, device)
         for index, (path, member) in enumerate(zip(paths, members, strict=True)):
             if isinstance(member, LoraLinear):
                 member.base = FusedLinear(group, index, member.base.bias)

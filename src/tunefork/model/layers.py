@@ -4,14 +4,17 @@ Every layer of a model runs the same compiled code with its own weights, so a mo
 compiled once. Only passes that will be differentiated go through it: evaluation and generation have
 other shapes, and take the layers as written.
 
-Checkpointing keeps a layer's input alone and runs the layer again in the backward pass (Chen et al.
-2016, https://arxiv.org/abs/1604.06174). Within compiled code the compiler sees both runs and leaves
-out of the second what no gradient needs, such as the MLP's last product.
+    none        every activation that a gradient needs is kept
+    selective   compiled only: what is quickly made again is made again (norms, activation functions,
+                attention's forward pass), the results of the large products are kept
+    full        a layer's input alone is kept, and the layer runs again in the backward pass (Chen
+                et al. 2016, https://arxiv.org/abs/1604.06174)
+    offload     full, and the inputs wait in host memory (`model/offload.py`)
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-Checkpointing = Literal["none", "full"]
+from tunefork.model.offload import Shelf, offloaded
+from tunefork.recipe import Checkpointing
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -28,31 +32,52 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def prepare_layers(
-    model: PreTrainedModel, checkpointing: Checkpointing, *, compiles: bool, dynamic: bool | None
+    model: PreTrainedModel,
+    checkpointing: Checkpointing,
+    *,
+    compiles: bool,
+    dynamic: bool | None = None,
 ) -> None:
     """Have `model`'s layers run so while they are trained, in place.
 
     `dynamic` is torch.compile's: whether one compiled form serves every number of tokens.
     """
-    run = _checkpointed if checkpointing == "full" else _plain
+    draws = _draws(model)
+    run: Callable[..., Any] = _as_written
+    if checkpointing == "selective":
+        run = partial(_checkpointed, _as_written, draws)
     if compiles:
         # A fused group remembers its outputs until its last member has asked for them, within one
         # run of the layer: nothing that the second run would have to do again.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         run = torch.compile(run, dynamic=dynamic)
+    if checkpointing == "full":
+        run = partial(_checkpointed, run, draws)
+    if checkpointing == "offload":
+        run = partial(offloaded, run, Shelf(), draws)
     for layer in decoder_layers(model):
         layer.forward = partial(_forward, run, layer)  # type: ignore[method-assign]
+
+
+def _draws(model: PreTrainedModel) -> bool:
+    """Whether a layer draws random numbers, which a second run has to draw again."""
+    own = any(getattr(module, "dropout", 0.0) for module in model.modules())
+    return own or any(isinstance(m, nn.Dropout) and m.p > 0.0 for m in model.modules())
 
 
 def _forward(run: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if layer.training and torch.is_grad_enabled():
         return run(layer, *args, **kwargs)
+    return _as_written(layer, *args, **kwargs)
+
+
+def _as_written(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(layer).forward(layer, *args, **kwargs)
 
 
-def _plain(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return type(layer).forward(layer, *args, **kwargs)
-
-
-def _checkpointed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(_plain, layer, *args, use_reentrant=False, **kwargs)
+def _checkpointed(
+    run: Callable[..., Any], draws: bool, layer: nn.Module, *args: Any, **kwargs: Any
+) -> Any:
+    return checkpoint(
+        run, layer, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs
+    )

@@ -1,0 +1,48 @@
+"""How linear layers that read the same input lie in one product.
+
+q, k and v read one input, gate and up another: their weights stand one below the other, their A
+matrices too, and each has a B of its own.
+
+Shape legend: O features out (of all layers), R rank (their sum), P columns of the widened part.
+"""
+
+from typing import Literal, NamedTuple
+
+Storage = Literal["bf16", "fp8_twice", "fp8", "nf4"]
+"""How the frozen weight is kept: bf16, e4m3 in both directions, e4m3 once, 4-bit NormalFloat."""
+Products = Literal["bf16", "fp8"]
+"""What is multiplied: bf16, or e4m3 with bf16 results."""
+
+_STEP = 64
+"""The widened part is filled up to a multiple of this. A GEMM on Hopper takes the inner dimension
+in such pieces, and is slower than without the part where it ends inside one (measured on an H200:
+K + 48 costs 13 to 29 %, K + 64 at most 5 %)."""
+
+
+class Layout(NamedTuple):
+    """The layers of one product. A tuple, so that torch.compile takes it for a constant."""
+
+    storage: Storage
+    products: Products
+    sizes: tuple[int, ...]
+    """Features out of each layer."""
+    ranks: tuple[int, ...]
+    """Of each layer's delta; 0 for none."""
+    scale: float
+    """Of the deltas."""
+
+    @property
+    def rank(self) -> int:
+        """R"""
+        return sum(self.ranks)
+
+    @property
+    def width(self) -> int:
+        """P, the columns by which an FP8 product is widened for the delta (`kernels/fp8.py`)."""
+        return -(-3 * self.rank // _STEP) * _STEP
+
+    @property
+    def bounds(self) -> list[tuple[int, int]]:
+        """First and last row (exclusive) of each layer among the O."""
+        ends = [sum(self.sizes[: i + 1]) for i in range(len(self.sizes))]
+        return [(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]

@@ -1,0 +1,102 @@
+"""Several LoRA linear layers with one input over a frozen bf16 or NF4 base, as one function.
+
+What `kernels/lora.py` is for one layer, for layers that share their input: one product for their
+weights, one for their A. Made to be compiled, so it takes tensors only, and adds the deltas through
+an operator that says what it changes: torch.compile (2.11) loses gradients where a Function changes
+a tensor of its own in place otherwise.
+
+Shape legend as in `layout.py`; S tokens, D features in.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tunefork.kernels.layout import Layout
+from tunefork.kernels.quantized import dequantize_nf4_tensors
+
+
+@torch.library.custom_op("tunefork::add_product_", mutates_args=("y_mn",))
+def _add_product(y_mn: Tensor, a_mk: Tensor, b_kn: Tensor, scale: float) -> None:
+    """y += scale * a @ b"""
+    y_mn.addmm_(a_mk, b_kn, alpha=scale)
+
+
+def _dense(layout: Layout, weights: Sequence[Tensor], features_in: int, dtype: Any) -> Tensor:
+    if layout.storage == "nf4":
+        return dequantize_nf4_tensors(weights, layout.sizes, features_in, dtype)
+    return weights[0]
+
+
+class _LoraGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, layout: Layout, num_weights: int, x_sd: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        weights, lora_b = tensors[:num_weights], list(tensors[num_weights + 1 :])
+        weight_od = _dense(layout, weights, x_sd.shape[1], x_sd.dtype)
+        y_so = x_sd @ weight_od.t()
+        saved: tuple[Tensor, ...] = ()
+        if layout.rank:
+            a_rd = tensors[num_weights]
+            u_sr = x_sd @ a_rd.t()
+            start = 0
+            for (first, last), rank in zip(layout.bounds, layout.ranks, strict=True):
+                if rank:
+                    b_or = lora_b.pop(0)
+                    u = u_sr[:, start : start + rank]
+                    _add_product(y_so[:, first:last], u, b_or.t(), layout.scale)
+                start += rank
+            saved = (x_sd, u_sr, *tensors[num_weights:])
+        ctx.save_for_backward(*weights, *saved)
+        ctx.layout, ctx.num_weights, ctx.features_in = layout, num_weights, x_sd.shape[1]
+        return tuple(y_so.split(layout.sizes, dim=1)) if len(layout.sizes) > 1 else (y_so,)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        layout, num_weights = ctx.layout, ctx.num_weights
+        tensors = ctx.saved_tensors  # asked for once: checkpointing recomputes them on asking
+        weights, saved = tensors[:num_weights], tensors[num_weights:]
+        gradients: tuple[Tensor, ...] = ()
+        if layout.rank:
+            x_sd, u_sr, a_rd, *lora_b = saved
+            with_delta = [dy for dy, rank in zip(dys, layout.ranks, strict=True) if rank]
+            us = u_sr.split([rank for rank in layout.ranks if rank], dim=1)
+            du = [dy @ b * layout.scale for dy, b in zip(with_delta, lora_b, strict=True)]
+            du_sr = torch.cat(du, dim=1) if len(du) > 1 else du[0]
+            db = [(dy.t() @ u) * layout.scale for dy, u in zip(with_delta, us, strict=True)]
+            gradients = (du_sr.t() @ x_sd, *db)
+        dx_sd = None
+        if ctx.needs_input_grad[2]:
+            weight_od = _dense(layout, weights, ctx.features_in, dys[0].dtype)
+            (first, last), *others = layout.bounds
+            dx_sd = dys[0] @ weight_od[first:last]
+            for dy, (first, last) in zip(dys[1:], others, strict=True):
+                _add_product(dx_sd, dy, weight_od[first:last], 1.0)
+            if layout.rank:
+                _add_product(dx_sd, du_sr, a_rd, 1.0)
+        return None, None, dx_sd, *(None for _ in weights), *gradients
+
+
+def lora_group(
+    x_d: Tensor,
+    layout: Layout,
+    weights: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """y_i = W_i x + scale * B_i A_i x of each layer, for frozen W.
+
+    x_d (..., D) and the results (..., O_i) have W's dtype. A (R_i, D) and B (O_i, R_i) are those of
+    the layers that have a delta, may be fp32, and get gradients in their own dtype. `weights` is
+    (W,), with W (O, D) of all layers, or for storage "nf4" those of `quantized.nf4_tensors`.
+    """
+    apply: Callable[..., tuple[Tensor, ...]] = _LoraGroup.apply
+    a_rd = [torch.cat([a.to(x_d.dtype) for a in lora_a])] if lora_a else []
+    b_or = [b.to(x_d.dtype) for b in lora_b]
+    parts = apply(layout, len(weights), x_d.reshape(-1, x_d.shape[-1]), *weights, *a_rd, *b_or)
+    return tuple(part.view(*x_d.shape[:-1], -1) for part in parts)
