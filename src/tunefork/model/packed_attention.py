@@ -6,7 +6,7 @@ the segments' starts take its place, as the keyword arguments that transformers'
 flash attention. Two kernels take the work:
 
     rows that are one segment each   SDPA without a mask, cuDNN first: the fastest on Hopper, but it
-                                     plans anew for every shape (hence `_PLANNED_LENGTHS`)
+                                     plans anew for every shape (hence `bucket.WHOLE_ROWS`)
     anything else                    FlashAttention 2 over segments of various lengths (Dao 2023,
                                      https://arxiv.org/abs/2307.08691), PyTorch's own copy
 
@@ -26,16 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tunefork.data.bucket import WHOLE_ROWS, limit
 from tunefork.data.pack import Segments
 
-_PLANNED_LENGTHS = 128
-"""Rows go to cuDNN where their length is a multiple of this: chance lengths would be planned
-without end."""
-
-_SHORTEST = 128
-"""Least `max_length`, tokens: flash attention works in blocks of as many."""
-
-_WHOLE_ROWS = [
+_FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
@@ -50,14 +44,14 @@ def in_place_of_mask(segments: Segments, length: int) -> dict[str, Any]:
     mask that is ready made (of 4 dimensions) keeps transformers from making one; this is none, and
     of a dtype that no kernel takes for one.
     """
-    longest = max(_SHORTEST, 1 << (segments.longest - 1).bit_length())
+    longest = limit(segments.longest)
     return {
         "attention_mask": segments.starts[:1].view(1, 1, 1, 1),
         "cu_seq_lens_q": segments.starts,
         "cu_seq_lens_k": segments.starts,
         "max_length_q": longest,
         "max_length_k": longest,
-        "whole_rows": segments.is_uniform and length % _PLANNED_LENGTHS == 0,
+        "whole_rows": segments.is_uniform and length % WHOLE_ROWS == 0,
     }
 
 
@@ -85,7 +79,7 @@ def packed_attention(
     rows, heads, length, features = query_bhte.shape
     scale = features**-0.5 if scaling is None else scaling
     if whole_rows and (sliding_window is None or sliding_window >= length):
-        with sdpa_kernel(_WHOLE_ROWS, set_priority=True):
+        with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
             return F.scaled_dot_product_attention(
                 query_bhte,
                 key_bkte,

@@ -3,12 +3,12 @@
 It takes two passes over two short rows. In the first each attention call gets both, transformers'
 own dense mask and the segments: they must say the same, token by token and window by window, the
 call must ask for nothing else (`packed_attention.refusal`), and there must be one call a layer, so
-that no layer mixes tokens by other means. In the second the segments stand alone, and the hidden
-states must be those of the mask: what an architecture does with a mask outside its attention shows
-there. A model that fails keeps the mask.
+that no layer mixes tokens by other means alone. In the second the segments stand alone, and the
+hidden states must be those of the mask: what an architecture does with a mask outside its attention
+shows there. A model that fails keeps the mask.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,12 +24,14 @@ from tunefork.model.packed_attention import in_place_of_mask, refusal, sees
 _NAME = "tunefork_probe"
 _LENGTHS = ((7, 5, 4), (9, 7))
 """Segments of the two rows."""
-_AGREEMENT = 0.1
+_AGREEMENT = {torch.float32: 1e-3}
+_LOW_PRECISION = 0.1
 """Most by which hidden states may differ, in the mean, relative: two kernels' rounding in bf16
 through some tens of layers is 0.01 to 0.03; a layer that sees other tokens moves them by more than
 half."""
 
-_Attention = Callable[..., tuple[Tensor, None]]
+_LARGE_HEADS = ((8, 0), (9, 0), (10, 0))
+"""CUDA capabilities whose shared memory holds the backward pass of more than 192 features."""
 
 
 @torch.no_grad()
@@ -70,7 +72,8 @@ def takes_segments(model: PreTrainedModel) -> bool:
     if len(calls) != getattr(text, "num_hidden_layers", None) or not all(calls):
         return False
     error = (by_mask.float() - by_segments.float()).abs().mean()
-    return bool(error < _AGREEMENT * by_mask.float().abs().mean())
+    most = _AGREEMENT.get(by_mask.dtype, _LOW_PRECISION)
+    return bool(error < most * by_mask.float().abs().mean())  # NaN is no agreement
 
 
 @contextmanager
@@ -95,6 +98,7 @@ def _watched(model: PreTrainedModel, segments: Segments) -> Iterator[list[bool]]
             and made == [window]
             and kwargs.get("cu_seq_lens_q") is segments.starts
             and {"max_length_q", "whole_rows"} <= kwargs.keys()
+            and _has_gradient(q)
             and refusal(module, q, k, v, dropout=dropout, **kwargs) is None
             and torch.equal(mask[:, 0], _by_row(segments, q.shape[0], q.shape[2], window))
         )
@@ -108,6 +112,13 @@ def _watched(model: PreTrainedModel, segments: Segments) -> Iterator[list[bool]]
         yield calls
     finally:
         model.config._attn_implementation = attention.NAME
+
+
+def _has_gradient(q: Tensor) -> bool:
+    """Whether flash attention's backward pass takes heads of this size on this GPU."""
+    if q.shape[-1] <= 192 or not q.is_cuda:
+        return True
+    return torch.cuda.get_device_capability(q.device) in _LARGE_HEADS
 
 
 def _by_row(segments: Segments, rows: int, length: int, window: int | None) -> Tensor:
