@@ -34,6 +34,10 @@ def test_layout_by_hand() -> None:
         [11, 12, -100, 21, -100],
         [-100, 32, -100, -100, -100],
     ]
+    assert batch.labels.tolist() == [11, 12, 21, 32]
+    assert batch.segments.starts.tolist() == [0, 3, 5, 9, 10]
+    assert batch.segments.starts.dtype == torch.int32
+    assert (batch.segments.longest, batch.segments.is_uniform) == (4, False)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -86,6 +90,24 @@ def test_same_examples_same_batches() -> None:
         torch.equal(a.example, b.example) and torch.equal(a.input_ids, b.input_ids)
         for a, b in zip(first, second, strict=True)
     )
+
+
+@pytest.mark.parametrize(
+    ("lengths", "packing", "is_uniform"),
+    [([6, 6], False, True), ([6, 6], True, True), ([6, 5], False, False), ([3, 3, 6], True, False)],
+)
+def test_rows_of_one_segment(lengths: list[int], packing: bool, is_uniform: bool) -> None:
+    (batch,) = pack(random_examples(lengths), max_tokens=12, packing=packing, row_length=6)
+    assert batch.segments.is_uniform == is_uniform
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_segments_restart_where_positions_do(packing: bool) -> None:
+    for batch in pack(random_examples(LENGTHS), max_tokens=47, packing=packing):
+        starts = (batch.position_ids.flatten() == 0).nonzero()[:, 0].tolist()
+        assert batch.segments.starts.tolist() == [*starts, batch.input_ids.numel()]
+        assert batch.segments.longest == int(batch.position_ids.max()) + 1
+        assert batch.labels.tolist() == batch.targets[batch.supervised].tolist()
 
 
 def test_limits() -> None:

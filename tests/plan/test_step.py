@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, PretrainedConfig
 
 from tests.tiny import CONFIGS
-from tunefork.data.pack import MicroBatch
+from tunefork.data.pack import MicroBatch, Segments
 from tunefork.model.head import Head
 from tunefork.plan.attention import NAME, Setting, install
 from tunefork.plan.shape import count_params, depths, lora_params, on_meta
@@ -97,7 +97,13 @@ def batch() -> Iterator[MicroBatch]:
     ids = torch.arange(48).view(2, 24) % 90
     at = torch.arange(40)
     yield MicroBatch(
-        ids, torch.arange(24).expand(2, -1), ids, torch.zeros_like(ids), (at // 20, at % 20)
+        ids,
+        torch.arange(24).expand(2, -1),
+        ids,
+        torch.zeros_like(ids),
+        (at // 20, at % 20),
+        at,
+        Segments.of([24, 24], rows=2),
     )
 
 

@@ -7,12 +7,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CohereConfig
 
+from tests.model.packed_models import TAKE, made
 from tests.tiny import CONFIGS, VOCABULARY, tiny_model
+from tunefork.data.bucket import bucket, padded, size_of
 from tunefork.data.example import Encoded
-from tunefork.data.pack import pack
+from tunefork.data.pack import MicroBatch, pack
 from tunefork.model.attention import NAME, register
-from tunefork.model.head import find_head
+from tunefork.model.head import Head, find_head
 from tunefork.train.loss import loss_sum, token_losses
+from tunefork.train.method import enable_checkpointing
 
 
 def examples(lengths: tuple[int, ...] = (9, 4, 17, 6, 12), seed: int = 0) -> list[Encoded]:
@@ -95,3 +98,60 @@ def test_gradients_equal_the_definition() -> None:
         loss_sum(model, find_head(model), batch).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def _gradients(
+    model: torch.nn.Module, head: Head, batches: list[MicroBatch]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    loss = torch.stack([loss_sum(model, head, batch) for batch in batches]).sum()
+    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return loss.detach(), [gradient for gradient in found if gradient is not None]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("architecture", TAKE)
+def test_segments_equal_the_mask(architecture: str, packing: bool, recompute: bool) -> None:
+    model, encoded = made(TAKE[architecture]).train(), examples()
+    if recompute:
+        enable_checkpointing(model)
+    batches = pack(encoded, max_tokens=64, packing=packing, row_length=24)
+    head = find_head(model)
+    loss, gradients = _gradients(model, head, batches)
+    told, by_segments = _gradients(model, replace(head, takes_segments=True), batches)
+    torch.testing.assert_close(told, loss, rtol=1e-5, atol=1e-4)
+    assert len(gradients) > 10
+    for got, want in zip(by_segments, gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss, _definition(made(TAKE[architecture]), encoded).detach())
+
+
+@pytest.mark.parametrize("lengths", [(9, 4, 17, 6, 12), (300, 290), (128, 128, 128)])
+def test_filling_adds_nothing(lengths: tuple[int, ...]) -> None:
+    model = made(TAKE["mistral"])
+    # The fused kernel's place for ignored labels is tested with it; here it is PyTorch's.
+    head = replace(find_head(model), is_plain=False, takes_segments=True)
+    row_length = None if len(lengths) == 5 else max(lengths)
+    [batch] = pack(examples(lengths), max_tokens=1024, packing=True, row_length=row_length)
+    size = replace(size_of(batch), supervised=bucket(len(batch.labels)) + 64)
+    assert size.is_uniform == (lengths == (128, 128, 128))
+    loss, gradients = _gradients(model, head, [batch])
+    full, by_full = _gradients(model, head, [padded(batch, size)])
+    torch.testing.assert_close(full, loss, rtol=1e-6, atol=1e-4)
+    for got, want in zip(by_full, gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_keeps_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made(TAKE["llama"])
+    head = replace(find_head(model), takes_segments=True)
+    [batch] = pack(examples(), max_tokens=64, packing=True)
+
+    def called(*_: object, **__: object) -> None:
+        raise AssertionError("told segments")
+
+    monkeypatch.setattr("tunefork.model.attention.packed_attention", called)
+    for way in (head, replace(head, is_plain=False)):
+        assert token_losses(model, way, batch).isfinite().all()
+        with pytest.raises(AssertionError, match="told segments"):
+            loss_sum(model, way, batch)

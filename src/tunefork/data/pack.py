@@ -10,12 +10,15 @@ https://doi.org/10.1137/0117039), in the fewest rows for which that fits. On the
 examples a fifth of the tokens was padding when rows were as long as the longest example was; so
 filled, 1 % is.
 
-Shape legend: R rows, T tokens of a row, S supervised tokens.
+A GPU is told the same without a mask, by where each segment starts (`Segments`).
+
+Shape legend: R rows, T tokens of a row, S supervised tokens, E segments.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heapify, heapreplace
+from itertools import accumulate
 from typing import Self
 
 import torch
@@ -32,8 +35,35 @@ attention, which costs a row's length squared, stays a small part of a step."""
 
 
 @dataclass(frozen=True, slots=True)
+class Segments:
+    """Which tokens may see each other, over the R * T positions of the flattened rows.
+
+    A segment is one example or the padding that ends a row, so none reaches over a row's end.
+    """
+
+    starts: Tensor
+    """(E + 1,) int32, from 0 to R * T: flash attention's cumulative lengths. A segment may be
+    empty."""
+    longest: int
+    """Most tokens of a segment, or more."""
+    is_uniform: bool
+    """Every row is exactly one segment."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], *, rows: int) -> Self:
+        """Segments of these lengths, in order, over so many rows."""
+        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return cls(starts, max(lengths), is_uniform=len(lengths) == rows)
+
+    def to(self, device: torch.device) -> Self:
+        """The same on `device`."""
+        return replace(self, starts=self.starts.to(device))
+
+
+@dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one forward pass takes: call the model with `input_ids`, `position_ids`, no mask."""
+    """What one forward pass takes: call the model with `input_ids`, `position_ids`, and no mask or
+    the `segments` in its place (`model.head`)."""
 
     input_ids: Tensor
     """(R, T) int64"""
@@ -47,6 +77,10 @@ class MicroBatch:
     supervised: tuple[Tensor, Tensor]
     """Rows and columns, each (S,) int64, of the S supervised targets in row-major order. Found here
     and not where they are used, because on a GPU the search would wait for all work before it."""
+    labels: Tensor
+    """(S,) int64, the targets at the supervised places. -100 at places that only fill up a batch of
+    fixed size (`bucket.py`): no loss, no gradient."""
+    segments: Segments
 
     def to(self, device: torch.device) -> Self:
         """The same on `device`."""
@@ -57,6 +91,8 @@ class MicroBatch:
             self.targets.to(device),
             self.example.to(device),
             (rows.to(device), columns.to(device)),
+            self.labels.to(device),
+            self.segments.to(device),
         )
 
 
@@ -134,6 +170,7 @@ def _lay_out(
     position_ids = torch.zeros(shape, dtype=torch.int64)
     targets = torch.full(shape, IGNORED)
     example = torch.full(shape, -1)
+    lengths: list[int] = []
     for r, row in enumerate(rows):
         start = 0
         for at in row:
@@ -144,7 +181,18 @@ def _lay_out(
             position_ids[r, start:end] = torch.arange(len(ids))
             targets[r, start : end - 1] = ids[1:].where(supervised[1:], IGNORED)
             example[r, start:end] = at
+            lengths.append(end - start)
             start = end
         position_ids[r, start:] = torch.arange(width - start)
+        if start < width:
+            lengths.append(width - start)
     rows_s, columns_s = (targets != IGNORED).nonzero(as_tuple=True)
-    return MicroBatch(input_ids, position_ids, targets, example, (rows_s, columns_s))
+    return MicroBatch(
+        input_ids,
+        position_ids,
+        targets,
+        example,
+        (rows_s, columns_s),
+        targets[rows_s, columns_s],
+        Segments.of(lengths, rows=len(rows)),
+    )

@@ -1,10 +1,13 @@
-"""Attention on a CPU: plain batched products, which autograd differentiates faster than SDPA.
+"""The attention function that models are loaded with: which way a call takes.
+
+    told segments, no mask        `packed_attention.py`: a training pass on a GPU
+    short rows on a CPU           plain batched products, below
+    everything else               PyTorch's SDPA as transformers calls it, with its mask
 
 PyTorch's CPU flash attention is slow backwards in bf16: for 8 x 128 tokens, 9 heads over 3
-key-value heads of 64, forward and backward take 15 ms against 6 ms here (2-core EPYC, torch 2.13).
-The scores of a whole row are held at once, so this pays only for short rows; longer ones, and every
-GPU, take PyTorch's own SDPA. Grouped query heads are folded into the query length, so keys and
-values are not repeated.
+key-value heads of 64, forward and backward take 15 ms against 6 ms by batched products (2-core
+EPYC, torch 2.13). The scores of a whole row are held at once, so this pays only for short rows.
+Grouped query heads are folded into the query length, so keys and values are not repeated.
 
 Shape legend: B rows, H query heads, K key-value heads, T queries, U keys, E features of a head
 (the values' may differ in number: multi-head latent attention).
@@ -17,6 +20,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from tunefork.model.packed_attention import packed_attention
 
 NAME = "tunefork"
 """Pass as `attn_implementation` after `register()`."""
@@ -34,7 +39,17 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: returns (B, T, H, E). The mask is boolean, True = seen."""
+    """transformers' attention interface: returns (B, T, H, E). The mask is boolean, True = seen.
+
+    Raises ValueError where segments were given to a model that does not hand them on.
+    """
+    if kwargs.get("cu_seq_lens_q") is not None:
+        packed_bthe = packed_attention(
+            module, query_bhte, key_bkue, value_bkue, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return packed_bthe, None
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        raise ValueError(f"{type(module).__name__} is not told the segments of packed rows")
     batch, heads, length, features = query_bhte.shape
     # Architectures whose attention SDPA cannot express at all are loaded as "eager" (`load.py`).
     unusual = dropout > 0.0 or kwargs.get("position_bias") is not None

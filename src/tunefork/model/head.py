@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tunefork.data.pack import Segments
 from tunefork.errors import ModelError
+from tunefork.model.packed_attention import in_place_of_mask
+from tunefork.model.packed_probe import takes_segments
 from tunefork.model.tokens import TokenHead
 
 
@@ -25,6 +28,9 @@ class Head:
     linear: nn.Linear | TokenHead
     is_plain: bool
     """The model's logits are exactly `linear(hidden)`, and the head has no bias."""
+    takes_segments: bool = False
+    """Training passes may give `segments` in place of a mask: on a GPU, where it was measured
+    (`packed_probe.py`)."""
 
     @property
     def weight(self) -> Tensor:
@@ -37,15 +43,17 @@ class Head:
         input_ids: Tensor,
         position_ids: Tensor,
         attention_mask: Any = None,
+        segments: Segments | None = None,
     ) -> Tensor:
         """Hidden states before the head for (R, T) ids: (R, T, D).
 
-        The default mask is causal within each run of ascending positions.
+        The default mask is causal within each run of ascending positions. `segments` say the same
+        without any mask; only where `takes_segments`.
         """
         output = model.base_model(
             input_ids=input_ids,
             position_ids=position_ids,
-            attention_mask=attention_mask,
+            **_mask(attention_mask, segments, input_ids.shape[1]),
             use_cache=False,
         )
         hidden: Tensor = output.last_hidden_state
@@ -58,6 +66,7 @@ class Head:
         position_ids: Tensor,
         at: tuple[Tensor, Tensor],
         attention_mask: Any = None,
+        segments: Segments | None = None,
     ) -> Tensor:
         """Logits at the S positions (rows, columns) of (R, T) ids: (S, V)."""
 
@@ -69,12 +78,18 @@ class Head:
             logits: Tensor = model(
                 input_ids=input_ids,
                 position_ids=position_ids,
-                attention_mask=attention_mask,
+                **_mask(attention_mask, segments, input_ids.shape[1]),
                 use_cache=False,
             ).logits
         finally:
             handle.remove()
         return logits[0]
+
+
+def _mask(attention_mask: Any, segments: Segments | None, length: int) -> dict[str, Any]:
+    if segments is None:
+        return {"attention_mask": attention_mask}
+    return in_place_of_mask(segments, length)
 
 
 @torch.no_grad()
@@ -90,7 +105,13 @@ def find_head(model: PreTrainedModel) -> Head:
     head = Head(linear, is_plain=False)
     was_training = model.training
     model.eval()
-    own = model(input_ids=ids, position_ids=ids, use_cache=False).logits
-    plain = linear(head.hidden(model, ids, ids))
+    # Layers that are compiled would be compiled for these few tokens too.
+    with torch.compiler.set_stance("force_eager"):
+        own = model(input_ids=ids, position_ids=ids, use_cache=False).logits
+        plain = linear(head.hidden(model, ids, ids))
     model.train(was_training)
-    return Head(linear, is_plain=linear.bias is None and torch.equal(own, plain))
+    return Head(
+        linear,
+        is_plain=linear.bias is None and torch.equal(own, plain),
+        takes_segments=ids.is_cuda and takes_segments(model),
+    )

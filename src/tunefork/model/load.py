@@ -100,12 +100,10 @@ def load_model(
     """
     source = find(section)
     config, model_class = _architecture(section, source)
-    implementation = "sdpa" if model_class._supports_sdpa else "eager"
-    if (
-        implementation == "sdpa"
-        and device.type == "cpu"
-        and model_class._supports_attention_backend
-    ):
+    # transformers 5.17 has SDPA for Gemma 2, and leaves its soft-capping out without a word.
+    is_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    implementation = "sdpa" if model_class._supports_sdpa and not is_capped else "eager"
+    if implementation == "sdpa" and model_class._supports_attention_backend:
         attention.register()
         implementation = attention.NAME
     model, loaded = _from_pretrained(

@@ -68,7 +68,7 @@ def short_run(
         model = AutoModelForCausalLM.from_config(
             config,
             dtype=made.dtype,
-            attn_implementation=attention.NAME if device.type == "cpu" else "sdpa",
+            attn_implementation=attention.NAME,
         )
     build(model, made.method, made.lora, seed=0)
     if made.activation_checkpointing:

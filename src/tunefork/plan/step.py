@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tunefork.data.pack import MicroBatch
+from tunefork.data.pack import MicroBatch, Segments
 from tunefork.model.build import build
 from tunefork.model.head import Head
 from tunefork.model.linear import Nf4Linear
@@ -282,7 +282,11 @@ def _batch(shape: Shape) -> MicroBatch:
 
     grid = (shape.rows, shape.length)
     at = (ids(shape.supervised), ids(shape.supervised))
-    return MicroBatch(ids(*grid), ids(*grid), ids(*grid), ids(*grid), at)
+    starts = torch.empty(shape.rows + 1, dtype=torch.int32, device="meta")
+    segments = Segments(starts, shape.length, is_uniform=not shape.is_masked)
+    return MicroBatch(
+        ids(*grid), ids(*grid), ids(*grid), ids(*grid), at, ids(shape.supervised), segments
+    )
 
 
 def _weights(model: nn.Module) -> Iterator[Tensor]:

@@ -7,6 +7,9 @@ transformers#37766, trl#2175).
 Only supervised positions go through the output head, in one of two ways (`model.head` says which):
 the decoder's hidden states straight into the fused kernel, or, for an architecture that does
 something to its logits afterwards (soft-capping, scaling), the model's own head, PyTorch's loss.
+
+A training pass tells a model that takes them the segments in place of a mask; evaluation keeps
+transformers' own way.
 """
 
 import torch
@@ -14,29 +17,31 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tunefork.data.pack import MicroBatch
+from tunefork.data.pack import IGNORED, MicroBatch
 from tunefork.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_sum
 from tunefork.model.head import Head
 
 
 def loss_sum(model: PreTrainedModel, head: Head, batch: MicroBatch) -> Tensor:
-    """Summed loss of the batch's supervised tokens: scalar, fp32, nats, with its gradient."""
-    rows, columns = batch.supervised
-    targets_s = batch.targets[rows, columns]
+    """Summed loss of the batch's supervised tokens: scalar, fp32, nats, with its gradient.
+
+    Places whose label is -100 add nothing to either.
+    """
+    inputs = (batch.input_ids, batch.position_ids)
+    segments = batch.segments if head.takes_segments else None
     if head.is_plain:
-        hidden_sd = head.hidden(model, batch.input_ids, batch.position_ids)[rows, columns]
-        return linear_cross_entropy_sum(hidden_sd, head.weight, targets_s)
-    logits_sv = head.logits(model, batch.input_ids, batch.position_ids, (rows, columns))
-    return F.cross_entropy(logits_sv.float(), targets_s, reduction="sum")
+        hidden_sd = head.hidden(model, *inputs, segments=segments)[batch.supervised]
+        return linear_cross_entropy_sum(hidden_sd, head.weight, batch.labels)
+    logits_sv = head.logits(model, *inputs, batch.supervised, segments=segments)
+    return F.cross_entropy(logits_sv.float(), batch.labels, ignore_index=IGNORED, reduction="sum")
 
 
 @torch.no_grad()
 def token_losses(model: PreTrainedModel, head: Head, batch: MicroBatch) -> Tensor:
     """Loss of each supervised token in row-major order: (S,), fp32, nats, without a gradient."""
-    rows, columns = batch.supervised
-    targets_s = batch.targets[rows, columns]
+    inputs = (batch.input_ids, batch.position_ids)
     if head.is_plain:
-        hidden_sd = head.hidden(model, batch.input_ids, batch.position_ids)[rows, columns]
-        return linear_cross_entropy(hidden_sd, head.weight, targets_s)
-    logits_sv = head.logits(model, batch.input_ids, batch.position_ids, (rows, columns))
-    return F.cross_entropy(logits_sv.float(), targets_s, reduction="none")
+        hidden_sd = head.hidden(model, *inputs)[batch.supervised]
+        return linear_cross_entropy(hidden_sd, head.weight, batch.labels)
+    logits_sv = head.logits(model, *inputs, batch.supervised)
+    return F.cross_entropy(logits_sv.float(), batch.labels, reduction="none")
