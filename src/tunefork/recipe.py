@@ -39,6 +39,9 @@ Format = Literal[
 ]
 Metric = Literal["loss", "perplexity", "accuracy", "macro_f1", "exact_match", "rouge_l"]
 
+Checkpointing = Literal["none", "selective", "full", "offload"]
+"""How activations are kept for the backward pass (`train.activation_checkpointing`)."""
+
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
@@ -324,12 +327,23 @@ class TrainSection(Section):
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this global L2 norm."""
 
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Dtype of weights and activations in the forward pass. `auto`: bf16 on a GPU and on a CPU
-    with bf16 instructions, else fp32."""
+    precision: Literal["auto", "bf16", "fp8", "fp32"] = "auto"
+    """Dtype of weights and activations in the forward pass. `fp8`: products with a frozen base in
+    e4m3, for methods that have one (lora, qlora; `full` then computes in bf16), with everything
+    else in bf16; the deltas lose nothing by it. Made for Hopper GPUs and later; a CPU computes it
+    slowly. `auto`: bf16 on a GPU and on a CPU with bf16 instructions, else fp32."""
 
-    activation_checkpointing: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    activation_checkpointing: Checkpointing = "none"
+    """What is kept for the backward pass. `none`: every activation. `full` (or true): each layer's
+    input, and the layer runs again. `offload`: those inputs too wait in host memory, copied beside
+    the computation. `selective`: the results of large products; the rest is made again (needs
+    `compile`; without it, as `full`). The gradients are the same."""
+
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Compile the layers (torch.compile) and, where launching a pass's kernels takes longer than
+    running them, replay it as one CUDA graph. Costs 15 to 40 s at the start of a first run; the
+    compiled code is kept for later ones. `auto`: on a GPU, for runs of at least 100 optimiser
+    steps. A CPU run is never compiled."""
 
     seed: Seed = 0
     """Seeds what `train` draws: the order of the examples, adapter initialisation and dropout; and
@@ -399,6 +413,12 @@ class TrainSection(Section):
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb", "trackio"], ...] = ()
     """Where the figures of each step go beside events.jsonl. Each is an extra (`pip install
     'tunefork[mlflow]'`) and finds its server in its own environment variables."""
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _from_bool(cls, value: object) -> object:
+        """It was true or false before there was a choice."""
+        return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class EvaluateSection(Section):

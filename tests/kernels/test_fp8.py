@@ -30,7 +30,7 @@ def _error(actual: Tensor, truth: Tensor) -> float:
 
 def _stored(
     storage: Storage, weight: Tensor, a: Tensor, b: Tensor, scale: float
-) -> tuple[fp8.Layout, tuple[Tensor, ...]]:
+) -> tuple[Layout, tuple[Tensor, ...]]:
     layout = Layout(storage, "fp8", (weight.shape[0],), (a.shape[0],), scale)
     if storage == "nf4":
         return layout, nf4_tensors(*quantize_nf4(weight))

@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, PretrainedConfi
 from tests.tiny import CONFIGS
 from tunefork.data.pack import MicroBatch, Segments
 from tunefork.model.head import Head
+from tunefork.model.layers import prepare_layers
 from tunefork.plan.attention import NAME, Setting, install
 from tunefork.plan.shape import count_params, depths, lora_params, on_meta
 from tunefork.plan.step import Build, Shape, Step, trace_step
 from tunefork.plan.trace import Trace
 from tunefork.recipe import FullSection, LoraSection, Method
 from tunefork.train.loss import loss_sum
-from tunefork.train.method import enable_checkpointing
 
 SHAPE = Shape(2, 24, 40, is_masked=False)
 
@@ -118,7 +118,7 @@ def test_the_meta_device_allocates_what_a_real_one_does(batch: MicroBatch, recom
                 copy.deepcopy(CONFIGS["llama"]), dtype=torch.float32, attn_implementation=NAME
             )
         if recompute:
-            enable_checkpointing(model)
+            prepare_layers(model, "full", compiles=False)
         trace.adopt([*model.parameters(), *model.buffers()], "weights")
         head, moved = (
             Head(model.get_output_embeddings(), is_plain=True),

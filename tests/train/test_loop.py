@@ -12,9 +12,9 @@ from tests.train.test_loss import examples
 from tunefork.data.example import Encoded
 from tunefork.errors import DivergedError
 from tunefork.model.build import build
+from tunefork.model.layers import prepare_layers
 from tunefork.recipe import LoraSection, Method
 from tunefork.train.loop import StepRecord, TrainResult, train
-from tunefork.train.method import enable_checkpointing
 from tunefork.train.optim import LoraAdamW, ShadowAdamW
 
 EXAMPLES = examples((9, 4, 17, 6, 12, 8, 5, 11))
@@ -35,7 +35,7 @@ def _run(
     model = tiny_model("llama")
     build(model, method, LoraSection(rank=4, dropout=dropout), seed=0)
     if checkpointing:
-        enable_checkpointing(model)
+        prepare_layers(model, "full", compiles=False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer: LoraAdamW | ShadowAdamW
     if method is Method.FULL:

@@ -14,8 +14,8 @@ from tunefork.data.example import Encoded
 from tunefork.data.pack import MicroBatch, pack
 from tunefork.model.attention import NAME, register
 from tunefork.model.head import Head, find_head
+from tunefork.model.layers import prepare_layers
 from tunefork.train.loss import loss_sum, token_losses
-from tunefork.train.method import enable_checkpointing
 
 
 def examples(lengths: tuple[int, ...] = (9, 4, 17, 6, 12), seed: int = 0) -> list[Encoded]:
@@ -114,7 +114,7 @@ def _gradients(
 def test_segments_equal_the_mask(architecture: str, packing: bool, recompute: bool) -> None:
     model, encoded = made(TAKE[architecture]).train(), examples()
     if recompute:
-        enable_checkpointing(model)
+        prepare_layers(model, "full", compiles=False)
     batches = pack(encoded, max_tokens=64, packing=packing, row_length=24)
     head = find_head(model)
     loss, gradients = _gradients(model, head, batches)

@@ -17,6 +17,7 @@ from tunefork.recipe import LoraSection, Method
 from tunefork.train.accumulate import Accumulator
 from tunefork.train.events import SettingChanged
 from tunefork.train.out_of_memory import Phase, Remedies, is_out_of_memory, phase
+from tunefork.train.runner import Runner
 
 EXAMPLES = examples((9, 4, 17, 6, 12, 8, 5, 11))
 REMEDIES = Remedies(Method.LORA, 4096, 1024, False, False, True)
@@ -86,7 +87,8 @@ def _gradient(limit: int, room: int | None = None, **options: Any) -> Any:
         if "lora_b" in name:  # zeros would give lora_a no gradient
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
     changes: list[SettingChanged] = []
-    cut = Accumulator(model, find_head(model), limit, True, 0, on_change=changes.append, **options)
+    runner = Runner(model, find_head(model), remedies=options.pop("remedies", None))
+    cut = Accumulator(runner, limit, True, 0, on_change=changes.append, **options)
     with room_for(model, room or 10**9) as seen:
         loss, supervised = cut.gradient(EXAMPLES, 1)
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -125,7 +127,8 @@ def test_a_failed_try_leaves_no_gradient_and_no_draw() -> None:
         model = tiny_model("llama").train()
         build(model, Method.LORA, LoraSection(rank=4, dropout=0.5), seed=0)
         torch.manual_seed(5)
-        cut = Accumulator(model, find_head(model), limit, True, 0, on_out_of_memory="shrink")
+        runner = Runner(model, find_head(model))
+        cut = Accumulator(runner, limit, True, 0, on_out_of_memory="shrink")
         with room_for(model, room or 10**9):
             loss, _ = cut.gradient(EXAMPLES, 1)
         both.append((loss, [p.grad for p in model.parameters() if p.grad is not None]))

@@ -14,12 +14,14 @@ from tests.train.test_loss import examples
 from tests.train.test_out_of_memory import room_for
 from tunefork.errors import NoMemoryError, NoRoomError
 from tunefork.model.build import build
+from tunefork.model.head import find_head
 from tunefork.recipe import LoraSection, Method
 from tunefork.train.dry_update import dry_update
 from tunefork.train.longest import passes_of
 from tunefork.train.loop import train
 from tunefork.train.optim import LoraAdamW, ShadowAdamW
 from tunefork.train.rehearsal import Rehearsal, Stage, rehearse
+from tunefork.train.runner import Runner
 from tunefork.train.save_rehearsal import rehearse_save
 
 FEWEST = 16
@@ -62,7 +64,9 @@ def _rehearse(model: Any, optimizer: Any, **options: Any) -> Rehearsal | None:
         "pad_id": 0,
         "on_out_of_memory": "error",
     }
-    return rehearse(model, EXAMPLES, STEPS, optimizer, **(fields | options))
+    return rehearse(
+        Runner(model, find_head(model)), EXAMPLES, STEPS, optimizer, **(fields | options)
+    )
 
 
 def _bits(model: Any) -> list[torch.Tensor]:
@@ -152,7 +156,7 @@ def test_an_update_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -
 def test_a_short_run_is_its_own_rehearsal() -> None:
     model, optimizer = _made("lora")
     found = rehearse(
-        model,
+        Runner(model, find_head(model)),
         EXAMPLES,
         STEPS[:-1],
         optimizer,

@@ -3,8 +3,8 @@
 Weights are e4m3 with one scale an output row (Micikevicius et al. 2022,
 https://arxiv.org/abs/2209.05433); activations and their gradients are quantised row by row on the
 way, so a product is `codes_x @ codes_w^T * scale_x * scale_w`, which a Hopper GPU does at twice
-bf16's rate. The input's gradient needs the weight transposed, which is kept as a second copy or made on
-the way; an NF4 base is turned into e4m3 each time.
+bf16's rate. The input's gradient needs the weight transposed, which is kept as a second copy or
+made on the way; an NF4 base is turned into e4m3 each time.
 
 The delta rides along. Adding `scale * (x A^T) B^T` to y afterwards reads and writes y once more,
 which for 8B-sized layers costs as much as a quarter of the product itself. Instead the operands are
@@ -39,6 +39,7 @@ LARGEST = 448.0
 _LOW = 16.0
 """The low part is kept times this, so that it lies where e4m3 has all its bits: high's rounding
 error is at most 2**-4 of high."""
+
 
 def quantize_rows(x_sd: Tensor) -> tuple[Tensor, Tensor]:
     """Codes (S, D) in e4m3 and scales (S, 1) in fp32, with codes * scale close to `x_sd`.
@@ -248,9 +249,7 @@ def _backward_operand(
 def _quantize_nf4(
     layout: Layout, weights: Sequence[Tensor], features_in: int
 ) -> tuple[Tensor, Tensor]:
-    return quantize_rows(
-        dequantize_nf4_tensors(weights, layout.sizes, features_in, torch.bfloat16)
-    )
+    return quantize_rows(dequantize_nf4_tensors(weights, layout.sizes, features_in, torch.bfloat16))
 
 
 def _beside(codes: Tensor, delta: Tensor, layout: Layout) -> Tensor:
@@ -275,7 +274,7 @@ class _Fp8Lora(torch.autograd.Function):
         saved = () if a_rd is None else (x_sd, u_sr, a_rd, *lora_b)
         ctx.save_for_backward(*weights, *saved)
         ctx.layout, ctx.num_weights, ctx.features_in = layout, num_weights, x_sd.shape[1]
-        return tuple(y_so.split(layout.sizes, dim=1)) if len(layout.sizes) > 1 else (y_so,)
+        return torch.split(y_so, list(layout.sizes), dim=1) if len(layout.sizes) > 1 else (y_so,)
 
     @staticmethod
     @once_differentiable
@@ -290,7 +289,7 @@ class _Fp8Lora(torch.autograd.Function):
             ranks = [rank for rank in layout.ranks if rank]
             du = [dy @ b * layout.scale for dy, b in zip(with_delta, lora_b, strict=True)]
             du_sr = torch.cat(du, dim=1) if len(du) > 1 else du[0]
-            us = u_sr.split(ranks, dim=1)
+            us = torch.split(u_sr, ranks, dim=1)
             db = [(dy.t() @ u) * layout.scale for dy, u in zip(with_delta, us, strict=True)]
             gradients = (du_sr.t() @ x_sd, *db)
         dx_sd = None
@@ -300,7 +299,7 @@ class _Fp8Lora(torch.autograd.Function):
             )
             parts = list(dys)
             if fold_1o is not None:
-                folds = fold_1o.split(layout.sizes, dim=1)
+                folds = torch.split(fold_1o, layout.sizes, dim=1)
                 parts = [dy.float() * fold for dy, fold in zip(dys, folds, strict=True)]
             wide, scale_s1 = _left(parts, du_sr, balance, layout.width)
             dx_sd = scaled_mm(wide, codes_dp, scale_s1, scale_1d)

@@ -53,7 +53,11 @@ class _LoraGroup(torch.autograd.Function):
             saved = (x_sd, u_sr, *tensors[num_weights:])
         ctx.save_for_backward(*weights, *saved)
         ctx.layout, ctx.num_weights, ctx.features_in = layout, num_weights, x_sd.shape[1]
-        return tuple(y_so.split(layout.sizes, dim=1)) if len(layout.sizes) > 1 else (y_so,)
+        return (
+            tuple(torch.split(y_so, list(layout.sizes), dim=1))
+            if len(layout.sizes) > 1
+            else (y_so,)
+        )
 
     @staticmethod
     @once_differentiable
@@ -65,7 +69,7 @@ class _LoraGroup(torch.autograd.Function):
         if layout.rank:
             x_sd, u_sr, a_rd, *lora_b = saved
             with_delta = [dy for dy, rank in zip(dys, layout.ranks, strict=True) if rank]
-            us = u_sr.split([rank for rank in layout.ranks if rank], dim=1)
+            us = torch.split(u_sr, [rank for rank in layout.ranks if rank], dim=1)
             du = [dy @ b * layout.scale for dy, b in zip(with_delta, lora_b, strict=True)]
             du_sr = torch.cat(du, dim=1) if len(du) > 1 else du[0]
             db = [(dy.t() @ u) * layout.scale for dy, u in zip(with_delta, us, strict=True)]

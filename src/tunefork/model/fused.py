@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tunefork.errors import ModelError
 from tunefork.kernels import fp8
 from tunefork.kernels.layout import Layout, Products, Storage
 from tunefork.kernels.lora_group import lora_group
@@ -40,7 +41,7 @@ class FusedGroup(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        bases = [member.base if isinstance(member, LoraLinear) else member for member in members]
+        bases: list[Any] = [_base(member) for member in members]
         # With dropout a delta's input is not the base's, so it stays a product of its own.
         self.deltas = [m for m in members if isinstance(m, LoraLinear) and m.dropout == 0.0]
         self.features_in: int = bases[0].in_features
@@ -105,13 +106,12 @@ class FusedGroup(nn.Module):
 class FusedLinear(nn.Module):
     """A frozen layer of a group: one without a delta, or the base of one that has one."""
 
-    def __init__(
-        self, group: FusedGroup, index: int, bias: nn.Parameter | None
-    ) -> None:
+    def __init__(self, group: FusedGroup, index: int, bias: nn.Parameter | None) -> None:
         super().__init__()
         object.__setattr__(self, "group", group)  # no submodule: it is everyone's
         self.group: FusedGroup
-        self.index, self.bias = index, bias
+        self.index = index
+        self.bias: nn.Parameter | None = bias
         self.in_features = group.features_in
         self.out_features = group.layout.sizes[index]
 
@@ -131,23 +131,48 @@ def fuse(
     """Move the frozen weights of `model`'s linear layers, but the head's, into groups on `device`.
 
     In place, group by group, so that a model in host memory never takes more of a GPU than one of
-    its groups does beside the quantised rest. Layers that are trained whole stay as they are.
+    its groups does beside the quantised rest. Layers that are trained whole stay as they are. Each
+    forward pass of the model takes over A and B as they are then.
+
+    Raises ModelError where a layer's size is none that FP8 products take.
     """
     groups = []
     for paths in find_groups(model):
         members = [model.get_submodule(path) for path in paths]
+        if products == "fp8":
+            _check_sizes(dict(zip(paths, members, strict=True)))
         group = FusedGroup(members, storage, products, device)
         for index, (path, member) in enumerate(zip(paths, members, strict=True)):
             if isinstance(member, LoraLinear):
-                member.base = FusedLinear(group, index, member.base.bias)
+                member.base = FusedLinear(group, index, _base(member).bias)
                 member.base_adds_delta = member in group.deltas
             else:
                 parent, _, name = path.rpartition(".")
-                fused = FusedLinear(group, index, member.bias)
+                fused = FusedLinear(group, index, _base(member).bias)
                 setattr(model.get_submodule(parent), name, fused)
         groups.append(group)
     model.to(device)
+    model.base_model.register_forward_pre_hook(lambda *_: _write_deltas(groups))
     return groups
+
+
+def _base(member: nn.Module) -> Any:
+    return member.base if isinstance(member, LoraLinear) else member
+
+
+def _write_deltas(groups: Sequence[FusedGroup]) -> None:
+    for group in groups:
+        group.write_delta()
+
+
+def _check_sizes(layers: dict[str, nn.Module]) -> None:
+    for path, layer in layers.items():
+        base = _base(layer)
+        if base.in_features % 16 or base.out_features % 16:
+            raise ModelError(
+                f"train.precision: fp8 needs layers whose sizes are multiples of 16, and {path} is "
+                f"{base.in_features} -> {base.out_features}; set bf16"
+            )
 
 
 def find_groups(model: PreTrainedModel) -> list[list[str]]:

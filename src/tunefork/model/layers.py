@@ -5,7 +5,7 @@ compiled once. Only passes that will be differentiated go through it: evaluation
 other shapes, and take the layers as written.
 
     none        every activation that a gradient needs is kept
-    selective   compiled only: what is quickly made again is made again (norms, activation functions,
+    selective   compiled only: what is quickly made again is made again (norms, activations,
                 attention's forward pass), the results of the large products are kept
     full        a layer's input alone is kept, and the layer runs again in the backward pass (Chen
                 et al. 2016, https://arxiv.org/abs/1604.06174)
@@ -42,24 +42,24 @@ def prepare_layers(
 
     `dynamic` is torch.compile's: whether one compiled form serves every number of tokens.
     """
-    draws = _draws(model)
+    again = draws(model)
     run: Callable[..., Any] = _as_written
     if checkpointing == "selective":
-        run = partial(_checkpointed, _as_written, draws)
+        run = partial(_checkpointed, _as_written, again)
     if compiles:
         # A fused group remembers its outputs until its last member has asked for them, within one
         # run of the layer: nothing that the second run would have to do again.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         run = torch.compile(run, dynamic=dynamic)
     if checkpointing == "full":
-        run = partial(_checkpointed, run, draws)
+        run = partial(_checkpointed, run, again)
     if checkpointing == "offload":
-        run = partial(offloaded, run, Shelf(), draws)
+        run = partial(offloaded, run, Shelf(), again)
     for layer in decoder_layers(model):
-        layer.forward = partial(_forward, run, layer)  # type: ignore[method-assign]
+        layer.forward = partial(_forward, run, layer)
 
 
-def _draws(model: PreTrainedModel) -> bool:
+def draws(model: PreTrainedModel) -> bool:
     """Whether a layer draws random numbers, which a second run has to draw again."""
     own = any(getattr(module, "dropout", 0.0) for module in model.modules())
     return own or any(isinstance(m, nn.Dropout) and m.p > 0.0 for m in model.modules())
@@ -78,6 +78,4 @@ def _as_written(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _checkpointed(
     run: Callable[..., Any], draws: bool, layer: nn.Module, *args: Any, **kwargs: Any
 ) -> Any:
-    return checkpoint(
-        run, layer, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs
-    )
+    return checkpoint(run, layer, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs)

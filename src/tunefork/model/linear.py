@@ -8,6 +8,7 @@ Shape legend: D features in, O features out, R rank.
 """
 
 import math
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,20 @@ from torch import Tensor, nn
 
 from tunefork.kernels.lora import frozen_linear, lora_linear
 from tunefork.kernels.quantized import dequantize_nf4, quantize_nf4
+
+
+class FrozenBase(Protocol):
+    """What a delta lies over, where it is no plain linear layer."""
+
+    bias: nn.Parameter | None
+    in_features: int
+    out_features: int
+
+    def materialize(self) -> Tensor:
+        """The weight, (O, D)."""
+
+    def __call__(self, x_d: Tensor) -> Tensor:
+        """(..., D) -> (..., O)"""
 
 
 class Nf4Linear(nn.Module):
@@ -29,7 +44,9 @@ class Nf4Linear(nn.Module):
         codes, self.state = quantize_nf4(linear.weight.detach().to(device))
         self.register_buffer("codes", codes)
         self.codes: Tensor
-        self.bias = linear.bias if linear.bias is None else nn.Parameter(linear.bias.to(device))
+        self.bias: nn.Parameter | None = (
+            linear.bias if linear.bias is None else nn.Parameter(linear.bias.to(device))
+        )
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def materialize(self) -> Tensor:
@@ -58,7 +75,7 @@ class LoraLinear(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.base: nn.Module = base
+        self.base: nn.Linear | FrozenBase = base
         self.scale, self.dropout = scale, dropout
         self.base_adds_delta = False
         """The base is a layer of a fused group (`model/fused.py`), which computes the delta too."""
@@ -71,10 +88,7 @@ class LoraLinear(nn.Module):
 
     def materialize(self) -> Tensor:
         """The base's weight, (O, D), without the delta."""
-        weight: Tensor = (
-            self.base.weight if isinstance(self.base, nn.Linear) else self.base.materialize()
-        )
-        return weight
+        return self.base.weight if isinstance(self.base, nn.Linear) else self.base.materialize()
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -84,16 +98,15 @@ class LoraLinear(nn.Module):
     def forward(self, x_d: Tensor) -> Tensor:
         """(..., D) -> (..., O) in x_d's dtype."""
         if self.base_adds_delta:
-            y_d: Tensor = self.base(x_d)
-            return y_d
-        if self.dropout > 0.0 and (self.training or not isinstance(self.base, nn.Linear | Nf4Linear)):
+            return self.base(x_d)
+        in_group = not isinstance(self.base, nn.Linear | Nf4Linear)
+        if self.dropout > 0.0 and (self.training or in_group):
             # The delta's input differs from the base's, so the two products share nothing.
             dropped_d = F.dropout(x_d, self.dropout, self.training)
             delta = F.linear(
                 F.linear(dropped_d, self.lora_a.to(x_d.dtype)), self.lora_b.to(x_d.dtype)
             )
-            base: Tensor = self.base(x_d)
-            return base + self.scale * delta
+            return self.base(x_d) + self.scale * delta
         return lora_linear(
             x_d, self.materialize, self.base.bias, self.lora_a, self.lora_b, self.scale
         )

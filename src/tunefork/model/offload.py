@@ -1,9 +1,9 @@
 """Checkpointing whose kept inputs wait in host memory, copied both ways beside the computation.
 
 With full checkpointing what is left of the activations is one (tokens, features) tensor a layer:
-4 GiB for 16,384 tokens of an 8B model. A layer runs for several milliseconds, and copying its input
-over PCIe takes fewer, so the copies hide behind it: each input leaves while the next layer runs, and
-comes back while the layer above it is differentiated.
+4 GiB for 16,384 tokens of an 8B model. A layer runs for several milliseconds, and copying its
+input over PCIe takes fewer, so the copies hide behind it: each input leaves while the next layer
+runs, and comes back while the layer above it is differentiated.
 
 Shape legend: T tokens in any layout, D features.
 """
@@ -43,7 +43,9 @@ class Shelf:
     def put(self, x_d: Tensor) -> _Kept:
         """Start copying `x_d` out."""
         x_d = x_d.detach().contiguous()
-        host = next((b for b in self.free if b.numel() >= x_d.numel() and b.dtype == x_d.dtype), None)
+        host = next(
+            (b for b in self.free if b.numel() >= x_d.numel() and b.dtype == x_d.dtype), None
+        )
         if host is None:
             host = torch.empty(x_d.numel(), dtype=x_d.dtype, pin_memory=x_d.is_cuda)
         else:
@@ -51,7 +53,7 @@ class Shelf:
         kept = _Kept(host, x_d.shape, x_d.device)
         if x_d.is_cuda:
             if self.stream is None:
-                self.stream = torch.cuda.Stream(x_d.device)
+                self.stream = torch.cuda.Stream(x_d.device)  # type: ignore[no-untyped-call]
             self.stream.wait_stream(torch.cuda.current_stream(x_d.device))
             with torch.cuda.stream(self.stream):
                 host[: x_d.numel()].copy_(x_d.view(-1), non_blocking=True)
@@ -131,8 +133,8 @@ def offloaded(
     """`run(layer, x_d, **kwargs)`, a (..., D) tensor, whose backward pass runs it again.
 
     `x_d` waits in host memory until then. Gradients of `layer`'s parameters add up in their `grad`
-    (never through `torch.autograd.grad`); what is in `kwargs` gets none. With `draws` the second run
-    draws the same random numbers.
+    (never through `torch.autograd.grad`); what is in `kwargs` gets none. With `draws` the second
+    run draws the same random numbers.
     """
     # Its gradient is not asked for, but without an input that has one there is no backward pass.
     anchor = torch.empty(0, device=x_d.device, requires_grad=True)

@@ -124,7 +124,7 @@ def _plan_batches(
         forms=Forms(
             recipe.lora,
             recipe.full,
-            recipe.train.activation_checkpointing,
+            recipe.train.activation_checkpointing != "none",
             recipe.train.precision,
             new_ids(recipe.model),
         ),

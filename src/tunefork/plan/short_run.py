@@ -19,11 +19,12 @@ from tunefork.data.pack import pack
 from tunefork.model import attention
 from tunefork.model.build import build
 from tunefork.model.device import context_bytes
+from tunefork.model.layers import prepare_layers
 from tunefork.plan.batches import shape_of
 from tunefork.plan.step import Build, Shape
 from tunefork.recipe import DataSection, ModelSection, Recipe
 from tunefork.train.loop import StepRecord, train
-from tunefork.train.method import enable_checkpointing, make_optimizer
+from tunefork.train.method import make_optimizer
 
 WARM_UP = 3
 """Steps that are not timed: kernels are loaded and compiled in them."""
@@ -72,7 +73,7 @@ def short_run(
         )
     build(model, made.method, made.lora, seed=0)
     if made.activation_checkpointing:
-        enable_checkpointing(model)
+        prepare_layers(model, "full", compiles=False)
     examples, steps = _examples(lengths, config.get_text_config().vocab_size)
     recipe = Recipe(
         model=ModelSection(id="-"), data=DataSection(train="-"), lora=made.lora, full=made.full

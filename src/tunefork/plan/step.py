@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from tunefork.data.pack import MicroBatch, Segments
 from tunefork.model.build import build
 from tunefork.model.head import Head
+from tunefork.model.layers import prepare_layers
 from tunefork.model.linear import Nf4Linear
 from tunefork.model.tokens import TokenHead
 from tunefork.plan.attention import NAME, Setting, install
@@ -26,7 +27,6 @@ from tunefork.plan.shape import at_depth, depths, extrapolate, on_meta, traceabl
 from tunefork.plan.trace import BLOCK_BYTES, Peak, Trace, Work
 from tunefork.recipe import FullSection, LoraSection, Method
 from tunefork.train.loss import loss_sum, token_losses
-from tunefork.train.method import enable_checkpointing
 
 _SCALED_LOGITS = (
     "final_logit_softcapping",
@@ -203,7 +203,7 @@ def _build(config: Any, made: Build) -> _Built:
     model.config.pad_token_id = None  # GPT-2 looks for it among ids, of which there are none
     build(model, made.method, made.lora, seed=0, new_ids=made.new_ids)
     if made.activation_checkpointing:
-        enable_checkpointing(model)
+        prepare_layers(model, "full", compiles=False)
     trained = [p for p in model.parameters() if p.requires_grad]
     sizes = state_bytes(trained, made.method, made.full)
     states = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes]

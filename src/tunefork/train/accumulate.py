@@ -15,24 +15,20 @@ from transformers import PreTrainedModel
 from tunefork.data.example import Encoded
 from tunefork.data.pack import MicroBatch, pack
 from tunefork.errors import NoMemoryError
-from tunefork.model.head import Head
 from tunefork.train.events import SettingChanged
-from tunefork.train.loss import loss_sum
-from tunefork.train.out_of_memory import Remedies, phase
+from tunefork.train.runner import Runner
 
 
 @dataclass(slots=True)
 class Accumulator:
     """How a run's steps are cut into micro-batches; `limit` falls where memory says so."""
 
-    model: PreTrainedModel
-    head: Head
+    runner: Runner
     limit: int
     """Most tokens of a micro-batch, padding included."""
     packing: bool
     pad_id: int
     on_out_of_memory: Literal["error", "shrink"] = "error"
-    remedies: Remedies | None = None
     on_change: Callable[[SettingChanged], None] = lambda change: None
 
     def gradient(self, chosen: Sequence[Encoded], step: int) -> tuple[float, int]:
@@ -41,9 +37,8 @@ class Accumulator:
         Returns the mean loss, nats, and the number of supervised tokens it is the mean of. Raises
         NoMemoryError where even the smallest micro-batches do not fit, or may not be tried.
         """
-        device = self.model.device
         longest = max(len(example.input_ids) for example in chosen)
-        random = random_states(device)
+        random = random_states(self.model.device)
         while True:
             limit = max(self.limit, longest)
             batches = pack(chosen, max_tokens=limit, packing=self.packing, pad_id=self.pad_id)
@@ -67,17 +62,17 @@ class Accumulator:
             )
 
     def _accumulate(self, batches: Sequence[MicroBatch], supervised: int, step: int) -> float:
-        device = self.model.device
-        total = torch.zeros((), device=device)
+        total = torch.zeros((), device=self.model.device)
         for batch in batches:
             rows, width = batch.input_ids.shape
             where = f"step {step}, a micro-batch of {rows} x {width} tokens"
-            with phase("forward", self.remedies, where):
-                loss = loss_sum(self.model, self.head, batch.to(device)) / supervised
-            with phase("backward", self.remedies, where):
-                loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
+            total += self.runner.loss(batch, supervised, where)
         return float(total)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """What is trained."""
+        return self.runner.model
 
     def _start_over(self, random: Sequence[torch.Tensor]) -> None:
         """Back to the step's start: no gradient, the same dropout."""

@@ -33,6 +33,7 @@ from tunefork.train.kernels import attention_kernels
 from tunefork.train.optim import clip_gradients
 from tunefork.train.out_of_memory import phase
 from tunefork.train.recovery import JUST_STOP, OnFault, Recovery
+from tunefork.train.runner import Runner
 from tunefork.train.state import Optimizer, Progress, restore
 from tunefork.train.validation import Validation, go_back_to_best
 
@@ -97,30 +98,31 @@ def train(
     stop_after: int | None = None,
     on_fault: OnFault = JUST_STOP,
     validation: Validation | None = None,
+    runner: Runner | None = None,
 ) -> TrainResult:
     """Run the optimiser steps (indices into `examples`), each at its own learning rate.
 
     Goes on from `start`, one of `checkpoints`. Ctrl-C, SIGTERM, SIGUSR1 or `preemption_file` ends
     the run after the step at hand, its state saved, with status "interrupted"; `stop_after` so many
     steps does likewise. With `validation` that keeps the best state, a run that came to its end
-    leaves the weights of that state; it needs `checkpoints`. Raises DivergedError, before the
-    update, when a loss or gradient is not finite; NoMemoryError; and CheckpointError where one
-    cannot be read or written.
+    leaves the weights of that state; it needs `checkpoints`. `runner` runs the model's passes where
+    they are not to be launched kernel by kernel. Raises DivergedError, before the update, when a
+    loss or gradient is not finite; NoMemoryError; and CheckpointError where one cannot be read or
+    written.
     """
     device = next(model.parameters()).device
-    head = find_head(model)
     model.train()
     torch.manual_seed(seed)
     done = Progress() if start is None else restore(start.read(), model, optimizer)
     reset_peak(device)
+    runner = runner or Runner(model, find_head(model), remedies=on_fault.remedies)
+    head = runner.head
     cut = Accumulator(
-        model,
-        head,
+        runner,
         min(done.micro_batch_tokens or micro_batch_tokens, micro_batch_tokens),
         packing,
         pad_id,
         on_fault.out_of_memory,
-        on_fault.remedies,
         on_fault.on_event,
     )
     recovery = Recovery(cut, optimizer, checkpoints, on_fault)

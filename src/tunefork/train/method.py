@@ -10,10 +10,12 @@ from tunefork.data.example import Encoded
 from tunefork.data.isolation import check_packing
 from tunefork.data.loader import steps
 from tunefork.model.build import build
+from tunefork.model.fused import fuse
 from tunefork.model.load import load_model, new_ids
 from tunefork.recipe import Method, Recipe
 from tunefork.train import deterministic
 from tunefork.train.checkpoints import Checkpoints, Found, Policy
+from tunefork.train.engine import base_form, prepare
 from tunefork.train.events import Event, SettingChanged
 from tunefork.train.guard import check_weights
 from tunefork.train.loop import StepRecord, TrainResult, train
@@ -33,19 +35,15 @@ def load_for_training(
     deterministic.prepare(recipe.train.deterministic)
     model = load_model(recipe.model, dtype=dtype, device=device, in_host_memory=True)
     added = new_ids(recipe.model)
-    build(model, method, recipe.lora, seed=seed, device=device, new_ids=added)
+    form = base_form(recipe, method, device=device, dtype=dtype)
+    # An FP8 base is quantised group by group on its way from the host to the device.
+    at = torch.device("cpu") if form is not None and form.storage != "nf4" else device
+    build(model, method, recipe.lora, seed=seed, device=at, new_ids=added)
+    if form is not None:
+        fuse(model, form.storage, form.products, device)
     if recipe.train.packing:
         check_packing(model)
-    if recipe.train.activation_checkpointing:
-        enable_checkpointing(model)
     return model
-
-
-def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
-    # transformers 5.24 renamed it, and warns of the old name.
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def make_optimizer(
@@ -147,11 +145,12 @@ def train_method(
     limit = section.micro_batch_tokens
     remedies = Remedies.of(recipe, method)
     check_weights(model, recipe.model.id)
+    runner = prepare(model, recipe, num_steps=len(schedule), remedies=remedies)
     with deterministic.deterministic(section.deterministic):
         found = None
         if stage is not None and section.rehearse:
             found = rehearse(
-                model,
+                runner,
                 examples,
                 schedule if start is None else schedule[start.facts.step :],
                 optimizer,
@@ -159,7 +158,6 @@ def train_method(
                 packing=section.packing,
                 pad_id=pad_id,
                 on_out_of_memory=section.on_out_of_memory,
-                remedies=remedies,
                 stage=stage,
             )
         if found is not None and found.micro_batch_tokens < limit:
@@ -213,4 +211,5 @@ def train_method(
             )
             if validate_on and section.validate_every_steps
             else None,
+            runner=runner,
         )

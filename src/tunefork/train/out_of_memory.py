@@ -51,7 +51,7 @@ class Remedies:
             method=method,
             micro_batch_tokens=recipe.train.micro_batch_tokens,
             least_tokens=recipe.data.max_length,
-            activation_checkpointing=recipe.train.activation_checkpointing,
+            activation_checkpointing=recipe.train.activation_checkpointing != "none",
             eight_bit=recipe.full.optimizer == "adamw_8bit",
             master_weights=recipe.full.weights == "fp32",
         )

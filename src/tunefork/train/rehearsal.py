@@ -28,13 +28,12 @@ from tunefork.data.example import Encoded
 from tunefork.data.pack import MicroBatch, pack
 from tunefork.errors import NoMemoryError
 from tunefork.model.device import peak_bytes, reset_peak
-from tunefork.model.head import find_head
 from tunefork.train.dry_update import dry_update, zero_gradients
 from tunefork.train.kernels import attention_kernels
 from tunefork.train.longest import Passes, passes_of
-from tunefork.train.loss import loss_sum
 from tunefork.train.out_of_memory import Remedies, phase
 from tunefork.train.progress import duration
+from tunefork.train.runner import Runner
 from tunefork.train.save_rehearsal import SaveCost, rehearse_save
 from tunefork.train.state import Optimizer
 
@@ -85,7 +84,7 @@ class Stage:
 
 
 def rehearse(
-    model: PreTrainedModel,
+    runner: Runner,
     examples: Sequence[Encoded],
     steps: Sequence[Sequence[int]],
     optimizer: Optimizer,
@@ -94,7 +93,6 @@ def rehearse(
     packing: bool,
     pad_id: int,
     on_out_of_memory: Literal["error", "shrink"],
-    remedies: Remedies | None = None,
     stage: Stage | None = None,
 ) -> Rehearsal | None:
     """Go through the run's worst moments; None for a run too short to need it.
@@ -103,6 +101,7 @@ def rehearse(
     keeps, and whatever an evaluation or a save would have raised.
     """
     start = time.perf_counter()
+    model, remedies = runner.model, runner.remedies
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
     longest = max((len(examples[at].input_ids) for step in steps for at in step), default=0)
@@ -122,7 +121,7 @@ def rehearse(
                     )[at]
                     for step, at in passes.heaviest
                 ]
-                peak, train_s = _train(model, optimizer, passes, made, len(steps), remedies)
+                peak, train_s = _train(runner, optimizer, passes, made, len(steps))
                 break
             except NoMemoryError:
                 if on_out_of_memory == "error" or limit <= longest:
@@ -135,33 +134,30 @@ def rehearse(
 
 
 def _train(
-    model: PreTrainedModel,
+    runner: Runner,
     optimizer: Optimizer,
     passes: Passes,
     batches: Sequence[MicroBatch],
     num_steps: int,
-    remedies: Remedies | None,
 ) -> tuple[int, float]:
     """Peak bytes, and predicted seconds of all steps."""
+    model = runner.model
     device = next(model.parameters()).device
-    head = find_head(model)
     was_training = model.training
     model.train()
     reset_peak(device)
     try:
-        with dry_update(optimizer, remedies) as update_s:
+        with dry_update(optimizer, runner.remedies) as update_s:
             if passes.is_accumulated:  # the second micro-batch finds the first one's gradients
                 zero_gradients(optimizer)
             token_s = []
             for batch in batches:
                 rows, width = batch.input_ids.shape
                 where = f"rehearsal of the longest micro-batch, {rows} x {width} tokens"
+                if runner.pads:  # the first pass of a size is for compiling
+                    runner.loss(batch, 1, where)
                 started = _now(device)
-                with phase("forward", remedies, where):
-                    loss = loss_sum(model, head, batch.to(device))
-                with phase("backward", remedies, where):
-                    loss.backward()  # type: ignore[no-untyped-call]
-                del loss
+                runner.loss(batch, 1, where)
                 token_s.append((_now(device) - started) / (rows * width))
             return peak_bytes(device), min(token_s) * passes.tokens + update_s * num_steps
     finally:

@@ -1,0 +1,93 @@
+"""How a built model is run: in what form its frozen base is kept, and what of it is compiled.
+
+The recipe says what is wanted (`train.precision`, `activation_checkpointing`, `compile`); here it
+becomes one choice for the method, the device and the length of the run. None of it changes what is
+computed but by rounding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from tunefork.errors import ModelError
+from tunefork.kernels.layout import Products, Storage
+from tunefork.model.head import find_head
+from tunefork.model.layers import draws, prepare_layers
+from tunefork.recipe import Method, Recipe
+from tunefork.train.out_of_memory import Remedies
+from tunefork.train.runner import Runner
+
+_WORTH_COMPILING = 100
+"""Optimiser steps from which on `train.compile: auto` compiles: they take longer than compiling."""
+_FP8_CAPABILITY = (8, 9)
+"""First CUDA compute capability with FP8 products (Ada; Hopper is 9.0)."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseForm:
+    """How a frozen base is kept and multiplied."""
+
+    storage: Storage
+    products: Products
+
+
+def base_form(
+    recipe: Recipe, method: Method, *, device: torch.device, dtype: torch.dtype
+) -> BaseForm | None:
+    """The form of `method`'s frozen base, or None where its layers stay as they are built.
+
+    Raises ModelError where `train.precision: fp8` cannot be had.
+    """
+    wants_fp8 = recipe.train.precision == "fp8"
+    if method is Method.FULL:
+        return None
+    if wants_fp8 and recipe.lora.dora:
+        raise ModelError(
+            "train.precision: fp8 has no form of lora.dora, whose rows' lengths need the base's "
+            "weights in each step; leave one of the two out"
+        )
+    if wants_fp8 and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _FP8_CAPABILITY:
+            raise ModelError(
+                f"train.precision: fp8 needs a GPU with FP8 products (compute capability 8.9 or "
+                f"later), and this is one of {capability[0]}.{capability[1]}; set bf16"
+            )
+    if recipe.lora.dora or dtype != torch.bfloat16 or (device.type != "cuda" and not wants_fp8):
+        return None
+    products: Products = "fp8" if wants_fp8 else "bf16"
+    if method is Method.QLORA:
+        return BaseForm("nf4", products)
+    if not wants_fp8:
+        return BaseForm("bf16", products)
+    # A second copy saves turning the weights in each backward pass, and takes a byte a parameter.
+    keeps_all = recipe.train.activation_checkpointing == "none"
+    return BaseForm("fp8_twice" if keeps_all else "fp8", products)
+
+
+def compiles(recipe: Recipe, device: torch.device, num_steps: int) -> bool:
+    """Whether a run of so many optimiser steps compiles its layers."""
+    wanted = recipe.train.compile
+    is_long = num_steps >= _WORTH_COMPILING
+    return device.type == "cuda" and (wanted == "always" or (wanted == "auto" and is_long))
+
+
+def prepare(
+    model: PreTrainedModel, recipe: Recipe, *, num_steps: int, remedies: Remedies | None = None
+) -> Runner:
+    """Have the built `model` run as the recipe says while it is trained, in place."""
+    checkpointing = recipe.train.activation_checkpointing
+    is_compiled = compiles(recipe, model.device, num_steps)
+    prepare_layers(model, checkpointing, compiles=is_compiled)
+    head = find_head(model)
+    # Random numbers that a replay draws are not those of a launch: a resumed run, which launches
+    # other steps than the first one did, would not be the same. Offloading waits on the host.
+    captures = is_compiled and not draws(model) and checkpointing != "offload"
+    return Runner(
+        model,
+        head,
+        pads=is_compiled and head.takes_segments,
+        captures=captures and head.takes_segments,
+        remedies=remedies,
+    )

@@ -1,0 +1,146 @@
+"""One micro-batch's forward and backward pass: launched kernel by kernel, or replayed at once.
+
+A pass over few tokens is over before Python has launched its kernels: 512 tokens of an 8B model
+take a Hopper GPU 30 ms and the host 150. A CUDA graph holds all the launches of a pass and is
+launched as one. It is bound to addresses and sizes, so batches are filled up to few sizes
+(`data/bucket.py`), inputs are copied to where the graph reads them, and gradients add up in tensors
+that stay where they are.
+
+A size is launched the first time it comes, which compiles what has to be compiled, and captured the
+second time. Where memory would not hold a second pass's activations beside the first's, it is not
+captured: a graph keeps its own.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tunefork.data.bucket import Size, padded, size_of
+from tunefork.data.pack import MicroBatch
+from tunefork.model.head import Head
+from tunefork.train.loss import loss_sum
+from tunefork.train.out_of_memory import Remedies, phase
+
+_MOST_TOKENS = 16384
+"""Of a pass that is captured: with more, the GPU is the slower one with any model worth a GPU."""
+_MOST_GRAPHS = 16
+_ROOM = 1.25
+"""Free memory that a capture asks for, in units of the most that was used above the weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """A captured pass, and the tensors it reads and writes."""
+
+    graph: Any
+    batch: MicroBatch
+    divisor: Tensor
+    loss: Tensor
+
+    def replay(self, batch: MicroBatch, divisor: float) -> Tensor:
+        """The pass for `batch`, which is on the CPU; gradients are added."""
+        for ours, theirs in zip(_inputs(self.batch), _inputs(batch), strict=True):
+            ours.copy_(theirs, non_blocking=True)
+        self.divisor.fill_(divisor)
+        self.graph.replay()
+        return self.loss.clone()  # the next replay writes there
+
+
+class Runner:
+    """Runs passes of one model. `pads` fills batches up to few sizes, `captures` replays them."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        head: Head,
+        *,
+        pads: bool = False,
+        captures: bool = False,
+        remedies: Remedies | None = None,
+    ) -> None:
+        self.model, self.head, self.remedies = model, head, remedies
+        self.pads, self.captures = pads or captures, captures
+        self.graphs: dict[Size, _Graph] = {}
+        self.seen: set[Size] = set()
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.gradients: list[Tensor] = []
+        self.stream: Any = None
+
+    def loss(self, batch: MicroBatch, supervised: int, where: str) -> Tensor:
+        """Summed loss of `batch`, from the CPU, over `supervised`: (), fp32, without a gradient.
+
+        Its gradient is added to the parameters'. Raises NoMemoryError, which `where` is part of.
+        """
+        if self.pads:
+            size = size_of(batch)
+            batch = padded(batch, size)
+            if size in self.graphs:
+                self._attach_gradients()
+                return self.graphs[size].replay(batch, supervised)
+            if size in self.seen and self._may_capture(size):
+                with phase("backward", self.remedies, where):
+                    self.graphs[size] = self._capture(batch)
+                return self.graphs[size].replay(batch, supervised)
+            self.seen.add(size)
+        divisor = torch.full((), float(supervised), device=self.model.device)
+        with phase("forward", self.remedies, where):
+            loss = loss_sum(self.model, self.head, batch.to(self.model.device)) / divisor
+        with phase("backward", self.remedies, where):
+            loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _may_capture(self, size: Size) -> bool:
+        if not self.captures or len(self.graphs) >= _MOST_GRAPHS:
+            return False
+        if size.rows * size.length > _MOST_TOKENS:
+            return False
+        if self.graphs:  # they share one pool
+            return size.rows * size.length <= max(g.rows * g.length for g in self.graphs)
+        device = self.model.device
+        free, _ = torch.cuda.mem_get_info(device)
+        allocated = torch.cuda.memory_allocated(device)
+        unused = torch.cuda.memory_reserved(device) - allocated
+        return free + unused > _ROOM * (torch.cuda.max_memory_allocated(device) - allocated)
+
+    def _attach_gradients(self) -> None:
+        """Gradients where the graphs add to them; those that were dropped start at zero."""
+        if not self.gradients:
+            self.gradients = [
+                torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained
+            ]
+        for parameter, gradient in zip(self.trained, self.gradients, strict=True):
+            if parameter.grad is None:
+                gradient.zero_()
+                parameter.grad = gradient
+            elif parameter.grad is not gradient:
+                gradient.copy_(parameter.grad)
+                parameter.grad = gradient
+
+    def _capture(self, batch: MicroBatch) -> _Graph:
+        """The graph of a pass as large as `batch`; nothing is computed yet."""
+        device = self.model.device
+        self._attach_gradients()
+        static = batch.to(device)
+        divisor = torch.ones((), device=device)
+        if self.stream is None:
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()  # what is free goes to the graph's pool
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else None
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+            loss = loss_sum(self.model, self.head, static) / divisor
+            loss.backward()  # type: ignore[no-untyped-call]
+        return _Graph(graph, static, divisor, loss.detach())
+
+
+def _inputs(batch: MicroBatch) -> tuple[Tensor, ...]:
+    return (
+        batch.input_ids,
+        batch.position_ids,
+        *batch.supervised,
+        batch.labels,
+        batch.segments.starts,
+    )
