@@ -34,7 +34,10 @@ def collect(files: list[Path], name: str) -> Path:
     rows: list[_Row] = [{"case": row["run"], "error": row["error"]} for row in failed]
     for method in METHODS:
         pairs = pairs_of(method, raw)
-        judged = [judge(method, seed, *pair) for seed, pair in pairs.items()]
+        judged = [
+            judge(method, seed, *pair, raw.get(f"{method}_fp32_{seed}"))
+            for seed, pair in pairs.items()
+        ]
         rows += judged
         if judged:
             rows.append(summary(method, judged, list(pairs.values())))
@@ -66,8 +69,8 @@ def pairs_of(method: str, raw: dict[str, _Row]) -> dict[int, tuple[_Row, _Row]]:
     return found
 
 
-def judge(method: str, seed: int, bf16: _Row, fp8: _Row) -> _Row:
-    """One seed: FP8 against bf16, as trained and as served."""
+def judge(method: str, seed: int, bf16: _Row, fp8: _Row, fp32: _Row | None) -> _Row:
+    """One seed: FP8 against bf16, as trained and as served; bf16 against fp32 if that ran."""
     columns = unpack_columns(bf16["columns"])
     row: _Row = {
         "case": method,
@@ -80,24 +83,26 @@ def judge(method: str, seed: int, bf16: _Row, fp8: _Row) -> _Row:
         "train_examples": bf16["train_examples"],
         "train_losses": {"bf16": bf16["train_losses"][-5:], "fp8": fp8["train_losses"][-5:]},
     }
+    if fp32 is not None:
+        row["bf16_from_fp32"] = against(unpack_columns(fp32["columns"]), columns, ("fp32", "bf16"))
     enough = row["num_examples"] >= FEWEST_EXAMPLES
     return row | {"holds": enough and row["as_trained"]["holds"] and row["as_served"]["holds"]}
 
 
-def against(bf16: Any, fp8: Any) -> _Row:
-    """FP8's loss and accuracy minus bf16's on the same examples."""
-    losses = [estimate("loss", [of], samples=200).value for of in (bf16, fp8)]
-    shares = [estimate("accuracy", [of], samples=200).value for of in (bf16, fp8)]
+def against(base: Any, other: Any, names: tuple[str, str] = PRECISIONS) -> _Row:
+    """`other`'s loss and accuracy minus those of `base` on the same examples."""
+    losses = [estimate("loss", [of], samples=200).value for of in (base, other)]
+    shares = [estimate("accuracy", [of], samples=200).value for of in (base, other)]
     relative = losses[1] / losses[0] - 1
-    paired = paired_difference("accuracy", [fp8], [bf16], samples=_SAMPLES)
+    paired = paired_difference("accuracy", [other], [base], samples=_SAMPLES)
+    interval = [100 * x for x in (paired.value, paired.low, paired.high)]
     return {
-        "loss": {"bf16": losses[0], "fp8": losses[1]},
+        "loss": dict(zip(names, losses, strict=True)),
         "loss_relative_difference": relative,
-        "accuracy": {"bf16": shares[0], "fp8": shares[1]},
-        "accuracy_difference_points": [100 * x for x in (paired.value, paired.low, paired.high)],
-        "differently_answered": float((bf16["predicted"] != fp8["predicted"]).mean()),
-        "holds": abs(relative) <= LOSS_BOUND
-        and max(-paired.low, paired.high) * 100 <= ACCURACY_BOUND,
+        "accuracy": dict(zip(names, shares, strict=True)),
+        "accuracy_difference_points": interval,
+        "differently_answered": float((base["predicted"] != other["predicted"]).mean()),
+        "holds": abs(relative) <= LOSS_BOUND and max(map(abs, interval[1:])) <= ACCURACY_BOUND,
     }
 
 
