@@ -1,6 +1,9 @@
 """The speed table's script on a small shape: what it trains, what it records, what it compares."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,3 +114,21 @@ def test_ratios_are_of_one_call_and_of_the_best_setting(
     assert by["lora_8x2048_fp8_plain_losses", "tunefork", 40.0]["losses"] == [2.0, 1.5]
     over = by["lora_over_full", "tunefork", None]
     assert (over["ratio"], over["same_call"]) == (10.0, False)
+
+
+@pytest.mark.slow
+def test_the_whole_way_on_a_cpu(tmp_path: Path) -> None:
+    """`measure --tiny`: a process for each run, a line for each, and what was run is compared."""
+    raw = tmp_path / "raw.jsonl"
+    command = [sys.executable, "-m", "benchmarks.h200_training", "measure", "--tiny"]
+    command += ["--out", str(raw), "--model", str(tmp_path / "weights")]
+    command += ["--cases", "lora_8x2048_bf16", "--tools", "tunefork", "plain", "peft"]
+    command += ["--steps", "2", "--peer-steps", "2", "--set", "train.precision=fp32"]
+    here = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(here / "src")}
+    subprocess.run(command, check=True, cwd=here, env=environment)
+    rows = [json.loads(line) for line in raw.read_text(encoding="utf-8").splitlines()]
+    assert [row["run"] for row in rows] == ["bf16", "peft", "peft_defaults", "plain_lora"]
+    assert not [row["error"] for row in rows if "error" in row]
+    assert "train.precision: fp32" in rows[0]["setting"]
+    assert "train.precision: bf16" in rows[3]["setting"]  # what is compared with stays as it is
