@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import h200_training, results, training_runs
+from benchmarks import h200_training, results, training_peers, training_runs
 from benchmarks.training_cases import CASES, RUNS, TOOLS, chosen_runs
 from benchmarks.training_runs import TINY, WARM_UP, Run
 from benchmarks.training_table import collect
 
-_ROWS, _LENGTH = 2, 12
+_ROWS, _LENGTH, _TIMED = 2, 12, 5
 
 
 @pytest.fixture(scope="module")
@@ -28,22 +28,26 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _measured(name: str, folder: Path) -> dict[str, Any]:
     run = replace(RUNS[name], rows=_ROWS, length=_LENGTH)
-    batches = training_runs.draw_batches(run, WARM_UP + 2, TINY.vocabulary)
+    batches = training_runs.draw_batches(run, WARM_UP + _TIMED, TINY.vocabulary)
     np.savez(folder / training_runs.BATCHES, **batches)
     return training_runs.measure(run, folder)
 
 
-def test_ours_and_pefts_losses_agree_step_by_step(weights: Path) -> None:
-    """The same weights, batches, targets, scale, optimiser and order: else they part at once."""
+def test_ours_and_pefts_losses_agree_step_by_step(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights, batches, targets, scale, optimiser and order: else they part."""
+    for module in (training_runs, training_peers):  # or the deltas would hardly move in 8 steps
+        monkeypatch.setattr(module, "LEARNING_RATE", 3e-3)
     ours = _measured("plain_lora", weights)
     peft = _measured("peft_defaults", weights)
-    assert len(ours["losses"]) == WARM_UP + 2
-    assert len(set(ours["losses"])) == WARM_UP + 2  # the batches differ, and training happens
-    # bf16 forward passes by different kernels; adapters start from different draws of A, B at 0.
-    np.testing.assert_allclose(ours["losses"], peft["losses"], rtol=2e-3)
+    assert len(ours["losses"]) == WARM_UP + _TIMED
     assert ours["losses"][0] == pytest.approx(peft["losses"][0], rel=2e-4)
+    assert ours["losses"][-1] < 0.95 * ours["losses"][0]
+    # Each draws its own A, which parts them by 0.4 %; half or twice the scale by 1.6 % and more.
+    np.testing.assert_allclose(ours["losses"], peft["losses"], rtol=8e-3)
     for row in (ours, peft):
-        assert row["timed_steps"] == 2
+        assert row["timed_steps"] == _TIMED
         assert row["tokens_per_s"] == pytest.approx(_ROWS * _LENGTH / row["step_s"])
 
 
@@ -54,7 +58,7 @@ def test_full_fine_tuning_agrees_too(weights: Path) -> None:
 
 def _full_without_liger(weights: Path) -> dict[str, Any]:
     run = replace(RUNS["peft_liger_full"], tool="peft", rows=_ROWS, length=_LENGTH)
-    batches = training_runs.draw_batches(run, WARM_UP + 2, TINY.vocabulary)
+    batches = training_runs.draw_batches(run, WARM_UP + _TIMED, TINY.vocabulary)
     np.savez(weights / training_runs.BATCHES, **batches)
     return training_runs.measure(run, weights)
 
