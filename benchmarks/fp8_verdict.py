@@ -1,0 +1,139 @@
+"""What benchmarks/fp8_gate.py measured, judged by issue 6's bounds: results/fp8_gate.json."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.fp8_gate import read
+from benchmarks.fp8_run import METHODS, PRECISIONS, unpack_columns
+from tunefork.evaluate.statistics import estimate, paired_difference
+
+LOSS_BOUND = 0.005
+"""Relative difference of the evaluation's loss."""
+ACCURACY_BOUND = 1.5
+"""Points, within which the whole 95 % interval of the paired difference must lie."""
+FEWEST_EXAMPLES = 2000
+GRADIENT_BOUNDS = {
+    "bf16": {"whole_cosine": 0.99, "median_cosine": 0.99, "worst_cosine": 0.9, "norm_error": 0.05},
+    "fp8": {"whole_cosine": 0.95, "median_cosine": 0.95, "worst_cosine": 0.4, "norm_error": 0.15},
+}
+"""Against float64. `worst` and `median` are of one A or B each, the rest of all as one vector. Set
+after a first look: FP8's reference on a CPU had 0.976, 0.970, 0.58 and 0.066 there, bf16 0.999,
+0.999, 0.99 and 0.015. The worst are tensors whose gradient is a small rest of large terms, and the
+row has `other_batch` beside them: how far another batch's exact gradient is from this one's."""
+_SAMPLES = 2000
+_OF_TENSORS = ("median_cosine", "worst_cosine")
+
+_Row = dict[str, Any]
+
+
+def collect(files: list[Path], name: str) -> Path:
+    """Judge the newest line of each run; write the table."""
+    raw = {row["run"]: row for row in read(files) if "error" not in row}
+    failed = [row for row in read(files) if "error" in row and row["run"] not in raw]
+    rows: list[_Row] = [{"case": row["run"], "error": row["error"]} for row in failed]
+    for method in METHODS:
+        pairs = pairs_of(method, raw)
+        judged = [
+            judge(method, seed, *pair, raw.get(f"{method}_fp32_{seed}"))
+            for seed, pair in pairs.items()
+        ]
+        rows += judged
+        if judged:
+            rows.append(summary(method, judged, list(pairs.values())))
+        if f"gradients_{method}" in raw:
+            rows.append(judge_gradients(raw[f"gradients_{method}"]))
+    measured = list(raw.values())
+    return results.write(
+        name,
+        rows,
+        device=", ".join(sorted({row["device"] for row in measured})),
+        command="python -m benchmarks.fp8_gate measure, gradients, then collect",
+        versions={k: v for row in measured for k, v in row.get("versions", {}).items()},
+    )
+
+
+def pairs_of(method: str, raw: dict[str, _Row]) -> dict[int, tuple[_Row, _Row]]:
+    """bf16's and FP8's run of each seed that has both; SystemExit where they do not match."""
+    found = {}
+    of_method = [row for row in raw.values() if row.get("method") == method and "seed" in row]
+    for seed in sorted({row["seed"] for row in of_method}):
+        pair = [raw.get(f"{method}_{precision}_{seed}") for precision in PRECISIONS]
+        bf16, fp8 = pair
+        if bf16 is None or fp8 is None:
+            continue
+        for part in ("shared", "device"):
+            if bf16[part] != fp8[part]:
+                raise SystemExit(f"{method}, seed {seed}: {part} differs between bf16 and fp8")
+        found[seed] = (bf16, fp8)
+    return found
+
+
+def judge(method: str, seed: int, bf16: _Row, fp8: _Row, fp32: _Row | None) -> _Row:
+    """One seed: FP8 against bf16, as trained and as served; bf16 against fp32 if that ran."""
+    columns = unpack_columns(bf16["columns"])
+    row: _Row = {
+        "case": method,
+        "seed": seed,
+        "num_examples": len(columns["gold"]),
+        "majority_share": bf16["majority_share"],
+        "as_trained": against(columns, unpack_columns(fp8["columns"])),
+        "as_served": against(columns, unpack_columns(fp8["served_columns"])),
+        "seconds": {"bf16": bf16["train_s"], "fp8": fp8["train_s"]},
+        "train_examples": bf16["train_examples"],
+        "train_losses": {"bf16": bf16["train_losses"][-5:], "fp8": fp8["train_losses"][-5:]},
+    }
+    if fp32 is not None:
+        row["bf16_from_fp32"] = against(unpack_columns(fp32["columns"]), columns, ("fp32", "bf16"))
+    enough = row["num_examples"] >= FEWEST_EXAMPLES
+    return row | {"holds": enough and row["as_trained"]["holds"] and row["as_served"]["holds"]}
+
+
+def against(base: Any, other: Any, names: tuple[str, str] = PRECISIONS) -> _Row:
+    """`other`'s loss and accuracy minus those of `base` on the same examples."""
+    losses = [estimate("loss", [of], samples=200).value for of in (base, other)]
+    shares = [estimate("accuracy", [of], samples=200).value for of in (base, other)]
+    relative = losses[1] / losses[0] - 1
+    paired = paired_difference("accuracy", [other], [base], samples=_SAMPLES)
+    interval = [100 * x for x in (paired.value, paired.low, paired.high)]
+    return {
+        "loss": dict(zip(names, losses, strict=True)),
+        "loss_relative_difference": relative,
+        "accuracy": dict(zip(names, shares, strict=True)),
+        "accuracy_difference_points": interval,
+        "differently_answered": float((base["predicted"] != other["predicted"]).mean()),
+        "holds": abs(relative) <= LOSS_BOUND and max(map(abs, interval[1:])) <= ACCURACY_BOUND,
+    }
+
+
+def summary(method: str, judged: list[_Row], pairs: list[tuple[_Row, _Row]]) -> _Row:
+    """All seeds of a method, and how much bf16 alone moves from seed to seed."""
+    sides = [[unpack_columns(pair[side]["columns"]) for pair in pairs] for side in (1, 0)]
+    paired = paired_difference("accuracy", *sides, samples=_SAMPLES, by_seed=True)
+    losses = [row["as_trained"]["loss"]["bf16"] for row in judged]
+    relative = [row["as_trained"]["loss_relative_difference"] for row in judged]
+    return {
+        "case": f"{method}_all_seeds",
+        "seeds": [row["seed"] for row in judged],
+        "mean_loss_relative_difference": sum(relative) / len(relative),
+        "worst_loss_relative_difference": max(relative, key=abs),
+        "bf16_loss_range_over_seeds": max(losses) / min(losses) - 1,
+        "accuracy_difference_points": [100 * x for x in (paired.value, paired.low, paired.high)],
+        "bounds": {"loss": LOSS_BOUND, "accuracy_points": ACCURACY_BOUND, "seeds": 3},
+        "holds": len(judged) >= 3 and all(row["holds"] for row in judged),
+    }
+
+
+def judge_gradients(row: _Row) -> _Row:
+    """The worst tensor of each precision against its bounds."""
+    holds = {}
+    for precision in (p for p in PRECISIONS if p in row):
+        found, bounds = row[precision], GRADIENT_BOUNDS[precision]
+        kinds = [found[kind] for kind in ("lora_a", "lora_b")]
+        holds[precision] = (
+            found["whole_cosine"] >= bounds["whole_cosine"]
+            and abs(found["whole_norm_error"]) <= bounds["norm_error"]
+            and all(kind[of] >= bounds[of] for kind in kinds for of in _OF_TENSORS)
+        )
+    kept = {key: value for key, value in row.items() if key != "run"}
+    return {"case": row["run"], **kept, "bounds": GRADIENT_BOUNDS, "holds": holds}

@@ -1,0 +1,201 @@
+"""The FP8 gate's script: its pairs, its bounds and its float64 reference, on tiny models."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import fp8_gate, fp8_run, results
+from benchmarks.fp8_gradients import agreement, gradients, reference_gradients
+from benchmarks.fp8_run import Trial, adapter, pack_columns, put_adapter, unpack_columns
+from benchmarks.fp8_verdict import GRADIENT_BOUNDS, against, collect, judge_gradients
+from tests.folders import save_model
+from tests.tiny import VOCABULARY, tiny_model
+from tunefork.data.example import Encoded
+from tunefork.model.build import build
+from tunefork.model.linear import LoraLinear
+from tunefork.recipe import LoraSection, Method, Recipe
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> argparse.Namespace:
+    """Of `measure` over a tiny llama and 12 rows in two classes."""
+    save_model(tmp_path / "base")
+    for name, start, count in (("train", 0, 12), ("eval", 100, 6)):
+        rows = [
+            {"text": f"colour {n}", "label": ("fox", "dog")[n % 2]}
+            for n in range(start, start + count)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return argparse.Namespace(
+        model=tmp_path / "base",
+        data=tmp_path,
+        out=tmp_path / "raw.jsonl",
+        done=[],
+        methods=["lora"],
+        precisions=["bf16", "fp8"],
+        seeds=[0, 1],
+        steps=2,
+        batch_size=4,
+        learning_rate=1e-2,
+        max_train_examples=None,
+        max_eval_examples=None,
+        set=["lora.rank=4", "data.max_length=256"],
+        seconds=600.0,
+    )
+
+
+@pytest.fixture
+def fp8_is_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FP8 needs its GPU: here its runs compute in fp32."""
+    real = fp8_run.recipe_of
+
+    def stand_in(arguments: argparse.Namespace, trial: Trial) -> Recipe:
+        precision = "fp32" if trial.precision == "fp8" else trial.precision
+        return real(arguments, Trial(trial.method, precision, trial.seed))
+
+    monkeypatch.setattr(fp8_run, "recipe_of", stand_in)
+
+
+@pytest.mark.usefixtures("fp8_is_fp32")
+def test_what_is_measured_is_judged_and_not_measured_twice(
+    arguments: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    fp8_gate.measure(arguments)
+    lines = list(fp8_gate.read([arguments.out]))
+    assert [row["run"] for row in lines] == [
+        *("lora_bf16_0", "lora_fp8_0", "lora_bf16_1", "lora_fp8_1")
+    ]
+    assert not [row["error"] for row in lines if "error" in row]
+    arguments.precisions.append("fp32")
+    fp8_gate.measure(arguments)
+    assert len(list(fp8_gate.read([arguments.out]))) == 6
+    table = json.loads(collect([arguments.out], "gate").read_text(encoding="utf-8"))
+    first, second, overall = table["rows"]
+    assert (first["case"], first["seed"], second["seed"]) == ("lora", 0, 1)
+    assert first["num_examples"] == 6
+    assert not first["holds"]  # six examples are too few, whatever they show
+    assert (overall["case"], overall["seeds"]) == ("lora_all_seeds", [0, 1])
+    # FP8's stand-in is fp32, so bf16's distance from either is one.
+    back = 1 / (1 + first["as_trained"]["loss_relative_difference"]) - 1
+    assert first["bf16_from_fp32"]["loss_relative_difference"] == pytest.approx(back)
+    # The adapter is the same, and a bf16 base another model than an fp32 one.
+    trained, served = first["as_trained"]["loss"]["fp8"], first["as_served"]["loss"]["fp8"]
+    assert served != trained
+    assert served == pytest.approx(trained, rel=0.02)
+
+
+def test_a_run_that_fails_is_a_row_and_the_next_is_run(
+    arguments: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.setattr(fp8_gate, "run", _out_of_memory)
+    fp8_gate.measure(arguments)
+    assert len(list(fp8_gate.read([arguments.out]))) == 4
+    table = json.loads(collect([arguments.out], "gate").read_text(encoding="utf-8"))
+    assert {row["error"] for row in table["rows"]} == {"RuntimeError: out of memory"}
+
+
+def _out_of_memory(*_: Any) -> dict[str, Any]:
+    raise RuntimeError("out of memory")
+
+
+def _columns(right: int, loss: float, total: int = 4000) -> dict[str, Any]:
+    return {
+        "predicted": (np.arange(total) < right).astype(np.int64),
+        "gold": np.ones(total, dtype=np.int64),
+        "loss_sum": np.full(total, loss),
+        "tokens": np.ones(total, dtype=np.int64),
+    }
+
+
+@pytest.mark.parametrize(
+    ("right", "loss", "holds"),
+    [
+        (3000, 1.0, True),
+        (3010, 1.004, True),
+        (3000, 1.006, False),
+        (3000, 0.994, False),  # too good to be the same training
+        (2950, 1.0, False),  # 1.25 points worse: the interval reaches beyond 1.5
+        (3050, 1.0, False),
+    ],
+)
+def test_the_bounds(right: int, loss: float, holds: bool) -> None:
+    found = against(_columns(3000, 1.0), _columns(right, loss))
+    assert found["holds"] is holds
+    assert found["loss_relative_difference"] == pytest.approx(loss - 1)
+    assert found["accuracy_difference_points"][0] == pytest.approx((right - 3000) / 40)
+
+
+def test_columns_survive_their_line() -> None:
+    columns = _columns(3, 0.1, total=5)
+    for name, values in unpack_columns(pack_columns(columns)).items():
+        np.testing.assert_array_equal(values, columns[name])
+
+
+def _deltas(model: Any) -> None:
+    build(model, Method.LORA, LoraSection(rank=4), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+def _examples() -> list[Encoded]:
+    draw = np.random.default_rng(0)
+    found = []
+    for at, length in enumerate((9, 14, 5)):
+        ids = draw.integers(3, VOCABULARY, length).astype(np.int32)
+        found.append(Encoded(f"row {at}", ids, draw.random(length) < 0.6))
+    return found
+
+
+@pytest.mark.parametrize("spoil", [None, "scale", "weights"])
+def test_the_reference_is_what_fp32_comes_to(spoil: str | None) -> None:
+    """Of another scale or other weights it is not: the comparison can fail."""
+    model = tiny_model("llama")
+    _deltas(model)
+    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, LoraLinear)]
+    weights = {path: layer.materialize().detach().clone() for path, layer in layers}
+    scale = layers[0][1].scale
+    if spoil == "weights":
+        weights[layers[3][0]] *= 1.05
+    truth = reference_gradients(
+        tiny_model("llama").double(),
+        weights,
+        adapter(model),
+        scale * (1.05 if spoil == "scale" else 1.0),
+        _examples(),
+    )
+    found = agreement(gradients(model, _examples(), 0), truth)
+    assert found["lora_a"]["tensors"] == found["lora_b"]["tensors"] == len(layers)
+    kinds = [found[kind] for kind in ("lora_a", "lora_b")]
+    worst = max(max(1 - kind["worst_cosine"], abs(kind["worst_norm_error"])) for kind in kinds)
+    assert (worst < 1e-4) is (spoil is None)
+
+
+def test_a_gradient_that_is_off_breaks_its_bounds() -> None:
+    found = dict.fromkeys(("median_cosine", "worst_cosine"), 0.99)
+    good = {"lora_a": found, "lora_b": found, "whole_cosine": 0.99, "whole_norm_error": 0.01}
+    for change, holds in (
+        ({}, True),
+        ({"whole_cosine": 0.9}, False),
+        ({"whole_norm_error": -0.2}, False),
+        ({"lora_b": found | {"worst_cosine": 0.3}}, False),
+    ):
+        row = judge_gradients({"run": "gradients_lora", "fp8": good | change})
+        assert row["holds"] == {"fp8": holds}
+        assert row["bounds"] == GRADIENT_BOUNDS
+
+
+def test_deltas_go_only_where_they_belong() -> None:
+    one, other = tiny_model("llama"), tiny_model("llama")
+    _deltas(one)
+    build(other, Method.LORA, LoraSection(rank=4, targets="mlp"), seed=0)
+    with pytest.raises(ValueError, match="other deltas"):
+        put_adapter(other, adapter(one))

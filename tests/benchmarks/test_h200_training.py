@@ -1,0 +1,138 @@
+"""The speed table's script on a small shape: what it trains, what it records, what it compares."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import h200_training, results, training_peers, training_runs
+from benchmarks.training_cases import CASES, RUNS, TOOLS, chosen_runs
+from benchmarks.training_runs import TINY, WARM_UP, Run
+from benchmarks.training_table import collect
+
+_ROWS, _LENGTH, _TIMED = 2, 12, 5
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    training_runs.make_model(folder, TINY)
+    return folder
+
+
+def _measured(name: str, folder: Path) -> dict[str, Any]:
+    run = replace(RUNS[name], rows=_ROWS, length=_LENGTH)
+    batches = training_runs.draw_batches(run, WARM_UP + _TIMED, TINY.vocabulary)
+    np.savez(folder / training_runs.BATCHES, **batches)
+    return training_runs.measure(run, folder)
+
+
+def test_ours_and_pefts_losses_agree_step_by_step(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights, batches, targets, scale, optimiser and order: else they part."""
+    for module in (training_runs, training_peers):  # or the deltas would hardly move in 8 steps
+        monkeypatch.setattr(module, "LEARNING_RATE", 3e-3)
+    ours = _measured("plain_lora", weights)
+    peft = _measured("peft_defaults", weights)
+    assert len(ours["losses"]) == WARM_UP + _TIMED
+    assert ours["losses"][0] == pytest.approx(peft["losses"][0], rel=2e-4)
+    assert ours["losses"][-1] < 0.95 * ours["losses"][0]
+    # Each draws its own A, which parts them by 0.4 %; half or twice the scale by 1.6 % and more.
+    np.testing.assert_allclose(ours["losses"], peft["losses"], rtol=8e-3)
+    for row in (ours, peft):
+        assert row["timed_steps"] == _TIMED
+        assert row["tokens_per_s"] == pytest.approx(_ROWS * _LENGTH / row["step_s"])
+
+
+def test_full_fine_tuning_agrees_too(weights: Path) -> None:
+    ours, peer = _measured("plain_full", weights), _full_without_liger(weights)
+    np.testing.assert_allclose(ours["losses"], peer["losses"], rtol=5e-3)
+
+
+def _full_without_liger(weights: Path) -> dict[str, Any]:
+    run = replace(RUNS["peft_liger_full"], tool="peft", rows=_ROWS, length=_LENGTH)
+    batches = training_runs.draw_batches(run, WARM_UP + _TIMED, TINY.vocabulary)
+    np.savez(weights / training_runs.BATCHES, **batches)
+    return training_runs.measure(run, weights)
+
+
+def test_a_case_names_runs_that_exist_and_its_own_tool_first() -> None:
+    for case in CASES.values():
+        assert RUNS[case.ours].tool == RUNS[case.plain].tool == "tunefork"
+        sizes = {(RUNS[n].rows, RUNS[n].length) for n in (case.ours, case.plain, *case.peers)}
+        assert len(sizes) == 1
+    runs = chosen_runs(list(CASES), list(TOOLS))
+    assert len(runs) == len({run.name for run in runs}) == len(RUNS)
+    assert [r.name for r in chosen_runs(["full_8x2048"], ["tunefork"])] == ["full"]
+
+
+def test_a_run_that_fails_or_hangs_says_so(tmp_path: Path) -> None:
+    run = Run("none", "no such tool", 1, 4)
+    found = h200_training._in_a_process(run, tmp_path, None, 60.0)
+    assert "KeyError: 'no such tool'" in found["error"]
+    assert "not done after" in h200_training._in_a_process(run, tmp_path, None, 0.01)["error"]
+
+
+def _raw(run: str, call: str, **more: Any) -> str:
+    tool = RUNS[run].tool
+    return json.dumps({"run": run, "tool": tool, "setting": "-", "call": call, **more})
+
+
+def _speed(run: str, call: str, tokens_per_s: float, **more: Any) -> str:
+    found = {"device": "GPU", "versions": {"torch": "2"}, "peak_gib": 1.0, "losses": [2.0, 1.0]}
+    return _raw(run, call, tokens_per_s=tokens_per_s, **(found | more))
+
+
+def test_ratios_are_of_one_call_and_of_the_best_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    raw = tmp_path / "raw.jsonl"
+    lines = [
+        _speed("fp8", "1", 300.0),
+        _speed("unsloth", "1", 100.0),
+        _speed("peft_liger", "1", 50.0),
+        _speed("peft_liger_defaults", "1", 60.0),
+        _raw("peft", "1", error="out of memory"),
+        _speed("plain_lora", "0", 40.0, losses=[2.0, 1.5]),
+        _speed("full", "2", 30.0),
+        _speed("unsloth", "2", 500.0),  # of another machine
+        _raw("fp8", "3", error="killed"),
+    ]
+    raw.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    table = json.loads(collect([raw], "table").read_text(encoding="utf-8"))
+    assert {"command", "device", "date", "commit", "versions", "rows"} <= table.keys()
+    by = {(row["case"], row["tool"], row.get("tokens_per_s")): row for row in table["rows"]}
+    ours = by["lora_8x2048_fp8", "tunefork", 300.0]
+    assert ours["ratios"] == {"unsloth": 3.0, "peft_liger": 5.0}
+    assert ours["asked"] == {"tokens_per_s": [26_000, False], "times_unsloth": [1.6, True]}
+    assert ours["largest_loss_gap"] == 0.5
+    assert by["lora_8x2048_fp8", "peft", None]["error"] == "out of memory"
+    assert by["lora_8x2048_fp8_plain_losses", "tunefork", 40.0]["losses"] == [2.0, 1.5]
+    over = by["lora_over_full", "tunefork", None]
+    assert (over["ratio"], over["same_call"]) == (10.0, False)
+
+
+@pytest.mark.slow
+def test_the_whole_way_on_a_cpu(tmp_path: Path) -> None:
+    """`measure --tiny`: a process for each run, a line for each, and what was run is compared."""
+    raw = tmp_path / "raw.jsonl"
+    command = [sys.executable, "-m", "benchmarks.h200_training", "measure", "--tiny"]
+    command += ["--out", str(raw), "--model", str(tmp_path / "weights")]
+    command += ["--cases", "lora_8x2048_bf16", "--tools", "tunefork", "plain", "peft"]
+    command += ["--steps", "2", "--peer-steps", "2", "--set", "train.precision=fp32"]
+    here = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(here / "src")}
+    subprocess.run(command, check=True, cwd=here, env=environment)
+    rows = [json.loads(line) for line in raw.read_text(encoding="utf-8").splitlines()]
+    assert [row["run"] for row in rows] == ["bf16", "peft", "peft_defaults", "plain_lora"]
+    assert not [row["error"] for row in rows if "error" in row]
+    assert "train.precision: fp32" in rows[0]["setting"]
+    assert "train.precision: bf16" in rows[3]["setting"]  # what is compared with stays as it is
