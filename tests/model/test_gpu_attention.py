@@ -8,7 +8,7 @@ each of two layers, 1 % and 5 %.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig
 
 from tests.data.test_pack import random_examples
-from tunefork.data.bucket import padded, size_of
+from tunefork.data.bucket import overwrite, padded, size_of
 from tunefork.data.pack import MicroBatch, Segments, pack
 from tunefork.model.attention import NAME, register
 from tunefork.model.head import Head, find_head
@@ -295,19 +295,6 @@ def test_compiled_layers(name: str) -> None:
     torch._dynamo.reset()
 
 
-def _copy(source: Any, target: Any) -> None:
-    """Every tensor of a batch, in place."""
-    for field in fields(source):
-        value, kept = getattr(source, field.name), getattr(target, field.name)
-        if isinstance(value, Segments):
-            _copy(value, kept)
-        elif isinstance(value, Tensor):
-            kept.copy_(value)
-        elif isinstance(value, tuple):
-            for one, other in zip(value, kept, strict=True):
-                other.copy_(one)
-
-
 @pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("lengths", [PACKED, UNIFORM])
@@ -341,7 +328,7 @@ def test_captured_and_replayed_with_other_batches(lengths: list[int], is_compile
     with torch.cuda.graph(graph):
         loss = step()
     for batch in batches[1:]:
-        _copy(batch, static)
+        overwrite(static, batch)
         graph.replay()
         found = loss.clone(), [parameter.grad.clone() for parameter in model.parameters()]
         with torch.compiler.set_stance("force_eager"):
