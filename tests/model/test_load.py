@@ -21,12 +21,16 @@ from transformers import (
     MixtralForCausalLM,
     T5Config,
 )
+from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 
 from tests.folders import EOS, save_model
+from tests.model.packed_models import REFUSE, made
 from tests.tiny import CONFIGS
 from tunefork.errors import ModelError
+from tunefork.model.attention import NAME
 from tunefork.model.build import check_lora
 from tunefork.model.load import find, load_model, load_skeleton, load_tokenizer
+from tunefork.model.packed_probe import takes_segments
 from tunefork.recipe import LoraSection, ModelSection
 
 CPU = torch.device("cpu")
@@ -85,6 +89,27 @@ def test_dropout_of_the_base_is_off(folder: Path) -> None:
     _change_config(folder, attention_dropout=0.5)
     attention = _load(folder).model.layers[0].self_attn
     assert attention.attention_dropout == 0.0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_device_has_our_attention(saved: Path, device: str) -> None:
+    section = ModelSection(id=str(saved))
+    on = torch.device(device)
+    model = load_model(section, dtype=torch.float32, device=on, in_host_memory=True)
+    assert model.config._attn_implementation == NAME
+    assert takes_segments(model)
+
+
+def test_soft_capping_is_never_left_to_sdpa(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)  # so says version 5.17
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_attention_backend", True)
+    model = made(REFUSE["soft-capping"])
+    model.save_pretrained(tmp_path)
+    loaded = _load(tmp_path)
+    assert loaded.config._attn_implementation == "eager"
+    assert not takes_segments(loaded)
 
 
 def test_the_tokenizer_comes_with_its_template(saved: Path) -> None:

@@ -59,13 +59,17 @@ def test_one_layer_that_drops_the_mask_too(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_window_that_only_the_mask_knows() -> None:
     """However much longer than the probe's rows it is."""
     model = made(TAKE["qwen2"])
-    assert takes_segments(model)
-    model.config.sliding_window = 4096
-    assert not takes_segments(model)
-    for layer in model.model.layers:
-        if layer.self_attn.sliding_window is not None:
-            layer.self_attn.sliding_window = 4096
-    assert takes_segments(model)
+
+    def windows(of_mask: int, of_attention: int) -> bool:
+        model.config.sliding_window = of_mask
+        for layer in model.model.layers:
+            if layer.self_attn.sliding_window is not None:
+                layer.self_attn.sliding_window = of_attention
+        return takes_segments(model)
+
+    assert windows(4, 4) and windows(4096, 4096)
+    assert not windows(4, 4096)
+    assert not windows(2048, 4096)
 
 
 def test_a_layer_without_attention(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,8 @@
 A batch is laid out as one row and filled up: tokens by padding segments, segments by empty ones,
 supervised places by such whose label is ignored. The filling adds nothing to the loss or a
 gradient, and no token of an example sees it. Rows that are one segment each stay as they are, since
-they have the faster kernel.
+they have the faster kernel. All this is for models that take segments (`model.head`): of a row so
+long others would make a mask.
 """
 
 from dataclasses import dataclass, replace
@@ -113,6 +114,23 @@ def flattened(batch: MicroBatch) -> MicroBatch:
         example=batch.example.reshape(1, -1),
         supervised=(torch.zeros_like(row), row * length + column),
         segments=replace(batch.segments, is_uniform=batch.segments.is_uniform and rows == 1),
+    )
+
+
+def overwrite(static: MicroBatch, batch: MicroBatch) -> None:
+    """Put `batch` where a captured pass reads: into the tensors of `static`, of the same size."""
+    for target, source in zip(_read(static), _read(batch), strict=True):
+        target.copy_(source, non_blocking=True)
+
+
+def _read(batch: MicroBatch) -> tuple[Tensor, ...]:
+    """What a training pass reads of a batch."""
+    return (
+        batch.input_ids,
+        batch.position_ids,
+        *batch.supervised,
+        batch.labels,
+        batch.segments.starts,
     )
 
 

@@ -1,11 +1,11 @@
 """Whether a model may be told segments in place of a mask. Measured, never believed.
 
 It takes two passes over two short rows. In the first each attention call gets both, transformers'
-own dense mask and the segments: they must say the same, token by token and window by window, the
-call must ask for nothing else (`packed_attention.refusal`), and there must be one call a layer, so
-that no layer mixes tokens by other means alone. In the second the segments stand alone, and the
-hidden states must be those of the mask: what an architecture does with a mask outside its attention
-shows there. A model that fails keeps the mask.
+own dense mask and the segments: they must say the same, token by token and window by window, and
+the call must ask for nothing else (`packed_attention.refusal`). In the second the segments stand
+alone, and the hidden states must be those of the mask: what an architecture does with a mask
+outside its attention shows there. There must be one call a layer, and no token may reach another
+segment by other ways (`data.isolation`). A model that fails keeps the mask.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from tunefork.data.isolation import keeps_apart
 from tunefork.data.pack import Segments
 from tunefork.model import attention
 from tunefork.model.packed_attention import in_place_of_mask, refusal, sees
@@ -63,13 +64,14 @@ def takes_segments(model: PreTrainedModel) -> bool:
                 hidden(**{name: value for name, value in told.items() if name != "attention_mask"})
             model.eval()
             by_mask, by_segments = hidden(), hidden(**told)
+            is_apart = keeps_apart(model)
     except torch.OutOfMemoryError:  # a RuntimeError, but no word on the model
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         return False
     finally:
         model.train(was_training)
-    if len(calls) != getattr(text, "num_hidden_layers", None) or not all(calls):
+    if not (is_apart and all(calls) and len(calls) == getattr(text, "num_hidden_layers", None)):
         return False
     error = (by_mask.float() - by_segments.float()).abs().mean()
     most = _AGREEMENT.get(by_mask.dtype, _LOW_PRECISION)
