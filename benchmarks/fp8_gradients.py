@@ -25,6 +25,7 @@ from tunefork.model.load import load_model
 from tunefork.train.accumulate import Accumulator
 from tunefork.train.kernels import attention_kernels
 from tunefork.train.method import load_for_training, train_method
+from tunefork.train.runner import Runner
 
 Gradients = dict[str, Tensor]
 
@@ -76,7 +77,8 @@ def gradients(model: Any, examples: Sequence[Encoded], pad: int) -> Gradients:
     """Of what `model` trains, by the code that trains it."""
     model.train()
     model.zero_grad(set_to_none=True)
-    cut = Accumulator(model, find_head(model), limit=8192, packing=True, pad_id=pad)
+    runner = Runner(model, find_head(model))
+    cut = Accumulator(runner, limit=8192, packing=True, pad_id=pad)
     with attention_kernels():
         cut.gradient(examples, 1)
     named = model.named_parameters()

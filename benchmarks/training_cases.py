@@ -8,15 +8,17 @@ TOOLS = ("tunefork", "plain", "unsloth", "peft_liger", "peft")
 """`plain` is tunefork's own uncompiled bf16 path, whose losses ours are compared with."""
 
 _LONG, _SHORT = (8, 2048), (8, 64)
-_PLAIN_LORA = {"train.precision": "bf16", "train.activation_checkpointing": True}
-_PLAIN_FULL = {"full.weights": "bf16", "train.activation_checkpointing": True}
+_FULL = {"method": "full", "full.weights": "bf16", "full.optimizer": "adamw_8bit"}
+_PLAIN = {"train.activation_checkpointing": "full", "train.compile": "never"}
+_PLAIN_LORA = {"train.precision": "bf16", **_PLAIN}
+_COMPILED = {"train.compile": "always"}
 
 
 def _runs() -> dict[str, Run]:
     """Every run by name. Peers' are shared by the cases that compare with them."""
     ours = [
-        Run("fp8", "tunefork", *_LONG, {"method": "lora", "train.precision": "fp8"}),
-        Run("bf16", "tunefork", *_LONG, {"method": "lora", "train.precision": "bf16"}),
+        Run("fp8", "tunefork", *_LONG, {"method": "lora", "train.precision": "fp8", **_COMPILED}),
+        Run("bf16", "tunefork", *_LONG, {"method": "lora", "train.precision": "bf16", **_COMPILED}),
         Run(
             "fp8_20gib",
             "tunefork",
@@ -24,7 +26,8 @@ def _runs() -> dict[str, Run]:
             {
                 "method": "lora",
                 "train.precision": "fp8",
-                "train.activation_checkpointing": True,
+                "train.activation_checkpointing": "full",
+                **_COMPILED,
             },
         ),
         Run(
@@ -34,14 +37,20 @@ def _runs() -> dict[str, Run]:
             {
                 "method": "qlora",
                 "train.precision": "fp8",
-                "train.activation_checkpointing": True,
+                "train.activation_checkpointing": "offload",
+                **_COMPILED,
             },
         ),
-        Run("full", "tunefork", *_LONG, {"method": "full", **_PLAIN_FULL}),
-        Run("fp8_short", "tunefork", *_SHORT, {"method": "lora", "train.precision": "fp8"}),
+        Run("full", "tunefork", *_LONG, {**_FULL, **_COMPILED}),
+        Run(
+            "fp8_short",
+            "tunefork",
+            *_SHORT,
+            {"method": "lora", "train.precision": "fp8", **_COMPILED},
+        ),
         Run("plain_lora", "tunefork", *_LONG, {"method": "lora", **_PLAIN_LORA}),
         Run("plain_qlora", "tunefork", *_LONG, {"method": "qlora", **_PLAIN_LORA}),
-        Run("plain_full", "tunefork", *_LONG, {"method": "full", **_PLAIN_FULL}),
+        Run("plain_full", "tunefork", *_LONG, {**_FULL, **_PLAIN}),
         Run("plain_short", "tunefork", *_SHORT, {"method": "lora", **_PLAIN_LORA}),
     ]
     peers = [

@@ -40,14 +40,17 @@ def _stored(
 
 
 @pytest.mark.parametrize("storage", ["fp8_twice", "fp8", "nf4"])
+@pytest.mark.parametrize("size", [0.01, 1.0])
 @pytest.mark.parametrize(
     ("tokens", "d", "o", "r"), [(33, 64, 96, 4), (1, 128, 64, 1), (70, 96, 32, 16)]
 )
 def test_values_and_gradients_are_within_e4m3s_rounding(
-    storage: Storage, tokens: int, d: int, o: int, r: int
+    storage: Storage, tokens: int, d: int, o: int, r: int, size: float
 ) -> None:
+    """With small weights A and B would saturate beside them, were they not balanced."""
     operands = _operands(tokens, d, o, r)
     x, weight, a, b = operands.values()
+    weight = weight * size
     if storage == "nf4":
         weight = dequantize_nf4(*quantize_nf4(weight))
     layout, weights = _stored(storage, weight, a, b, 2.0)

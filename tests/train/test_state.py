@@ -17,7 +17,7 @@ from tunefork.data.pack import pack
 from tunefork.errors import CheckpointError
 from tunefork.model.build import build
 from tunefork.recipe import LoraSection, Method
-from tunefork.train import accumulate
+from tunefork.train import runner
 from tunefork.train.checkpoints import Checkpoints, Policy
 from tunefork.train.loop import StepRecord, TrainResult, train
 from tunefork.train.loss import loss_sum
@@ -115,7 +115,7 @@ def _kill_in_step(monkeypatch: pytest.MonkeyPatch, kind: str, step: int) -> None
             raise Killed
         return first(*arguments)
 
-    monkeypatch.setattr(accumulate, "loss_sum", until_killed)
+    monkeypatch.setattr(runner, "loss_sum", until_killed)
 
 
 def _batches(step: int, packing: bool) -> list[Any]:

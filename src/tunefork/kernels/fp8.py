@@ -22,7 +22,7 @@ of the widened part.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -50,6 +50,9 @@ def quantize_rows(x_sd: Tensor) -> tuple[Tensor, Tensor]:
     return (x_sd.float() / scale_s1).to(E4M3), scale_s1
 
 
+_compiled_quantize_rows = compiled_on_cuda()(quantize_rows)
+
+
 def scaled_mm(a_mk: Tensor, b_nk: Tensor, scale_m1: Tensor, scale_1n: Tensor) -> Tensor:
     """(a * scale_m1) @ (b * scale_n)^T in bf16, for e4m3 operands and fp32 scales.
 
@@ -69,6 +72,33 @@ def scaled_mm(a_mk: Tensor, b_nk: Tensor, scale_m1: Tensor, scale_1n: Tensor) ->
 
 
 @dataclass(frozen=True, slots=True)
+class Fp8Head:
+    """A frozen output head (V, D) in e4m3, for its logits.
+
+    Their gradient goes back through the bf16 weight: under one scale a row e4m3 has no values below
+    4e-6 of the largest, which is where most of a vocabulary's probabilities lie.
+    """
+
+    codes_vd: Tensor
+    scale_1v: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, weight_vd: Tensor) -> Self:
+        """`weight_vd` (V, D) quantised; V and D must be multiples of 16."""
+        codes, scales = zip(
+            *map(quantize_rows, torch.split(weight_vd.detach(), 2**14)), strict=True
+        )
+        codes_vd = torch.cat([part.view(torch.uint8) for part in codes]).view(E4M3)
+        return cls(codes_vd, torch.cat(scales).t().contiguous())
+
+    def logits(self, h_cd: Tensor) -> Tensor:
+        """(C, D) -> (C, V), bf16."""
+        codes_cd, scale_c1 = _compiled_quantize_rows(h_cd)
+        return scaled_mm(codes_cd, self.codes_vd, scale_c1, self.scale_1v)
+
+
+@dataclass(frozen=True, slots=True)
 class Fp8Weight:
     """A frozen (O, D) weight in e4m3, widened by P columns for a delta."""
 
@@ -81,10 +111,13 @@ class Fp8Weight:
     """(D, O + P): the same weight transposed and quantised along its columns, for the input's
     gradient. None where it is made from the first copy each time."""
     scale_1d: Tensor | None
+    balance_d: Tensor | None
+    """The same for A and du."""
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All that there are, in order."""
-        kept = (self.codes_op, self.scale_1o, self.balance, self.codes_dp, self.scale_1d)
+        forward = (self.codes_op, self.scale_1o, self.balance)
+        kept = (*forward, self.codes_dp, self.scale_1d, self.balance_d)
         return tuple(tensor for tensor in kept if tensor is not None)
 
 
@@ -108,9 +141,9 @@ def quantize_weight(weights: Sequence[Tensor], layout: Layout) -> Fp8Weight:
     codes_op, scale_1o = widened(weights)
     balance = torch.ones((), device=codes_op.device)
     if layout.storage == "fp8":
-        return Fp8Weight(codes_op, scale_1o, balance, None, None)
+        return Fp8Weight(codes_op, scale_1o, balance, None, None, None)
     codes_dp, scale_1d = widened([torch.cat([w.t() for w in weights], dim=1)])
-    return Fp8Weight(codes_op, scale_1o, balance, codes_dp, scale_1d)
+    return Fp8Weight(codes_op, scale_1o, balance, codes_dp, scale_1d, balance.clone())
 
 
 @torch.no_grad()
@@ -121,35 +154,41 @@ def write_delta(
 
     `lora_a` (R_i, D) and `lora_b` (O_i, R_i) are those of the layers that have a delta, in order.
     """
-    b_columns, a_columns, balance = _columns(
-        tuple(lora_a), tuple(lora_b), weight.scale_1o, weight.scale_1d, layout
+    _put(
+        _b_columns(tuple(lora_b), weight.scale_1o, layout), weight.codes_op, weight.balance, layout
     )
-    weight.balance.copy_(balance)
-    for codes, columns in ((weight.codes_op, b_columns), (weight.codes_dp, a_columns)):
-        if codes is not None:
-            start = codes.shape[1] - layout.width
-            codes.view(torch.uint8)[:, start : start + columns.shape[1]] = columns
+    if weight.codes_dp is not None:
+        found = _a_columns(tuple(lora_a), weight.scale_1d)
+        _put(found, weight.codes_dp, weight.balance_d, layout)
+
+
+def _put(found: tuple[Tensor, Tensor], codes: Tensor, balance: Any, layout: Layout) -> None:
+    columns, new_balance = found
+    balance.copy_(new_balance)
+    start = codes.shape[1] - layout.width
+    codes.view(torch.uint8)[:, start : start + columns.shape[1]] = columns
 
 
 @compiled_on_cuda(dynamic=False)
-def _columns(
-    lora_a: tuple[Tensor, ...],
-    lora_b: tuple[Tensor, ...],
-    scale_1o: Tensor,
-    scale_1d: Tensor | None,
-    layout: Layout,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The bytes of B's columns (O, 3R) and of A's (D, 3R), and the balance."""
+def _b_columns(
+    lora_b: tuple[Tensor, ...], scale_1o: Tensor, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """The bytes of B's columns (O, 3R), and the balance."""
     b_or = _diagonal(lora_b, layout) * layout.scale / scale_1o.t()
     balance = _balance(b_or)
-    a_dr = torch.cat(lora_a).float().t()
-    if scale_1d is not None:
-        a_dr = a_dr / scale_1d.t()
-    return _bytes(_right(b_or / balance)), _bytes(_right(a_dr)), balance
+    return _bytes(_right(b_or / balance)), balance
 
 
-def _balance(b_or: Tensor) -> Tensor:
-    excess = (b_or.abs().amax() / LARGEST).clamp(min=1.0)
+@compiled_on_cuda(dynamic=False)
+def _a_columns(lora_a: tuple[Tensor, ...], scale_1d: Tensor) -> tuple[Tensor, Tensor]:
+    """The bytes of A's columns (D, 3R), and the balance."""
+    a_dr = torch.cat(lora_a).float().t() / scale_1d.t()
+    balance = _balance(a_dr)
+    return _bytes(_right(a_dr / balance)), balance
+
+
+def _balance(delta: Tensor) -> Tensor:
+    excess = (delta.abs().amax() / LARGEST).clamp(min=1.0)
     return torch.exp2(torch.ceil(torch.log2(excess)))
 
 
@@ -229,7 +268,7 @@ def _backward_operand(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | float]:
     """(D, O + P) codes, their (1, D) scale, what dy is multiplied by, and the balance, for dx."""
     if layout.storage == "fp8_twice":
-        return weights[3], weights[4], None, 1.0
+        return weights[3], weights[4], None, weights[5]
     if layout.storage == "fp8":
         codes_op, scale_1o = weights[:2]
         codes_od = codes_op[:, : codes_op.shape[1] - layout.width]
@@ -242,7 +281,7 @@ def _backward_operand(
     if a_rd is None:
         return codes_do, ones_1d, scale_1o, 1.0
     largest = a_rd.abs().amax().float().clamp(min=1e-30)
-    balance = torch.exp2(torch.floor(torch.log2(largest / LARGEST)))
+    balance = torch.exp2(torch.ceil(torch.log2(largest / LARGEST)))
     return _beside(codes_do, a_rd.float().t() / balance, layout), ones_1d, scale_1o, balance
 
 
