@@ -156,6 +156,7 @@ def test_whole_rows_are_the_definition(
         assert _error(got, want) < 0.01
 
 
+@pytest.mark.filterwarnings("ignore")  # the profiler's
 def test_whole_rows_are_cudnn_s_work() -> None:
     """On Hopper and later; grouped heads are not repeated for it."""
     if torch.cuda.get_device_capability(DEVICE)[0] < 9:

@@ -26,10 +26,11 @@ _NAME = "tunefork_probe"
 _LENGTHS = ((7, 5, 4), (9, 7))
 """Segments of the two rows."""
 _AGREEMENT = {torch.float32: 1e-3}
-_LOW_PRECISION = 0.1
-"""Most by which hidden states may differ, in the mean, relative: two kernels' rounding in bf16
-through some tens of layers is 0.01 to 0.03; a layer that sees other tokens moves them by more than
-half."""
+_LOW_PRECISION = 0.2
+"""Most by which hidden states may differ, in the mean, relative. Two kernels' rounding in bf16 is
+0.021 (SmolLM2-135M, 30 layers, SDPA against products), and FP8 layers would make it larger; to see
+a row's other segments is 0.33. This is for the gross; that attention is exact, the first pass says.
+"""
 
 _LARGE_HEADS = ((8, 0), (9, 0), (10, 0))
 """CUDA capabilities whose shared memory holds the backward pass of more than 192 features."""
@@ -40,18 +41,17 @@ def takes_segments(model: PreTrainedModel) -> bool:
     """Whether `model`'s training passes may use `packed_attention`."""
     if model.config._attn_implementation != attention.NAME:
         return False
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     lengths = [length for row in _LENGTHS for length in row]
     segments = Segments.of(lengths, rows=len(_LENGTHS)).to(device)
     position_ids = torch.cat([torch.arange(length) for length in lengths])
     position_ids = position_ids.view(len(_LENGTHS), -1).to(device)
-    text = model.config.get_text_config()
-    input_ids = (torch.arange(position_ids.numel()) % text.vocab_size).view_as(position_ids)
+    input_ids = torch.arange(position_ids.numel(), device=device).view_as(position_ids)
     was_training = model.training
 
     def hidden(**mask: Any) -> Tensor:
         found: Tensor = model.base_model(
-            input_ids=input_ids.to(device), position_ids=position_ids, use_cache=False, **mask
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, **mask
         ).last_hidden_state
         return found
 
@@ -71,7 +71,8 @@ def takes_segments(model: PreTrainedModel) -> bool:
         return False
     finally:
         model.train(was_training)
-    if not (is_apart and all(calls) and len(calls) == getattr(text, "num_hidden_layers", None)):
+    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if not (is_apart and all(calls) and len(calls) == num_layers):
         return False
     error = (by_mask.float() - by_segments.float()).abs().mean()
     most = _AGREEMENT.get(by_mask.dtype, _LOW_PRECISION)
