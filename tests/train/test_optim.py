@@ -9,7 +9,6 @@ from torch import nn
 from tunefork.train.optim import (
     LoraAdamW,
     ShadowAdamW,
-    clip_gradients,
     learning_rate_at,
     round_stochastically_,
 )
@@ -24,7 +23,7 @@ def _steps(parameters: list[nn.Parameter], optimizer: ShadowAdamW | LoraAdamW, n
             gradient = torch.randn(parameter.shape, generator=generator)
             parameter.grad = gradient.to(parameter.dtype)
         optimizer.step(1e-2)
-        assert all(p.grad is None for p in parameters)
+        assert all(p.grad is None or not p.grad.any() for p in parameters)
 
 
 def _parameters(dtype: torch.dtype) -> list[nn.Parameter]:
@@ -98,16 +97,6 @@ def test_weight_decay_spares_vectors() -> None:
     optimizer.step(0.1)
     torch.testing.assert_close(parameters[0].detach(), before[0] * (1 - 0.1 * 0.5))
     torch.testing.assert_close(parameters[1].detach(), before[1])
-
-
-def test_clipping_is_global_and_reports_the_norm_before() -> None:
-    parameters = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
-    for parameter, gradient in zip(parameters, (3.0, 4.0), strict=True):
-        parameter.grad = torch.tensor([gradient])
-    assert clip_gradients(parameters, 10.0) == 5.0
-    assert parameters[0].grad is not None and float(parameters[0].grad) == 3.0
-    assert clip_gradients(parameters, 1.0) == 5.0
-    assert float(parameters[0].grad) == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize(("schedule", "half"), [("cosine", 0.5), ("linear", 0.5), ("constant", 1)])

@@ -18,6 +18,7 @@ from tunefork.errors import CheckpointError
 from tunefork.model.build import build
 from tunefork.recipe import LoraSection, Method
 from tunefork.train import accumulate
+from tunefork.train.adamw_bf16 import Bf16AdamW
 from tunefork.train.checkpoints import Checkpoints, Policy
 from tunefork.train.loop import StepRecord, TrainResult, train
 from tunefork.train.loss import loss_sum
@@ -34,6 +35,7 @@ KINDS: dict[str, tuple[Method, dict[str, Any]]] = {
     "full_fp32": (Method.FULL, {"keep_shadows": True}),
     "full_bf16": (Method.FULL, {"keep_shadows": False}),
     "full_8bit": (Method.FULL, {"keep_shadows": True, "eight_bit": True}),
+    "full_small": (Method.FULL, {}),
     "lora_dropout": (Method.LORA, {"dropout": 0.3, "packing": True}),
 }
 
@@ -57,6 +59,8 @@ def start(kind: str) -> tuple[Any, Optimizer]:
     trained = [p for p in model.parameters() if p.requires_grad]
     if method is not Method.FULL:
         return model, LoraAdamW(trained, betas=(0.9, 0.999), weight_decay=0.0)
+    if kind == "full_small":
+        return model, Bf16AdamW(trained, betas=(0.9, 0.999), weight_decay=0.1)
     return model, ShadowAdamW(
         trained,
         keep_shadows=options["keep_shadows"],
@@ -144,7 +148,7 @@ def test_a_stop_between_steps_changes_no_bit(kind: str, cut: int, tmp_path: Path
 
 
 @pytest.mark.parametrize("cut", [2, 5])
-@pytest.mark.parametrize("kind", ["lora", "qlora", "full_bf16", "lora_dropout"])
+@pytest.mark.parametrize("kind", ["lora", "qlora", "full_bf16", "full_small", "lora_dropout"])
 def test_a_kill_within_a_step_changes_no_bit(
     kind: str, cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from tunefork.errors import CheckpointError
 from tunefork.kernels.quantized import AdamW8bit
+from tunefork.train.clip import global_norm
+from tunefork.train.flat import FlatParameters
 from tunefork.train.optim_state import check_layout, check_moments, load_moments, moments
 from tunefork.train.state import check_generator
 
@@ -47,8 +49,12 @@ class ShadowAdamW:
             self.shadows.append(shadow)
             self.inner.append(kind([shadow], betas=betas, weight_decay=decay, **options))
 
+    def gradient_norm(self) -> float:
+        """Global L2 norm."""
+        return global_norm(self.parameters)
+
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
         """Update every weight that has a gradient, and free the gradient."""
         given = [p for p in self.parameters if p.grad is not None]
         largest = max((p.numel() for p in given if p.dtype != torch.float32), default=0)
@@ -61,6 +67,8 @@ class ShadowAdamW:
                 shadow.data = _widen(parameter.detach(), weight_room)
             shadow.grad = _widen(parameter.grad, gradient_room)
             parameter.grad = None
+            if gradient_scale != 1.0:
+                shadow.grad.mul_(gradient_scale)
             inner.param_groups[0]["lr"] = learning_rate
             inner.step()
             shadow.grad = None
@@ -69,6 +77,20 @@ class ShadowAdamW:
             parameter.copy_(shadow)
             if not self.keep_shadows:
                 shadow.data = shadow.data.new_empty(0)
+
+    def has_states(self) -> bool:
+        """Whether a step was taken."""
+        return any(inner.state for inner in self.inner)
+
+    def forget(self) -> None:
+        """Drop the states, as before the first step; shadows are made anew from the weights."""
+        for inner in self.inner:
+            inner.state.clear()
+        self.generators.clear()  # each starts anew from the seed
+        if self.keep_shadows:
+            with torch.no_grad():
+                for parameter, shadow in zip(self.parameters, self.shadows, strict=True):
+                    shadow.copy_(parameter)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """`N.MOMENT` and `N.shadow` of the weight at index N; `generator.DEVICE`. Not copied."""
@@ -95,7 +117,7 @@ class ShadowAdamW:
                 check_layout({"shadow": shadows[index]}, wanted, f"optimizer: weight {index}")
             inner = self.inner[index]
             check_moments(inner, parameter.shape, found, f"optimizer: weight {index}")
-        _check_indices(groups, len(self.parameters))
+        check_indices(groups, len(self.parameters))
         devices = {str(parameter.device): parameter.device for parameter in self.parameters}
         for name, state in generators.items():
             if name not in devices:
@@ -116,7 +138,11 @@ class ShadowAdamW:
 
 
 class LoraAdamW:
-    """PyTorch's fused AdamW over fp32 parameters, with the interface of `ShadowAdamW`."""
+    """PyTorch's fused AdamW over fp32 parameters in one flat tensor (`flat.py`).
+
+    Their gradients are there all the time. A parameter without one has a zero one, so its moments
+    decay and it moves on by them; all have one step count.
+    """
 
     def __init__(
         self,
@@ -125,24 +151,47 @@ class LoraAdamW:
         betas: tuple[float, float],
         weight_decay: float,
     ) -> None:
-        self.parameters = list(parameters)
+        self.flat = FlatParameters(parameters)
+        self.parameters = self.flat.parameters
         self.inner = torch.optim.AdamW(
-            self.parameters, betas=betas, weight_decay=weight_decay, fused=True
+            [self.flat.values], betas=betas, weight_decay=weight_decay, fused=True
         )
 
-    def step(self, learning_rate: float) -> None:
-        """Update every parameter, and free the gradients."""
+    def attach_gradients(self) -> None:
+        """Make every parameter's gradient the view again; to be called before a graph capture."""
+        self.flat.attach_gradients()
+
+    def gradient_norm(self) -> float:
+        """Global L2 norm."""
+        self.flat.attach_gradients()
+        return float(self.flat.norm())
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
+        """Update every parameter, and zero the gradients."""
+        self.flat.attach_gradients()
+        if gradient_scale != 1.0:
+            self.flat.gradient.mul_(gradient_scale)
         self.inner.param_groups[0]["lr"] = learning_rate
         self.inner.step()
-        self.inner.zero_grad(set_to_none=True)
+        self.flat.gradient.zero_()
+
+    def has_states(self) -> bool:
+        """Whether a step was taken."""
+        return bool(self.inner.state)
+
+    def forget(self) -> None:
+        """Drop the states, as before the first step."""
+        self.inner.state.clear()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """`N.MOMENT` of the parameter at index N; not copied."""
-        return {
-            f"{index}.{name}": value
-            for index, parameter in enumerate(self.parameters)
-            for name, value in moments(self.inner, parameter).items()
-        }
+        found = dict[str, Tensor]()
+        for name, value in moments(self.inner, self.flat.values).items():
+            count = len(self.parameters)
+            parts = self.flat.views(value) if value.dim() else [value] * count
+            found |= {f"{index}.{name}": part for index, part in enumerate(parts)}
+        return found
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -151,9 +200,25 @@ class LoraAdamW:
         for index, parameter in enumerate(self.parameters):
             found = groups.setdefault(str(index), {})
             check_moments(self.inner, parameter.shape, found, f"optimizer: weight {index}")
-        _check_indices(groups, len(self.parameters))
-        for index, parameter in enumerate(self.parameters):
-            load_moments(self.inner, parameter, groups[str(index)])
+        check_indices(groups, len(self.parameters))
+        counts = {float(found["step"]) for found in groups.values() if found}
+        if len(counts) > 1:
+            raise CheckpointError(
+                f"optimizer: weights were updated {sorted(counts)} times, and this version updates "
+                "all of them together; start the run anew"
+            )
+        load_moments(self.inner, self.flat.values, self._flattened(groups) if counts else {})
+
+    def _flattened(self, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The moments laid out as the parameters are; those of a weight that had none are zero."""
+        known = next(found for found in groups.values() if found)
+        flat = {"step": known["step"]}
+        for name in known.keys() - {"step"}:
+            flat[name] = torch.zeros_like(self.flat.values, device="cpu")
+            for index, part in enumerate(self.flat.views(flat[name])):
+                if found := groups[str(index)]:
+                    part.copy_(found[name])
+        return flat
 
 
 def by_first_part(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -165,7 +230,8 @@ def by_first_part(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]
     return groups
 
 
-def _check_indices(groups: Mapping[str, object], count: int) -> None:
+def check_indices(groups: Mapping[str, object], count: int) -> None:
+    """Raise CheckpointError for a weight that this run does not train."""
     for index in groups.keys() - {str(i) for i in range(count)}:
         raise CheckpointError(f"optimizer: has {index}, and this run trains {count} weights")
 
@@ -188,20 +254,6 @@ def round_stochastically_(wide: Tensor, generator: torch.Generator) -> None:
         0, 2**16, wide.shape, dtype=torch.int32, device=wide.device, generator=generator
     )
     bits.add_(noise).bitwise_and_(-(2**16))
-
-
-@torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Scale gradients down to a global L2 norm of `max_norm`; returns the norm before (fp32)."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    # Row by row in the gradient's own dtype: on a CPU, PyTorch would copy a bf16 gradient to fp32
-    # to take one norm in fp32 (35 ms against 1.5 ms for SmolLM2's embedding). Sums are fp32 inside;
-    # the rows' rounding, 1/256 in bf16, averages out.
-    norms = [torch.linalg.vector_norm(g, dim=-1).flatten().float() for g in gradients]
-    norm = float(torch.linalg.vector_norm(torch.cat(norms)))
-    if math.isfinite(norm) and norm > max_norm:
-        torch._foreach_mul_(gradients, max_norm / norm)
-    return norm
 
 
 def learning_rate_at(
