@@ -174,7 +174,6 @@ def test_each_part_of_a_state_matters(kind: str) -> None:
     assert {name for name in first.tensors if name.startswith("weights/")} <= changed
     assert any(name.startswith("optimizer/") for name in new)
     assert ("random/cpu" in changed) == ("dropout" in kind)
-    assert ("optimizer/generator.cpu" in new) == (kind == "full_bf16")
     assert any("qmap" in name for name in new) == ("8bit" in kind)
 
 
@@ -189,8 +188,6 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(kind: str) -> 
                 tensors = {k: v for k, v in good.tensors.items() if k != name}
                 if wrong is not None:
                     tensors[name] = wrong
-                elif name == "optimizer/generator.cpu":
-                    continue  # a run whose first step is still to come has none
                 with pytest.raises(CheckpointError):
                     restore(replace(good, tensors=tensors), model, optimizer)
     with pytest.raises(CheckpointError, match="has unknown, which this run has not"):

@@ -16,7 +16,7 @@ Shape legend: n = elements, any shape, the same for p, g, m and v.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 
 _ROW = 64
 """A size that is a multiple of it is known to the compiler as one, so that loads are vectors."""
+_WARM_UP = 2**20
 _PIECE = {"cpu": 2**17, "cuda": 2**30}
 """Most elements of one call: of a CPU's cache, and of what an int32 can number."""
 
@@ -32,6 +33,16 @@ def key(*parts: int | str) -> int:
     """An int32 that hangs on all of `parts`."""
     text = ",".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:4], "little", signed=True)
+
+
+def keys_of(seed: int, steps: Mapping[int, int], device: torch.device) -> dict[int, Tensor]:
+    """The keys (`noise`) of each weight, numbered, at its own step; copied to the device at once.
+
+    Rows of 16 bytes, as compiled code copies a tensor that starts elsewhere.
+    """
+    rows = [[key(seed, "weight", n), key(seed, "step", step), 0, 0] for n, step in steps.items()]
+    table = torch.tensor(rows, dtype=torch.int32).view(-1, 4).to(device)
+    return dict(zip(steps, table, strict=True))
 
 
 def mix(bits: Tensor) -> Tensor:
@@ -106,34 +117,63 @@ def factors_of(
     ]
 
 
-@cache
-def fused() -> Callable[..., None]:
-    """`adamw_bf16_` in one kernel for all sizes."""
-    compiled: Callable[..., None] = torch.compile(adamw_bf16_, fullgraph=True)
-    return compiled
+def round_to_(p_n: Tensor, wide_n: Tensor, keys: Tensor) -> None:
+    """Set p, bf16, to `wide_n`, fp32, rounded stochastically; `keys` as in `noise`."""
+    p_n.copy_(rounded(wide_n, noise(wide_n, keys) & 0xFFFF))
 
 
 @torch.no_grad()
 def update_bf16_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, factors: Tensor, keys: Tensor) -> None:
     """`adamw_bf16_` on contiguous tensors of any size, compiled on a GPU."""
-    run = fused() if p.is_cuda else adamw_bf16_
-    for first, (p_n, g_n, m_n, v_n) in _pieces(p, g, m, v):
+    for (p_n, g_n, m_n, v_n), own in _pieces((p, g, m, v), keys):
+        _fastest(adamw_bf16_, p)(p_n, g_n, m_n, v_n, factors, own)
+
+
+@torch.no_grad()
+def write_rounded_(p: Tensor, wide: Tensor, keys: Tensor) -> None:
+    """`round_to_` on contiguous tensors of any size, compiled on a GPU."""
+    for (p_n, wide_n), own in _pieces((p, wide), keys):
+        _fastest(round_to_, p)(p_n, wide_n, own)
+
+
+def prepare(device: torch.device) -> None:
+    """Compile ahead of the first step, whose time would otherwise be no measure of the others'.
+
+    At a size from which the compiler picks large blocks: the first weight may be a small one.
+    """
+    if device.type != "cuda":
+        return
+    [keys] = keys_of(0, {0: 0}, device).values()
+    for numel in (_WARM_UP, _WARM_UP + 1):
+        p, g, m, v = (torch.zeros(numel, dtype=torch.bfloat16, device=device) for _ in range(4))
+        update_bf16_(p, g, m, v, torch.ones(7, device=device), keys)
+
+
+def _fastest(function: Callable[..., None], tensor: Tensor) -> Callable[..., None]:
+    return compiled(function) if tensor.is_cuda else function
+
+
+@cache
+def compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """`function` in one kernel for all sizes."""
+    found: Callable[..., None] = torch.compile(function, fullgraph=True)
+    return found
+
+
+def _pieces(tensors: Sequence[Tensor], keys: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """The same part of each tensor, and the keys with the number of the part's first element."""
+    flat = [tensor.detach().reshape(-1) for tensor in tensors]
+    is_cuda = tensors[0].is_cuda
+    size = _PIECE["cuda" if is_cuda else "cpu"]
+    for first in range(0, flat[0].numel(), size):
+        parts = [tensor[first : first + size] for tensor in flat]
+        if len(parts[0]) % _ROW == 0 and len(parts[0]) > _ROW:  # one row would be a case apart
+            parts = [part.view(-1, _ROW) for part in parts]
+        if is_cuda:
+            for part in parts:  # else the first size would be compiled by itself
+                torch._dynamo.maybe_mark_dynamic(part, 0)
         own = keys
         if first:
             own = keys.clone()
             own[2] += first
-        if p.is_cuda:
-            for part in (p_n, g_n, m_n, v_n):  # else the first size would be compiled by itself
-                torch._dynamo.maybe_mark_dynamic(part, 0)
-        run(p_n, g_n, m_n, v_n, factors, own)
-
-
-def _pieces(*tensors: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
-    """Number of the first element, and the same part of each."""
-    flat = [tensor.detach().reshape(-1) for tensor in tensors]
-    size = _PIECE["cuda" if tensors[0].is_cuda else "cpu"]
-    for first in range(0, flat[0].numel(), size):
-        parts = [tensor[first : first + size] for tensor in flat]
-        if len(parts[0]) % _ROW == 0:
-            parts = [part.view(-1, _ROW) for part in parts]
-        yield first, parts
+        yield parts, own

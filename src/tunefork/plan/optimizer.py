@@ -82,9 +82,8 @@ def update(parameters: Sequence[nn.Parameter], method: Method, full: FullSection
         return Update(0, moved, len(parameters), 0, 0)
     largest = max(p.numel() for p in parameters)
     is_rounded = full.weights == "bf16" and width < 4
-    # An fp32 gradient of one weight, beside its bf16 one. Without shadows also its fp32 weight and
-    # then the random bits of stochastic rounding, when the bf16 gradient is gone.
-    room = 0 if width == 4 else 10 if is_rounded else 4
+    # An fp32 gradient of one weight, beside its bf16 one. Without shadows also its fp32 weight.
+    room = 0 if width == 4 else 8 if is_rounded else 4
     return Update(
         room_bytes=room * largest,
         moved_bytes=moved,

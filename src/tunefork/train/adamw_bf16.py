@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tunefork.kernels.adamw import factors_of, key, update_bf16_
+from tunefork.kernels.adamw import factors_of, keys_of, prepare, update_bf16_
 from tunefork.train.clip import global_norm
 from tunefork.train.optim import by_first_part, check_indices
 from tunefork.train.optim_state import Layout, check_layout
@@ -39,6 +39,7 @@ class Bf16AdamW:
         self.weight_decay = weight_decay
         self.seed = seed
         self.states: dict[int, _Moments] = {}
+        prepare(self.parameters[0].device)
 
     def gradient_norm(self) -> float:
         """Global L2 norm."""
@@ -53,7 +54,8 @@ class Bf16AdamW:
                 empty = torch.zeros_like(self.parameters[index], dtype=torch.bfloat16)
                 self.states[index] = _Moments(0, empty, empty.clone())
             self.states[index].step += 1
-        keys = self._keys(due)
+        steps = {index: self.states[index].step for index in due}
+        keys = keys_of(self.seed, steps, self.parameters[0].device)
         factors: dict[tuple[int, float], Tensor] = {}
         for index in due:
             parameter, state = self.parameters[index], self.states[index]
@@ -72,18 +74,6 @@ class Bf16AdamW:
                 factors[form] = torch.tensor(found, device=parameter.device)
             moments = (state.exp_avg, state.exp_avg_sq)
             update_bf16_(parameter, gradient, *moments, factors[form], keys[index])
-
-    def _keys(self, due: Iterable[int]) -> dict[int, Tensor]:
-        """Those of each weight's random bits, all of them copied to the device at once.
-
-        Rows of 16 bytes, as compiled code copies a tensor that starts elsewhere.
-        """
-        rows = [
-            [key(self.seed, "weight", index), key(self.seed, "step", self.states[index].step), 0, 0]
-            for index in due
-        ]
-        table = torch.tensor(rows, dtype=torch.int32).to(self.parameters[0].device)
-        return dict(zip(due, table, strict=True))
 
     def has_states(self) -> bool:
         """Whether a step was taken."""

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from tunefork.errors import CheckpointError
+from tunefork.kernels.adamw import keys_of, write_rounded_
 from tunefork.kernels.quantized import AdamW8bit
 from tunefork.train.clip import global_norm
 from tunefork.train.flat import FlatParameters
 from tunefork.train.optim_state import check_layout, check_moments, load_moments, moments
-from tunefork.train.state import check_generator
 
 
 class ShadowAdamW:
@@ -37,9 +37,10 @@ class ShadowAdamW:
     ) -> None:
         self.parameters = list(parameters)
         self.keep_shadows = keep_shadows
-        self.generators: dict[torch.device, torch.Generator] = {}
         self.seed = seed
         kind = AdamW8bit if eight_bit else torch.optim.AdamW
+        self.counts = [0] * len(self.parameters)
+        """Updates of each weight so far: what its rounding's random bits follow from."""
         self.shadows: list[nn.Parameter] = []
         self.inner: list[torch.optim.Optimizer] = []
         for parameter in self.parameters:
@@ -57,10 +58,14 @@ class ShadowAdamW:
     def step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
         """Update every weight that has a gradient, and free the gradient."""
         given = [p for p in self.parameters if p.grad is not None]
+        for index, parameter in enumerate(self.parameters):
+            self.counts[index] += parameter.grad is not None
+        keys = {} if self.keep_shadows else self._keys()
         largest = max((p.numel() for p in given if p.dtype != torch.float32), default=0)
         gradient_room = torch.empty(largest, dtype=torch.float32, device=self.parameters[0].device)
         weight_room = gradient_room[:0] if self.keep_shadows else torch.empty_like(gradient_room)
-        for parameter, shadow, inner in zip(self.parameters, self.shadows, self.inner, strict=True):
+        parts = zip(self.parameters, self.shadows, self.inner, strict=True)
+        for index, (parameter, shadow, inner) in enumerate(parts):
             if parameter.grad is None:
                 continue
             if not self.keep_shadows:
@@ -72,9 +77,10 @@ class ShadowAdamW:
             inner.param_groups[0]["lr"] = learning_rate
             inner.step()
             shadow.grad = None
-            if parameter.dtype != torch.float32 and not self.keep_shadows:
-                round_stochastically_(shadow, self._generator(parameter.device))
-            parameter.copy_(shadow)
+            if index in keys:
+                write_rounded_(parameter, shadow, keys[index])
+            else:
+                parameter.copy_(shadow)
             if not self.keep_shadows:
                 shadow.data = shadow.data.new_empty(0)
 
@@ -86,14 +92,14 @@ class ShadowAdamW:
         """Drop the states, as before the first step; shadows are made anew from the weights."""
         for inner in self.inner:
             inner.state.clear()
-        self.generators.clear()  # each starts anew from the seed
+        self.counts = [0] * len(self.parameters)
         if self.keep_shadows:
             with torch.no_grad():
                 for parameter, shadow in zip(self.parameters, self.shadows, strict=True):
                     shadow.copy_(parameter)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """`N.MOMENT` and `N.shadow` of the weight at index N; `generator.DEVICE`. Not copied."""
+        """`N.MOMENT` and `N.shadow` of the weight at index N. Not copied."""
         found = {
             f"{index}.{name}": value
             for index, (shadow, inner) in enumerate(zip(self.shadows, self.inner, strict=True))
@@ -101,14 +107,16 @@ class ShadowAdamW:
         }
         if self.keep_shadows:
             found |= {f"{i}.shadow": shadow.detach() for i, shadow in enumerate(self.shadows)}
-        generators = self.generators.items()
-        return found | {f"generator.{device}": g.get_state() for device, g in generators}
+        return found
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `state_tensors` gave; raises CheckpointError before anything changes."""
-        groups = by_first_part(tensors)
-        generators, shadows = groups.pop("generator", {}), dict[int, Tensor]()
+        """Take over what `state_tensors` gave; raises CheckpointError before anything changes.
+
+        The state of a generator, which rounding drew from in earlier versions, is passed over.
+        """
+        groups, shadows = by_first_part(tensors), dict[int, Tensor]()
+        groups.pop("generator", None)
         for index, parameter in enumerate(self.parameters):
             found = groups.setdefault(str(index), {})
             if self.keep_shadows:
@@ -118,23 +126,20 @@ class ShadowAdamW:
             inner = self.inner[index]
             check_moments(inner, parameter.shape, found, f"optimizer: weight {index}")
         check_indices(groups, len(self.parameters))
-        devices = {str(parameter.device): parameter.device for parameter in self.parameters}
-        for name, state in generators.items():
-            if name not in devices:
-                raise CheckpointError(f"optimizer: generator.{name} is of another device")
-            check_generator(state, devices[name], f"optimizer: generator.{name}")
         for index, (shadow, inner) in enumerate(zip(self.shadows, self.inner, strict=True)):
             load_moments(inner, shadow, groups[str(index)])
             if self.keep_shadows:
                 shadow.copy_(shadows[index])
-        self.generators.clear()
-        for name, state in generators.items():
-            self._generator(devices[name]).set_state(state)
+            self.counts[index] = int(groups[str(index)].get("step", 0))
 
-    def _generator(self, device: torch.device) -> torch.Generator:
-        if device not in self.generators:
-            self.generators[device] = torch.Generator(device).manual_seed(self.seed)
-        return self.generators[device]
+    def _keys(self) -> dict[int, Tensor]:
+        """Of the random bits of each weight that is rounded in this step."""
+        steps = {
+            index: self.counts[index]
+            for index, parameter in enumerate(self.parameters)
+            if parameter.grad is not None and parameter.dtype != torch.float32
+        }
+        return keys_of(self.seed, steps, self.parameters[0].device)
 
 
 class LoraAdamW:
@@ -241,19 +246,6 @@ def _widen(narrow: Tensor, room: Tensor) -> Tensor:
     if narrow.dtype == torch.float32:
         return narrow
     return room[: narrow.numel()].view(narrow.shape).copy_(narrow)
-
-
-def round_stochastically_(wide: Tensor, generator: torch.Generator) -> None:
-    """Round fp32 to bf16's values in place, up or down with the probability that keeps the mean.
-
-    bf16 is fp32 without its lower 16 bits: a uniform integer below 2**16 is added to them, and
-    what carries over rounds up (away from zero, as the bits hold a magnitude).
-    """
-    bits = wide.view(torch.int32)
-    noise = torch.randint(
-        0, 2**16, wide.shape, dtype=torch.int32, device=wide.device, generator=generator
-    )
-    bits.add_(noise).bitwise_and_(-(2**16))
 
 
 def learning_rate_at(
