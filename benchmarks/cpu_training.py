@@ -36,8 +36,8 @@ from tunefork.model.device import describe, peak_bytes, reset_peak
 from tunefork.model.load import find, load_model
 from tunefork.recipe import LoraSection, ModelSection
 from tunefork.registry.peft_format import save_adapter
+from tunefork.train.adamw_lora import LoraAdamW
 from tunefork.train.loop import train
-from tunefork.train.optim import LoraAdamW
 
 MODEL = ModelSection(id="smollm2-135m-instruct")
 LORA = LoraSection(rank=16)

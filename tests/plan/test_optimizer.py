@@ -9,8 +9,8 @@ from tests.tiny import tiny_model
 from tunefork.model.build import build
 from tunefork.plan.optimizer import state_bytes, update
 from tunefork.recipe import DataSection, FullSection, LoraSection, Method, ModelSection, Recipe
+from tunefork.train.adamw_lora import LoraAdamW
 from tunefork.train.method import make_optimizer
-from tunefork.train.optim import LoraAdamW
 
 FORMS: list[tuple[Method, dict[str, Any]]] = [
     (Method.LORA, {}),

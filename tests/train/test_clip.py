@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from tunefork.train.adamw_lora import LoraAdamW
 from tunefork.train.clip import clip_factor, global_norm
-from tunefork.train.optim import LoraAdamW, ShadowAdamW
+from tunefork.train.optim import ShadowAdamW
 
 
 def _with_gradients(*gradients: torch.Tensor) -> list[nn.Parameter]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tunefork.errors import CheckpointError
-from tunefork.train.optim import LoraAdamW
+from tunefork.train.adamw_lora import LoraAdamW
 
 SHAPES = ((6, 5), (7, 1), (1, 300))
 

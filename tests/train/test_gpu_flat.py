@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tunefork.train.optim import LoraAdamW
+from tunefork.train.adamw_lora import LoraAdamW
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from tunefork.train.adamw_lora import LoraAdamW
 from tunefork.train.optim import (
-    LoraAdamW,
     ShadowAdamW,
     learning_rate_at,
 )

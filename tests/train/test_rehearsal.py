@@ -16,10 +16,11 @@ from tunefork.errors import NoMemoryError, NoRoomError
 from tunefork.model.build import build
 from tunefork.recipe import LoraSection, Method
 from tunefork.train.adamw_bf16 import Bf16AdamW
+from tunefork.train.adamw_lora import LoraAdamW
 from tunefork.train.dry_update import dry_update
 from tunefork.train.longest import passes_of
 from tunefork.train.loop import train
-from tunefork.train.optim import LoraAdamW, ShadowAdamW
+from tunefork.train.optim import ShadowAdamW
 from tunefork.train.rehearsal import Rehearsal, Stage, rehearse
 from tunefork.train.save_rehearsal import rehearse_save
 

@@ -19,10 +19,11 @@ from tunefork.model.build import build
 from tunefork.recipe import LoraSection, Method
 from tunefork.train import accumulate
 from tunefork.train.adamw_bf16 import Bf16AdamW
+from tunefork.train.adamw_lora import LoraAdamW
 from tunefork.train.checkpoints import Checkpoints, Policy
 from tunefork.train.loop import StepRecord, TrainResult, train
 from tunefork.train.loss import loss_sum
-from tunefork.train.optim import LoraAdamW, ShadowAdamW
+from tunefork.train.optim import ShadowAdamW
 from tunefork.train.state import Optimizer, Progress, State, capture, digest, restore
 
 EXAMPLES = examples((9, 4, 17, 6, 12, 8, 5, 11))

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from tunefork.kernels.adamw import factors_of, keys_of, prepare, update_bf16_
 from tunefork.train.clip import global_norm
-from tunefork.train.optim import by_first_part, check_indices
-from tunefork.train.optim_state import Layout, check_layout
+from tunefork.train.optim_state import Layout, by_first_part, check_indices, check_layout
 
 
 @dataclass(slots=True)

@@ -14,11 +14,12 @@ from tunefork.model.load import load_model, new_ids
 from tunefork.recipe import Method, Recipe
 from tunefork.train import deterministic
 from tunefork.train.adamw_bf16 import Bf16AdamW
+from tunefork.train.adamw_lora import LoraAdamW
 from tunefork.train.checkpoints import Checkpoints, Found, Policy
 from tunefork.train.events import Event, SettingChanged
 from tunefork.train.guard import check_weights
 from tunefork.train.loop import StepRecord, TrainResult, train
-from tunefork.train.optim import LoraAdamW, ShadowAdamW, learning_rate_at
+from tunefork.train.optim import ShadowAdamW, learning_rate_at
 from tunefork.train.out_of_memory import Remedies
 from tunefork.train.recovery import OnFault
 from tunefork.train.rehearsal import Rehearsal, Stage, rehearse
