@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import tiny_model
+from tests.tiny import CONFIGS, tiny_model
 from tunefork.model.build import build
 from tunefork.plan.optimizer import state_bytes, update
+from tunefork.plan.step import Build, Shape, trace_step
 from tunefork.recipe import DataSection, FullSection, LoraSection, Method, ModelSection, Recipe
 from tunefork.train.adamw_lora import LoraAdamW
 from tunefork.train.method import make_optimizer
@@ -59,3 +60,22 @@ def test_only_bf16_weights_take_room_for_an_update() -> None:
     narrow = update(weights, Method.FULL, FullSection(weights="bf16", optimizer="adamw_bf16"))
     assert narrow.room_bytes == 0
     assert narrow.moved_bytes == 32 * (2 + 14)  # a norm; then p, g, m, v read and p, m, v written
+
+
+def test_loras_gradients_are_planned_all_the_time_and_fulls_from_pass_to_update() -> None:
+    steps = [
+        trace_step(
+            CONFIGS["llama"],
+            Build(method, LoraSection(rank=4), FullSection(), torch.bfloat16, False, "cuda"),
+            Shape(2, 24, 40, is_masked=False),
+            evaluates=True,
+        )
+        for method in (Method.LORA, Method.FULL)
+    ]
+    kept, freed = steps
+    moments = [*kept.peaks.values(), *([kept.evaluation] if kept.evaluation else [])]
+    assert len(moments) == len(kept.peaks) + 1
+    assert kept.static["gradients"] >= kept.gradients
+    assert {moment.parts["gradients"] for moment in moments} == {kept.static["gradients"]}
+    assert "gradients" not in freed.static
+    assert not freed.peaks["forward: head"].parts.get("gradients")

@@ -136,17 +136,21 @@ def write_rounded_(p: Tensor, wide: Tensor, keys: Tensor) -> None:
         _fastest(round_to_, p)(p_n, wide_n, own)
 
 
-def prepare(device: torch.device) -> None:
-    """Compile ahead of the first step, whose time would otherwise be no measure of the others'.
+def prepare(device: torch.device, *, only_rounds: bool = False) -> None:
+    """Compile `update_bf16_`, or `write_rounded_`, before the first step.
 
-    At a size from which the compiler picks large blocks: the first weight may be a small one.
+    Its time would otherwise be no measure of the others'. At a size from which the compiler picks
+    large blocks: the first weight may be a small one.
     """
     if device.type != "cuda":
         return
     [keys] = keys_of(0, {0: 0}, device).values()
     for numel in (_WARM_UP, _WARM_UP + 1):
         p, g, m, v = (torch.zeros(numel, dtype=torch.bfloat16, device=device) for _ in range(4))
-        update_bf16_(p, g, m, v, torch.ones(7, device=device), keys)
+        if only_rounds:
+            write_rounded_(p, g.float(), keys)
+        else:
+            update_bf16_(p, g, m, v, torch.ones(7, device=device), keys)
 
 
 def _fastest(function: Callable[..., None], tensor: Tensor) -> Callable[..., None]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from tunefork.kernels.adamw import keys_of, write_rounded_
+from tunefork.kernels.adamw import keys_of, prepare, write_rounded_
 from tunefork.kernels.quantized import AdamW8bit
 from tunefork.train.clip import global_norm
 from tunefork.train.optim_state import (
@@ -54,6 +54,8 @@ class ShadowAdamW:
             decay = weight_decay if parameter.dim() >= 2 else 0.0
             self.shadows.append(shadow)
             self.inner.append(kind([shadow], betas=betas, weight_decay=decay, **options))
+        if not keep_shadows and any(p.dtype != torch.float32 for p in self.parameters):
+            prepare(self.parameters[0].device, only_rounds=True)
 
     def gradient_norm(self) -> float:
         """Global L2 norm."""
