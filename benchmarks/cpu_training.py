@@ -36,8 +36,8 @@ from tunefork.model.device import describe, peak_bytes, reset_peak
 from tunefork.model.load import find, load_model
 from tunefork.recipe import LoraSection, ModelSection
 from tunefork.registry.peft_format import save_adapter
+from tunefork.train.adamw_lora import LoraAdamW
 from tunefork.train.loop import train
-from tunefork.train.optim import LoraAdamW, clip_gradients
 
 MODEL = ModelSection(id="smollm2-135m-instruct")
 LORA = LoraSection(rank=16)
@@ -112,7 +112,7 @@ def run_peft(
         start = time.perf_counter()
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
-        clip_gradients(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

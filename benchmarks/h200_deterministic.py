@@ -30,9 +30,10 @@ def measure(form: str, wanted: bool) -> dict[str, Any]:
     from tunefork.data.example import Encoded
     from tunefork.model.build import build
     from tunefork.recipe import LoraSection, Method
+    from tunefork.train.adamw_lora import LoraAdamW
     from tunefork.train.deterministic import deterministic, prepare
     from tunefork.train.loop import train
-    from tunefork.train.optim import LoraAdamW, ShadowAdamW
+    from tunefork.train.optim import ShadowAdamW
 
     prepare(wanted)
     device = torch.device("cuda", 0)

@@ -276,9 +276,21 @@ class FullSection(Section):
     nearest-rounded bf16 weight loses every update below 1/256 of itself; refused where
     `train.precision` is fp32, or comes to that."""
 
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """`adamw_8bit` keeps both moments in 8 bits by blocks of 256 (bitsandbytes; Dettmers et al.
-    2021, https://arxiv.org/abs/2110.02861)."""
+    optimizer: Literal["adamw", "adamw_bf16", "adamw_8bit"] = "adamw"
+    """What AdamW keeps its two moments in. `adamw`: fp32, 8 bytes a parameter. `adamw_bf16`: bf16,
+    4 bytes a parameter, rounded stochastically like the weights, which must be `weights: bf16`; one
+    pass over weight, gradient and moments, and no fp32 copies. `adamw_8bit`: 8 bits by blocks of
+    256, 2 bytes a parameter (bitsandbytes; Dettmers et al. 2021, https://arxiv.org/abs/2110.02861).
+    The default is the one that rounds nothing."""
+
+    @model_validator(mode="after")
+    def _check_moments(self) -> Self:
+        if self.optimizer == "adamw_bf16" and self.weights != "bf16":
+            raise ValueError(
+                "optimizer: adamw_bf16 updates bf16 weights in place; set full.weights: bf16 too, "
+                "or full.optimizer: adamw or adamw_8bit"
+            )
+        return self
 
 
 class TrainSection(Section):

@@ -15,8 +15,9 @@ from tunefork.model.tokens import TokenHead
 from tunefork.plan.step import Build, Shape, trace_step
 from tunefork.recipe import Method, ModelSection, Recipe
 from tunefork.registry.opening import open_model
+from tunefork.train.adamw_lora import LoraAdamW
 from tunefork.train.method import load_for_training, make_optimizer
-from tunefork.train.optim import LoraAdamW, ShadowAdamW
+from tunefork.train.optim import ShadowAdamW
 
 Make = Callable[..., Recipe]
 CPU = torch.device("cpu")

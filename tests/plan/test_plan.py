@@ -83,9 +83,10 @@ def test_without_details_the_figures_are_the_same_and_nothing_else_is_looked_for
 
 
 def test_qlora_70b_fits_48_gb_at_a_short_sequence_and_not_24() -> None:
-    qlora = _of(_plan(70.55e9, ["l40s"], length=512, method=Method.QLORA), Method.QLORA)
+    qlora = _of(_plan(70.55e9, ["l40s"], length=256, method=Method.QLORA), Method.QLORA)
     assert qlora.phases["load"].parts["weights"] / GB == pytest.approx(40.3, 0.01)
-    assert qlora.largest_length is not None and qlora.largest_length >= 512
+    # Of these 48 GB 2.5 are LoRA's gradients and moments, which are there all the time.
+    assert qlora.largest_length is not None and qlora.largest_length >= 256
     assert qlora.next_option is not None
     assert qlora.next_option.startswith("train.micro_batch_tokens: ")  # 4,096 are too many
     assert not _of(_plan(70.55e9, ["rtx4090"], method=Method.QLORA), Method.QLORA).may_fit

@@ -14,10 +14,11 @@ from tunefork.data.example import Encoded
 from tunefork.evaluate.labels import score_apart, score_together
 from tunefork.model.build import build
 from tunefork.recipe import LoraSection, Method
+from tunefork.train.adamw_lora import LoraAdamW
 from tunefork.train.checkpoints import Checkpoints, Policy
 from tunefork.train.deterministic import deterministic, prepare
 from tunefork.train.loop import TrainResult, train
-from tunefork.train.optim import LoraAdamW, ShadowAdamW
+from tunefork.train.optim import ShadowAdamW
 from tunefork.train.recovery import OnFault
 from tunefork.train.state import digest
 

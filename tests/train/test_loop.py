@@ -14,8 +14,9 @@ from tunefork.errors import DivergedError
 from tunefork.model.build import build
 from tunefork.model.layers import prepare_layers
 from tunefork.recipe import LoraSection, Method
+from tunefork.train.adamw_lora import LoraAdamW
 from tunefork.train.loop import StepRecord, TrainResult, train
-from tunefork.train.optim import LoraAdamW, ShadowAdamW
+from tunefork.train.optim import ShadowAdamW
 
 EXAMPLES = examples((9, 4, 17, 6, 12, 8, 5, 11))
 STEPS = [[0, 1, 2, 3], [4, 5, 6, 7], [2, 0, 7, 5]]

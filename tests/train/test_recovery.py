@@ -13,10 +13,10 @@ from tunefork.errors import DivergedError
 from tunefork.model.build import build
 from tunefork.recipe import LoraSection, Method
 from tunefork.train.accumulate import Accumulator
+from tunefork.train.adamw_lora import LoraAdamW
 from tunefork.train.checkpoints import Checkpoints, Policy
 from tunefork.train.events import Event, Resumed, Warned
 from tunefork.train.loop import TrainResult, train
-from tunefork.train.optim import LoraAdamW
 from tunefork.train.recovery import OnFault
 
 NUM_STEPS = 24

@@ -16,10 +16,12 @@ from tunefork.errors import NoMemoryError, NoRoomError
 from tunefork.model.build import build
 from tunefork.model.head import find_head
 from tunefork.recipe import LoraSection, Method
+from tunefork.train.adamw_bf16 import Bf16AdamW
+from tunefork.train.adamw_lora import LoraAdamW
 from tunefork.train.dry_update import dry_update
 from tunefork.train.longest import passes_of
 from tunefork.train.loop import train
-from tunefork.train.optim import LoraAdamW, ShadowAdamW
+from tunefork.train.optim import ShadowAdamW
 from tunefork.train.rehearsal import Rehearsal, Stage, rehearse
 from tunefork.train.runner import Runner
 from tunefork.train.save_rehearsal import rehearse_save
@@ -29,7 +31,7 @@ LENGTHS = tuple(4 + at % 7 for at in range(2 * FEWEST - 1))
 EXAMPLES = examples((*LENGTHS, 40))
 """The last one is the longest by far."""
 STEPS = [[2 * at, 2 * at + 1] for at in range(FEWEST)]
-KINDS = ("lora", "qlora", "full_fp32", "full_bf16", "full_master", "full_8bit")
+KINDS = ("lora", "qlora", "full_fp32", "full_bf16", "full_master", "full_8bit", "full_small")
 
 
 @pytest.fixture(autouse=True)
@@ -41,13 +43,15 @@ def few_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
 def _made(kind: str) -> tuple[Any, Any]:
     method = Method(kind.partition("_")[0])
     model = tiny_model("llama")
-    if kind in ("full_bf16", "full_master"):
+    if kind in ("full_bf16", "full_master", "full_small"):
         model = model.to(torch.bfloat16)
     build(model, method, LoraSection(rank=4, dropout=0.1), seed=0)
     trained = [p for p in model.parameters() if p.requires_grad]
     trained[0].data.view(-1)[3] = -0.0
     if method is not Method.FULL:
         return model, LoraAdamW(trained, betas=(0.9, 0.999), weight_decay=0.1)
+    if kind == "full_small":
+        return model, Bf16AdamW(trained, betas=(0.9, 0.999), weight_decay=0.1)
     return model, ShadowAdamW(
         trained,
         keep_shadows=kind == "full_master",

@@ -179,7 +179,7 @@ def _state_bytes_a_value(recipe: Recipe, method: Method, weight_bytes: int) -> i
     """Of a checkpoint: the weight, both moments, and the master copy where there is one."""
     if method is not Method.FULL:
         return weight_bytes + 8
-    moments = 2 if recipe.full.optimizer == "adamw_8bit" else 8
+    moments = {"adamw": 8, "adamw_bf16": 4, "adamw_8bit": 2}[recipe.full.optimizer]
     has_copy = recipe.full.weights == "fp32" and weight_bytes < 4
     return weight_bytes + moments + (4 if has_copy else 0)
 

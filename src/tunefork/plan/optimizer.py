@@ -1,9 +1,11 @@
 """What the optimiser keeps and moves, by `train.optim`'s rules; a test holds the two together.
 
-LoRA, QLoRA        AdamW on fp32 parameters: two fp32 moments; an fp32 shadow of a bf16 module that
-                   is trained whole (lora.modules_to_save)
+LoRA, QLoRA        AdamW on fp32 parameters: two fp32 moments, and gradients all the time; an fp32
+                   shadow of a bf16 module that is trained whole (lora.modules_to_save)
 full, fp32         an fp32 shadow of each bf16 weight, two fp32 moments
 full, bf16         two fp32 moments; the shadow exists while its weight is updated
+adamw_bf16         two bf16 moments, and nothing else while a weight is updated (on a CPU a few
+                   MB: it goes by pieces)
 adamw_8bit         moments in 8 bits with an fp32 maximum for 256 of them; of a weight with fewer
                    than 4,096 elements in fp32 (bitsandbytes' `min_8bit_size`)
 """
@@ -36,8 +38,14 @@ def state_bytes(parameters: Sequence[nn.Parameter], method: Method, full: FullSe
         if full.optimizer == "adamw_8bit" and numel >= _SMALLEST_8BIT:
             sizes += [numel, numel, 4 * -(-numel // _BLOCK), 4 * -(-numel // _BLOCK)]
         else:
-            sizes += [4 * numel, 4 * numel]
+            width = 2 if full.optimizer == "adamw_bf16" else 4
+            sizes += [width * numel, width * numel]
     return sizes
+
+
+def keeps_gradients(parameters: Sequence[nn.Parameter], method: Method) -> bool:
+    """Whether gradients are there all the time (`LoraAdamW`), not from their pass to the update."""
+    return method is not Method.FULL and all(p.dtype == torch.float32 for p in parameters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +65,7 @@ class Update:
 
 
 def update(parameters: Sequence[nn.Parameter], method: Method, full: FullSection) -> Update:
-    """Memory and traffic of `ShadowAdamW.step` or `LoraAdamW.step`, clipping included."""
+    """Memory and traffic of an optimiser's `step`, clipping included."""
     total = sum(p.numel() for p in parameters)
     states = sum(state_bytes(parameters, method, full))
     width = parameters[0].element_size()
@@ -68,11 +76,14 @@ def update(parameters: Sequence[nn.Parameter], method: Method, full: FullSection
         narrow = [p.numel() for p in parameters if p.dtype != torch.float32]
         num_operations = len(parameters) * _OPERATIONS if narrow else 0
         return Update(4 * max(narrow, default=0), moved, num_operations, 0, 0)
+    if full.optimizer == "adamw_bf16":
+        # The norm reads the gradients, the update reads them too; weights and moments go both ways.
+        moved = 4.0 * sum(p.numel() * p.element_size() for p in parameters) + 2.0 * states
+        return Update(0, moved, len(parameters), 0, 0)
     largest = max(p.numel() for p in parameters)
     is_rounded = full.weights == "bf16" and width < 4
-    # An fp32 gradient of one weight, beside its bf16 one. Without shadows also its fp32 weight and
-    # then the random bits of stochastic rounding, when the bf16 gradient is gone.
-    room = 0 if width == 4 else 10 if is_rounded else 4
+    # An fp32 gradient of one weight, beside its bf16 one. Without shadows also its fp32 weight.
+    room = 0 if width == 4 else 8 if is_rounded else 4
     return Update(
         room_bytes=room * largest,
         moved_bytes=moved,

@@ -46,7 +46,7 @@ def _changes(case: Case) -> Iterator[tuple[str, Case]]:
         made = replace(made, full=FullSection(weights="bf16", optimizer=made.full.optimizer))
         words.append("full.weights: bf16")
         yield " and ".join(words), replace(case, made=made)
-    if made.method is Method.FULL and made.full.optimizer == "adamw":
+    if made.method is Method.FULL and made.full.optimizer != "adamw_8bit":
         made = replace(made, full=FullSection(weights=made.full.weights, optimizer="adamw_8bit"))
         words.append("full.optimizer: adamw_8bit")
         yield " and ".join(words), replace(case, made=made)

@@ -21,7 +21,7 @@ from tunefork.model.layers import prepare_layers
 from tunefork.model.linear import Nf4Linear
 from tunefork.model.tokens import TokenHead
 from tunefork.plan.attention import NAME, Setting, install
-from tunefork.plan.optimizer import Update, state_bytes, update
+from tunefork.plan.optimizer import Update, keeps_gradients, state_bytes, update
 from tunefork.plan.schema import Part
 from tunefork.plan.shape import at_depth, depths, extrapolate, on_meta, traceable
 from tunefork.plan.trace import BLOCK_BYTES, Peak, Trace, Work
@@ -75,7 +75,7 @@ class Step:
     evaluation: Peak | None
     """Highest moment of a forward pass without gradients, where that was asked for."""
     static: dict[Part, int]
-    """Weights and optimiser states: there all the time."""
+    """Weights, optimiser states, and gradients where they are kept: there all the time."""
     gradients: int
     """Bytes of all gradients."""
     trained: int
@@ -218,6 +218,10 @@ def _trace(config: Any, made: Build, shape: Shape, evaluates: bool) -> Step:
     batch = _batch(shape)
     trace.adopt(_weights(model), "weights")
     trace.adopt(built.states, "optimizer")
+    if keeps_gradients(trained, made.method):
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+            trace.adopt([parameter.grad], "gradients")
     static = dict(trace.live)
     trace.peaks.clear()
     with _segments(model, trace), _gradients(trained, trace), trace:
@@ -228,13 +232,15 @@ def _trace(config: Any, made: Build, shape: Shape, evaluates: bool) -> Step:
         loss.backward()  # type: ignore[no-untyped-call]
     peaks, work = dict(trace.peaks), {kind: replace(done) for kind, done in trace.work.items()}
     del loss
-    model.zero_grad(set_to_none=True)
+    if not keeps_gradients(trained, made.method):
+        model.zero_grad(set_to_none=True)
     trace.peaks.clear()
     if evaluates:
         model.eval()
         with trace:
             trace.enter_segment("evaluate")
             token_losses(model, head, batch)
+    model.zero_grad(set_to_none=True)
     return Step(
         peaks=peaks,
         work=work,

@@ -6,9 +6,8 @@ generators of stochastic rounding (a weight that is bf16's already is not rounde
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,10 @@ from tunefork.train.state import Optimizer
 def zero_gradients(optimizer: Optimizer) -> None:
     """Gradients of zero, where a micro-batch before would have left its own."""
     for parameter in optimizer.parameters:
-        parameter.grad = torch.zeros_like(parameter)
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        else:
+            parameter.grad.zero_()
 
 
 @contextmanager
@@ -29,9 +31,7 @@ def dry_update(optimizer: Optimizer, remedies: Remedies | None) -> Iterator[floa
 
     An optimiser with states (a resumed run's) has taken its memory, and is left alone.
     """
-    state: Any = optimizer
-    inners = state.inner if isinstance(state.inner, list) else [state.inner]
-    if any(inner.state for inner in inners):
+    if optimizer.has_states():
         yield 0.0
         return
     zeros = [_negative_zeros(parameter) for parameter in optimizer.parameters]
@@ -42,22 +42,11 @@ def dry_update(optimizer: Optimizer, remedies: Remedies | None) -> Iterator[floa
             optimizer.step(0.0)
         yield time.perf_counter() - start
     finally:
-        _restore(state, zeros)
-        for inner in inners:
-            inner.state.clear()
-        if hasattr(state, "generators"):  # each starts anew from the seed
-            state.generators.clear()
+        for parameter, places in zip(optimizer.parameters, zeros, strict=True):
+            parameter.detach().view(-1)[places] = -0.0
+        optimizer.forget()
 
 
 def _negative_zeros(parameter: Tensor) -> Tensor:
     flat = parameter.detach().view(-1)
     return ((flat == 0) & flat.signbit()).nonzero()[:, 0]
-
-
-@torch.no_grad()
-def _restore(optimizer: Any, zeros: Sequence[Tensor]) -> None:
-    for parameter, places in zip(optimizer.parameters, zeros, strict=True):
-        parameter.view(-1)[places] = -0.0
-    if getattr(optimizer, "keep_shadows", False):
-        for parameter, shadow in zip(optimizer.parameters, optimizer.shadows, strict=True):
-            shadow.copy_(parameter)

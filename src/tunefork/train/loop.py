@@ -27,10 +27,10 @@ from tunefork.model.device import peak_bytes, process_bytes, reset_peak
 from tunefork.model.head import find_head
 from tunefork.train.accumulate import Accumulator, random_states
 from tunefork.train.checkpoints import Checkpoints, Found
+from tunefork.train.clip import clip_factor
 from tunefork.train.guard import SpikeWatch
 from tunefork.train.interrupt import Interrupt
 from tunefork.train.kernels import attention_kernels
-from tunefork.train.optim import clip_gradients
 from tunefork.train.out_of_memory import phase
 from tunefork.train.recovery import JUST_STOP, OnFault, Recovery
 from tunefork.train.runner import Runner
@@ -143,7 +143,7 @@ def train(
             learning_rate = learning_rates[number - 1]
             random = random_states(device)
             loss, num_supervised = cut.gradient(chosen, number)
-            grad_norm = clip_gradients(optimizer.parameters, max_grad_norm)
+            grad_norm = optimizer.gradient_norm()
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 what = f"the loss is {loss} and the gradient's norm {grad_norm}"
                 raise recovery.stop(what, done, random, chosen, find_rows=True)
@@ -154,7 +154,7 @@ def train(
                     records = [record for record in records if record.step <= done.step]
                     continue
             with phase("optimiser step", on_fault.remedies, f"step {number}"):
-                optimizer.step(learning_rate)
+                optimizer.step(learning_rate, clip_factor(grad_norm, max_grad_norm))
             done = Progress(
                 number,
                 done.tokens + sum(len(example.input_ids) for example in chosen),

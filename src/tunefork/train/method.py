@@ -14,12 +14,14 @@ from tunefork.model.fused import fuse
 from tunefork.model.load import load_model, new_ids
 from tunefork.recipe import Method, Recipe
 from tunefork.train import deterministic
+from tunefork.train.adamw_bf16 import Bf16AdamW
+from tunefork.train.adamw_lora import LoraAdamW
 from tunefork.train.checkpoints import Checkpoints, Found, Policy
 from tunefork.train.engine import base_form, prepare
 from tunefork.train.events import Event, SettingChanged
 from tunefork.train.guard import check_weights
 from tunefork.train.loop import StepRecord, TrainResult, train
-from tunefork.train.optim import LoraAdamW, ShadowAdamW, learning_rate_at
+from tunefork.train.optim import ShadowAdamW, learning_rate_at
 from tunefork.train.out_of_memory import Remedies
 from tunefork.train.recovery import OnFault
 from tunefork.train.rehearsal import Rehearsal, Stage, rehearse
@@ -56,6 +58,8 @@ def make_optimizer(
     # Modules trained whole beside deltas may be bf16, and DoRA's magnitudes take no decay.
     if not is_full and is_fp32 and (decay == 0.0 or all(p.dim() >= 2 for p in trained)):
         return LoraAdamW(trained, betas=betas, weight_decay=decay)
+    if is_full and recipe.full.optimizer == "adamw_bf16":
+        return Bf16AdamW(trained, betas=betas, weight_decay=decay, seed=seed)
     return ShadowAdamW(
         trained,
         keep_shadows=not is_fp32 and not (is_full and recipe.full.weights == "bf16"),

@@ -1,11 +1,11 @@
 """AdamW over what a method trains, and the learning rate's path.
 
-LoRA's parameters are fp32 and take PyTorch's fused AdamW as it is. Full fine-tuning computes in
-bf16, where a nearest-rounded update below 1/256 of a weight is lost, so the update happens on an
-fp32 *shadow* of each weight: kept (`fp32`, a master copy), or made for the update and written back
-by stochastic rounding (`bf16`; unbiased, so small updates survive in the mean; Gupta et al. 2015,
-https://arxiv.org/abs/1502.02551). One weight is updated at a time, so that an fp32 gradient exists
-for one weight only, in memory that all of them take turns in (on a CPU, fresh memory is dear).
+LoRA's parameters are fp32 and take PyTorch's fused AdamW as it is (`adamw_lora.py`). Full
+fine-tuning computes in bf16, where a nearest-rounded update below 1/256 of a weight is lost, so the
+update happens on an fp32 *shadow* of each weight: kept (`fp32`, a master copy), or made for the
+update and written back by stochastic rounding (`bf16`; `kernels/adamw.py`). One weight is updated
+at a time, so that an fp32 gradient exists for one weight only, in memory that all of them take
+turns in (on a CPU, fresh memory is dear).
 """
 
 import math
@@ -14,10 +14,17 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from tunefork.errors import CheckpointError
+from tunefork.kernels.adamw import keys_of, prepare, write_rounded_
 from tunefork.kernels.quantized import AdamW8bit
-from tunefork.train.optim_state import check_layout, check_moments, load_moments, moments
-from tunefork.train.state import check_generator
+from tunefork.train.clip import global_norm
+from tunefork.train.optim_state import (
+    by_first_part,
+    check_indices,
+    check_layout,
+    check_moments,
+    load_moments,
+    moments,
+)
 
 
 class ShadowAdamW:
@@ -35,9 +42,10 @@ class ShadowAdamW:
     ) -> None:
         self.parameters = list(parameters)
         self.keep_shadows = keep_shadows
-        self.generators: dict[torch.device, torch.Generator] = {}
         self.seed = seed
         kind = AdamW8bit if eight_bit else torch.optim.AdamW
+        self.counts = [0] * len(self.parameters)
+        """Updates of each weight so far: what its rounding's random bits follow from."""
         self.shadows: list[nn.Parameter] = []
         self.inner: list[torch.optim.Optimizer] = []
         for parameter in self.parameters:
@@ -46,32 +54,59 @@ class ShadowAdamW:
             decay = weight_decay if parameter.dim() >= 2 else 0.0
             self.shadows.append(shadow)
             self.inner.append(kind([shadow], betas=betas, weight_decay=decay, **options))
+        if not keep_shadows and any(p.dtype != torch.float32 for p in self.parameters):
+            prepare(self.parameters[0].device, only_rounds=True)
+
+    def gradient_norm(self) -> float:
+        """Global L2 norm."""
+        return global_norm(self.parameters)
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
         """Update every weight that has a gradient, and free the gradient."""
         given = [p for p in self.parameters if p.grad is not None]
+        for index, parameter in enumerate(self.parameters):
+            self.counts[index] += parameter.grad is not None
+        keys = {} if self.keep_shadows else self._keys()
         largest = max((p.numel() for p in given if p.dtype != torch.float32), default=0)
         gradient_room = torch.empty(largest, dtype=torch.float32, device=self.parameters[0].device)
         weight_room = gradient_room[:0] if self.keep_shadows else torch.empty_like(gradient_room)
-        for parameter, shadow, inner in zip(self.parameters, self.shadows, self.inner, strict=True):
+        parts = zip(self.parameters, self.shadows, self.inner, strict=True)
+        for index, (parameter, shadow, inner) in enumerate(parts):
             if parameter.grad is None:
                 continue
             if not self.keep_shadows:
                 shadow.data = _widen(parameter.detach(), weight_room)
             shadow.grad = _widen(parameter.grad, gradient_room)
             parameter.grad = None
+            if gradient_scale != 1.0:
+                shadow.grad.mul_(gradient_scale)
             inner.param_groups[0]["lr"] = learning_rate
             inner.step()
             shadow.grad = None
-            if parameter.dtype != torch.float32 and not self.keep_shadows:
-                round_stochastically_(shadow, self._generator(parameter.device))
-            parameter.copy_(shadow)
+            if index in keys:
+                write_rounded_(parameter, shadow, keys[index])
+            else:
+                parameter.copy_(shadow)
             if not self.keep_shadows:
                 shadow.data = shadow.data.new_empty(0)
 
+    def has_states(self) -> bool:
+        """Whether a step was taken."""
+        return any(inner.state for inner in self.inner)
+
+    def forget(self) -> None:
+        """Drop the states, as before the first step; shadows are made anew from the weights."""
+        for inner in self.inner:
+            inner.state.clear()
+        self.counts = [0] * len(self.parameters)
+        if self.keep_shadows:
+            with torch.no_grad():
+                for parameter, shadow in zip(self.parameters, self.shadows, strict=True):
+                    shadow.copy_(parameter)
+
     def state_tensors(self) -> dict[str, Tensor]:
-        """`N.MOMENT` and `N.shadow` of the weight at index N; `generator.DEVICE`. Not copied."""
+        """`N.MOMENT` and `N.shadow` of the weight at index N. Not copied."""
         found = {
             f"{index}.{name}": value
             for index, (shadow, inner) in enumerate(zip(self.shadows, self.inner, strict=True))
@@ -79,14 +114,16 @@ class ShadowAdamW:
         }
         if self.keep_shadows:
             found |= {f"{i}.shadow": shadow.detach() for i, shadow in enumerate(self.shadows)}
-        generators = self.generators.items()
-        return found | {f"generator.{device}": g.get_state() for device, g in generators}
+        return found
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `state_tensors` gave; raises CheckpointError before anything changes."""
-        groups = by_first_part(tensors)
-        generators, shadows = groups.pop("generator", {}), dict[int, Tensor]()
+        """Take over what `state_tensors` gave; raises CheckpointError before anything changes.
+
+        The state of a generator, which rounding drew from in earlier versions, is passed over.
+        """
+        groups, shadows = by_first_part(tensors), dict[int, Tensor]()
+        groups.pop("generator", None)
         for index, parameter in enumerate(self.parameters):
             found = groups.setdefault(str(index), {})
             if self.keep_shadows:
@@ -95,79 +132,21 @@ class ShadowAdamW:
                 check_layout({"shadow": shadows[index]}, wanted, f"optimizer: weight {index}")
             inner = self.inner[index]
             check_moments(inner, parameter.shape, found, f"optimizer: weight {index}")
-        _check_indices(groups, len(self.parameters))
-        devices = {str(parameter.device): parameter.device for parameter in self.parameters}
-        for name, state in generators.items():
-            if name not in devices:
-                raise CheckpointError(f"optimizer: generator.{name} is of another device")
-            check_generator(state, devices[name], f"optimizer: generator.{name}")
+        check_indices(groups, len(self.parameters))
         for index, (shadow, inner) in enumerate(zip(self.shadows, self.inner, strict=True)):
             load_moments(inner, shadow, groups[str(index)])
             if self.keep_shadows:
                 shadow.copy_(shadows[index])
-        self.generators.clear()
-        for name, state in generators.items():
-            self._generator(devices[name]).set_state(state)
+            self.counts[index] = int(groups[str(index)].get("step", 0))
 
-    def _generator(self, device: torch.device) -> torch.Generator:
-        if device not in self.generators:
-            self.generators[device] = torch.Generator(device).manual_seed(self.seed)
-        return self.generators[device]
-
-
-class LoraAdamW:
-    """PyTorch's fused AdamW over fp32 parameters, with the interface of `ShadowAdamW`."""
-
-    def __init__(
-        self,
-        parameters: Iterable[nn.Parameter],
-        *,
-        betas: tuple[float, float],
-        weight_decay: float,
-    ) -> None:
-        self.parameters = list(parameters)
-        self.inner = torch.optim.AdamW(
-            self.parameters, betas=betas, weight_decay=weight_decay, fused=True
-        )
-
-    def step(self, learning_rate: float) -> None:
-        """Update every parameter, and free the gradients."""
-        self.inner.param_groups[0]["lr"] = learning_rate
-        self.inner.step()
-        self.inner.zero_grad(set_to_none=True)
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """`N.MOMENT` of the parameter at index N; not copied."""
-        return {
-            f"{index}.{name}": value
+    def _keys(self) -> dict[int, Tensor]:
+        """Of the random bits of each weight that is rounded in this step."""
+        steps = {
+            index: self.counts[index]
             for index, parameter in enumerate(self.parameters)
-            for name, value in moments(self.inner, parameter).items()
+            if parameter.grad is not None and parameter.dtype != torch.float32
         }
-
-    @torch.no_grad()
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `state_tensors` gave; raises CheckpointError before anything changes."""
-        groups = by_first_part(tensors)
-        for index, parameter in enumerate(self.parameters):
-            found = groups.setdefault(str(index), {})
-            check_moments(self.inner, parameter.shape, found, f"optimizer: weight {index}")
-        _check_indices(groups, len(self.parameters))
-        for index, parameter in enumerate(self.parameters):
-            load_moments(self.inner, parameter, groups[str(index)])
-
-
-def by_first_part(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """`{"3.step": x}` as `{"3": {"step": x}}`."""
-    groups: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        first, _, rest = key.partition(".")
-        groups.setdefault(first, {})[rest] = value
-    return groups
-
-
-def _check_indices(groups: Mapping[str, object], count: int) -> None:
-    for index in groups.keys() - {str(i) for i in range(count)}:
-        raise CheckpointError(f"optimizer: has {index}, and this run trains {count} weights")
+        return keys_of(self.seed, steps, self.parameters[0].device)
 
 
 def _widen(narrow: Tensor, room: Tensor) -> Tensor:
@@ -175,33 +154,6 @@ def _widen(narrow: Tensor, room: Tensor) -> Tensor:
     if narrow.dtype == torch.float32:
         return narrow
     return room[: narrow.numel()].view(narrow.shape).copy_(narrow)
-
-
-def round_stochastically_(wide: Tensor, generator: torch.Generator) -> None:
-    """Round fp32 to bf16's values in place, up or down with the probability that keeps the mean.
-
-    bf16 is fp32 without its lower 16 bits: a uniform integer below 2**16 is added to them, and
-    what carries over rounds up (away from zero, as the bits hold a magnitude).
-    """
-    bits = wide.view(torch.int32)
-    noise = torch.randint(
-        0, 2**16, wide.shape, dtype=torch.int32, device=wide.device, generator=generator
-    )
-    bits.add_(noise).bitwise_and_(-(2**16))
-
-
-@torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Scale gradients down to a global L2 norm of `max_norm`; returns the norm before (fp32)."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    # Row by row in the gradient's own dtype: on a CPU, PyTorch would copy a bf16 gradient to fp32
-    # to take one norm in fp32 (35 ms against 1.5 ms for SmolLM2's embedding). Sums are fp32 inside;
-    # the rows' rounding, 1/256 in bf16, averages out.
-    norms = [torch.linalg.vector_norm(g, dim=-1).flatten().float() for g in gradients]
-    norm = float(torch.linalg.vector_norm(torch.cat(norms)))
-    if math.isfinite(norm) and norm > max_norm:
-        torch._foreach_mul_(gradients, max_norm / norm)
-    return norm
 
 
 def learning_rate_at(

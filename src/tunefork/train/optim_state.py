@@ -52,6 +52,21 @@ def load_moments(
             state[name] = value.to(parameter.device, copy=True)
 
 
+def by_first_part(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """`{"3.step": x}` as `{"3": {"step": x}}`."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        first, _, rest = key.partition(".")
+        groups.setdefault(first, {})[rest] = value
+    return groups
+
+
+def check_indices(groups: Mapping[str, object], count: int) -> None:
+    """Raise CheckpointError for a weight that this run does not train."""
+    for index in groups.keys() - {str(i) for i in range(count)}:
+        raise CheckpointError(f"optimizer: has {index}, and this run trains {count} weights")
+
+
 def check_layout(found: Mapping[str, Tensor], wanted: Layout, what: str) -> None:
     """Raise CheckpointError unless the tensors of `found` are those `wanted`."""
     if found.keys() != wanted.keys():

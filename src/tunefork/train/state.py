@@ -28,8 +28,18 @@ class Optimizer(Protocol):
 
     parameters: list[nn.Parameter]
 
-    def step(self, learning_rate: float) -> None:
-        """Update the parameters and free their gradients."""
+    def gradient_norm(self) -> float:
+        """Global L2 norm of the gradients, fp32."""
+
+    def step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
+        """Update the parameters by their gradients times `gradient_scale`, and free or zero
+        these."""
+
+    def has_states(self) -> bool:
+        """Whether a step was taken, so that the states are there."""
+
+    def forget(self) -> None:
+        """Drop the states, as before the first step."""
 
     def state_tensors(self) -> dict[str, Tensor]:
         """All that the next step depends on, but for the parameters; not copied."""

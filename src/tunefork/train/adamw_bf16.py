@@ -1,0 +1,116 @@
+"""AdamW with bf16 weights and bf16 moments, 4 bytes a weight beside it and its gradient.
+
+Everything between two steps is in the weights, the moments and each weight's count of updates:
+random bits are a function of seed, weight and count (`kernels/adamw.py`).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tunefork.kernels.adamw import factors_of, keys_of, prepare, update_bf16_
+from tunefork.train.clip import global_norm
+from tunefork.train.optim_state import Layout, by_first_part, check_indices, check_layout
+
+
+@dataclass(slots=True)
+class _Moments:
+    step: int
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+class Bf16AdamW:
+    """AdamW that keeps its moments in bf16 and rounds them and bf16 weights stochastically."""
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        betas: tuple[float, float],
+        weight_decay: float,
+        seed: int = 0,
+    ) -> None:
+        self.parameters = list(parameters)
+        self.betas = betas
+        self.weight_decay = weight_decay
+        self.seed = seed
+        self.states: dict[int, _Moments] = {}
+        prepare(self.parameters[0].device)
+
+    def gradient_norm(self) -> float:
+        """Global L2 norm."""
+        return global_norm(self.parameters)
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
+        """Update every weight that has a gradient, one at a time, and free the gradient."""
+        due = [index for index, p in enumerate(self.parameters) if p.grad is not None]
+        for index in due:
+            if index not in self.states:
+                empty = torch.zeros_like(self.parameters[index], dtype=torch.bfloat16)
+                self.states[index] = _Moments(0, empty, empty.clone())
+            self.states[index].step += 1
+        steps = {index: self.states[index].step for index in due}
+        keys = keys_of(self.seed, steps, self.parameters[0].device)
+        factors: dict[tuple[int, float], Tensor] = {}
+        for index in due:
+            parameter, state = self.parameters[index], self.states[index]
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None
+            # As everywhere: vectors (norms, biases) take no decay.
+            form = (state.step, self.weight_decay if parameter.dim() >= 2 else 0.0)
+            if form not in factors:
+                found = factors_of(
+                    state.step,
+                    learning_rate=learning_rate,
+                    betas=self.betas,
+                    weight_decay=form[1],
+                    gradient_scale=gradient_scale,
+                )
+                factors[form] = torch.tensor(found, device=parameter.device)
+            moments = (state.exp_avg, state.exp_avg_sq)
+            update_bf16_(parameter, gradient, *moments, factors[form], keys[index])
+
+    def has_states(self) -> bool:
+        """Whether a step was taken."""
+        return bool(self.states)
+
+    def forget(self) -> None:
+        """Drop the states, as before the first step."""
+        self.states.clear()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """`N.step`, `N.exp_avg` and `N.exp_avg_sq` of the weight at index N; not copied."""
+        found = dict[str, Tensor]()
+        for index, state in sorted(self.states.items()):
+            found[f"{index}.step"] = torch.tensor(state.step)
+            found[f"{index}.exp_avg"] = state.exp_avg
+            found[f"{index}.exp_avg_sq"] = state.exp_avg_sq
+        return found
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `state_tensors` gave; raises CheckpointError before anything changes."""
+        groups = by_first_part(tensors)
+        check_indices(groups, len(self.parameters))
+        for index, found in groups.items():
+            moment = (torch.bfloat16, tuple(self.parameters[int(index)].shape))
+            layout: Layout = {
+                "step": (torch.int64, ()),
+                "exp_avg": moment,
+                "exp_avg_sq": moment,
+            }
+            check_layout(found, layout, f"optimizer: weight {index}")
+        self.states = {
+            int(index): _Moments(
+                int(found["step"]),
+                *(
+                    found[name].to(self.parameters[int(index)].device, copy=True)
+                    for name in ("exp_avg", "exp_avg_sq")
+                ),
+            )
+            for index, found in groups.items()
+        }
