@@ -157,7 +157,7 @@ def write_delta(
     _put(
         _b_columns(tuple(lora_b), weight.scale_1o, layout), weight.codes_op, weight.balance, layout
     )
-    if weight.codes_dp is not None:
+    if weight.codes_dp is not None and weight.scale_1d is not None:
         found = _a_columns(tuple(lora_a), weight.scale_1d)
         _put(found, weight.codes_dp, weight.balance_d, layout)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tunefork.data.example import Encoded
@@ -30,9 +31,15 @@ class Accumulator:
     pad_id: int
     on_out_of_memory: Literal["error", "shrink"] = "error"
     on_change: Callable[[SettingChanged], None] = lambda change: None
+    _ahead: tuple[Sequence[Encoded], int, list[MicroBatch]] | None = None
+    """The next step's examples, the limit they were laid out for, and their micro-batches."""
 
-    def gradient(self, chosen: Sequence[Encoded], step: int) -> tuple[float, int]:
+    def gradient(
+        self, chosen: Sequence[Encoded], step: int, following: Sequence[Encoded] = ()
+    ) -> tuple[float, int]:
         """Add the gradient of step `step` to the parameters.
+
+        `following`, the next step's examples, are laid out while a GPU is at work.
 
         Returns the mean loss, nats, and the number of supervised tokens it is the mean of. Raises
         NoMemoryError where even the smallest micro-batches do not fit, or may not be tried.
@@ -41,10 +48,13 @@ class Accumulator:
         random = random_states(self.model.device)
         while True:
             limit = max(self.limit, longest)
-            batches = pack(chosen, max_tokens=limit, packing=self.packing, pad_id=self.pad_id)
+            batches = self._take(chosen, limit)
             supervised = sum(len(batch.supervised[0]) for batch in batches)
             try:
-                return self._accumulate(batches, supervised, step), supervised
+                total = self._accumulate(batches, supervised, step)
+                if following:
+                    self._ahead = (following, *self._lay_out(following))
+                return float(total), supervised
             except NoMemoryError:
                 if self.on_out_of_memory == "error" or limit == longest:
                     raise
@@ -61,13 +71,26 @@ class Accumulator:
                 )
             )
 
-    def _accumulate(self, batches: Sequence[MicroBatch], supervised: int, step: int) -> float:
+    def _lay_out(self, chosen: Sequence[Encoded]) -> tuple[int, list[MicroBatch]]:
+        limit = max(self.limit, max(len(example.input_ids) for example in chosen))
+        return limit, pack(chosen, max_tokens=limit, packing=self.packing, pad_id=self.pad_id)
+
+    def _take(self, chosen: Sequence[Encoded], limit: int) -> list[MicroBatch]:
+        """Micro-batches of at most `limit` tokens; those laid out ahead, where they are these."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[1] == limit:
+            same = len(ahead[0]) == len(chosen)
+            if same and all(a is b for a, b in zip(ahead[0], chosen, strict=True)):
+                return ahead[2]
+        return pack(chosen, max_tokens=limit, packing=self.packing, pad_id=self.pad_id)
+
+    def _accumulate(self, batches: Sequence[MicroBatch], supervised: int, step: int) -> Tensor:
         total = torch.zeros((), device=self.model.device)
         for batch in batches:
             rows, width = batch.input_ids.shape
             where = f"step {step}, a micro-batch of {rows} x {width} tokens"
             total += self.runner.loss(batch, supervised, where)
-        return float(total)
+        return total
 
     @property
     def model(self) -> PreTrainedModel:

@@ -142,7 +142,8 @@ def train(
             chosen = [examples[i] for i in steps[number - 1]]
             learning_rate = learning_rates[number - 1]
             random = random_states(device)
-            loss, num_supervised = cut.gradient(chosen, number)
+            following = [examples[i] for i in steps[number]] if number < len(steps) else []
+            loss, num_supervised = cut.gradient(chosen, number, following)
             grad_norm = optimizer.gradient_norm()
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 what = f"the loss is {loss} and the gradient's norm {grad_norm}"
