@@ -56,8 +56,10 @@ def _plant(monkeypatch: pytest.MonkeyPatch, at: dict[int, float], times: int = 1
     left = dict.fromkeys(at, times)
     first = Accumulator.gradient
 
-    def gradient(self: Accumulator, chosen: Any, step: int) -> tuple[float, int]:
-        loss, supervised = first(self, chosen, step)
+    def gradient(
+        self: Accumulator, chosen: Any, step: int, following: Any = ()
+    ) -> tuple[float, int]:
+        loss, supervised = first(self, chosen, step, following)
         if left.get(step, 0) > 0:
             left[step] -= 1
             loss *= at[step]
@@ -97,11 +99,13 @@ def test_bad_weights_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     whole, _, _ = _run(tmp_path / "whole")
     first = Accumulator.gradient
 
-    def gradient(self: Accumulator, chosen: Any, step: int) -> tuple[float, int]:
+    def gradient(
+        self: Accumulator, chosen: Any, step: int, following: Any = ()
+    ) -> tuple[float, int]:
         if step == 19:
             with torch.no_grad():
                 next(p for p in self.model.parameters() if p.requires_grad).fill_(float("nan"))
-        return first(self, chosen, step)
+        return first(self, chosen, step, following)
 
     with monkeypatch.context() as patch:
         patch.setattr(Accumulator, "gradient", gradient)

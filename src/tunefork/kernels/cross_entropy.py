@@ -126,12 +126,15 @@ def _fused_to_gradient_(logits_cv: Tensor, targets_c: Tensor) -> Tensor:
     target_logits_c1 = logits_cv.gather(1, targets_c1).float()
     wide_cv = logits_cv.float()
     top_c1 = wide_cv.amax(-1, keepdim=True)
-    z_c1 = (wide_cv - top_c1).exp().sum(-1, keepdim=True)
-    softmax_cv = (wide_cv - top_c1).exp() / z_c1
-    at_v = torch.arange(logits_cv.shape[1], device=logits_cv.device)
-    d_logits_cv = softmax_cv - (at_v == targets_c1).float()
-    logits_cv.copy_(d_logits_cv.masked_fill(is_ignored_c1, 0.0))
-    return (z_c1.log() + top_c1 - target_logits_c1).masked_fill(is_ignored_c1, 0.0)[:, 0]
+    log_z_c1 = (wide_cv - top_c1).exp().sum(-1, keepdim=True).log() + top_c1
+    loss_c1 = (log_z_c1 - target_logits_c1).masked_fill(is_ignored_c1, 0.0)
+    # exp(x - inf) = 0: an ignored row's gradient. int32, as int64 comparisons take longer than the
+    # memory does.
+    shift_c1 = log_z_c1.masked_fill(is_ignored_c1, torch.inf)
+    hit_c1 = targets_c[:, None].to(torch.int32)
+    at_v = torch.arange(logits_cv.shape[1], device=logits_cv.device, dtype=torch.int32)
+    logits_cv.copy_((wide_cv - shift_c1).exp() - (at_v == hit_c1).float())
+    return loss_c1[:, 0]
 
 
 def _chunks(hidden_sd: Tensor, weight_vd: Tensor) -> Iterator[tuple[slice, Tensor, Tensor | None]]:

@@ -42,6 +42,11 @@ class Layout(NamedTuple):
         return -(-3 * self.rank // _STEP) * _STEP
 
     @property
+    def bf16_width(self) -> int:
+        """Columns by which a bf16 product is widened for the delta (`kernels/lora_group.py`)."""
+        return -(-self.rank // _STEP) * _STEP
+
+    @property
     def bounds(self) -> list[tuple[int, int]]:
         """First and last row (exclusive) of each layer among the O."""
         ends = [sum(self.sizes[: i + 1]) for i in range(len(self.sizes))]

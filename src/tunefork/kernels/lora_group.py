@@ -5,6 +5,11 @@ weights, one for their A. Made to be compiled, so it takes tensors only, and add
 an operator that says what it changes: torch.compile (2.11) loses gradients where a Function changes
 a tensor of its own in place otherwise.
 
+A delta is added to the base's product in place, but where that product is much larger than x (gate
+and up: seven times): then, as with FP8, the product itself is widened, [x | u] [W | scale B]^T, and
+copying x costs less than reading and writing y once more. A bf16 W is kept with room for scale B
+beside it, which `write_delta` fills.
+
 Shape legend as in `layout.py`; S tokens, D features in.
 """
 
@@ -25,6 +30,33 @@ def _add_product(y_mn: Tensor, a_mk: Tensor, b_kn: Tensor, scale: float) -> None
     y_mn.addmm_(a_mk, b_kn, alpha=scale)
 
 
+def is_widened(layout: Layout, features_in: int) -> bool:
+    """Whether the product is: where y is more than twice as wide as x."""
+    large = sum(layout.sizes) > 2 * features_in
+    return large and layout.storage == "bf16" and layout.rank > 0
+
+
+@torch.no_grad()
+def with_room(weights: Sequence[Tensor], layout: Layout) -> Tensor:
+    """`weights` (O_i, D) one below the other, (O, D + P), with zeros where scale B will stand."""
+    features_in = weights[0].shape[1]
+    width = layout.bf16_width if is_widened(layout, features_in) else 0
+    room = weights[0].new_zeros(sum(layout.sizes), features_in + width)
+    for weight, (first, last) in zip(weights, layout.bounds, strict=True):
+        room[first:last, :features_in] = weight
+    return room
+
+
+@torch.no_grad()
+def write_delta(weight_op: Tensor, lora_b: Sequence[Tensor], layout: Layout) -> None:
+    """Put scale * B beside a widened weight, after each change of theirs."""
+    column, rest = weight_op.shape[1] - layout.bf16_width, list(lora_b)
+    for (first, last), rank in zip(layout.bounds, layout.ranks, strict=True):
+        if rank:
+            weight_op[first:last, column : column + rank] = rest.pop(0) * layout.scale
+        column += rank
+
+
 def _dense(layout: Layout, weights: Sequence[Tensor], features_in: int, dtype: Any) -> Tensor:
     if layout.storage == "nf4":
         return dequantize_nf4_tensors(weights, layout.sizes, features_in, dtype)
@@ -38,26 +70,28 @@ class _LoraGroup(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights, lora_b = tensors[:num_weights], list(tensors[num_weights + 1 :])
         weight_od = _dense(layout, weights, x_sd.shape[1], x_sd.dtype)
-        y_so = x_sd @ weight_od.t()
         saved: tuple[Tensor, ...] = ()
         if layout.rank:
-            a_rd = tensors[num_weights]
-            u_sr = x_sd @ a_rd.t()
+            u_sr = x_sd @ tensors[num_weights].t()
+            saved = (x_sd, u_sr, *tensors[num_weights:])
+        if is_widened(layout, x_sd.shape[1]):
+            filling = x_sd.new_zeros(x_sd.shape[0], layout.bf16_width - layout.rank)
+            wide_sp = torch.cat([x_sd, u_sr, filling], dim=1)
+            # One by one: a GEMM of all is no faster, and each result is contiguous.
+            ys = tuple(wide_sp @ weight_od[first:last].t() for first, last in layout.bounds)
+        else:
+            y_so = x_sd @ weight_od.t()
             start = 0
             for (first, last), rank in zip(layout.bounds, layout.ranks, strict=True):
                 if rank:
-                    b_or = lora_b.pop(0)
                     u = u_sr[:, start : start + rank]
-                    _add_product(y_so[:, first:last], u, b_or.t(), layout.scale)
+                    _add_product(y_so[:, first:last], u, lora_b.pop(0).t(), layout.scale)
                 start += rank
-            saved = (x_sd, u_sr, *tensors[num_weights:])
+            one = len(layout.sizes) == 1
+            ys = (y_so,) if one else tuple(torch.split(y_so, list(layout.sizes), dim=1))
         ctx.save_for_backward(*weights, *saved)
         ctx.layout, ctx.num_weights, ctx.features_in = layout, num_weights, x_sd.shape[1]
-        return (
-            tuple(torch.split(y_so, list(layout.sizes), dim=1))
-            if len(layout.sizes) > 1
-            else (y_so,)
-        )
+        return ys
 
     @staticmethod
     @once_differentiable
@@ -77,6 +111,7 @@ class _LoraGroup(torch.autograd.Function):
         dx_sd = None
         if ctx.needs_input_grad[2]:
             weight_od = _dense(layout, weights, ctx.features_in, dys[0].dtype)
+            weight_od = weight_od[:, : ctx.features_in]
             (first, last), *others = layout.bounds
             dx_sd = dys[0] @ weight_od[first:last]
             for dy, (first, last) in zip(dys[1:], others, strict=True):
@@ -97,7 +132,8 @@ def lora_group(
 
     x_d (..., D) and the results (..., O_i) have W's dtype. A (R_i, D) and B (O_i, R_i) are those of
     the layers that have a delta, may be fp32, and get gradients in their own dtype. `weights` is
-    (W,), with W (O, D) of all layers, or for storage "nf4" those of `quantized.nf4_tensors`.
+    (W,) of `with_room`, where B must be up to date (`write_delta`), or for storage "nf4" those of
+    `quantized.nf4_tensors`.
     """
     apply: Callable[..., tuple[Tensor, ...]] = _LoraGroup.apply
     a_rd = [torch.cat([a.to(x_d.dtype) for a in lora_a])] if lora_a else []

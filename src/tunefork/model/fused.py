@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from tunefork.errors import ModelError
 from tunefork.kernels import fp8
 from tunefork.kernels.layout import Layout, Products, Storage
-from tunefork.kernels.lora_group import lora_group
+from tunefork.kernels.lora_group import is_widened, lora_group, with_room, write_delta
 from tunefork.kernels.quantized import dequantize_nf4_tensors, nf4_tensors
 from tunefork.model.linear import LoraLinear, Nf4Linear
 
@@ -58,7 +58,7 @@ class FusedGroup(nn.Module):
         else:
             weights = [base.weight.detach().to(device) for base in bases]
             if storage == "bf16":
-                self.weights = (torch.cat(weights),)
+                self.weights = (with_room(weights, self.layout),)
             else:
                 self.fp8 = fp8.quantize_weight(weights, self.layout)
                 self.weights = self.fp8.tensors()
@@ -85,16 +85,19 @@ class FusedGroup(nn.Module):
 
     def write_delta(self) -> None:
         """Take over A and B as they are now; due before a forward pass after a change of theirs."""
+        lora_b = [member.lora_b for member in self.deltas]
         if self.fp8 is not None and self.deltas:
             lora_a = [member.lora_a for member in self.deltas]
-            fp8.write_delta(self.fp8, lora_a, [m.lora_b for m in self.deltas], self.layout)
+            fp8.write_delta(self.fp8, lora_a, lora_b, self.layout)
+        elif is_widened(self.layout, self.features_in):
+            write_delta(self.weights[0], lora_b, self.layout)
 
     @torch.no_grad()
     def materialize(self, index: int) -> Tensor:
         """Member `index`'s frozen weight, (O_i, D), in bf16."""
         rows = slice(*self.layout.bounds[index])
         if self.layout.storage == "bf16":
-            return self.weights[0][rows]
+            return self.weights[0][rows, : self.features_in]
         if self.fp8 is not None:
             codes_od = self.fp8.codes_op[rows, : self.features_in]
             return (codes_od.float() * self.fp8.scale_1o.t()[rows]).bfloat16()

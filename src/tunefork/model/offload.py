@@ -17,23 +17,32 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+_IN_FLIGHT = 2
+"""Inputs that may be on their way out at once. The host launches layers faster than the GPU runs
+them, and would let all of them wait for their copies in GPU memory."""
+
 
 @dataclass(slots=True)
 class _Kept:
-    """One layer's input, on its way out, in host memory, or on its way back."""
+    """One layer's input: on its way out, in host memory, or on its way back."""
 
     host: Tensor
     shape: torch.Size
     device: torch.device
-    out: Any = None
-    """Event: the copy to the host is done."""
+    source: Tensor | None = None
+    """On the device, until the copy to the host is known to be done."""
+    event: Any = None
+    """Of the last copy, either way."""
     back: Tensor | None = None
-    arrived: Any = None
 
 
 @dataclass(slots=True)
 class Shelf:
-    """The inputs of one forward pass, last layer last, and the pinned memory they lie in."""
+    """The inputs of one forward pass, last layer last, and the pinned memory they lie in.
+
+    Device memory is taken and given back in the order of the computation's own stream, and the
+    copies' stream is waited for before: so what is given back can be used again at once.
+    """
 
     kept: list[_Kept] = field(default_factory=list)
     free: list[Tensor] = field(default_factory=list)
@@ -43,22 +52,19 @@ class Shelf:
     def put(self, x_d: Tensor) -> _Kept:
         """Start copying `x_d` out."""
         x_d = x_d.detach().contiguous()
-        host = next(
-            (b for b in self.free if b.numel() >= x_d.numel() and b.dtype == x_d.dtype), None
-        )
+        fitting = (b for b in self.free if b.numel() >= x_d.numel() and b.dtype == x_d.dtype)
+        host = next(fitting, None)
         if host is None:
             host = torch.empty(x_d.numel(), dtype=x_d.dtype, pin_memory=x_d.is_cuda)
         else:
             self.free = [buffer for buffer in self.free if buffer is not host]
         kept = _Kept(host, x_d.shape, x_d.device)
         if x_d.is_cuda:
-            if self.stream is None:
-                self.stream = torch.cuda.Stream(x_d.device)  # type: ignore[no-untyped-call]
-            self.stream.wait_stream(torch.cuda.current_stream(x_d.device))
-            with torch.cuda.stream(self.stream):
-                host[: x_d.numel()].copy_(x_d.view(-1), non_blocking=True)
-                kept.out = self.stream.record_event()
-            x_d.record_stream(self.stream)
+            kept.source = x_d
+            kept.event = self._copy(host[: x_d.numel()], x_d.view(-1))
+            for older in self.kept[-_IN_FLIGHT:][:1]:
+                older.event.synchronize()
+                older.source = None
         else:
             host[: x_d.numel()].copy_(x_d.view(-1))
         self.kept.append(kept)
@@ -69,27 +75,35 @@ class Shelf:
         self._fetch(kept)
         at = next(i for i in reversed(range(len(self.kept))) if self.kept[i] is kept)
         del self.kept[at:]
+        if kept.event is not None:
+            torch.cuda.current_stream(kept.device).wait_event(kept.event)
         if self.kept and kept.device.type == "cuda":
             self._fetch(self.kept[-1])
-        assert kept.back is not None
-        if kept.arrived is not None:
-            current = torch.cuda.current_stream(kept.device)
-            current.wait_event(kept.arrived)
-            kept.back.record_stream(current)
         self.free.append(kept.host)
+        assert kept.back is not None
         return kept.back
 
     def _fetch(self, kept: _Kept) -> None:
         if kept.back is not None:
             return
         used = kept.host[: kept.shape.numel()]
-        if kept.device.type != "cuda":
-            kept.back = used.clone().view(kept.shape)
-            return
-        with torch.cuda.stream(self.stream):
+        if kept.source is not None:  # one of the last layers': it is still here
+            kept.back, kept.source = kept.source, None
+        elif kept.device.type == "cuda":
             kept.back = torch.empty(kept.shape, dtype=used.dtype, device=kept.device)
-            kept.back.view(-1).copy_(used, non_blocking=True)
-            kept.arrived = self.stream.record_event()
+            kept.event = self._copy(kept.back.view(-1), used)
+        else:
+            kept.back = used.clone().view(kept.shape)
+
+    def _copy(self, to: Tensor, source: Tensor) -> Any:
+        """Copy on a stream of its own, after what was launched so far; its event."""
+        device = source.device if source.is_cuda else to.device
+        if self.stream is None:
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self.stream):
+            to.copy_(source, non_blocking=True)
+            return self.stream.record_event()
 
 
 class _Offloaded(torch.autograd.Function):

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tunefork.data.example import Encoded
-from tunefork.data.pack import MicroBatch, pack
+from tunefork.data.pack import pack
 from tunefork.errors import NoMemoryError
 from tunefork.train.events import SettingChanged
-from tunefork.train.runner import Runner
+from tunefork.train.runner import Laid, Runner
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class Accumulator:
     pad_id: int
     on_out_of_memory: Literal["error", "shrink"] = "error"
     on_change: Callable[[SettingChanged], None] = lambda change: None
-    _ahead: tuple[Sequence[Encoded], int, list[MicroBatch]] | None = None
+    _ahead: tuple[Sequence[Encoded], int, list[Laid]] | None = None
     """The next step's examples, the limit they were laid out for, and their micro-batches."""
 
     def gradient(
@@ -49,11 +49,12 @@ class Accumulator:
         while True:
             limit = max(self.limit, longest)
             batches = self._take(chosen, limit)
-            supervised = sum(len(batch.supervised[0]) for batch in batches)
+            supervised = sum(laid.supervised for laid in batches)
             try:
                 total = self._accumulate(batches, supervised, step)
                 if following:
-                    self._ahead = (following, *self._lay_out(following))
+                    needed = max(self.limit, max(len(e.input_ids) for e in following))
+                    self._ahead = (following, needed, self._lay_out(following, needed))
                 return float(total), supervised
             except NoMemoryError:
                 if self.on_out_of_memory == "error" or limit == longest:
@@ -71,25 +72,25 @@ class Accumulator:
                 )
             )
 
-    def _lay_out(self, chosen: Sequence[Encoded]) -> tuple[int, list[MicroBatch]]:
-        limit = max(self.limit, max(len(example.input_ids) for example in chosen))
-        return limit, pack(chosen, max_tokens=limit, packing=self.packing, pad_id=self.pad_id)
+    def _lay_out(self, chosen: Sequence[Encoded], limit: int) -> list[Laid]:
+        batches = pack(chosen, max_tokens=limit, packing=self.packing, pad_id=self.pad_id)
+        return [self.runner.lay_out(batch) for batch in batches]
 
-    def _take(self, chosen: Sequence[Encoded], limit: int) -> list[MicroBatch]:
+    def _take(self, chosen: Sequence[Encoded], limit: int) -> list[Laid]:
         """Micro-batches of at most `limit` tokens; those laid out ahead, where they are these."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[1] == limit:
             same = len(ahead[0]) == len(chosen)
             if same and all(a is b for a, b in zip(ahead[0], chosen, strict=True)):
                 return ahead[2]
-        return pack(chosen, max_tokens=limit, packing=self.packing, pad_id=self.pad_id)
+        return self._lay_out(chosen, limit)
 
-    def _accumulate(self, batches: Sequence[MicroBatch], supervised: int, step: int) -> Tensor:
+    def _accumulate(self, batches: Sequence[Laid], supervised: int, step: int) -> Tensor:
         total = torch.zeros((), device=self.model.device)
-        for batch in batches:
-            rows, width = batch.input_ids.shape
+        for laid in batches:
+            rows, width = laid.batch.input_ids.shape
             where = f"step {step}, a micro-batch of {rows} x {width} tokens"
-            total += self.runner.loss(batch, supervised, where)
+            total += self.runner.loss(laid, supervised, where)
         return total
 
     @property

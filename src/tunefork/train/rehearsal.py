@@ -152,12 +152,13 @@ def _train(
                 zero_gradients(optimizer)
             token_s = []
             for batch in batches:
+                laid = runner.lay_out(batch)
                 rows, width = batch.input_ids.shape
                 where = f"rehearsal of the longest micro-batch, {rows} x {width} tokens"
                 if runner.pads:  # the first pass of a size is for compiling
-                    runner.loss(batch, 1, where)
+                    runner.loss(laid, 1, where)
                 started = _now(device)
-                runner.loss(batch, 1, where)
+                runner.loss(laid, 1, where)
                 token_s.append((_now(device) - started) / (rows * width))
             return peak_bytes(device), min(token_s) * passes.tokens + update_s * num_steps
     finally:

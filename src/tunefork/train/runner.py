@@ -49,6 +49,17 @@ class _Graph:
         return self.loss.clone()  # the next replay writes there
 
 
+@dataclass(frozen=True, slots=True)
+class Laid:
+    """A micro-batch on the CPU, ready to run."""
+
+    batch: MicroBatch
+    supervised: int
+    """Its supervised tokens, places that only fill it up not counted."""
+    size: Size | None = None
+    """Where it was filled up to one."""
+
+
 class Runner:
     """Runs passes of one model. `pads` fills batches up to few sizes, `captures` replays them."""
 
@@ -69,14 +80,21 @@ class Runner:
         self.gradients: list[Tensor] = []
         self.stream: Any = None
 
-    def loss(self, batch: MicroBatch, supervised: int, where: str) -> Tensor:
-        """Summed loss of `batch`, from the CPU, over `supervised`: (), fp32, without a gradient.
+    def lay_out(self, batch: MicroBatch) -> Laid:
+        """`batch`, from the CPU, in the shape that its pass will have."""
+        num_supervised = len(batch.labels)
+        if not self.pads:
+            return Laid(batch, num_supervised)
+        size = size_of(batch)
+        return Laid(padded(batch, size), num_supervised, size)
+
+    def loss(self, laid: Laid, supervised: int, where: str) -> Tensor:
+        """Summed loss of a micro-batch over `supervised`: (), fp32, without a gradient.
 
         Its gradient is added to the parameters'. Raises NoMemoryError, which `where` is part of.
         """
-        if self.pads:
-            size = size_of(batch)
-            batch = padded(batch, size)
+        batch, size = laid.batch, laid.size
+        if size is not None:
             if size in self.graphs:
                 self._attach_gradients()
                 return self.graphs[size].replay(batch, supervised)
