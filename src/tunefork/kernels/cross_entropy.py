@@ -119,22 +119,32 @@ def _to_gradient_(logits_cv: Tensor, work_cv: Tensor | None, targets_c: Tensor) 
 
 
 @compiled_on_cuda()
-def _fused_to_gradient_(logits_cv: Tensor, targets_c: Tensor) -> Tensor:
-    """`_to_gradient_`, to be compiled: the logits are read twice and written once."""
-    is_ignored_c1 = (targets_c == IGNORED)[:, None]
-    targets_c1 = targets_c.clamp(min=0)[:, None]
-    target_logits_c1 = logits_cv.gather(1, targets_c1).float()
+def _log_z(logits_cv: Tensor) -> Tensor:
+    """log(sum(exp(logits))) of each row: (C, 1), fp32."""
     wide_cv = logits_cv.float()
     top_c1 = wide_cv.amax(-1, keepdim=True)
-    log_z_c1 = (wide_cv - top_c1).exp().sum(-1, keepdim=True).log() + top_c1
-    loss_c1 = (log_z_c1 - target_logits_c1).masked_fill(is_ignored_c1, 0.0)
-    # exp(x - inf) = 0: an ignored row's gradient. int32, as int64 comparisons take longer than the
-    # memory does.
-    shift_c1 = log_z_c1.masked_fill(is_ignored_c1, torch.inf)
-    hit_c1 = targets_c[:, None].to(torch.int32)
+    return (wide_cv - top_c1).exp().sum(-1, keepdim=True).log() + top_c1
+
+
+@compiled_on_cuda()
+def _softmax_minus_onehot_(logits_cv: Tensor, shift_c1: Tensor, hit_c1: Tensor) -> None:
+    """exp(logits - shift), less 1 at `hit`, in place."""
     at_v = torch.arange(logits_cv.shape[1], device=logits_cv.device, dtype=torch.int32)
-    logits_cv.copy_((wide_cv - shift_c1).exp() - (at_v == hit_c1).float())
-    return loss_c1[:, 0]
+    logits_cv.copy_((logits_cv.float() - shift_c1).exp() - (at_v == hit_c1).float())
+
+
+def _fused_to_gradient_(logits_cv: Tensor, targets_c: Tensor) -> Tensor:
+    """`_to_gradient_` for a GPU, which reads the logits twice and writes them once.
+
+    Two compiled functions, as one would work out each row's logarithm again for each logit.
+    """
+    is_ignored_c1 = (targets_c == IGNORED)[:, None]
+    target_logits_c1 = logits_cv.gather(1, targets_c.clamp(min=0)[:, None]).float()
+    log_z_c1 = _log_z(logits_cv)
+    # exp(x - inf) = 0: an ignored row's gradient. No logit is number -100.
+    shift_c1 = log_z_c1.masked_fill(is_ignored_c1, torch.inf)
+    _softmax_minus_onehot_(logits_cv, shift_c1, targets_c[:, None].to(torch.int32))
+    return (log_z_c1 - target_logits_c1).masked_fill(is_ignored_c1, 0.0)[:, 0]
 
 
 def _chunks(hidden_sd: Tensor, weight_vd: Tensor) -> Iterator[tuple[slice, Tensor, Tensor | None]]:

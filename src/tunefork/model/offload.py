@@ -80,8 +80,9 @@ class Shelf:
         if self.kept and kept.device.type == "cuda":
             self._fetch(self.kept[-1])
         self.free.append(kept.host)
-        assert kept.back is not None
-        return kept.back
+        back, kept.back = kept.back, None  # the graph keeps `kept` for as long as its last output
+        assert back is not None
+        return back
 
     def _fetch(self, kept: _Kept) -> None:
         if kept.back is not None:
