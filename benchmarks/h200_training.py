@@ -44,6 +44,8 @@ def measure(arguments: argparse.Namespace) -> None:
         print(f"weights written to {folder} in {time.perf_counter() - began:.0f} s", flush=True)
     overrides = dict(override.split("=", 1) for override in arguments.set)
     for run in chosen_runs(arguments.cases, arguments.tools):
+        if run.name in arguments.without:
+            continue
         left = deadline - time.monotonic()
         if left < arguments.least:
             print(f"{run.name}: not run, {left:.0f} s are left", flush=True)
@@ -110,6 +112,7 @@ def _arguments() -> argparse.Namespace:
     run.add_argument("--out", type=Path, required=True)
     run.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     run.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
+    run.add_argument("--without", nargs="+", default=[], metavar="RUN", help="by name")
     run.add_argument("--steps", type=int, default=NUM_LOSSES - WARM_UP, help="timed, ours")
     run.add_argument("--peer-steps", type=int, default=9, help="timed, peers")
     run.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="our recipe")

@@ -8,7 +8,7 @@ TOOLS = ("tunefork", "plain", "unsloth", "peft_liger", "peft")
 """`plain` is tunefork's own uncompiled bf16 path, whose losses ours are compared with."""
 
 _LONG, _SHORT = (8, 2048), (8, 64)
-_FULL = {"method": "full", "full.weights": "bf16", "full.optimizer": "adamw_8bit"}
+_FULL = {"method": "full", "full.weights": "bf16", "full.optimizer": "adamw_bf16"}
 _PLAIN = {"train.activation_checkpointing": "full", "train.compile": "never"}
 _PLAIN_LORA = {"train.precision": "bf16", **_PLAIN}
 _COMPILED = {"train.compile": "always"}

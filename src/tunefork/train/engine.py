@@ -97,8 +97,8 @@ def prepare(
     is_compiled = compiles(recipe, model.device, num_steps)
     prepare_layers(model, checkpointing, compiles=is_compiled)
     head = find_head(model)
-    # It takes a byte more for each of the head's weights, and where even the layers' inputs leave the
-    # GPU there is no room.
+    # It takes a byte more for each of the head's weights: too much where even the layers' inputs
+    # have to leave the GPU.
     if checkpointing != "offload" and _has_fp8_products(model) and _can_be_fp8(head):
         head = replace(head, fp8=Fp8Head.of(head.weight))
     # Random numbers that a replay draws are not those of a launch: a resumed run, which launches
