@@ -22,7 +22,7 @@ of the widened part.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,9 +56,6 @@ def _codes(x_sd: Tensor, scale_s1: Tensor) -> Tensor:
     return (x_sd.float() * scale_s1.reciprocal()).to(E4M3)
 
 
-_compiled_quantize_rows = compiled_on_cuda()(quantize_rows)
-
-
 def scaled_mm(a_mk: Tensor, b_nk: Tensor, scale_m1: Tensor, scale_1n: Tensor) -> Tensor:
     """(a * scale_m1) @ (b * scale_n)^T in bf16, for e4m3 operands and fp32 scales.
 
@@ -75,33 +72,6 @@ def scaled_mm(a_mk: Tensor, b_nk: Tensor, scale_m1: Tensor, scale_1n: Tensor) ->
             use_fast_accum=True,
         )
     return ((a_mk.float() @ b_nk.float().t()) * scale_m1 * scale_1n).to(torch.bfloat16)
-
-
-@dataclass(frozen=True, slots=True)
-class Fp8Head:
-    """A frozen output head (V, D) in e4m3, for its logits.
-
-    Their gradient goes back through the bf16 weight: under one scale a row e4m3 has no values below
-    4e-6 of the largest, which is where most of a vocabulary's probabilities lie.
-    """
-
-    codes_vd: Tensor
-    scale_1v: Tensor
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, weight_vd: Tensor) -> Self:
-        """`weight_vd` (V, D) quantised; V and D must be multiples of 16."""
-        codes, scales = zip(
-            *map(quantize_rows, torch.split(weight_vd.detach(), 2**14)), strict=True
-        )
-        codes_vd = torch.cat([part.view(torch.uint8) for part in codes]).view(E4M3)
-        return cls(codes_vd, torch.cat(scales).t().contiguous())
-
-    def logits(self, h_cd: Tensor) -> Tensor:
-        """(C, D) -> (C, V), bf16."""
-        codes_cd, scale_c1 = _compiled_quantize_rows(h_cd)
-        return scaled_mm(codes_cd, self.codes_vd, scale_c1, self.scale_1v)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from tunefork.data.pack import Segments
 from tunefork.errors import ModelError
-from tunefork.kernels.fp8 import Fp8Head
 from tunefork.model.packed_attention import in_place_of_mask
 from tunefork.model.packed_probe import takes_segments
 from tunefork.model.tokens import TokenHead
@@ -29,8 +28,6 @@ class Head:
     linear: nn.Linear | TokenHead
     is_plain: bool
     """The model's logits are exactly `linear(hidden)`, and the head has no bias."""
-    fp8: Fp8Head | None = None
-    """The weight in e4m3, where training passes compute their logits from it."""
     takes_segments: bool = False
     """Training passes may give `segments` in place of a mask: on a GPU, where it was measured
     (`packed_probe.py`)."""

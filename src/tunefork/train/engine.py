@@ -5,17 +5,14 @@ becomes one choice for the method, the device and the length of the run. None of
 computed but by rounding.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from tunefork.errors import ModelError
-from tunefork.kernels.fp8 import Fp8Head
 from tunefork.kernels.layout import Products, Storage
-from tunefork.model.fused import FusedLinear
-from tunefork.model.head import Head, find_head
+from tunefork.model.head import find_head
 from tunefork.model.layers import draws, prepare_layers
 from tunefork.recipe import Method, Recipe
 from tunefork.train.out_of_memory import Remedies
@@ -76,19 +73,6 @@ def compiles(recipe: Recipe, device: torch.device, num_steps: int) -> bool:
     return device.type == "cuda" and (wanted == "always" or (wanted == "auto" and is_long))
 
 
-def _has_fp8_products(model: PreTrainedModel) -> bool:
-    """Whether the model was built over such a base."""
-    return any(
-        isinstance(m, FusedLinear) and m.group.layout.products == "fp8" for m in model.modules()
-    )
-
-
-def _can_be_fp8(head: Head) -> bool:
-    weight = head.weight
-    is_frozen = not weight.requires_grad and isinstance(head.linear, nn.Linear)
-    return head.is_plain and is_frozen and all(size % 16 == 0 for size in weight.shape)
-
-
 def prepare(
     model: PreTrainedModel, recipe: Recipe, *, num_steps: int, remedies: Remedies | None = None
 ) -> Runner:
@@ -97,10 +81,6 @@ def prepare(
     is_compiled = compiles(recipe, model.device, num_steps)
     prepare_layers(model, checkpointing, compiles=is_compiled)
     head = find_head(model)
-    # It takes a byte more for each of the head's weights: too much where even the layers' inputs
-    # have to leave the GPU.
-    if checkpointing != "offload" and _has_fp8_products(model) and _can_be_fp8(head):
-        head = replace(head, fp8=Fp8Head.of(head.weight))
     # Random numbers that a replay draws are not those of a launch: a resumed run, which launches
     # other steps than the first one did, would not be the same. Offloading waits on the host.
     captures = is_compiled and not draws(model) and checkpointing != "offload"

@@ -31,7 +31,7 @@ def loss_sum(model: PreTrainedModel, head: Head, batch: MicroBatch) -> Tensor:
     segments = batch.segments if head.takes_segments else None
     if head.is_plain:
         hidden_sd = head.hidden(model, *inputs, segments=segments)[batch.supervised]
-        return linear_cross_entropy_sum(hidden_sd, head.weight, batch.labels, fp8=head.fp8)
+        return linear_cross_entropy_sum(hidden_sd, head.weight, batch.labels)
     logits_sv = head.logits(model, *inputs, batch.supervised, segments=segments)
     return F.cross_entropy(logits_sv.float(), batch.labels, ignore_index=IGNORED, reduction="sum")
 
