@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tunefork.kernels.compiled import compiled_on_cuda
+from tunefork.kernels.compiled import compiled_on_cuda, is_on_gpu
 from tunefork.kernels.fp8 import Fp8Head
 
 IGNORED = -100
@@ -140,7 +140,7 @@ def _chunks(hidden_sd: Tensor, weight_vd: Tensor) -> Iterator[tuple[slice, Tenso
     num_tokens, vocabulary = hidden_sd.shape[0], weight_vd.shape[0]
     size = max(1, min(num_tokens, _chunk_size(weight_vd)))
     logits_cv = weight_vd.new_empty(size, vocabulary)
-    work_cv = None if weight_vd.is_cuda else torch.empty_like(logits_cv, dtype=torch.float32)
+    work_cv = None if is_on_gpu(weight_vd) else torch.empty_like(logits_cv, dtype=torch.float32)
     for start in range(0, num_tokens, size):
         end = min(start + size, num_tokens)
         work = None if work_cv is None else work_cv[: end - start]
@@ -148,6 +148,6 @@ def _chunks(hidden_sd: Tensor, weight_vd: Tensor) -> Iterator[tuple[slice, Tenso
 
 
 def _chunk_size(weight_vd: Tensor) -> int:
-    if weight_vd.is_cuda:
+    if is_on_gpu(weight_vd):
         return max(1, CUDA_CHUNK_BYTES // (weight_vd.element_size() * weight_vd.shape[0]))
     return max(1, CHUNK_BYTES // (4 * weight_vd.shape[0]))

@@ -17,7 +17,7 @@ from tunefork.kernels.layout import Products, Storage
 from tunefork.model.fused import FusedLinear
 from tunefork.model.head import Head, find_head
 from tunefork.model.layers import draws, prepare_layers
-from tunefork.recipe import Method, Recipe
+from tunefork.recipe import Checkpointing, Compile, Method, Recipe
 from tunefork.train.out_of_memory import Remedies
 from tunefork.train.runner import Runner
 
@@ -57,7 +57,28 @@ def base_form(
                 f"train.precision: fp8 needs a GPU with FP8 products (compute capability 8.9 or "
                 f"later), and this is one of {capability[0]}.{capability[1]}; set bf16"
             )
-    if recipe.lora.dora or dtype != torch.bfloat16 or (device.type != "cuda" and not wants_fp8):
+    return form_of(
+        method,
+        kind=device.type,
+        dtype=dtype,
+        wants_fp8=wants_fp8,
+        is_dora=recipe.lora.dora,
+        checkpointing=recipe.train.activation_checkpointing,
+    )
+
+
+def form_of(
+    method: Method,
+    *,
+    kind: str,
+    dtype: torch.dtype,
+    wants_fp8: bool,
+    is_dora: bool,
+    checkpointing: Checkpointing,
+) -> BaseForm | None:
+    """`base_form` on a device of `kind` ("cuda" or "cpu") that can do what is wanted of it."""
+    is_full = method is Method.FULL
+    if is_full or is_dora or dtype != torch.bfloat16 or (kind != "cuda" and not wants_fp8):
         return None
     products: Products = "fp8" if wants_fp8 else "bf16"
     if method is Method.QLORA:
@@ -65,15 +86,13 @@ def base_form(
     if not wants_fp8:
         return BaseForm("bf16", products)
     # A second copy saves turning the weights in each backward pass, and takes a byte a parameter.
-    keeps_all = recipe.train.activation_checkpointing == "none"
-    return BaseForm("fp8_twice" if keeps_all else "fp8", products)
+    return BaseForm("fp8_twice" if checkpointing == "none" else "fp8", products)
 
 
-def compiles(recipe: Recipe, device: torch.device, num_steps: int) -> bool:
-    """Whether a run of so many optimiser steps compiles its layers."""
-    wanted = recipe.train.compile
+def compiles(wanted: Compile, kind: str, num_steps: int) -> bool:
+    """Whether a run of so many optimiser steps on a device of `kind` compiles its layers."""
     is_long = num_steps >= _WORTH_COMPILING
-    return device.type == "cuda" and (wanted == "always" or (wanted == "auto" and is_long))
+    return kind == "cuda" and (wanted == "always" or (wanted == "auto" and is_long))
 
 
 def _has_fp8_products(model: PreTrainedModel) -> bool:
@@ -89,16 +108,21 @@ def _can_be_fp8(head: Head) -> bool:
     return head.is_plain and is_frozen and all(size % 16 == 0 for size in weight.shape)
 
 
+def with_fp8(head: Head, model: PreTrainedModel) -> Head:
+    """`head` in e4m3 too, where the model's products are and its sizes allow it."""
+    if _has_fp8_products(model) and _can_be_fp8(head):
+        return replace(head, fp8=Fp8Head.of(head.weight))
+    return head
+
+
 def prepare(
     model: PreTrainedModel, recipe: Recipe, *, num_steps: int, remedies: Remedies | None = None
 ) -> Runner:
     """Have the built `model` run as the recipe says while it is trained, in place."""
     checkpointing = recipe.train.activation_checkpointing
-    is_compiled = compiles(recipe, model.device, num_steps)
+    is_compiled = compiles(recipe.train.compile, model.device.type, num_steps)
     prepare_layers(model, checkpointing, compiles=is_compiled)
-    head = find_head(model)
-    if _has_fp8_products(model) and _can_be_fp8(head):
-        head = replace(head, fp8=Fp8Head.of(head.weight))
+    head = with_fp8(find_head(model), model)
     # Random numbers that a replay draws are not those of a launch: a resumed run, which launches
     # other steps than the first one did, would not be the same. Offloading waits on the host.
     captures = is_compiled and not draws(model) and checkpointing != "offload"
