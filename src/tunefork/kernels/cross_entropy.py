@@ -112,7 +112,8 @@ def _to_gradient_(logits_cv: Tensor, work_cv: Tensor | None, targets_c: Tensor) 
     work_cv.div_(z_c1)
     # Softmax; minus the one-hot target it is d loss / d logits.
     work_cv.scatter_add_(1, targets_c1, work_cv.new_full(targets_c1.shape, -1.0))
-    if bool(is_ignored_c1.any()):  # on a CPU, where asking costs nothing
+    # On a CPU asking costs nothing; a plan's tensors have no values to ask for.
+    if not is_ignored_c1.is_meta and bool(is_ignored_c1.any()):
         work_cv.masked_fill_(is_ignored_c1, 0.0)
     logits_cv.copy_(work_cv)
     return (z_c1.log() - target_logits_c1).masked_fill(is_ignored_c1, 0.0)[:, 0]

@@ -7,6 +7,7 @@ become programs (`plan/program.py`), and in the traced step a program's tensors 
 place of the layer's.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
@@ -144,9 +146,11 @@ def capture(model: PreTrainedModel, checkpointing: Checkpointing) -> list[Layer]
     for at, layer in enumerate(layers):
         layer.forward = partial(_noting, found, at, layer.forward)
     try:
-        _pass(model.train())
-        return [_layer(found.ran[at]) for at in range(len(layers))]
-    except (UnknownOperationError, KeyError):
+        with warnings.catch_warnings():  # the compiler's imports have some of their own
+            warnings.simplefilter("ignore")
+            _pass(model.train())
+        return [_layer(found.ran.get(at, [])) for at in range(len(layers))]
+    except (UnknownOperationError, TorchDynamoException):
         return None
     finally:
         for layer in layers:

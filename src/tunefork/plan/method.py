@@ -12,7 +12,8 @@ from tunefork.plan.shape import num_layers
 from tunefork.plan.step import Build, Shape, Step, trace_step
 from tunefork.plan.time import pass_seconds, update_seconds
 from tunefork.plan.trace import Work
-from tunefork.recipe import Method
+from tunefork.recipe import Checkpointing, Method
+from tunefork.train.runner import MOST_TOKENS
 
 _LENGTHS = (1024, 2048)
 """Rows of one example at which memory is traced; it is linear in between and beyond."""
@@ -44,7 +45,7 @@ class Case:
             self.target.fit.memory,
             self.target.trust,
             shards=self.target.count,
-            is_recomputed=self.made.activation_checkpointing,
+            is_recomputed=self.made.checkpointing != "none",
             loaded_bytes=self.total_params * self.made.dtype.itemsize if is_in_place else 0,
         )
 
@@ -97,7 +98,7 @@ def step_seconds(case: Case, batches: Batches) -> float:
     """
     step, target = case.step(batches.largest), case.target
     passes = max(1.0, batches.passes_per_step / target.count)
-    computing = passes * one_pass_seconds(case, scaled_work(case, batches), batches.mean.is_masked)
+    computing = passes * one_pass_seconds(case, scaled_work(case, batches), batches.mean)
     if target.count > 1:
         weights = step.static.get("weights", 0)
         sent = (2 * weights + step.gradients) * (target.count - 1) / target.count
@@ -106,15 +107,23 @@ def step_seconds(case: Case, batches: Batches) -> float:
     return target.trust.time_factor * (computing + update / target.count)
 
 
-def one_pass_seconds(case: Case, work: Mapping[str, Work], is_masked: bool) -> float:
+def one_pass_seconds(case: Case, work: Mapping[str, Work], shape: Shape) -> float:
     """Of a forward and backward pass on one device, uncorrected."""
+    step = case.step(shape)
+    is_recomputed = case.made.checkpointing != "none" and not step.is_compiled
     return pass_seconds(
         work,
         case.target.rates,
         case.target.fit.time,
-        is_masked=is_masked,
-        num_recomputed=num_layers(case.config) if case.made.activation_checkpointing else 0,
+        is_masked=step.is_masked,
+        is_captured=step.is_compiled and captures(case.made.checkpointing, shape),
+        num_recomputed=num_layers(case.config) if is_recomputed else 0,
     )
+
+
+def captures(checkpointing: Checkpointing, shape: Shape) -> bool:
+    """Whether a compiled pass is replayed as one CUDA graph (`train/engine.py`, `runner.py`)."""
+    return checkpointing != "offload" and shape.rows * shape.length <= MOST_TOKENS
 
 
 def scaled_work(case: Case, batches: Batches) -> dict[str, Work]:
@@ -134,8 +143,9 @@ def scaled_work(case: Case, batches: Batches) -> dict[str, Work]:
         for kind, done in here.items()
         for more in (twice.get(kind, done),)
     }
-    if "attention" in scaled:  # also in proportion to a row's length
-        scaled["attention"].flops *= mean.length / shape.length
+    if "attention" in scaled:  # also in proportion to an example's length
+        at_work = (mean.attended / wanted) / (shape.attended / tokens)
+        scaled["attention"].flops *= at_work
     return scaled
 
 
@@ -156,7 +166,14 @@ def largest_rows_tokens(case: Case, shape: Shape) -> int | None:
 
 def _of_rows(shape: Shape, rows: int) -> Shape:
     """`shape` with other rows, as many of their tokens supervised."""
-    return replace(shape, rows=rows, supervised=max(1, round(shape.supervised / shape.rows * rows)))
+    share = rows / shape.rows
+    return replace(
+        shape,
+        rows=rows,
+        supervised=max(1, round(shape.supervised * share)),
+        segments=round(shape.segments * share),
+        squares=shape.squares * share,
+    )
 
 
 def largest_length(case: Case, shape: Shape) -> int | None:

@@ -224,7 +224,7 @@ def _work(node: Node) -> dict[str, Any]:
         shape = (query[1], keys[1], query[2])
         return {"kind": "attention", "query": shape, "share": FLASH[target]}
     is_quantizer = getattr(target, "namespace", "") == "bitsandbytes"
-    return {"kind": "dequantize" if is_quantizer else "memory"}
+    return {"kind": "dequantize" if is_quantizer else "fused"}
 
 
 def _call(node: Node) -> tuple[Any, list[Any]]:

@@ -89,11 +89,11 @@ class Build:
     checkpointing: Checkpointing
     device: str
     """"cuda" or "cpu": whose kernels are stood in for."""
+    new_ids: tuple[int, ...] = ()
+    """Tokens that the recipe adds, whose rows are trained."""
     wants_fp8: bool = False
     """`train.precision: fp8`."""
     is_compiled: bool = False
-    new_ids: tuple[int, ...] = ()
-    """Tokens that the recipe adds, whose rows are trained."""
 
     @property
     def form(self) -> BaseForm | None:
@@ -187,15 +187,19 @@ def _extrapolated_update(at_low: Update, at_high: Update, config: Any) -> Update
 
 _TRACED: dict[Any, "Step"] = {}
 _BUILT: dict[Any, "_Built"] = {}
+_CAPTURED: dict[Any, list[Layer] | None] = {}
 """What was built and traced in this process: plans for several GPUs ask the same."""
 
 
 def _trace_whole(config: Any, made: Build, shape: Shape, evaluates: bool) -> Step:
     low, high = depths(config)
-    at_high = _trace(at_depth(config, high), made, shape, evaluates)
+    programs = _captured(at_depth(config, high), made)
+    if programs is not None:
+        shape = shape.padded()
+    at_high = _trace(at_depth(config, high), made, shape, evaluates, programs)
     if low == high:
         return at_high
-    at_low = _trace(at_depth(config, low), made, shape, evaluates)
+    at_low = _trace(at_depth(config, low), made, shape, evaluates, programs)
 
     def whole(a: float, b: float) -> int:
         return extrapolate(a, b, config)
@@ -239,8 +243,6 @@ class _Built:
     trained: list[nn.Parameter]
     states: list[Tensor]
     """The optimiser's, as bytes."""
-    layers: list[Layer] | None
-    """Where the layers are compiled: their programs."""
 
 
 def _built(config: Any, made: Build) -> _Built:
@@ -260,22 +262,31 @@ def _build(config: Any, made: Build) -> _Built:
     sizes = state_bytes(trained, made.method, made.full)
     states = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes]
     head = _head(model, config, takes_segments=made.device == "cuda" and takes_segments(model))
-    layers = None
-    if made.is_compiled and head.takes_segments:
-        layers = capture(model, made.checkpointing)
-    return _Built(model, head, trained, states, layers)
+    return _Built(model, head, trained, states)
 
 
-def _trace(config: Any, made: Build, shape: Shape, evaluates: bool) -> Step:
+def _captured(config: Any, made: Build) -> list[Layer] | None:
+    """The layers' programs where `made` compiles them and they can be had."""
+    # Checkpointing and offloading go around a compiled layer, but for what is selected within it.
+    within: Checkpointing = "selective" if made.checkpointing == "selective" else "none"
+    key = (config.to_json_string(), replace(made, checkpointing=within), made.form)
+    if made.is_compiled and key not in _CAPTURED:
+        install(Setting("cuda", is_masked=False), Trace())
+        built = _built(config, made)
+        _CAPTURED[key] = capture(built.model, within) if built.head.takes_segments else None
+    return _CAPTURED.get(key)
+
+
+def _trace(
+    config: Any, made: Build, shape: Shape, evaluates: bool, programs: list[Layer] | None
+) -> Step:
     install(Setting("cpu", is_masked=False), Trace())  # for what building runs
     built = _built(config, made)
     model, head, trained = built.model, built.head, built.trained
-    if built.layers is not None:
-        shape = shape.padded()
     trace = Trace()
     trace.squares = shape.attended
     install(Setting("cuda" if made.device == "cuda" else "cpu", shape.is_masked), trace)
-    _prepare(built, made, trace, shape.num_segments)
+    _prepare(model, made, programs, trace, shape.num_segments)
     batch = _batch(shape)
     trace.adopt(_weights(model), "weights")
     if head.fp8 is not None:
@@ -316,24 +327,26 @@ def _trace(config: Any, made: Build, shape: Shape, evaluates: bool) -> Step:
         update=update(trained, made.method, made.full),
         layer_bytes=sum(t.untyped_storage().nbytes() for t in _weights(_layers(model)[0])),
         is_masked=shape.is_masked and not head.takes_segments,
-        is_compiled=built.layers is not None,
+        is_compiled=programs is not None,
     )
 
 
-def _prepare(built: _Built, made: Build, trace: Trace, segments: int) -> None:
+def _prepare(
+    model: PreTrainedModel, made: Build, programs: list[Layer] | None, trace: Trace, segments: int
+) -> None:
     """Have the layers run as `made` says."""
     checkpointing: Checkpointing = made.checkpointing
-    if built.layers is None:
+    if programs is None:
         if checkpointing == "selective" or (checkpointing == "offload" and made.device == "cpu"):
             checkpointing = "full"  # what it is without compilation, or where memory is the host's
-        prepare_layers(built.model, checkpointing, compiles=False, shelf=EmptyShelf())
+        prepare_layers(model, checkpointing, compiles=False, shelf=EmptyShelf())
         return
-    programs = dict(zip(decoder_layers(built.model), built.layers, strict=True))
-    replay = Replay(programs, trace, segments)
+    # The shallower of the two models is like the beginning of the other.
+    replay = Replay(dict(zip(decoder_layers(model), programs, strict=False)), trace, segments)
     # What `selective` keeps is in the programs.
     checkpointing = "none" if checkpointing == "selective" else checkpointing
     prepare_layers(
-        built.model, checkpointing, compiles=True, compiler=replay.compiler, shelf=EmptyShelf()
+        model, checkpointing, compiles=True, compiler=replay.compiler, shelf=EmptyShelf()
     )
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from tunefork.errors import ModelError
 from tunefork.kernels.fp8 import Fp8Head
 from tunefork.kernels.layout import Products, Storage
+from tunefork.model.device import has_fp8
 from tunefork.model.fused import FusedLinear
 from tunefork.model.head import Head, find_head
 from tunefork.model.layers import draws, prepare_layers
@@ -23,8 +24,6 @@ from tunefork.train.runner import Runner
 
 _WORTH_COMPILING = 100
 """Optimiser steps from which on `train.compile: auto` compiles: they take longer than compiling."""
-_FP8_CAPABILITY = (8, 9)
-"""First CUDA compute capability with FP8 products (Ada; Hopper is 9.0)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +49,12 @@ def base_form(
             "train.precision: fp8 has no form of lora.dora, whose rows' lengths need the base's "
             "weights in each step; leave one of the two out"
         )
-    if wants_fp8 and device.type == "cuda":
+    if wants_fp8 and device.type == "cuda" and not has_fp8(device):
         capability = torch.cuda.get_device_capability(device)
-        if capability < _FP8_CAPABILITY:
-            raise ModelError(
-                f"train.precision: fp8 needs a GPU with FP8 products (compute capability 8.9 or "
-                f"later), and this is one of {capability[0]}.{capability[1]}; set bf16"
-            )
+        raise ModelError(
+            f"train.precision: fp8 needs a GPU with FP8 products (compute capability 8.9 or "
+            f"later), and this is one of {capability[0]}.{capability[1]}; set bf16"
+        )
     return form_of(
         method,
         kind=device.type,
