@@ -204,9 +204,18 @@ class Replay:
         return self._run
 
     def _run(self, layer: nn.Module, x_d: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        program = self.programs[layer]
+        if not torch.is_grad_enabled():  # offloading's first run, which is compiled to keep nothing
+            tensors = _Tensors(program.forward, self.trace, _tokens(x_d), self.segments)
+            tensors.run()
+            return tensors.result(x_d)
         trained = [p for p in layer.parameters() if p.requires_grad]
         apply: Callable[..., Tensor] = _Replayed.apply
-        return apply(self.programs[layer], self.trace, self.segments, x_d, *trained)
+        return apply(program, self.trace, self.segments, x_d, *trained)
+
+
+def _tokens(x_d: Tensor) -> int:
+    return x_d.numel() // x_d.shape[-1]
 
 
 class _Tensors:
@@ -233,16 +242,20 @@ class _Tensors:
             for name in kernel.frees:
                 self.held.pop(name, None)
 
+    def result(self, x_d: Tensor) -> Tensor:
+        """A forward program's first output, which is like its input."""
+        return self.held[self.program.outputs[0] or ""].view(x_d.dtype).view(x_d.shape)
+
 
 class _Replayed(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, layer: Layer, trace: Trace, segments: int, x_d: Tensor, *trained: Tensor
     ) -> Tensor:
-        tokens = x_d.numel() // x_d.shape[-1]
+        tokens = _tokens(x_d)
         tensors = _Tensors(layer.forward, trace, tokens, segments)
         tensors.run()
-        y_d = tensors.held[layer.forward.outputs[0] or ""].view(x_d.dtype).view(x_d.shape)
+        y_d = tensors.result(x_d)
         kept = {}
         for ours, theirs in zip(
             layer.forward.outputs[layer.num_results :], layer.backward.inputs, strict=False

@@ -202,12 +202,16 @@ def _largest(
 ) -> int | None:
     """Largest size that fits. A moment's memory is linear in it, as traced at `low` and `high`."""
     at_low, at_high = (case.memory(of(size)).moments_high for size in (low, high))
-    sizes = []
+    fewer, more = _run_tokens(case, of(low)), _run_tokens(case, of(high))
+    limits = []
     for segment, there in at_high.items():
-        slope = (there - at_low[segment]) / (high - low)
+        slope = (there - at_low[segment]) / (more - fewer)
         if slope > 0:
-            sizes.append(high + (case.target.memory_bytes - there) / slope)
-    size = max(least, int(min(sizes)))
+            limits.append(more + (case.target.memory_bytes - there) / slope)
+    shape, most = of(low), min(limits)
+    size = max(least, int(most * low / (shape.rows * shape.length)))
+    while size > least and _run_tokens(case, of(size)) > most:
+        size -= max(1, size // 64)
     if size > low or case.fits(of(size)):
         return size
     if not case.fits(of(least)):
@@ -217,3 +221,9 @@ def _largest(
         middle = (fitting + too_large) // 2
         fitting, too_large = (middle, too_large) if case.fits(of(middle)) else (fitting, middle)
     return fitting
+
+
+def _run_tokens(case: Case, shape: Shape) -> int:
+    """Of a pass as it is run: a compiled one is filled up to one of few sizes."""
+    shape = shape.padded() if case.made.is_compiled else shape
+    return shape.rows * shape.length
