@@ -68,8 +68,7 @@ class Run:
     def traced(self) -> "Run":
         """The same with its work at hand."""
         work = [
-            [(self.case.step(shape).work, shape.is_masked) for shape in step]
-            for step in self.steps[WARM_UP:]
+            [(self.case.step(shape).work, shape) for shape in step] for step in self.steps[WARM_UP:]
         ]
         return replace(self, work=work)
 
@@ -96,7 +95,7 @@ class Run:
         target = self.case.target
         update = update_seconds(self.update, target.rates, target.fit.time)
         return update + statistics.median(
-            sum(one_pass_seconds(self.case, work, is_masked) for work, is_masked in step)
+            sum(one_pass_seconds(self.case, work, shape) for work, shape in step)
             for step in self.work
         )
 
@@ -128,7 +127,7 @@ def fit_memory(runs: Sequence[Run], start: MemoryFit) -> MemoryFit:
         step = run.case.step(run.largest)
         peak = run.predicted_tensor_bytes() + workspace
         dynamic = max(0.0, peak - sum(step.static.values()))
-        is_recomputed = run.case.made.activation_checkpointing
+        is_recomputed = run.case.made.checkpointing != "none"
         sizes = [
             1.0,
             0.0 if is_recomputed else dynamic,

@@ -3,8 +3,8 @@
 On the meta device PyTorch's SDPA takes its mathematical definition, which no GPU runs. This stands
 in for the kernels that do:
 
-    segments  PyTorch's own operator (`model/packed_attention.py`), whose shapes the meta device knows;
-              rows that are one segment each are taken for the same (cuDNN's kernel keeps as much)
+    segments  PyTorch's own operator (`model/packed_attention.py`), whose shapes the meta device
+              knows; rows that are one segment each are taken for the same (cuDNN keeps as much)
     no mask   FlashAttention 2 (Dao 2023, https://arxiv.org/abs/2307.08691): saves its output and a
               log-sum-exp a head and query; its backward pass keeps an fp32 sum of the queries'
               gradient, and gradients of keys and values for every query head
@@ -107,9 +107,11 @@ def _segments(
     why = refusal(module, q, k, v, dropout=dropout, **kwargs)
     if why is not None:
         raise ValueError(f"{type(module).__name__}: {why} cannot be had without a mask")
-    flat = (states.transpose(1, 2).flatten(0, 1) for states in (q, k, v))
+    q_nhe, k_nke, v_nke = (states.transpose(1, 2).flatten(0, 1) for states in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    out = flash(*flat, cu_seq_lens_q, max_length_q, scale=scale, window=sliding_window)
+    out = flash(
+        q_nhe, k_nke, v_nke, cu_seq_lens_q, max_length_q, scale=scale, window=sliding_window
+    )
     return out.view(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
 
 

@@ -92,7 +92,7 @@ class _Capture:
     def __call__(self, graph: Any, example: Any) -> Any:
         from torch._dynamo.backends.common import aot_autograd
         from torch._functorch.partitioners import min_cut_rematerialization_partition
-        from torch._inductor.compile_fx import select_decomp_table
+        from torch._inductor.decomposition import select_decomp_table
 
         pair = _Pair()
 
@@ -276,7 +276,9 @@ class _Replayed(torch.autograd.Function):
         tensors.held = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         ctx.maybe_clear_saved_tensors()  # as AOTAutograd does: they go as they are used
         tensors.run()
-        results = [tensors.held[name] for name in ctx.layer.backward.outputs if name in tensors.held]
+        results = [
+            tensors.held[name] for name in ctx.layer.backward.outputs if name in tensors.held
+        ]
         return None, None, None, *(_taken(results, *like) for like in ctx.likes)
 
 

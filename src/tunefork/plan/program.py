@@ -1,10 +1,10 @@
 """What a compiled graph allocates and does, as a function of the number of tokens.
 
-torch.compile turns a layer's forward and backward pass into two graphs of operations. Inductor, which
-makes kernels of them on a GPU, gives a tensor memory where one must be there: results of products
-and of attention, what these read, what leaves the graph, results of reductions, and what several
-readers would each have to work out anew. All else is computed on the way from one of these to the
-next and is never held. This file takes the same decisions from the graph alone.
+torch.compile turns a layer's forward and backward pass into two graphs of operations. Inductor,
+which makes kernels of them on a GPU, gives a tensor memory where one must be there: results of
+products and of attention, what these read, what leaves the graph, results of reductions, and what
+several readers would each have to work out anew. All else is computed on the way from one of these
+to the next and is never held. This file takes the same decisions from the graph alone.
 
 The graph is captured for one number of tokens that divides no size of a weight, so that a tensor's
 bytes are seen to grow with the tokens or not to.
@@ -174,9 +174,7 @@ class _Reading:
                 self.reads[node] |= {source} if source in self.held else self.reads[source]
             counts = [self.operations[s] for s in sources if s not in self.held]
             self.operations[node] = 1 + sum(counts)
-            is_much = (
-                len(self.reads[node]) > _FEW_READS or self.operations[node] > _FEW_OPERATIONS
-            )
+            is_much = len(self.reads[node]) > _FEW_READS or self.operations[node] > _FEW_OPERATIONS
             if _is_reduction(node) or (is_much and readers[node] > 1):
                 self.held.add(node)
 

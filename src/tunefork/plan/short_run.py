@@ -1,7 +1,7 @@
 """A short real training run with random weights and tokens: what predictions are fitted to.
 
-It goes through the same build, engine, optimiser and loop as `tunefork train`; only the model's weights and
-the data are made up, so no checkpoint is needed.
+It goes through the same build, engine, optimiser and loop as `tunefork train`; only the model's
+weights and the data are made up, so no checkpoint is needed.
 """
 
 import gc

@@ -374,9 +374,7 @@ def _head(model: PreTrainedModel, config: Any, *, takes_segments: bool) -> Head:
     assert isinstance(linear, nn.Linear | TokenHead)
     text = config.get_text_config()
     is_plain = not any(getattr(text, name, None) for name in _SCALED_LOGITS)
-    head = Head(
-        linear, is_plain=is_plain and linear.bias is None, takes_segments=takes_segments
-    )
+    head = Head(linear, is_plain=is_plain and linear.bias is None, takes_segments=takes_segments)
     return with_fp8(head, model)
 
 

@@ -56,9 +56,7 @@ class Remedies:
     """LoRA's frozen base could be kept in e4m3, and is not."""
 
     @classmethod
-    def of(
-        cls, recipe: Recipe, method: Method, device: torch.device | None = None
-    ) -> "Remedies":
+    def of(cls, recipe: Recipe, method: Method, device: torch.device | None = None) -> "Remedies":
         """Of what the recipe says and `device`, where the run is, could do."""
         return cls(
             method=method,
