@@ -110,6 +110,7 @@ FIRST_GRID: dict[str, float] = {
     "eight_bit_s": 3.111e-11,
     "rounding_s": 8.869e-12,
     "host_operation_s": 2.66e-05,
+    "host_kernel_s": 8e-06,
     "captured_operation_s": 4.5e-06,
     "host_dequantize_s": 3.973e-05,
     "host_update": 0.8146,

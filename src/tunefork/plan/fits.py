@@ -74,8 +74,10 @@ class TimeFit(_Model):
     """Of stochastic rounding, a parameter."""
     host_operation_s: float
     """To start one operation."""
+    host_kernel_s: float
+    """To start one kernel of a compiled layer."""
     captured_operation_s: float
-    """The same within a captured CUDA graph, where the device starts it."""
+    """To start either within a captured CUDA graph, where the device does it."""
     host_dequantize_s: float
     """To dequantise one weight, beyond that."""
     host_update: float

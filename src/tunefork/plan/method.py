@@ -116,6 +116,7 @@ def one_pass_seconds(case: Case, work: Mapping[str, Work], shape: Shape) -> floa
         case.target.rates,
         case.target.fit.time,
         is_masked=step.is_masked,
+        is_compiled=step.is_compiled,
         is_captured=step.is_compiled and captures(case.made.checkpointing, shape),
         num_recomputed=num_layers(case.config) if is_recomputed else 0,
     )

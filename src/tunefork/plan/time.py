@@ -42,6 +42,7 @@ def pass_seconds(
     fit: TimeFit,
     *,
     is_masked: bool,
+    is_compiled: bool = False,
     is_captured: bool = False,
     num_recomputed: int = 0,
 ) -> float:
@@ -61,7 +62,11 @@ def pass_seconds(
     count = sum(done.count for done in work.values())
     if is_captured:
         return fit.pass_s + device + count * fit.captured_operation_s
-    host = count * fit.host_operation_s + dequantize.count * fit.host_dequantize_s
+    # Of a compiled pass only what is around the layers is started by Python, one by one.
+    kernels = count - memory.count if is_compiled else 0
+    host = kernels * fit.host_kernel_s + (count - kernels) * fit.host_operation_s
+    if not is_compiled:
+        host += dequantize.count * fit.host_dequantize_s
     host += num_recomputed * fit.host_layer_s
     return fit.pass_s + _together(device, host, fit)
 
