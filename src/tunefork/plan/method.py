@@ -98,7 +98,7 @@ def step_seconds(case: Case, batches: Batches) -> float:
     """
     step, target = case.step(batches.largest), case.target
     passes = max(1.0, batches.passes_per_step / target.count)
-    computing = passes * one_pass_seconds(case, scaled_work(case, batches), batches.mean)
+    computing = passes * one_pass_seconds(case, step, scaled_work(case, batches), batches.mean)
     if target.count > 1:
         weights = step.static.get("weights", 0)
         sent = (2 * weights + step.gradients) * (target.count - 1) / target.count
@@ -107,9 +107,11 @@ def step_seconds(case: Case, batches: Batches) -> float:
     return target.trust.time_factor * (computing + update / target.count)
 
 
-def one_pass_seconds(case: Case, work: Mapping[str, Work], shape: Shape) -> float:
-    """Of a forward and backward pass on one device, uncorrected."""
-    step = case.step(shape)
+def one_pass_seconds(case: Case, step: Step, work: Mapping[str, Work], shape: Shape) -> float:
+    """Of a forward and backward pass of `shape`, which does `work`, on one device, uncorrected.
+
+    `step` is of any shape of the case.
+    """
     is_recomputed = case.made.checkpointing != "none" and not step.is_compiled
     return pass_seconds(
         work,
@@ -202,6 +204,23 @@ def _largest(
     case: Case, of: Callable[[int], Shape], low: int, high: int, *, least: int
 ) -> int | None:
     """Largest size that fits. A moment's memory is linear in it, as traced at `low` and `high`."""
+    size = _on_line(case, of, low, high, least)
+    if size > high:
+        # Logits are held for so many tokens at most, so that far out the line is less steep.
+        size = max(size, _on_line(case, of, size // 2, size, least))
+    if size > low or case.fits(of(size)):
+        return size
+    if not case.fits(of(least)):
+        return None
+    fitting, too_large = least, low  # below what was traced the line bends: halve what is unknown
+    for _ in range(_HALVINGS):
+        middle = (fitting + too_large) // 2
+        fitting, too_large = (middle, too_large) if case.fits(of(middle)) else (fitting, middle)
+    return fitting
+
+
+def _on_line(case: Case, of: Callable[[int], Shape], low: int, high: int, least: int) -> int:
+    """Where the line through two sizes meets the device's memory."""
     at_low, at_high = (case.memory(of(size)).moments_high for size in (low, high))
     fewer, more = _run_tokens(case, of(low)), _run_tokens(case, of(high))
     limits = []
@@ -213,15 +232,7 @@ def _largest(
     size = max(least, int(most * low / (shape.rows * shape.length)))
     while size > least and _run_tokens(case, of(size)) > most:
         size -= max(1, size // 64)
-    if size > low or case.fits(of(size)):
-        return size
-    if not case.fits(of(least)):
-        return None
-    fitting, too_large = least, low  # below what was traced the line bends: halve what is unknown
-    for _ in range(_HALVINGS):
-        middle = (fitting + too_large) // 2
-        fitting, too_large = (middle, too_large) if case.fits(of(middle)) else (fitting, middle)
-    return fitting
+    return size
 
 
 def _run_tokens(case: Case, shape: Shape) -> int:
