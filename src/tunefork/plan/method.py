@@ -12,7 +12,7 @@ from tunefork.plan.shape import num_layers
 from tunefork.plan.step import Build, Shape, Step, trace_step
 from tunefork.plan.time import pass_seconds, update_seconds
 from tunefork.plan.trace import Work
-from tunefork.recipe import Checkpointing, Method
+from tunefork.recipe import Method
 from tunefork.train.runner import MOST_TOKENS
 
 _LENGTHS = (1024, 2048)
@@ -119,14 +119,16 @@ def one_pass_seconds(case: Case, step: Step, work: Mapping[str, Work], shape: Sh
         case.target.fit.time,
         is_masked=step.is_masked,
         is_compiled=step.is_compiled,
-        is_captured=step.is_compiled and captures(case.made.checkpointing, shape),
+        is_captured=step.is_compiled and captures(case.made, shape),
         num_recomputed=num_layers(case.config) if is_recomputed else 0,
     )
 
 
-def captures(checkpointing: Checkpointing, shape: Shape) -> bool:
+def captures(made: Build, shape: Shape) -> bool:
     """Whether a compiled pass is replayed as one CUDA graph (`train/engine.py`, `runner.py`)."""
-    return checkpointing != "offload" and shape.rows * shape.length <= MOST_TOKENS
+    draws = made.method is not Method.FULL and made.lora.dropout > 0.0
+    is_short = shape.rows * shape.length <= MOST_TOKENS
+    return is_short and not draws and made.checkpointing != "offload"
 
 
 def scaled_work(case: Case, batches: Batches) -> dict[str, Work]:
