@@ -18,7 +18,6 @@ import yaml
 
 from tunefork.plan.fits import Fit, MemoryFit, TimeFit
 from tunefork.plan.method import Case, one_pass_seconds
-from tunefork.plan.optimizer import Update
 from tunefork.plan.short_run import WARM_UP
 from tunefork.plan.step import Shape
 from tunefork.plan.time import update_seconds
@@ -63,20 +62,14 @@ class Run:
     context_bytes: int | None
     step_s: float
     work: Any = None
-    """Traced work of the timed steps' passes; filled by `traced`."""
+    """The timed steps' passes, traced, and the optimiser's update; filled by `traced`."""
+    update: Any = None
 
     def traced(self) -> "Run":
         """The same with its work at hand."""
-        work = [
-            [(self.case.step(shape).work, shape.is_masked) for shape in step]
-            for step in self.steps[WARM_UP:]
-        ]
-        return replace(self, work=work)
-
-    @property
-    def update(self) -> Update:
-        """The optimiser's."""
-        return self.case.step(self.steps[0][0]).update
+        work = [[(self.case.step(shape), shape) for shape in step] for step in self.steps[WARM_UP:]]
+        known = self.case.step(self.steps[0][0]).update
+        return replace(self, work=work, update=known)
 
     def with_fit(self, fit: Fit) -> "Run":
         """The same, to be predicted by `fit`."""
@@ -96,7 +89,7 @@ class Run:
         target = self.case.target
         update = update_seconds(self.update, target.rates, target.fit.time)
         return update + statistics.median(
-            sum(one_pass_seconds(self.case, work, is_masked) for work, is_masked in step)
+            sum(one_pass_seconds(self.case, found, found.work, shape) for found, shape in step)
             for step in self.work
         )
 
@@ -128,7 +121,7 @@ def fit_memory(runs: Sequence[Run], start: MemoryFit) -> MemoryFit:
         step = run.case.step(run.largest)
         peak = run.predicted_tensor_bytes() + workspace
         dynamic = max(0.0, peak - sum(step.static.values()))
-        is_recomputed = run.case.made.activation_checkpointing
+        is_recomputed = run.case.made.checkpointing != "none"
         sizes = [
             1.0,
             0.0 if is_recomputed else dynamic,

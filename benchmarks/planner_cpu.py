@@ -57,7 +57,7 @@ def build_of(name: str) -> Build:
         lora=LoraSection(),
         full=FullSection(),
         dtype=pick_dtype("auto", CPU),
-        activation_checkpointing=name.endswith("ckpt"),
+        checkpointing="full" if name.endswith("ckpt") else "none",
         device="cpu",
     )
 

@@ -6,7 +6,7 @@ whole model size are held out from the fit. The list of them is a file, `planner
 committed before the grid was measured; `fit` refuses a list that differs from the hash's.
 
     python benchmarks/planner_h200.py hold-out                    writes that list
-    python benchmarks/planner_h200.py measure --out RAW.jsonl     on the GPU, about 10 minutes
+    python benchmarks/planner_h200.py measure --out RAW.jsonl     on the GPU, about 8 minutes
     python benchmarks/planner_h200.py fit RAW.jsonl               anywhere: fits, writes the results
 
 `fit` writes src/tunefork/plan/fits.yaml (what the planner uses) and results/planner_h200.json.
@@ -61,58 +61,46 @@ order in which they are measured."""
 
 HELD_OUT_SHAPE = "1.7b"
 """A size that no run had been measured of when the model of time and memory was settled."""
-SALT = "tunefork planner, second grid"
+SALT = "tunefork planner, third grid"
 HELD_OUT_FILE = Path(__file__).with_name("planner_h200_held_out.txt")
 
 CASES = [
-    "135m-lora-4x256",
     "135m-lora-16x768",
-    "135m-lora-24x512-ckpt",
-    "135m-lora-12x1024-packed",
-    "135m-qlora-16x512",
-    "135m-full-16x512",
-    "135m-full-8x1024-bf16-8bit-ckpt",
-    "360m-lora-8x512",
-    "360m-lora-16x1024-ckpt",
-    "360m-lora-8x1024-r32-packed",
-    "360m-qlora-8x1024",
-    "360m-qlora-8x512-ckpt",
-    "360m-full-8x1024",
-    "360m-full-4x512-8bit",
-    "0.6b-lora-8x768",
-    "0.6b-qlora-4x512-ckpt",
-    "0.6b-full-8x768-ckpt",
-    "0.6b-full-4x768-bf16",
-    "1b-lora-8x512",
-    "1b-lora-4x4096-ckpt",
-    "1b-lora-6x1024-packed",
-    "1b-qlora-8x768",
-    "1b-full-8x768",
-    "1b-full-4x1536-8bit-ckpt",
-    "1.7b-lora-4x1536",
-    "1.7b-lora-8x1536-ckpt",
-    "1.7b-lora-4x2048-packed",
-    "1.7b-qlora-4x768",
-    "1.7b-qlora-8x1024-ckpt",
-    "1.7b-full-4x1024",
-    "1.7b-full-8x1024-bf16-ckpt",
-    "3b-lora-8x1024",
-    "3b-lora-2x4096-packed-ckpt",
-    "3b-qlora-2x2048",
-    "3b-qlora-8x1024-ckpt",
-    "3b-full-4x768",
-    "3b-full-4x2048-bf16-ckpt",
-    "8b-lora-4x128",
-    "8b-lora-2x2048",
-    "8b-lora-4x1536-r64",
-    "8b-lora-4x4096-ckpt",
-    "8b-qlora-6x1024",
-    "8b-qlora-4x2048-ckpt",
-    "8b-full-2x1024-bf16",
-    "8b-full-4x2048-bf16-8bit-ckpt",
+    "135m-qlora-12x1024-packed-eager",
+    "360m-lora-8x1024-fp8-full",
+    "360m-full-8x512-8bit-eager",
+    "0.6b-lora-8x768-eager",
+    "0.6b-lora-4x1024-packed",
+    "1b-lora-8x1024",
+    "1b-lora-8x1024-fp8-selective",
+    "1b-lora-4x4096-full-eager",
+    "1b-qlora-8x768-fp8-offload",
+    "1b-full-8x768-eager",
+    "1.7b-lora-4x1536-fp8",
+    "1.7b-lora-8x1536-full-eager",
+    "1.7b-qlora-8x1024-full",
+    "1.7b-full-4x2048-adamwbf16-full",
+    "3b-lora-8x1024-offload",
+    "3b-lora-2x4096-packed-full-eager",
+    "3b-qlora-2x2048-eager",
+    "3b-full-4x2048-bf16-full-eager",
+    "8b-lora-8x2048",
+    "8b-lora-8x2048-fp8",
+    "8b-lora-8x2048-fp8-full",
+    "8b-lora-8x2048-fp8-offload",
+    "8b-lora-4x1536-r64-fp8-selective",
+    "8b-lora-8x64-fp8",
+    "8b-lora-2x2048-eager",
+    "8b-lora-4x2048-fp8-full-eager",
+    "8b-qlora-8x2048-fp8-offload",
+    "8b-qlora-4x2048-full-eager",
+    "8b-full-4x2048-bf16-8bit-full-eager",
 ]
+"""Compiled, and captured where the engine would, unless the name ends in `eager`."""
 FIRST_GRID: dict[str, float] = {
     "gemm": 1.145,
+    "gemm_fp8": 1.52,
+    "fused": 1.3,
     "skinny": 1.902,
     "attention": 1.937,
     "masked_attention": 7.459,
@@ -122,6 +110,8 @@ FIRST_GRID: dict[str, float] = {
     "eight_bit_s": 3.111e-11,
     "rounding_s": 8.869e-12,
     "host_operation_s": 2.66e-05,
+    "host_kernel_s": 8e-06,
+    "captured_operation_s": 4.5e-06,
     "host_dequantize_s": 3.973e-05,
     "host_update": 0.8146,
     "host_layer_s": 0.0008746,
@@ -129,9 +119,11 @@ FIRST_GRID: dict[str, float] = {
     "step_s": 0.001089,
 }
 """What the first grid's 24 runs were fitted to (2026-11-25): where this fit starts and what it is
-drawn to."""
+drawn to. FP8 products, compiled layers and captured passes: four runs of an 8B shape beforehand."""
+CHECKPOINTING = ("selective", "full", "offload")
+OPTIMIZERS = {"8bit": "adamw_8bit", "adamwbf16": "adamw_bf16"}
 WARM_UP = 3
-TIMED, TIMED_SMALL = 10, 30
+TIMED, TIMED_SMALL = 8, 20
 """Steps whose median is the figure; more where the host sets the pace, for its steps scatter."""
 _SMALL = ("135m", "360m", "0.6b")
 
@@ -146,9 +138,11 @@ class Case:
     rows: int
     length: int
     rank: int
-    checkpointing: bool
+    checkpointing: str
+    compiled: bool
+    fp8: bool
     packed: bool
-    """Examples of many lengths share rows, so attention takes a mask."""
+    """Examples of many lengths share rows."""
     weights: str
     optimizer: str
 
@@ -171,10 +165,12 @@ def read_case(name: str) -> Case:
         rows=int(rows),
         length=int(length),
         rank=ranks[0] if ranks else 16,
-        checkpointing="ckpt" in options,
+        checkpointing=next((o for o in options if o in CHECKPOINTING), "none"),
+        compiled="eager" not in options,
+        fp8="fp8" in options,
         packed="packed" in options,
-        weights="bf16" if "bf16" in options else "fp32",
-        optimizer="adamw_8bit" if "8bit" in options else "adamw",
+        weights="bf16" if {"bf16", "adamwbf16"} & set(options) else "fp32",
+        optimizer=next((kind for name, kind in OPTIMIZERS.items() if name in options), "adamw"),
     )
 
 
@@ -213,8 +209,10 @@ def build_of(case: Case) -> Any:
         lora=LoraSection(rank=case.rank),
         full=FullSection(weights=case.weights, optimizer=case.optimizer),  # type: ignore[arg-type]
         dtype=torch.bfloat16,
-        activation_checkpointing=case.checkpointing,
+        checkpointing=case.checkpointing,  # type: ignore[arg-type]
         device="cuda",
+        wants_fp8=case.fp8,
+        is_compiled=case.compiled,
     )
 
 

@@ -41,6 +41,8 @@ Metric = Literal["loss", "perplexity", "accuracy", "macro_f1", "exact_match", "r
 
 Checkpointing = Literal["none", "selective", "full", "offload"]
 """How activations are kept for the backward pass (`train.activation_checkpointing`)."""
+Compile = Literal["auto", "always", "never"]
+"""Whether layers are compiled (`train.compile`)."""
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -351,7 +353,7 @@ class TrainSection(Section):
     the computation. `selective`: the results of large products; the rest is made again (needs
     `compile`; without it, as `full`). The gradients are the same."""
 
-    compile: Literal["auto", "always", "never"] = "auto"
+    compile: Compile = "auto"
     """Compile the layers (torch.compile) and, where launching a pass's kernels takes longer than
     running them, replay it as one CUDA graph. Costs 15 to 40 s at the start of a first run; the
     compiled code is kept for later ones. `auto`: on a GPU, for runs of at least 100 optimiser

@@ -88,7 +88,7 @@ def test_a_plan_counts_what_is_trained(
     model = load_for_training(recipe, method, dtype=torch.bfloat16, device=CPU, seed=0)
     trained = [p for p in model.parameters() if p.requires_grad]
     new_ids = tuple(load_tokenizer(recipe.model).convert_tokens_to_ids(list(TOKENS)))
-    made = Build(method, recipe.lora, recipe.full, torch.bfloat16, False, "cpu", new_ids)
+    made = Build(method, recipe.lora, recipe.full, torch.bfloat16, "none", "cpu", new_ids)
     step = trace_step(load_config(recipe.model), made, Shape(1, 16, 8, is_masked=False))
     assert step.trained == sum(p.numel() for p in trained)
     assert step.gradients == sum(p.numel() * p.element_size() for p in trained)

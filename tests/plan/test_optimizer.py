@@ -66,7 +66,7 @@ def test_loras_gradients_are_planned_all_the_time_and_fulls_from_pass_to_update(
     steps = [
         trace_step(
             CONFIGS["llama"],
-            Build(method, LoraSection(rank=4), FullSection(), torch.bfloat16, False, "cuda"),
+            Build(method, LoraSection(rank=4), FullSection(), torch.bfloat16, "none", "cuda"),
             Shape(2, 24, 40, is_masked=False),
             evaluates=True,
         )

@@ -28,7 +28,7 @@ def _build(method: Method = Method.LORA, *, recompute: bool = False, **full: Any
         lora=LoraSection(rank=4),
         full=FullSection(**full),
         dtype=torch.float32,
-        activation_checkpointing=recompute,
+        checkpointing="full" if recompute else "none",
         device="cuda",
     )
 

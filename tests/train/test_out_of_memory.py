@@ -20,7 +20,7 @@ from tunefork.train.out_of_memory import Phase, Remedies, is_out_of_memory, phas
 from tunefork.train.runner import Runner
 
 EXAMPLES = examples((9, 4, 17, 6, 12, 8, 5, 11))
-REMEDIES = Remedies(Method.LORA, 4096, 1024, False, False, True)
+REMEDIES = Remedies(Method.LORA, 4096, 1024, "none", False, True)
 
 
 @contextmanager
@@ -63,7 +63,23 @@ def test_what_out_of_memory_looks_like(error: Exception, is_it: bool) -> None:
     [
         ("forward", {}, "train.micro_batch_tokens: 2048"),
         ("evaluation", {}, "train.micro_batch_tokens: 2048"),
-        ("backward", {"least_tokens": 4096}, "train.activation_checkpointing: true"),
+        ("backward", {"least_tokens": 4096}, "train.activation_checkpointing: full"),
+        (
+            "backward",
+            {"least_tokens": 4096, "checkpointing": "selective"},
+            "train.activation_checkpointing: full",
+        ),
+        (
+            "backward",
+            {"least_tokens": 4096, "checkpointing": "full", "may_be_fp8": True},
+            "train.precision: fp8",
+        ),
+        (
+            "backward",
+            {"least_tokens": 4096, "checkpointing": "full", "on_gpu": True},
+            "train.activation_checkpointing: offload",
+        ),
+        ("load", {"may_be_fp8": True}, "train.precision: fp8"),
         ("optimiser step", {"method": Method.FULL}, "full.optimizer: adamw_8bit"),
         ("optimiser step", {"method": Method.FULL, "eight_bit": True}, "full.weights: bf16"),
         (
@@ -116,7 +132,7 @@ def test_one_row_at_a_time_is_the_end_of_it() -> None:
 
 
 def test_without_shrink_the_first_failure_ends_it() -> None:
-    with pytest.raises(NoMemoryError, match=r"train\.activation_checkpointing: true"):
+    with pytest.raises(NoMemoryError, match=r"train\.activation_checkpointing: full"):
         _gradient(72, 40, remedies=replace(REMEDIES, micro_batch_tokens=72, least_tokens=64))
 
 

@@ -94,6 +94,6 @@ class TracedPlanner:
             full=full,
             methods=methods,
             machine=machine,
-            activation_checkpointing=True,
+            checkpointing="full",
             has_details=has_details,
         )

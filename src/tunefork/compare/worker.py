@@ -166,7 +166,7 @@ def _describe(error: Exception) -> dict[str, str | bool]:
         return {"message": str(error), "is_bad_input": isinstance(error, BadInputError)}
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or _CPU_MEMORY in str(error):
         message = f"out of memory: {error}; lower train.micro_batch_tokens, or set "
-        message += "train.activation_checkpointing: true"
+        message += "train.activation_checkpointing: full"
     else:
         message = f"{type(error).__name__}: {error} (traceback.txt in the run folder has more)"
     return {"message": message, "is_bad_input": False}

@@ -3,9 +3,13 @@
 torch.compile fuses such a function into one or two kernels, so the definition needs no second
 source beside it. Compilation is put off until the first call on a GPU: importing the compiler takes
 seconds.
+
+A plan runs the same code on the meta device, where tensors have shapes and nothing else. While
+`standing_for_gpu` is entered they count as tensors of a GPU, and a compiled function as one kernel.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -30,8 +34,12 @@ def compiled_on_cuda(
 
         @wraps(function)
         def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-            if torch.compiler.is_compiling() or not _is_on_cuda(args):
+            first = None if torch.compiler.is_compiling() else _first(args)
+            if first is None or not is_on_gpu(first):
                 return function(*args, **kwargs)
+            if first.is_meta:
+                planned: _Result = _stand_ins[-1](function, args, kwargs)
+                return planned
             if not compiled:
                 compiled.append(torch.compile(function, dynamic=dynamic))
             return compiled[0](*args, **kwargs)
@@ -41,10 +49,32 @@ def compiled_on_cuda(
     return decorate
 
 
-def _is_on_cuda(args: tuple[Any, ...]) -> bool:
+_stand_ins: list[Callable[..., Any]] = []
+"""Of the entered `standing_for_gpu`: what runs a compiled function (function, args, kwargs)."""
+
+
+@contextmanager
+def standing_for_gpu(run_fused: Callable[..., Any]) -> Iterator[None]:
+    """Within, tensors on the meta device are taken for ones on a GPU.
+
+    `run_fused(function, args, kwargs)` is called where a GPU would run a compiled function.
+    """
+    _stand_ins.append(run_fused)
+    try:
+        yield
+    finally:
+        _stand_ins.pop()
+
+
+def is_on_gpu(tensor: Tensor) -> bool:
+    """Whether a GPU's code is taken for `tensor`: it is on one, or stands for one that is."""
+    return tensor.is_cuda or (tensor.is_meta and bool(_stand_ins))
+
+
+def _first(args: tuple[Any, ...]) -> Tensor | None:
     for argument in args:
         if isinstance(argument, Tensor):
-            return argument.is_cuda
+            return argument
         if isinstance(argument, list | tuple) and argument and isinstance(argument[0], Tensor):
-            return argument[0].is_cuda
-    return False
+            return argument[0]
+    return None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tunefork.kernels.compiled import compiled_on_cuda
+from tunefork.kernels.compiled import compiled_on_cuda, is_on_gpu
 
 IGNORED = -100
 """Target of a place that only fills up a batch (PyTorch's own `ignore_index`)."""
@@ -107,7 +107,8 @@ def _to_gradient_(logits_cv: Tensor, work_cv: Tensor | None, targets_c: Tensor) 
     work_cv.div_(z_c1)
     # Softmax; minus the one-hot target it is d loss / d logits.
     work_cv.scatter_add_(1, targets_c1, work_cv.new_full(targets_c1.shape, -1.0))
-    if bool(is_ignored_c1.any()):  # on a CPU, where asking costs nothing
+    # On a CPU asking costs nothing; a plan's tensors have no values to ask for.
+    if not is_ignored_c1.is_meta and bool(is_ignored_c1.any()):
         work_cv.masked_fill_(is_ignored_c1, 0.0)
     logits_cv.copy_(work_cv)
     return (z_c1.log() - target_logits_c1).masked_fill(is_ignored_c1, 0.0)[:, 0]
@@ -148,7 +149,7 @@ def _chunks(hidden_sd: Tensor, weight_vd: Tensor) -> Iterator[tuple[slice, Tenso
     num_tokens, vocabulary = hidden_sd.shape[0], weight_vd.shape[0]
     size = max(1, min(num_tokens, _chunk_size(weight_vd)))
     logits_cv = weight_vd.new_empty(size, vocabulary)
-    work_cv = None if weight_vd.is_cuda else torch.empty_like(logits_cv, dtype=torch.float32)
+    work_cv = None if is_on_gpu(weight_vd) else torch.empty_like(logits_cv, dtype=torch.float32)
     for start in range(0, num_tokens, size):
         end = min(start + size, num_tokens)
         work = None if work_cv is None else work_cv[: end - start]
@@ -156,6 +157,6 @@ def _chunks(hidden_sd: Tensor, weight_vd: Tensor) -> Iterator[tuple[slice, Tenso
 
 
 def _chunk_size(weight_vd: Tensor) -> int:
-    if weight_vd.is_cuda:
+    if is_on_gpu(weight_vd):
         return max(1, CUDA_CHUNK_BYTES // (weight_vd.element_size() * weight_vd.shape[0]))
     return max(1, CHUNK_BYTES // (4 * weight_vd.shape[0]))

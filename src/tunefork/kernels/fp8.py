@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tunefork.kernels.compiled import compiled_on_cuda
+from tunefork.kernels.compiled import compiled_on_cuda, is_on_gpu
 from tunefork.kernels.layout import Layout
 from tunefork.kernels.quantized import dequantize_nf4_tensors
 
@@ -62,7 +62,7 @@ def scaled_mm(a_mk: Tensor, b_nk: Tensor, scale_m1: Tensor, scale_1n: Tensor) ->
     K and N must be multiples of 16. On a GPU partial sums are kept in the tensor cores' own
     accumulator (`use_fast_accum`), which has fewer bits than fp32.
     """
-    if a_mk.device.type == "cuda":
+    if is_on_gpu(a_mk):
         return torch._scaled_mm(
             a_mk,
             b_nk.t(),

@@ -7,6 +7,7 @@ one message about it is dropped.
 
 import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,6 +36,13 @@ __all__ = [
 ]
 
 
+@cache
+def _make_table() -> None:
+    """bitsandbytes makes its table of 8-bit values once, on the device of whoever asks first: a
+    table on the meta device would have no values for the next one."""
+    quantize_nf4(torch.ones(64))
+
+
 def quantize_nf4(weight: Tensor) -> tuple[Tensor, Any]:
     """A weight's 4-bit codes, two a byte, and the state that dequantises them.
 
@@ -42,9 +50,7 @@ def quantize_nf4(weight: Tensor) -> tuple[Tensor, Any]:
     4.13 bits a parameter (QLoRA, section 3; https://arxiv.org/abs/2305.14314).
     """
     if weight.is_meta:
-        # bitsandbytes makes its table of 8-bit values once, on the device of whoever asks first: a
-        # table on the meta device would have no values for the next one.
-        quantize_nf4(torch.ones(64))
+        _make_table()
     codes, state = bitsandbytes.functional.quantize_4bit(
         weight, blocksize=64, compress_statistics=True, quant_type="nf4"
     )

@@ -36,6 +36,16 @@ def has_fast_bf16() -> bool:
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})  # "bf16" is Arm's name
 
 
+_FP8_CAPABILITY = (8, 9)
+"""First CUDA compute capability with FP8 products (Ada; Hopper is 9.0)."""
+
+
+def has_fp8(device: torch.device | None) -> bool:
+    """Whether `device` has FP8 products."""
+    is_cuda = device is not None and device.type == "cuda"
+    return is_cuda and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
+
+
 def reset_peak(device: torch.device) -> None:
     """Forget memory peaks so far, after returning freed memory to the system."""
     gc.collect()

@@ -37,10 +37,13 @@ def prepare_layers(
     *,
     compiles: bool,
     dynamic: bool | None = None,
+    compiler: Callable[..., Any] = torch.compile,
+    shelf: Any = None,
 ) -> None:
     """Have `model`'s layers run so while they are trained, in place.
 
-    `dynamic` is torch.compile's: whether one compiled form serves every number of tokens.
+    `dynamic` is torch.compile's: whether one compiled form serves every number of tokens. A plan,
+    which computes nothing, has a `compiler` and a `shelf` (`model/offload.py`) of its own.
     """
     again = draws(model)
     run: Callable[..., Any] = _as_written
@@ -50,11 +53,11 @@ def prepare_layers(
         # A fused group remembers its outputs until its last member has asked for them, within one
         # run of the layer: nothing that the second run would have to do again.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-        run = torch.compile(run, dynamic=dynamic)
+        run = compiler(run, dynamic=dynamic)
     if checkpointing == "full":
         run = partial(_checkpointed, run, again)
     if checkpointing == "offload":
-        run = partial(offloaded, run, Shelf(), again)
+        run = partial(offloaded, run, shelf or Shelf(), again)
     for layer in decoder_layers(model):
         layer.forward = partial(_forward, run, layer)
 

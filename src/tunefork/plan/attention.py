@@ -3,6 +3,8 @@
 On the meta device PyTorch's SDPA takes its mathematical definition, which no GPU runs. This stands
 in for the kernels that do:
 
+    segments  PyTorch's own operator (`model/packed_attention.py`), whose shapes the meta device
+              knows; rows that are one segment each are taken for the same (cuDNN keeps as much)
     no mask   FlashAttention 2 (Dao 2023, https://arxiv.org/abs/2307.08691): saves its output and a
               log-sum-exp a head and query; its backward pass keeps an fp32 sum of the queries'
               gradient, and gradients of keys and values for every query head
@@ -23,6 +25,7 @@ from transformers import AttentionInterface
 
 from tunefork.model.attention import LONGEST_ROW
 from tunefork.model.attention import attention as cpu_attention
+from tunefork.model.packed_attention import flash, refusal
 from tunefork.plan.trace import Trace
 
 NAME = "tunefork_plan"
@@ -87,12 +90,39 @@ def _moved(*tensors: Tensor) -> float:
     return float(sum(t.numel() * t.element_size() for t in tensors))
 
 
+def _segments(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """As `packed_attention` on a GPU; raises ValueError for what it refuses."""
+    why = refusal(module, q, k, v, dropout=dropout, **kwargs)
+    if why is not None:
+        raise ValueError(f"{type(module).__name__}: {why} cannot be had without a mask")
+    q_nhe, k_nke, v_nke = (states.transpose(1, 2).flatten(0, 1) for states in (q, k, v))
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    out = flash(
+        q_nhe, k_nke, v_nke, cu_seq_lens_q, max_length_q, scale=scale, window=sliding_window
+    )
+    return out.view(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+
+
 def install(setting: Setting, trace: Trace) -> None:
     """Make `NAME` known to transformers, standing in for the kernels of `setting`."""
 
     def attention(
         module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
+        if kwargs.get("cu_seq_lens_q") is not None:
+            return _segments(module, q, k, v, **kwargs), None
         batch, heads, length, _ = q.shape
         if setting.device == "cpu" and length <= LONGEST_ROW:
             shape = (batch, 1, length, k.shape[2]) if setting.is_masked else (length, k.shape[2])

@@ -80,6 +80,8 @@ def batches_of_data(examples: Sequence[Encoded], recipe: Recipe, *, seed: int) -
         length=max(1, round(tokens / rows)),
         supervised=max(1, round(sum(shape.supervised for shape in shapes) / count)),
         is_masked=sum(shape.is_masked for shape in shapes) * 2 > count,
+        segments=max(rows, round(sum(shape.num_segments for shape in shapes) / count)),
+        squares=sum(shape.attended for shape in shapes) / count,
     )
     return Batches(
         largest=max([*shapes, *passes(_heaviest(schedule, examples))], key=_weight),
@@ -103,7 +105,15 @@ def shape_of(batch: MicroBatch) -> Shape:
     """Of a packed micro-batch. Rows of several examples, or of padding, need a mask."""
     rows, length = batch.input_ids.shape
     is_masked = bool((batch.position_ids[:, 1:] == 0).any())
-    return Shape(rows, length, len(batch.supervised[0]), is_masked)
+    lengths = batch.segments.starts.diff().double()
+    return Shape(
+        rows,
+        length,
+        len(batch.supervised[0]),
+        is_masked,
+        segments=len(lengths),
+        squares=float(lengths.square().sum()),
+    )
 
 
 def _weight(shape: Shape) -> tuple[int, int]:
@@ -157,7 +167,9 @@ def batches_of_numbers(
     is_masked = packing and work.max_length > 1
 
     def shape(rows: int, length: int) -> Shape:
-        return Shape(rows, length, max(1, round(share * rows * length)), is_masked)
+        tokens = rows * length
+        segments = max(rows, round(tokens * work.examples / work.tokens)) if is_masked else rows
+        return Shape(rows, length, max(1, round(share * tokens)), is_masked, segments)
 
     return Batches(
         largest=shape(largest_rows, width),

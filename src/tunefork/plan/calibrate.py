@@ -34,7 +34,7 @@ def calibrate(say: Callable[[str], None] = print) -> None:
             lora=LoraSection(),
             full=FullSection(),
             dtype=pick_dtype("auto", device),
-            activation_checkpointing=False,
+            checkpointing="none",
             device=device.type,
         )
         case = Case(config, count_params(config), made, target)

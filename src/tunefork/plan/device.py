@@ -62,7 +62,7 @@ def target_of(machine: Machine) -> Target:
         kind="cuda",
         count=machine.count,
         memory_bytes=gpu.usable_bytes,
-        rates=Rates(gpu.bf16_flops, gpu.bandwidth),
+        rates=Rates(gpu.bf16_flops, gpu.bandwidth, gpu.fp8_flops),
         link_bandwidth=gpu.link_bandwidth,
         usd_per_hour=gpu.usd_per_hour * machine.count,
         fit=fit,

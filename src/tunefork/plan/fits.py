@@ -58,6 +58,10 @@ class TimeFit(_Model):
     """Time over what the data sheet's rates would give, and the host's part."""
 
     gemm: float
+    gemm_fp8: float
+    """Over the data sheet's FP8 rate."""
+    fused: float
+    """What a compiled layer does between its products."""
     skinny: float
     attention: float
     masked_attention: float
@@ -70,6 +74,10 @@ class TimeFit(_Model):
     """Of stochastic rounding, a parameter."""
     host_operation_s: float
     """To start one operation."""
+    host_kernel_s: float
+    """To start one kernel of a compiled layer."""
+    captured_operation_s: float
+    """To start either within a captured CUDA graph, where the device does it."""
     host_dequantize_s: float
     """To dequantise one weight, beyond that."""
     host_update: float

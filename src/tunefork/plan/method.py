@@ -13,6 +13,7 @@ from tunefork.plan.step import Build, Shape, Step, trace_step
 from tunefork.plan.time import pass_seconds, update_seconds
 from tunefork.plan.trace import Work
 from tunefork.recipe import Method
+from tunefork.train.runner import MOST_TOKENS
 
 _LENGTHS = (1024, 2048)
 """Rows of one example at which memory is traced; it is linear in between and beyond."""
@@ -44,7 +45,7 @@ class Case:
             self.target.fit.memory,
             self.target.trust,
             shards=self.target.count,
-            is_recomputed=self.made.activation_checkpointing,
+            is_recomputed=self.made.checkpointing != "none",
             loaded_bytes=self.total_params * self.made.dtype.itemsize if is_in_place else 0,
         )
 
@@ -97,7 +98,7 @@ def step_seconds(case: Case, batches: Batches) -> float:
     """
     step, target = case.step(batches.largest), case.target
     passes = max(1.0, batches.passes_per_step / target.count)
-    computing = passes * one_pass_seconds(case, scaled_work(case, batches), batches.mean.is_masked)
+    computing = passes * one_pass_seconds(case, step, scaled_work(case, batches), batches.mean)
     if target.count > 1:
         weights = step.static.get("weights", 0)
         sent = (2 * weights + step.gradients) * (target.count - 1) / target.count
@@ -106,15 +107,28 @@ def step_seconds(case: Case, batches: Batches) -> float:
     return target.trust.time_factor * (computing + update / target.count)
 
 
-def one_pass_seconds(case: Case, work: Mapping[str, Work], is_masked: bool) -> float:
-    """Of a forward and backward pass on one device, uncorrected."""
+def one_pass_seconds(case: Case, step: Step, work: Mapping[str, Work], shape: Shape) -> float:
+    """Of a forward and backward pass of `shape`, which does `work`, on one device, uncorrected.
+
+    `step` is of any shape of the case.
+    """
+    is_recomputed = case.made.checkpointing != "none" and not step.is_compiled
     return pass_seconds(
         work,
         case.target.rates,
         case.target.fit.time,
-        is_masked=is_masked,
-        num_recomputed=num_layers(case.config) if case.made.activation_checkpointing else 0,
+        is_masked=step.is_masked,
+        is_compiled=step.is_compiled,
+        is_captured=step.is_compiled and captures(case.made, shape),
+        num_recomputed=num_layers(case.config) if is_recomputed else 0,
     )
+
+
+def captures(made: Build, shape: Shape) -> bool:
+    """Whether a compiled pass is replayed as one CUDA graph (`train/engine.py`, `runner.py`)."""
+    draws = made.method is not Method.FULL and made.lora.dropout > 0.0
+    is_short = shape.rows * shape.length <= MOST_TOKENS
+    return is_short and not draws and made.checkpointing != "offload"
 
 
 def scaled_work(case: Case, batches: Batches) -> dict[str, Work]:
@@ -134,8 +148,9 @@ def scaled_work(case: Case, batches: Batches) -> dict[str, Work]:
         for kind, done in here.items()
         for more in (twice.get(kind, done),)
     }
-    if "attention" in scaled:  # also in proportion to a row's length
-        scaled["attention"].flops *= mean.length / shape.length
+    if "attention" in scaled:  # also in proportion to an example's length
+        at_work = (mean.attended / wanted) / (shape.attended / tokens)
+        scaled["attention"].flops *= at_work
     return scaled
 
 
@@ -156,7 +171,14 @@ def largest_rows_tokens(case: Case, shape: Shape) -> int | None:
 
 def _of_rows(shape: Shape, rows: int) -> Shape:
     """`shape` with other rows, as many of their tokens supervised."""
-    return replace(shape, rows=rows, supervised=max(1, round(shape.supervised / shape.rows * rows)))
+    share = rows / shape.rows
+    return replace(
+        shape,
+        rows=rows,
+        supervised=max(1, round(shape.supervised * share)),
+        segments=round(shape.segments * share),
+        squares=shape.squares * share,
+    )
 
 
 def largest_length(case: Case, shape: Shape) -> int | None:
@@ -184,13 +206,10 @@ def _largest(
     case: Case, of: Callable[[int], Shape], low: int, high: int, *, least: int
 ) -> int | None:
     """Largest size that fits. A moment's memory is linear in it, as traced at `low` and `high`."""
-    at_low, at_high = (case.memory(of(size)).moments_high for size in (low, high))
-    sizes = []
-    for segment, there in at_high.items():
-        slope = (there - at_low[segment]) / (high - low)
-        if slope > 0:
-            sizes.append(high + (case.target.memory_bytes - there) / slope)
-    size = max(least, int(min(sizes)))
+    size = _on_line(case, of, low, high, least)
+    if size > high:
+        # Logits are held for so many tokens at most, so that far out the line is less steep.
+        size = max(size, _on_line(case, of, size // 2, size, least))
     if size > low or case.fits(of(size)):
         return size
     if not case.fits(of(least)):
@@ -200,3 +219,25 @@ def _largest(
         middle = (fitting + too_large) // 2
         fitting, too_large = (middle, too_large) if case.fits(of(middle)) else (fitting, middle)
     return fitting
+
+
+def _on_line(case: Case, of: Callable[[int], Shape], low: int, high: int, least: int) -> int:
+    """Where the line through two sizes meets the device's memory."""
+    at_low, at_high = (case.memory(of(size)).moments_high for size in (low, high))
+    fewer, more = _run_tokens(case, of(low)), _run_tokens(case, of(high))
+    limits = []
+    for segment, there in at_high.items():
+        slope = (there - at_low[segment]) / (more - fewer)
+        if slope > 0:
+            limits.append(more + (case.target.memory_bytes - there) / slope)
+    shape, most = of(low), min(limits)
+    size = max(least, int(most * low / (shape.rows * shape.length)))
+    while size > least and _run_tokens(case, of(size)) > most:
+        size -= max(1, size // 64)
+    return size
+
+
+def _run_tokens(case: Case, shape: Shape) -> int:
+    """Of a pass as it is run: a compiled one is filled up to one of few sizes."""
+    shape = shape.padded() if case.made.is_compiled else shape
+    return shape.rows * shape.length

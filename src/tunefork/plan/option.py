@@ -9,7 +9,8 @@ from tunefork.plan.batches import Batches
 from tunefork.plan.catalogue import Machine
 from tunefork.plan.device import target_of
 from tunefork.plan.method import Case, largest_rows_tokens
-from tunefork.recipe import FullSection, Method
+from tunefork.plan.step import Build
+from tunefork.recipe import Checkpointing, FullSection, Method
 
 _MOST_GPUS = 8
 
@@ -30,16 +31,45 @@ def next_option(case: Case, batches: Batches, machines: Sequence[Machine]) -> st
 
 
 _AS_IT_IS = "as it is"
+_COSTS: dict[Checkpointing, str] = {
+    "full": "about a quarter slower",
+    "offload": "the same, and what is kept waits in host memory",
+}
+
+
+def _further(made: Build) -> Sequence[Checkpointing]:
+    """Kinds of checkpointing that keep less on the device than the one that is taken."""
+    kinds: tuple[Checkpointing, ...] = ("none", "selective", "full", "offload")
+    further = kinds[max(2, kinds.index(made.checkpointing) + 1) :]
+    return further if made.device == "cuda" else further[:-1]
+
+
+def _gains_by_fp8(case: Case) -> bool:
+    """Whether the base could be kept in e4m3: one byte a weight where layers are run again."""
+    made, rates = case.made, case.target.rates
+    is_lora = made.method is Method.LORA and made.dtype == torch.bfloat16 and not made.lora.dora
+    is_even = case.config.get_text_config().hidden_size % 16 == 0
+    return is_lora and is_even and rates.fp8_flops is not None and not made.wants_fp8
 
 
 def _changes(case: Case) -> Iterator[tuple[str, Case]]:
-    """Smaller and smaller forms of the case, with the words for each."""
+    """Smaller and smaller forms of the case, with the words for each, the cheapest first.
+
+    Taken as not compiled, which is quickly traced and takes the more memory.
+    """
     yield _AS_IT_IS, case
     words: list[str] = []
-    made = case.made
-    if not made.activation_checkpointing:
-        made = replace(made, activation_checkpointing=True)
-        words.append("train.activation_checkpointing: true (about a quarter slower)")
+    made = replace(case.made, is_compiled=False)
+    if _gains_by_fp8(case):
+        made = replace(made, wants_fp8=True)
+        words.append("train.precision: fp8")
+        # Where no layer is run again its base is kept twice, in as many bytes as in bf16.
+        if made.checkpointing != "none":
+            yield " and ".join(words), replace(case, made=made)
+    for checkpointing in _further(made):
+        made = replace(made, checkpointing=checkpointing)
+        words = [word for word in words if "checkpointing" not in word]
+        words.append(f"train.activation_checkpointing: {checkpointing} ({_COSTS[checkpointing]})")
         yield " and ".join(words), replace(case, made=made)
     is_bf16 = made.dtype == torch.bfloat16
     if made.method is Method.FULL and made.full.weights == "fp32" and is_bf16:
@@ -58,7 +88,7 @@ def _changes(case: Case) -> Iterator[tuple[str, Case]]:
 
 def _larger_machine(case: Case, batches: Batches, machines: Sequence[Machine]) -> str | None:
     """The cheapest machine by the hour that holds the case as it is, with checkpointing."""
-    made = replace(case.made, activation_checkpointing=True)
+    made = replace(case.made, checkpointing="full")
     by_price = sorted(
         (target_of(Machine(machine.gpu, count)) for machine in machines for count in (1, 2, 4, 8)),
         key=lambda target: (target.usd_per_hour or 0.0, target.count),
@@ -68,6 +98,6 @@ def _larger_machine(case: Case, batches: Batches, machines: Sequence[Machine]) -
             several = "sharded over " if target.count > 1 else ""
             return (
                 f"{several}{target.count} x {target.id} (${target.usd_per_hour:.2f} an hour) with "
-                "train.activation_checkpointing: true"
+                "train.activation_checkpointing: full"
             )
     return None

@@ -19,7 +19,16 @@ from tunefork.plan.option import next_option
 from tunefork.plan.schema import MachinePlan, Plan, WorkPlan
 from tunefork.plan.shape import config_for, count_params
 from tunefork.plan.step import Build
-from tunefork.recipe import FullSection, LoraSection, Method, ModelSection, Recipe
+from tunefork.recipe import (
+    Checkpointing,
+    Compile,
+    FullSection,
+    LoraSection,
+    Method,
+    ModelSection,
+    Recipe,
+)
+from tunefork.train.engine import compiles
 
 __all__ = ["Work", "plan_examples", "plan_numbers", "plan_recipe"]
 
@@ -37,7 +46,9 @@ def plan_numbers(
     full: FullSection,
     methods: Sequence[Method],
     machine: Machine,
-    activation_checkpointing: bool = True,
+    checkpointing: Checkpointing = "full",
+    precision: str = "bf16",
+    compile: Compile = "auto",
     micro_batch_tokens: int | None = None,
     catalogue: Catalogue | None = None,
     has_details: bool = True,
@@ -56,7 +67,7 @@ def plan_numbers(
         config=config_for(model),
         batches=batches,
         work=_work(work, batches),
-        forms=Forms(lora, full, activation_checkpointing, "bf16"),
+        forms=Forms(lora, full, checkpointing, precision, compile),
         methods=methods,
         target=target_of(machine),
         catalogue=catalogue,
@@ -124,8 +135,9 @@ def _plan_batches(
         forms=Forms(
             recipe.lora,
             recipe.full,
-            recipe.train.activation_checkpointing != "none",
+            recipe.train.activation_checkpointing,
             recipe.train.precision,
+            recipe.train.compile,
             new_ids(recipe.model),
         ),
         methods=methods,
@@ -140,8 +152,9 @@ class Forms:
 
     lora: LoraSection
     full: FullSection
-    activation_checkpointing: bool
+    checkpointing: Checkpointing
     precision: str
+    compile: Compile
     new_ids: tuple[int, ...] = ()
     """Of the tokens that the recipe adds."""
 
@@ -167,8 +180,10 @@ def _plan(
             lora=forms.lora,
             full=forms.full,
             dtype=dtype_for(target, forms.precision),
-            activation_checkpointing=forms.activation_checkpointing,
+            checkpointing=forms.checkpointing,
             device=target.kind,
+            wants_fp8=forms.precision == "fp8",
+            is_compiled=compiles(forms.compile, target.kind, batches.num_steps),
             new_ids=forms.new_ids,
         )
         case = Case(config, total, made, target)

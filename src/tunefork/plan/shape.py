@@ -78,7 +78,9 @@ def depths(config: Any) -> tuple[int, int]:
     does and differ by one period.
     """
     whole, period = num_layers(config), _period(config)
-    low = max(2, period) + whole % period  # two, so that the first layer is not the last
+    # Four, so that two lie between the first layer and the last: what one of them still holds of
+    # the layer below it (offloading) is seen.
+    low = -(-4 // period) * period + whole % period
     return (whole, whole) if low + period >= whole else (low, low + period)
 
 

@@ -1,7 +1,7 @@
 """A short real training run with random weights and tokens: what predictions are fitted to.
 
-It goes through the same build, optimiser and loop as `tunefork train`; only the model's weights and
-the data are made up, so no checkpoint is needed.
+It goes through the same build, engine, optimiser and loop as `tunefork train`; only the model's
+weights and the data are made up, so no checkpoint is needed.
 """
 
 import gc
@@ -19,10 +19,11 @@ from tunefork.data.pack import pack
 from tunefork.model import attention
 from tunefork.model.build import build
 from tunefork.model.device import context_bytes
-from tunefork.model.layers import prepare_layers
+from tunefork.model.fused import fuse
 from tunefork.plan.batches import shape_of
 from tunefork.plan.step import Build, Shape
-from tunefork.recipe import DataSection, ModelSection, Recipe
+from tunefork.recipe import DataSection, ModelSection, Recipe, TrainSection
+from tunefork.train.engine import prepare
 from tunefork.train.loop import StepRecord, train
 from tunefork.train.method import make_optimizer
 
@@ -72,13 +73,12 @@ def short_run(
             attn_implementation=attention.NAME,
         )
     build(model, made.method, made.lora, seed=0)
-    if made.activation_checkpointing:
-        prepare_layers(model, "full", compiles=False)
+    if made.form is not None:
+        fuse(model, made.form.storage, made.form.products, device)
     examples, steps = _examples(lengths, config.get_text_config().vocab_size)
-    recipe = Recipe(
-        model=ModelSection(id="-"), data=DataSection(train="-"), lora=made.lora, full=made.full
-    )
+    recipe = _recipe(made)
     optimizer = make_optimizer(model, recipe, made.method, seed=0)
+    runner = prepare(model, recipe, num_steps=len(steps))
     times = [time.perf_counter()]
     losses: list[float] = []
 
@@ -100,6 +100,7 @@ def short_run(
         max_grad_norm=1.0,
         seed=0,
         on_step=on_step,
+        runner=runner,
     )
     steps_s = tuple(b - a for a, b in zip(times[WARM_UP:], times[WARM_UP + 1 :], strict=False))
     timed = sorted(steps_s)
@@ -121,6 +122,20 @@ def short_run(
             for step in steps
         ),
         losses=tuple(losses),
+    )
+
+
+def _recipe(made: Build) -> Recipe:
+    return Recipe(
+        model=ModelSection(id="-"),
+        data=DataSection(train="-"),
+        lora=made.lora,
+        full=made.full,
+        train=TrainSection(
+            precision="fp8" if made.wants_fp8 else "auto",
+            activation_checkpointing=made.checkpointing,
+            compile="always" if made.is_compiled else "never",
+        ),
     )
 
 

@@ -6,7 +6,7 @@ of each kind, are linear in the number of layers.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -14,18 +14,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tunefork.data.bucket import WHOLE_ROWS, bucket
 from tunefork.data.pack import MicroBatch, Segments
+from tunefork.kernels.compiled import standing_for_gpu
 from tunefork.model.build import build
+from tunefork.model.fused import FusedLinear, fuse
 from tunefork.model.head import Head
-from tunefork.model.layers import prepare_layers
+from tunefork.model.layers import decoder_layers, prepare_layers
 from tunefork.model.linear import Nf4Linear
 from tunefork.model.tokens import TokenHead
 from tunefork.plan.attention import NAME, Setting, install
+from tunefork.plan.compiled import EmptyShelf, Layer, Replay, capture, takes_segments
 from tunefork.plan.optimizer import Update, keeps_gradients, state_bytes, update
 from tunefork.plan.schema import Part
 from tunefork.plan.shape import at_depth, depths, extrapolate, on_meta, traceable
 from tunefork.plan.trace import BLOCK_BYTES, Peak, Trace, Work
-from tunefork.recipe import FullSection, LoraSection, Method
+from tunefork.recipe import Checkpointing, FullSection, LoraSection, Method
+from tunefork.train.engine import BaseForm, form_of
 from tunefork.train.loss import loss_sum, token_losses
 
 _SCALED_LOGITS = (
@@ -47,6 +52,30 @@ class Shape:
     supervised: int
     """Tokens that a loss is computed for."""
     is_masked: bool
+    """Rows hold several examples, or padding."""
+    segments: int = 0
+    """Examples, and paddings, in all rows; 0: each row is one."""
+    squares: float = 0.0
+    """Sum of their lengths squared; 0: as if all were of one length."""
+
+    @property
+    def num_segments(self) -> int:
+        """At least one a row."""
+        return max(self.segments, self.rows)
+
+    @property
+    def attended(self) -> float:
+        """What attention within segments works on: the sum of their lengths squared."""
+        return self.squares or (self.rows * self.length) ** 2 / self.num_segments
+
+    def padded(self) -> "Shape":
+        """What a compiled run makes of it (`data/bucket.py`)."""
+        supervised = bucket(self.supervised)
+        if not self.is_masked and self.length % WHOLE_ROWS == 0:
+            return replace(self, supervised=supervised)
+        tokens = bucket(self.rows * self.length)
+        segments = bucket(self.num_segments, multiple=8)
+        return Shape(1, tokens, supervised, True, segments, self.attended)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +86,26 @@ class Build:
     lora: LoraSection
     full: FullSection
     dtype: torch.dtype
-    activation_checkpointing: bool
+    checkpointing: Checkpointing
     device: str
     """"cuda" or "cpu": whose kernels are stood in for."""
     new_ids: tuple[int, ...] = ()
     """Tokens that the recipe adds, whose rows are trained."""
+    wants_fp8: bool = False
+    """`train.precision: fp8`."""
+    is_compiled: bool = False
+
+    @property
+    def form(self) -> BaseForm | None:
+        """How the frozen base is kept."""
+        return form_of(
+            self.method,
+            kind=self.device,
+            dtype=self.dtype,
+            wants_fp8=self.wants_fp8,
+            is_dora=self.lora.dora,
+            checkpointing=self.checkpointing,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +127,10 @@ class Step:
     update: Update
     layer_bytes: int
     """Of one decoder layer's weights."""
+    is_masked: bool
+    """Attention takes a mask."""
+    is_compiled: bool
+    """Its layers were captured compiled; where that could not be had they are as written."""
 
     @property
     def peak(self) -> Peak:
@@ -139,15 +187,19 @@ def _extrapolated_update(at_low: Update, at_high: Update, config: Any) -> Update
 
 _TRACED: dict[Any, "Step"] = {}
 _BUILT: dict[Any, "_Built"] = {}
+_CAPTURED: dict[Any, list[Layer] | None] = {}
 """What was built and traced in this process: plans for several GPUs ask the same."""
 
 
 def _trace_whole(config: Any, made: Build, shape: Shape, evaluates: bool) -> Step:
     low, high = depths(config)
-    at_high = _trace(at_depth(config, high), made, shape, evaluates)
+    programs = _captured(at_depth(config, high), made)
+    if programs is not None:
+        shape = shape.padded()
+    at_high = _trace(at_depth(config, high), made, shape, evaluates, programs)
     if low == high:
         return at_high
-    at_low = _trace(at_depth(config, low), made, shape, evaluates)
+    at_low = _trace(at_depth(config, low), made, shape, evaluates, programs)
 
     def whole(a: float, b: float) -> int:
         return extrapolate(a, b, config)
@@ -177,6 +229,8 @@ def _trace_whole(config: Any, made: Build, shape: Shape, evaluates: bool) -> Ste
         trained=whole(at_low.trained, at_high.trained),
         update=_extrapolated_update(at_low.update, at_high.update, config),
         layer_bytes=at_high.layer_bytes,
+        is_masked=at_high.is_masked,
+        is_compiled=at_high.is_compiled,
     )
 
 
@@ -202,19 +256,37 @@ def _build(config: Any, made: Build) -> _Built:
     model = on_meta(config, dtype=made.dtype, attention=NAME)
     model.config.pad_token_id = None  # GPT-2 looks for it among ids, of which there are none
     build(model, made.method, made.lora, seed=0, new_ids=made.new_ids)
-    if made.activation_checkpointing:
-        prepare_layers(model, "full", compiles=False)
+    if made.form is not None:
+        fuse(model, made.form.storage, made.form.products, torch.device("meta"))
     trained = [p for p in model.parameters() if p.requires_grad]
     sizes = state_bytes(trained, made.method, made.full)
     states = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes]
-    return _Built(model, _head(model, config), trained, states)
+    head = _head(model, config, takes_segments=made.device == "cuda" and takes_segments(model))
+    return _Built(model, head, trained, states)
 
 
-def _trace(config: Any, made: Build, shape: Shape, evaluates: bool) -> Step:
-    trace = Trace()
-    install(Setting("cuda" if made.device == "cuda" else "cpu", shape.is_masked), trace)
+def _captured(config: Any, made: Build) -> list[Layer] | None:
+    """The layers' programs where `made` compiles them and they can be had."""
+    # Checkpointing and offloading go around a compiled layer, but for what is selected within it.
+    within: Checkpointing = "selective" if made.checkpointing == "selective" else "none"
+    key = (config.to_json_string(), replace(made, checkpointing=within), made.form)
+    if made.is_compiled and key not in _CAPTURED:
+        install(Setting("cuda", is_masked=False), Trace())
+        built = _built(config, made)
+        _CAPTURED[key] = capture(built.model, within) if built.head.takes_segments else None
+    return _CAPTURED.get(key)
+
+
+def _trace(
+    config: Any, made: Build, shape: Shape, evaluates: bool, programs: list[Layer] | None
+) -> Step:
+    install(Setting("cpu", is_masked=False), Trace())  # for what building runs
     built = _built(config, made)
     model, head, trained = built.model, built.head, built.trained
+    trace = Trace()
+    trace.squares = shape.attended
+    install(Setting("cuda" if made.device == "cuda" else "cpu", shape.is_masked), trace)
+    _prepare(model, made, programs, trace, shape.num_segments)
     batch = _batch(shape)
     trace.adopt(_weights(model), "weights")
     trace.adopt(built.states, "optimizer")
@@ -224,7 +296,8 @@ def _trace(config: Any, made: Build, shape: Shape, evaluates: bool) -> Step:
             trace.adopt([parameter.grad], "gradients")
     static = dict(trace.live)
     trace.peaks.clear()
-    with _segments(model, trace), _gradients(trained, trace), trace:
+    stands_for = standing_for_gpu(trace.run_fused) if made.device == "cuda" else nullcontext()
+    with stands_for, _segments(model, trace), _gradients(trained, trace), trace:
         trace.enter_segment("forward: embedding")
         model.train()
         loss = loss_sum(model, head, batch) / shape.supervised
@@ -237,7 +310,8 @@ def _trace(config: Any, made: Build, shape: Shape, evaluates: bool) -> Step:
     trace.peaks.clear()
     if evaluates:
         model.eval()
-        with trace:
+        stands_for = standing_for_gpu(trace.run_fused) if made.device == "cuda" else nullcontext()
+        with stands_for, trace:
             trace.enter_segment("evaluate")
             token_losses(model, head, batch)
     model.zero_grad(set_to_none=True)
@@ -250,6 +324,27 @@ def _trace(config: Any, made: Build, shape: Shape, evaluates: bool) -> Step:
         trained=sum(p.numel() for p in trained),
         update=update(trained, made.method, made.full),
         layer_bytes=sum(t.untyped_storage().nbytes() for t in _weights(_layers(model)[0])),
+        is_masked=shape.is_masked and not head.takes_segments,
+        is_compiled=programs is not None,
+    )
+
+
+def _prepare(
+    model: PreTrainedModel, made: Build, programs: list[Layer] | None, trace: Trace, segments: int
+) -> None:
+    """Have the layers run as `made` says."""
+    checkpointing: Checkpointing = made.checkpointing
+    if programs is None:
+        if checkpointing == "selective" or (checkpointing == "offload" and made.device == "cpu"):
+            checkpointing = "full"  # what it is without compilation, or where memory is the host's
+        prepare_layers(model, checkpointing, compiles=False, shelf=EmptyShelf())
+        return
+    # The shallower of the two models is like the beginning of the other.
+    replay = Replay(dict(zip(decoder_layers(model), programs, strict=False)), trace, segments)
+    # What `selective` keeps is in the programs.
+    checkpointing = "none" if checkpointing == "selective" else checkpointing
+    prepare_layers(
+        model, checkpointing, compiles=True, compiler=replay.compiler, shelf=EmptyShelf()
     )
 
 
@@ -272,12 +367,12 @@ def _gradients(trained: Sequence[nn.Parameter], trace: Trace) -> Iterator[None]:
             handle.remove()
 
 
-def _head(model: PreTrainedModel, config: Any) -> Head:
+def _head(model: PreTrainedModel, config: Any, *, takes_segments: bool) -> Head:
     linear = model.get_output_embeddings()
     assert isinstance(linear, nn.Linear | TokenHead)
     text = config.get_text_config()
     is_plain = not any(getattr(text, name, None) for name in _SCALED_LOGITS)
-    return Head(linear, is_plain=is_plain and linear.bias is None)
+    return Head(linear, is_plain=is_plain and linear.bias is None, takes_segments=takes_segments)
 
 
 def _batch(shape: Shape) -> MicroBatch:
@@ -288,7 +383,7 @@ def _batch(shape: Shape) -> MicroBatch:
 
     grid = (shape.rows, shape.length)
     at = (ids(shape.supervised), ids(shape.supervised))
-    starts = torch.empty(shape.rows + 1, dtype=torch.int32, device="meta")
+    starts = torch.empty(shape.num_segments + 1, dtype=torch.int32, device="meta")
     segments = Segments(starts, shape.length, is_uniform=not shape.is_masked)
     return MicroBatch(
         ids(*grid), ids(*grid), ids(*grid), ids(*grid), at, ids(shape.supervised), segments
@@ -302,6 +397,8 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
         if isinstance(module, Nf4Linear):
             yield module.state.absmax
             yield module.state.state2.absmax
+        if isinstance(module, FusedLinear):
+            yield from module.group.weights
 
 
 def _layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -7,7 +7,8 @@ The roofline is Williams, Waterman and Patterson 2009, https://doi.org/10.1145/1
     step   = the longer of the two on a GPU, where the host runs ahead; their sum on a CPU
 
 Products count operations; what moves memory counts bytes, each operation's inputs and outputs once.
-A skinny product (LoRA's) reads a whole activation for few operations, so it counts bytes too.
+A skinny product (LoRA's) reads a whole activation for few operations, so it counts bytes too. A
+pass captured in a CUDA graph has no host; each of its kernels takes the device a moment to start.
 """
 
 from collections.abc import Mapping
@@ -31,6 +32,8 @@ class Rates:
     """bf16 operations a second."""
     bandwidth: float
     """Bytes a second."""
+    fp8_flops: float | None = None
+    """FP8 operations a second; None where there is no such hardware."""
 
 
 def pass_seconds(
@@ -39,20 +42,31 @@ def pass_seconds(
     fit: TimeFit,
     *,
     is_masked: bool,
+    is_compiled: bool = False,
+    is_captured: bool = False,
     num_recomputed: int = 0,
 ) -> float:
-    """A forward and backward pass in which `num_recomputed` layers run twice."""
+    """A forward and backward pass in which `num_recomputed` layers, as written, run twice."""
     gemm, skinny = work.get("gemm", _NONE), work.get("skinny", _NONE)
+    gemm_fp8, fused = work.get("gemm_fp8", _NONE), work.get("fused", _NONE)
     attention, memory = work.get("attention", _NONE), work.get("memory", _NONE)
     dequantize = work.get("dequantize", _NONE)
     factor = fit.masked_attention if is_masked else fit.attention
     device = gemm.flops / rates.flops * fit.gemm
+    device += gemm_fp8.flops / (rates.fp8_flops or rates.flops) * fit.gemm_fp8
+    device += fused.num_bytes / rates.bandwidth * fit.fused
     device += attention.flops / rates.flops * factor
     device += skinny.num_bytes / rates.bandwidth * fit.skinny
     device += memory.num_bytes / rates.bandwidth * fit.memory
     device += dequantize.num_bytes / rates.bandwidth * fit.dequantize
     count = sum(done.count for done in work.values())
-    host = count * fit.host_operation_s + dequantize.count * fit.host_dequantize_s
+    if is_captured:
+        return fit.pass_s + device + count * fit.captured_operation_s
+    # Of a compiled pass only what is around the layers is started by Python, one by one.
+    kernels = count - memory.count if is_compiled else 0
+    host = kernels * fit.host_kernel_s + (count - kernels) * fit.host_operation_s
+    if not is_compiled:
+        host += dequantize.count * fit.host_dequantize_s
     host += num_recomputed * fit.host_layer_s
     return fit.pass_s + _together(device, host, fit)
 

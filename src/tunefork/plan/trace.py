@@ -11,14 +11,15 @@ A segment's peak is linear in the number of layers, which is what `plan.memory` 
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+import tunefork.kernels.lora_group  # noqa: F401  registers add_product_
 from tunefork.plan.schema import Part
 
 BLOCK_BYTES = 512
@@ -26,15 +27,25 @@ BLOCK_BYTES = 512
 _SKINNY = 64
 """A product with a side up to this is bound by memory: LoRA's down and up projections."""
 
-_PRODUCTS = {
+PRODUCTS = {
     torch.ops.aten.mm.default: 0,
     torch.ops.aten.mm.out: 0,
     torch.ops.aten.bmm.default: 0,
     torch.ops.aten.addmm.default: 1,
     torch.ops.aten.addmm_.default: 1,
     torch.ops.aten.baddbmm.default: 1,
+    torch.ops.aten._scaled_mm.default: 0,
+    torch.ops.tunefork.add_product_.default: 1,
 }
 """Matrix products -> where their left operand stands; the right one follows it."""
+FP8_PRODUCTS = {torch.ops.aten._scaled_mm.default}
+FLASH = {
+    torch.ops.aten._flash_attention_forward.default: 1.0,
+    torch.ops.aten._flash_attention_backward.default: 2.5,
+}
+"""FlashAttention over segments -> its operations, in units of a forward pass's."""
+_FLASH_BLOCK = 128
+"""Tokens by which its backward pass's fp32 sums are longer, a segment."""
 _FREE = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default,
@@ -80,6 +91,27 @@ class Peak:
     parts: dict[Part, int] = field(default_factory=dict)
 
 
+def product(left: Sequence[int], right: Sequence[int], *, is_fp8: bool) -> tuple[str, float]:
+    """Kind and operations of a matrix product of these shapes, batched where they have three."""
+    rows, inner, columns = left[-2], left[-1], right[-1]
+    batch = left[0] if len(left) == 3 else 1
+    kind = "skinny" if min(rows, inner, columns) <= _SKINNY else "gemm_fp8" if is_fp8 else "gemm"
+    return kind, 2.0 * batch * rows * inner * columns
+
+
+def flash_flops(query: Sequence[int], squares: float) -> float:
+    """Of causal attention's forward pass; queries are (tokens, heads, features)."""
+    return 2.0 * query[1] * query[2] * squares
+
+
+def flash_room(query: Sequence[int], keys: Sequence[int], segments: int) -> int:
+    """Bytes that flash attention's backward pass takes beside its results: fp32 sums of the
+    queries' gradient, a number a query, and where heads share keys the gradients of each head's."""
+    tokens, heads, features = query
+    sums = 4 * heads * features * (tokens + _FLASH_BLOCK * segments) + 4 * heads * tokens
+    return sums + (4 * tokens * heads * features if keys[1] < heads else 0)
+
+
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While entered, follows every tensor and counts every operation."""
 
@@ -91,6 +123,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.segment = "start"
         self.peaks: dict[str, Peak] = {}
         self.work: dict[str, Work] = {}
+        self.squares = 0.0
+        """Sum over a pass's segments of their length squared: attention's work."""
         self._known: dict[int, tuple[Any, Part, int]] = {}
 
     def total(self) -> int:
@@ -124,19 +158,40 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             inputs = _tensors([*args, *(kwargs or {}).values()])
             distinct = {id(t): t for t in [*inputs, *results]}
             moved = sum(t.numel() * t.element_size() for t in distinct.values())
-            if func in _PRODUCTS:
-                left = _PRODUCTS[func]
-                self._count_product(args[left], args[left + 1], moved)
+            if func in PRODUCTS:
+                left = PRODUCTS[func]
+                is_fp8 = func in FP8_PRODUCTS
+                self.count(*product(args[left].shape, args[left + 1].shape, is_fp8=is_fp8), moved)
+            elif func in FLASH:
+                query = args[0 if FLASH[func] == 1.0 else 1]
+                if FLASH[func] > 1.0:
+                    keys = args[2]
+                    self.note_room(flash_room(query.shape, keys.shape, len(args[6]) - 1))
+                self.count("attention", FLASH[func] * flash_flops(query.shape, self.squares), moved)
             else:
                 kind = "dequantize" if func.namespace == "bitsandbytes" else "memory"
                 self.count(kind, 0.0, moved)
         return output
 
-    def _count_product(self, left: Tensor, right: Tensor, moved: float) -> None:
-        rows, inner, columns = left.shape[-2], left.shape[-1], right.shape[-1]
-        batch = left.shape[0] if left.dim() == 3 else 1
-        kind = "skinny" if min(rows, inner, columns) <= _SKINNY else "gemm"
-        self.count(kind, 2.0 * batch * rows * inner * columns, moved)
+    def run_fused(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A function that a GPU runs as one kernel: only what it returns takes memory."""
+        with _disable_current_modes():
+            output = function(*args, **kwargs)
+        results = _tensors(output)
+        for tensor in results:
+            self._follow(tensor, self.part)
+        self._note()
+        read = _tensors([*args, *kwargs.values()])
+        self.count("memory", 0.0, sum(t.numel() * t.element_size() for t in [*read, *results]))
+        return output
+
+    def note_room(self, num_bytes: int) -> None:
+        """That an operation takes so much for itself while it runs."""
+        self.live[self.part] = self.live.get(self.part, 0) + num_bytes
+        self._note()
+        self.live[self.part] -= num_bytes
 
     def _follow(self, tensor: Tensor, part: Part, *, is_known: bool = False) -> None:
         storage = tensor.untyped_storage()

@@ -12,16 +12,15 @@ from transformers import PreTrainedModel
 
 from tunefork.errors import ModelError
 from tunefork.kernels.layout import Products, Storage
+from tunefork.model.device import has_fp8
 from tunefork.model.head import find_head
 from tunefork.model.layers import draws, prepare_layers
-from tunefork.recipe import Method, Recipe
+from tunefork.recipe import Checkpointing, Compile, Method, Recipe
 from tunefork.train.out_of_memory import Remedies
 from tunefork.train.runner import Runner
 
 _WORTH_COMPILING = 100
 """Optimiser steps from which on `train.compile: auto` compiles: they take longer than compiling."""
-_FP8_CAPABILITY = (8, 9)
-"""First CUDA compute capability with FP8 products (Ada; Hopper is 9.0)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +46,34 @@ def base_form(
             "train.precision: fp8 has no form of lora.dora, whose rows' lengths need the base's "
             "weights in each step; leave one of the two out"
         )
-    if wants_fp8 and device.type == "cuda":
+    if wants_fp8 and device.type == "cuda" and not has_fp8(device):
         capability = torch.cuda.get_device_capability(device)
-        if capability < _FP8_CAPABILITY:
-            raise ModelError(
-                f"train.precision: fp8 needs a GPU with FP8 products (compute capability 8.9 or "
-                f"later), and this is one of {capability[0]}.{capability[1]}; set bf16"
-            )
-    if recipe.lora.dora or dtype != torch.bfloat16 or (device.type != "cuda" and not wants_fp8):
+        raise ModelError(
+            f"train.precision: fp8 needs a GPU with FP8 products (compute capability 8.9 or "
+            f"later), and this is one of {capability[0]}.{capability[1]}; set bf16"
+        )
+    return form_of(
+        method,
+        kind=device.type,
+        dtype=dtype,
+        wants_fp8=wants_fp8,
+        is_dora=recipe.lora.dora,
+        checkpointing=recipe.train.activation_checkpointing,
+    )
+
+
+def form_of(
+    method: Method,
+    *,
+    kind: str,
+    dtype: torch.dtype,
+    wants_fp8: bool,
+    is_dora: bool,
+    checkpointing: Checkpointing,
+) -> BaseForm | None:
+    """`base_form` on a device of `kind` ("cuda" or "cpu") that can do what is wanted of it."""
+    is_full = method is Method.FULL
+    if is_full or is_dora or dtype != torch.bfloat16 or (kind != "cuda" and not wants_fp8):
         return None
     products: Products = "fp8" if wants_fp8 else "bf16"
     if method is Method.QLORA:
@@ -62,15 +81,13 @@ def base_form(
     if not wants_fp8:
         return BaseForm("bf16", products)
     # A second copy saves turning the weights in each backward pass, and takes a byte a parameter.
-    keeps_all = recipe.train.activation_checkpointing == "none"
-    return BaseForm("fp8_twice" if keeps_all else "fp8", products)
+    return BaseForm("fp8_twice" if checkpointing == "none" else "fp8", products)
 
 
-def compiles(recipe: Recipe, device: torch.device, num_steps: int) -> bool:
-    """Whether a run of so many optimiser steps compiles its layers."""
-    wanted = recipe.train.compile
+def compiles(wanted: Compile, kind: str, num_steps: int) -> bool:
+    """Whether a run of so many optimiser steps on a device of `kind` compiles its layers."""
     is_long = num_steps >= _WORTH_COMPILING
-    return device.type == "cuda" and (wanted == "always" or (wanted == "auto" and is_long))
+    return kind == "cuda" and (wanted == "always" or (wanted == "auto" and is_long))
 
 
 def prepare(
@@ -78,7 +95,7 @@ def prepare(
 ) -> Runner:
     """Have the built `model` run as the recipe says while it is trained, in place."""
     checkpointing = recipe.train.activation_checkpointing
-    is_compiled = compiles(recipe, model.device, num_steps)
+    is_compiled = compiles(recipe.train.compile, model.device.type, num_steps)
     prepare_layers(model, checkpointing, compiles=is_compiled)
     head = find_head(model)
     # Random numbers that a replay draws are not those of a launch: a resumed run, which launches

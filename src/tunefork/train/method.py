@@ -147,7 +147,7 @@ def train_method(
     section = recipe.train
     optimizer = make_optimizer(model, recipe, method, seed=seed)
     limit = section.micro_batch_tokens
-    remedies = Remedies.of(recipe, method)
+    remedies = Remedies.of(recipe, method, model.device)
     check_weights(model, recipe.model.id)
     runner = prepare(model, recipe, num_steps=len(schedule), remedies=remedies)
     with deterministic.deterministic(section.deterministic):

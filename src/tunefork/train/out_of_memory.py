@@ -17,7 +17,14 @@ from typing import Literal
 import torch
 
 from tunefork.errors import NoMemoryError
-from tunefork.recipe import Method, Recipe
+from tunefork.model.device import has_fp8
+from tunefork.recipe import Checkpointing, Method, Recipe
+
+_LESS: dict[Checkpointing, str] = {
+    "none": "full (the same gradients, about a quarter slower)",
+    "selective": "full (the same gradients, a little slower)",
+}
+"""What keeps less than a kind of checkpointing, where there is such."""
 
 Phase = Literal["load", "forward", "backward", "optimiser step", "evaluation", "save"]
 
@@ -39,21 +46,30 @@ class Remedies:
     micro_batch_tokens: int
     least_tokens: int
     """`data.max_length`: a micro-batch must hold one sequence."""
-    activation_checkpointing: bool
+    checkpointing: Checkpointing
     eight_bit: bool
     master_weights: bool
     """Full fine-tuning keeps fp32 copies of the weights."""
+    on_gpu: bool = False
+    """The run is on a CUDA GPU, so that host memory is another."""
+    may_be_fp8: bool = False
+    """LoRA's frozen base could be kept in e4m3, and is not."""
 
     @classmethod
-    def of(cls, recipe: Recipe, method: Method) -> "Remedies":
-        """Of what the recipe says."""
+    def of(cls, recipe: Recipe, method: Method, device: torch.device | None = None) -> "Remedies":
+        """Of what the recipe says and `device`, where the run is, could do."""
         return cls(
             method=method,
             micro_batch_tokens=recipe.train.micro_batch_tokens,
             least_tokens=recipe.data.max_length,
-            activation_checkpointing=recipe.train.activation_checkpointing != "none",
+            checkpointing=recipe.train.activation_checkpointing,
             eight_bit=recipe.full.optimizer == "adamw_8bit",
             master_weights=recipe.full.weights == "fp32",
+            on_gpu=device is not None and device.type == "cuda",
+            may_be_fp8=method is Method.LORA
+            and not recipe.lora.dora
+            and recipe.train.precision != "fp8"
+            and has_fp8(device),
         )
 
     def cheapest(self, phase: Phase) -> str:
@@ -62,10 +78,12 @@ class Remedies:
         half = self.micro_batch_tokens // 2
         if activations and half >= self.least_tokens:
             return f"train.micro_batch_tokens: {half} (the same gradients, a little slower)"
-        if phase in ("forward", "backward") and not self.activation_checkpointing:
-            return (
-                "train.activation_checkpointing: true (the same gradients, about a quarter slower)"
-            )
+        if phase in ("forward", "backward") and self.checkpointing in _LESS:
+            return f"train.activation_checkpointing: {_LESS[self.checkpointing]}"
+        if self.may_be_fp8 and phase in ("load", "forward", "backward", "optimiser step"):
+            return "train.precision: fp8 (the frozen base takes half the memory)"
+        if phase in ("forward", "backward") and self.on_gpu and self.checkpointing == "full":
+            return "train.activation_checkpointing: offload (what is kept waits in host memory)"
         if phase in ("forward", "backward", "optimiser step") and self.method is Method.FULL:
             if not self.eight_bit:
                 return "full.optimizer: adamw_8bit"

@@ -24,7 +24,7 @@ from tunefork.model.head import Head
 from tunefork.train.loss import loss_sum
 from tunefork.train.out_of_memory import Remedies, phase
 
-_MOST_TOKENS = 16384
+MOST_TOKENS = 16384
 """Of a pass that is captured: with more, the GPU is the slower one with any model worth a GPU."""
 _MOST_GRAPHS = 16
 _ROOM = 1.25
@@ -113,7 +113,7 @@ class Runner:
     def _may_capture(self, size: Size) -> bool:
         if not self.captures or len(self.graphs) >= _MOST_GRAPHS:
             return False
-        if size.rows * size.length > _MOST_TOKENS:
+        if size.rows * size.length > MOST_TOKENS:
             return False
         if self.graphs:  # they share one pool
             return size.rows * size.length <= max(g.rows * g.length for g in self.graphs)
