@@ -17,11 +17,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tunefork.model.fused import FusedLinear
 from tunefork.model.offload import Shelf, offloaded
 from tunefork.recipe import Checkpointing
 
@@ -53,6 +55,10 @@ def prepare_layers(
         # A fused group remembers its outputs until its last member has asked for them, within one
         # run of the layer: nothing that the second run would have to do again.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+        # An NF4 weight is dequantised in both passes. The compiler would take the two for one, and
+        # keep the dequantised weight in between: for all layers, as much as the bf16 model.
+        keeps_all = checkpointing in ("none", "selective")
+        torch._functorch.config.cse = not (keeps_all and _has_nf4(model))
         run = compiler(run, dynamic=dynamic)
     if checkpointing == "full":
         run = partial(_checkpointed, run, again)
@@ -66,6 +72,13 @@ def draws(model: PreTrainedModel) -> bool:
     """Whether a layer draws random numbers, which a second run has to draw again."""
     own = any(getattr(module, "dropout", 0.0) for module in model.modules())
     return own or any(isinstance(m, nn.Dropout) and m.p > 0.0 for m in model.modules())
+
+
+def _has_nf4(model: PreTrainedModel) -> bool:
+    return any(
+        isinstance(module, FusedLinear) and module.group.layout.storage == "nf4"
+        for module in model.modules()
+    )
 
 
 def _forward(run: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:

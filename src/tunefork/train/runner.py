@@ -27,6 +27,8 @@ from tunefork.train.out_of_memory import Remedies, phase
 MOST_TOKENS = 16384
 """Of a pass that is captured: with more, the GPU is the slower one with any model worth a GPU."""
 _MOST_GRAPHS = 16
+_MOST_GRADIENT_BYTES = 2**30
+"""Of a pass that is captured: its gradients are there all the time, in the forward pass too."""
 _ROOM = 1.25
 """Free memory that a capture asks for, in units of the most that was used above the weights."""
 
@@ -114,6 +116,8 @@ class Runner:
         if not self.captures or len(self.graphs) >= _MOST_GRAPHS:
             return False
         if size.rows * size.length > MOST_TOKENS:
+            return False
+        if sum(p.numel() * p.element_size() for p in self.trained) > _MOST_GRADIENT_BYTES:
             return False
         if self.graphs:  # they share one pool
             return size.rows * size.length <= max(g.rows * g.length for g in self.graphs)
