@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedModel
 
-from tests.tiny import tiny_model
+from tests.tiny import CONFIGS, tiny_model
 from tunefork.kernels.layout import Storage
 from tunefork.model.build import build
 from tunefork.model.fused import find_groups, fuse
@@ -85,3 +85,49 @@ def test_a_written_delta_is_heeded() -> None:
             group.write_delta()
     without = model(input_ids=IDS).logits
     assert (before - without).abs().max() > 0.05
+
+
+def test_deltas_are_current_in_a_model_whose_head_goes_past_its_base_model() -> None:
+    """OPT's: a hook on the base model would never run."""
+    config = OPTConfig(
+        vocab_size=96,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+    )
+    ids = torch.arange(3, 19)[None]
+    logits = []
+    for is_fused in (False, True):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        build(model, Method.LORA, RANK_4, seed=0)
+        if is_fused:
+            fuse(model, "bf16", "bf16", torch.device("cpu"))
+        torch.manual_seed(1)
+        for layer in model.modules():
+            if isinstance(layer, LoraLinear):
+                torch.nn.init.normal_(layer.lora_b, std=0.5)
+        logits.append(model(input_ids=ids, use_cache=False).logits)
+    torch.testing.assert_close(logits[1], logits[0])
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_a_fused_bf16_base_changes_nothing(name: str) -> None:
+    """In fp32, to rounding; q, k and v of several widths, gate and up widened or one layer."""
+    found = []
+    for is_fused in (False, True):
+        model = tiny_model(name)
+        build(model, Method.LORA, RANK_4, seed=0)
+        if is_fused:
+            fuse(model, "bf16", "bf16", torch.device("cpu"))
+        torch.manual_seed(1)
+        for layer in model.modules():
+            if isinstance(layer, LoraLinear):
+                torch.nn.init.normal_(layer.lora_b, std=0.05)
+        loss = _loss(model)
+        loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for key, want in found[0].items():
+        assert float((found[1][key] - want).norm()) <= 1e-5 * float(want.norm()), key

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tunefork.errors import ModelError
 from tunefork.kernels import fp8
@@ -154,18 +155,32 @@ def fuse(
                 fused = FusedLinear(group, index, _base(member).bias)
                 setattr(model.get_submodule(parent), name, fused)
         groups.append(group)
+        _owner(model, paths[0]).register_forward_pre_hook(partial(_write_delta, group))
     model.to(device)
-    model.base_model.register_forward_pre_hook(lambda *_: _write_deltas(groups))
     return groups
+
+
+def _owner(model: PreTrainedModel, path: str) -> nn.Module:
+    """The decoder layer that `path` lies in, or else the module there itself.
+
+    A layer's hooks run whatever calls it (OPT's head goes past its base model), and outside of what
+    is compiled.
+    """
+    parts = path.split(".")
+    for end in range(1, len(parts)):
+        module: nn.Module = model.get_submodule(".".join(parts[:end]))
+        if isinstance(module, GradientCheckpointingLayer):
+            return module
+    own: nn.Module = model.get_submodule(path)
+    return own
 
 
 def _base(member: nn.Module) -> Any:
     return member.base if isinstance(member, LoraLinear) else member
 
 
-def _write_deltas(groups: Sequence[FusedGroup]) -> None:
-    for group in groups:
-        group.write_delta()
+def _write_delta(group: FusedGroup, *_: Any) -> None:
+    group.write_delta()
 
 
 def _check_sizes(layers: dict[str, nn.Module]) -> None:

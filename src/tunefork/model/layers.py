@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tunefork.errors import ModelError
 from tunefork.model.fused import FusedLinear
 from tunefork.model.offload import Shelf, offloaded
 from tunefork.recipe import Checkpointing
@@ -45,7 +46,8 @@ def prepare_layers(
     """Have `model`'s layers run so while they are trained, in place.
 
     `dynamic` is torch.compile's: whether one compiled form serves every number of tokens. A plan,
-    which computes nothing, has a `compiler` and a `shelf` (`model/offload.py`) of its own.
+    which computes nothing, has a `compiler` and a `shelf` (`model/offload.py`) of its own. Raises
+    ModelError for checkpointing that the model has no layers for.
     """
     again = draws(model)
     run: Callable[..., Any] = _as_written
@@ -64,7 +66,13 @@ def prepare_layers(
         run = partial(_checkpointed, run, again)
     if checkpointing == "offload":
         run = partial(offloaded, run, shelf or Shelf(), again)
-    for layer in decoder_layers(model):
+    layers = decoder_layers(model)
+    if not layers and checkpointing != "none":
+        raise ModelError(
+            f"train.activation_checkpointing: {checkpointing} cannot be had: {type(model).__name__} "
+            "has no decoder layers that transformers would checkpoint; set none"
+        )
+    for layer in layers:
         layer.forward = partial(_forward, run, layer)
 
 

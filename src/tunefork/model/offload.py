@@ -143,15 +143,21 @@ class _Offloaded(torch.autograd.Function):
 
 
 def offloaded(
-    run: Callable[..., Any], shelf: Shelf, draws: bool, layer: nn.Module, x_d: Tensor, **kwargs: Any
+    run: Callable[..., Any],
+    shelf: Shelf,
+    draws: bool,
+    layer: nn.Module,
+    x_d: Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
     """`run(layer, x_d, **kwargs)`, a (..., D) tensor, whose backward pass runs it again.
 
     `x_d` waits in host memory until then. Gradients of `layer`'s parameters add up in their `grad`
-    (never through `torch.autograd.grad`); what is in `kwargs` gets none. With `draws` the second
+    (never through `torch.autograd.grad`); what else is given gets none. With `draws` the second
     run draws the same random numbers.
     """
     # Its gradient is not asked for, but without an input that has one there is no backward pass.
     anchor = torch.empty(0, device=x_d.device, requires_grad=True)
     apply: Callable[..., Tensor] = _Offloaded.apply
-    return apply(lambda x: run(layer, x, **kwargs), shelf, draws, x_d, anchor)
+    return apply(lambda x: run(layer, x, *args, **kwargs), shelf, draws, x_d, anchor)
