@@ -169,7 +169,8 @@ def _owner(model: PreTrainedModel, path: str) -> nn.Module:
     parts = path.split(".")
     for end in range(1, len(parts)):
         module: nn.Module = model.get_submodule(".".join(parts[:end]))
-        if isinstance(module, GradientCheckpointingLayer):
+        is_layer = isinstance(module, GradientCheckpointingLayer)
+        if is_layer:
             return module
     own: nn.Module = model.get_submodule(path)
     return own

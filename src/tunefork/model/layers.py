@@ -69,8 +69,9 @@ def prepare_layers(
     layers = decoder_layers(model)
     if not layers and checkpointing != "none":
         raise ModelError(
-            f"train.activation_checkpointing: {checkpointing} cannot be had: {type(model).__name__} "
-            "has no decoder layers that transformers would checkpoint; set none"
+            f"train.activation_checkpointing: {checkpointing} cannot be had, as "
+            f"{type(model).__name__} has no decoder layers that transformers would checkpoint; set "
+            "none"
         )
     for layer in layers:
         layer.forward = partial(_forward, run, layer)
