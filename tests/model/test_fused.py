@@ -141,3 +141,23 @@ def test_models_that_do_not_run_without_values_as_they_are_can_be_fused(
     assert len(groups) == num_groups
     assert sum(len(group.layout.sizes) for group in groups) == num_layers
     assert torch.allclose(fused(IDS).logits, plain(IDS).logits, atol=0.02)
+
+
+def test_a_pass_that_was_cut_short_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _trained()
+    groups = fuse(model, "bf16", "bf16", torch.device("cpu"))
+
+    def full(*_: Any) -> None:
+        raise MemoryError
+
+    for layer in model.model.layers:
+        monkeypatch.setattr(layer.mlp.act_fn, "forward", full)
+    with pytest.raises(MemoryError):  # between gate and up, which waits for its turn
+        _loss(model)
+    assert any(group.outputs for group in groups)
+    monkeypatch.undo()
+    held: list[bool] = []
+    first = model.model.layers[0]
+    first.register_forward_pre_hook(lambda *_: held.append(any(g.outputs for g in groups)))
+    _loss(model)
+    assert held == [False]

@@ -165,6 +165,7 @@ def _base(member: nn.Module) -> Any:
 
 def _write_deltas(groups: Sequence[FusedGroup]) -> None:
     for group in groups:
+        group.input, group.outputs = None, ()  # of a pass that was cut short: they hold all of it
         group.write_delta()
 
 
