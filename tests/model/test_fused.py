@@ -161,3 +161,14 @@ def test_a_pass_that_was_cut_short_is_let_go_of(monkeypatch: pytest.MonkeyPatch)
     first.register_forward_pre_hook(lambda *_: held.append(any(g.outputs for g in groups)))
     _loss(model)
     assert held == [False]
+
+
+@pytest.mark.parametrize("storage", ["bf16", "fp8"])
+def test_no_tokens_give_no_tokens(storage: Storage) -> None:
+    """As an expert has that no token was sent to."""
+    [group, *_] = fuse(
+        _trained(), storage, "bf16" if storage == "bf16" else "fp8", torch.device("cpu")
+    )
+    group.write_delta()
+    found = group(torch.empty(0, group.features_in, dtype=torch.bfloat16))
+    assert [tuple(y.shape) for y in found] == [(0, size) for size in group.layout.sizes]

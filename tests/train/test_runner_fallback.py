@@ -9,7 +9,9 @@ from tests.tiny import tiny_model
 from tests.train.test_loss import examples
 from tunefork.data.bucket import size_of
 from tunefork.data.pack import pack
+from tunefork.errors import NoMemoryError
 from tunefork.model.head import find_head
+from tunefork.train.accumulate import Accumulator
 from tunefork.train.runner import Laid, Runner
 
 
@@ -49,3 +51,24 @@ def test_a_launched_pass_adds_to_the_gradients_that_graphs_add_to() -> None:
         parameter.grad = None
     runner.loss(laid, laid.supervised, "here")
     assert [p.grad.data_ptr() for p in runner.trained if p.grad is not None] == kept
+
+
+def test_want_of_memory_gives_the_graphs_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, laid = _runner()
+    runner._attach_gradients()
+    runner.graphs = {laid.size: object()}  # type: ignore[dict-item]
+    tries: list[dict[Any, Any]] = []
+
+    def loss(_laid: Laid, _supervised: int, _where: str) -> torch.Tensor:
+        tries.append(dict(runner.graphs))
+        if len(tries) == 1:
+            raise NoMemoryError("the first")
+        return torch.ones(())
+
+    monkeypatch.setattr(runner, "pads", False)
+    monkeypatch.setattr(runner, "loss", loss)
+    cut = Accumulator(runner, 64, packing=True, pad_id=0, on_out_of_memory="shrink")
+    cut.gradient(examples((9, 4)), 1)
+    assert tries[0]
+    assert not any(tries[1:])
+    assert runner.gradients == []

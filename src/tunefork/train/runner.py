@@ -109,6 +109,11 @@ class Runner:
             loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
+    def drop_graphs(self) -> None:
+        """Give back what captured passes keep: where memory is short, that is a pass's own."""
+        self.graphs.clear()
+        self.gradients = []
+
     def _may_capture(self, size: Size) -> bool:
         if not self.captures or len(self.graphs) >= _MOST_GRAPHS:
             return False
