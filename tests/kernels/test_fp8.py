@@ -100,3 +100,22 @@ def test_one_rows_outlier_leaves_the_others_alone() -> None:
     others = [i for i in range(8) if i != 3]
     torch.testing.assert_close(after[others], before[others], rtol=0, atol=0)
     assert after[3].isnan().all()
+
+
+@pytest.mark.parametrize("storage", ["fp8_twice", "fp8", "nf4"])
+@pytest.mark.parametrize("zero", ["row", "column"])
+def test_a_row_of_zeros_leaves_the_delta_and_the_other_rows_alone(
+    storage: Storage, zero: str
+) -> None:
+    """With a scale of its own, next to nothing, it took B, and then x, out of e4m3's range."""
+    given = _operands(33, 64, 96, 4)
+    weight = given["weight"].clone()
+    (weight if zero == "row" else weight.t())[5] = 0
+    layout, weights = _stored(storage, weight, given["a"], given["b"], 2.0)
+    dense = dequantize_nf4(*quantize_nf4(weight)) if storage == "nf4" else weight
+    x, a, b = given["x"], given["a"], given["b"]
+    [y] = fp8.fp8_lora(x, layout, weights, [a], [b])
+    [dx] = torch.autograd.grad(y, x, torch.ones_like(y))
+    whole = dense.double() + 2.0 * b.double() @ a.double()
+    assert _error(y, x.double() @ whole.t()) < 0.06
+    assert _error(dx, torch.ones_like(y).double() @ whole) < 0.06

@@ -1,11 +1,20 @@
 """Fused FP8 groups against the layers that they stand in for."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    PreTrainedModel,
+)
 
 from tests.tiny import CONFIGS, tiny_model
 from tunefork.kernels.layout import Storage
@@ -131,3 +140,83 @@ def test_a_fused_bf16_base_changes_nothing(name: str) -> None:
         found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     for key, want in found[0].items():
         assert float((found[1][key] - want).norm()) <= 1e-5 * float(want.norm()), key
+
+
+@pytest.mark.parametrize("method", [Method.LORA, Method.QLORA])
+def test_a_head_with_trained_rows_stays_as_it_is(method: Method) -> None:
+    model = tiny_model("llama").bfloat16()
+    build(model, method, RANK_4, seed=0, new_ids=(90, 91))
+    head = model.get_output_embeddings()
+    base = head.base
+    fuse(model, "nf4" if method is Method.QLORA else "fp8", "fp8", torch.device("cpu"))
+    assert model.get_output_embeddings() is head
+    assert head.base is base
+
+
+def _mixtral() -> PreTrainedModel:
+    config = MixtralConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    torch.manual_seed(0)
+    return MixtralForCausalLM(config).bfloat16()
+
+
+def _bloom() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return BloomForCausalLM(
+        BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4)
+    ).bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("make", "num_layers", "num_groups"),
+    [(_mixtral, 8, 4), (_bloom, 4, 4)],
+    ids=["experts take bf16 alone, also without values", "a mask of two dimensions alone"],
+)
+def test_models_that_do_not_run_without_values_as_they_are_can_be_fused(
+    make: Callable[[], PreTrainedModel], num_layers: int, num_groups: int
+) -> None:
+    plain, fused = make().eval(), make().eval()
+    for model in (plain, fused):
+        build(model, Method.LORA, LoraSection(rank=4, targets="attention"), seed=0)
+    groups = fuse(fused, "bf16", "bf16", torch.device("cpu"))
+    assert len(groups) == num_groups
+    assert sum(len(group.layout.sizes) for group in groups) == num_layers
+    assert torch.allclose(fused(IDS).logits, plain(IDS).logits, atol=0.02)
+
+
+def test_a_pass_that_was_cut_short_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _trained()
+    groups = fuse(model, "bf16", "bf16", torch.device("cpu"))
+
+    def full(*_: Any) -> None:
+        raise MemoryError
+
+    for layer in model.model.layers:
+        monkeypatch.setattr(layer.mlp.act_fn, "forward", full)
+    with pytest.raises(MemoryError):  # between gate and up, which waits for its turn
+        _loss(model)
+    assert any(group.outputs for group in groups)
+    monkeypatch.undo()
+    held: list[bool] = []
+    first = model.model.layers[0]
+    first.register_forward_pre_hook(lambda *_: held.append(any(g.outputs for g in groups)))
+    _loss(model)
+    assert held == [False]
+
+
+@pytest.mark.parametrize("storage", ["bf16", "fp8"])
+def test_no_tokens_give_no_tokens(storage: Storage) -> None:
+    """As an expert has that no token was sent to."""
+    [group, *_] = fuse(
+        _trained(), storage, "bf16" if storage == "bf16" else "fp8", torch.device("cpu")
+    )
+    group.write_delta()
+    found = group(torch.empty(0, group.features_in, dtype=torch.bfloat16))
+    assert [tuple(y.shape) for y in found] == [(0, size) for size in group.layout.sizes]

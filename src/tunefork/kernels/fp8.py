@@ -41,13 +41,15 @@ _LOW = 16.0
 error is at most 2**-4 of high."""
 
 
-def quantize_rows(x_sd: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (S, D) in e4m3 and scales (S, 1) in fp32, with codes * scale close to `x_sd`.
+_LEAST_SCALE = 2.0**-8
+"""Of a weight's row, in units of its largest. The delta's columns lie over the same scales: with
+one of its own, a row of zeros (a pruned one) would take them, and then x, out of range."""
 
-    The scale takes a row's largest magnitude to 448; a row of zeros has a tiny one.
-    """
-    scale_s1 = _row_scale(x_sd)
-    return _codes(x_sd, scale_s1), scale_s1
+
+def _weight_scales(weights: Sequence[Tensor]) -> Tensor:
+    """(O, 1), fp32, of weights (O_i, D): what takes a row's largest magnitude to 448, or more."""
+    scale_o1 = torch.cat([_row_scale(weight) for weight in weights])
+    return torch.maximum(scale_o1, scale_o1.amax() * _LEAST_SCALE)
 
 
 def _codes(x_sd: Tensor, scale_s1: Tensor) -> Tensor:
@@ -106,13 +108,13 @@ def quantize_weight(weights: Sequence[Tensor], layout: Layout) -> Fp8Weight:
         first = parts[0]
         rows, columns = sum(part.shape[0] for part in parts), first.shape[1]
         room = torch.zeros(rows, columns + width, dtype=torch.uint8, device=first.device)
-        scales, start = [], 0
+        scale_o1, start = _weight_scales(parts), 0
         for part in parts:  # one at a time: the fp32 form of a layer is four times its codes
-            codes, scale = quantize_rows(part)
-            room[start : start + len(part), :columns] = codes.view(torch.uint8)
-            scales.append(scale)
-            start += len(part)
-        return room.view(E4M3), torch.cat(scales).t().contiguous()
+            end = start + len(part)
+            codes = _codes(part, scale_o1[start:end])
+            room[start:end, :columns] = codes.view(torch.uint8)
+            start = end
+        return room.view(E4M3), scale_o1.t().contiguous()
 
     codes_op, scale_1o = widened(weights)
     balance = torch.ones((), device=codes_op.device)
@@ -264,7 +266,9 @@ def _backward_operand(
 def _quantize_nf4(
     layout: Layout, weights: Sequence[Tensor], features_in: int
 ) -> tuple[Tensor, Tensor]:
-    return quantize_rows(dequantize_nf4_tensors(weights, layout.sizes, features_in, torch.bfloat16))
+    weight_od = dequantize_nf4_tensors(weights, layout.sizes, features_in, torch.bfloat16)
+    scale_o1 = _weight_scales([weight_od])
+    return _codes(weight_od, scale_o1), scale_o1
 
 
 def _beside(codes: Tensor, delta: Tensor, layout: Layout) -> Tensor:
@@ -339,4 +343,4 @@ def fp8_lora(
     a_rd = [torch.cat([a.to(x_d.dtype) for a in lora_a])] if lora_a else []
     b_or = [b.to(x_d.dtype) for b in lora_b]
     parts = apply(layout, len(weights), x_d.reshape(-1, x_d.shape[-1]), *weights, *a_rd, *b_or)
-    return tuple(part.view(*x_d.shape[:-1], -1) for part in parts)
+    return tuple(part.view(*x_d.shape[:-1], part.shape[1]) for part in parts)

@@ -139,4 +139,4 @@ def lora_group(
     a_rd = [torch.cat([a.to(x_d.dtype) for a in lora_a])] if lora_a else []
     b_or = [b.to(x_d.dtype) for b in lora_b]
     parts = apply(layout, len(weights), x_d.reshape(-1, x_d.shape[-1]), *weights, *a_rd, *b_or)
-    return tuple(part.view(*x_d.shape[:-1], -1) for part in parts)
+    return tuple(part.view(*x_d.shape[:-1], part.shape[1]) for part in parts)

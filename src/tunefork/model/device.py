@@ -23,7 +23,7 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Dtype of weights and activations for the recipe's `train.precision`."""
     if precision == "fp32":
         return torch.float32
-    if precision == "bf16" or device.type == "cuda" or has_fast_bf16():
+    if precision in ("bf16", "fp8") or device.type == "cuda" or has_fast_bf16():
         return torch.bfloat16
     return torch.float32
 

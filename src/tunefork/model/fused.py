@@ -181,6 +181,7 @@ def _base(member: nn.Module) -> Any:
 
 
 def _write_delta(group: FusedGroup, *_: Any) -> None:
+    group.input, group.outputs = None, ()  # of a pass that was cut short: they hold all of it
     group.write_delta()
 
 
@@ -195,12 +196,18 @@ def _check_sizes(layers: dict[str, nn.Module]) -> None:
 
 
 def find_groups(model: PreTrainedModel) -> list[list[str]]:
-    """Paths of frozen linear layers that are given the very same input one after the other."""
+    """Paths of frozen linear layers that are given the very same input one after the other.
+
+    Where that cannot be seen each layer is a group of its own, and those without a delta that were
+    not called are none: other code may read their weights.
+    """
     paths = _frozen_linear_paths(model)
     seen = _inputs(model, set(paths))
+    called = {path for path, _ in seen}
     if sorted(path for path, _ in seen) != sorted(paths):
         # Not each once, in one pass: a layer used twice, or only for some tokens.
-        return [[path] for path in paths]
+        kinds = {path: model.get_submodule(path) for path in paths}
+        return [[p] for p in paths if p in called or not isinstance(kinds[p], nn.Linear)]
     groups: list[list[str]] = []
     last: Tensor | None = None
     for path, given in seen:
@@ -215,21 +222,25 @@ def find_groups(model: PreTrainedModel) -> list[list[str]]:
 def _frozen_linear_paths(model: PreTrainedModel) -> list[str]:
     """Of layers with a delta, and of those without one that are not trained; not the head's."""
     paths, within = [], tuple[str, ...]()
+    head = model.get_output_embeddings()
+    of_head = set() if head is None else set(head.modules())  # its own too, with trained rows
     for path, module in model.named_modules():
         if isinstance(module, LoraLinear):
             within += (path + ".base",)
         is_frozen = isinstance(module, nn.Linear) and not module.weight.requires_grad
-        is_head = module is model.get_output_embeddings()
-        if isinstance(module, LoraLinear | Nf4Linear) or (is_frozen and not is_head):
+        if isinstance(module, LoraLinear | Nf4Linear) or (is_frozen and module not in of_head):
             paths.append(path)
     return [path for path in paths if path not in within]
 
 
 @torch.no_grad()
 def _inputs(model: PreTrainedModel, paths: set[str]) -> list[tuple[str, Tensor]]:
-    """Each layer of `paths` and what it is given, in the order of a forward pass."""
+    """Each layer of `paths` and what it is given, in the order of a forward pass.
+
+    Nothing for a model that cannot run without values (a mask that it reads, say).
+    """
     with torch.device("meta"):
-        twin = type(model)(model.config).eval()
+        twin = type(model)(model.config).eval().bfloat16()  # some operators take no other
     seen: list[tuple[str, Tensor]] = []
 
     def note(path: str, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -240,5 +251,8 @@ def _inputs(model: PreTrainedModel, paths: set[str]) -> list[tuple[str, Tensor]]
     ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
     # A ready mask: making one asks for values, and there are none here.
     mask = torch.ones(1, 1, 4, 4, dtype=torch.bool, device="meta")
-    twin(input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False)
+    try:
+        twin(input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return []
     return seen

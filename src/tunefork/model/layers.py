@@ -79,8 +79,13 @@ def prepare_layers(
 
 def draws(model: PreTrainedModel) -> bool:
     """Whether a layer draws random numbers, which a second run has to draw again."""
-    own = any(getattr(module, "dropout", 0.0) for module in model.modules())
-    return own or any(isinstance(m, nn.Dropout) and m.p > 0.0 for m in model.modules())
+    rates = (
+        value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if "drop" in name or (name == "p" and isinstance(module, nn.Dropout))
+    )
+    return any(isinstance(rate, float) and rate > 0.0 for rate in rates)
 
 
 def _has_nf4(model: PreTrainedModel) -> bool:

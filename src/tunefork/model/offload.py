@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from tunefork.errors import ModelError
+
 _IN_FLIGHT = 2
 """Inputs that may be on their way out at once. The host launches layers faster than the GPU runs
 them, and would let all of them wait for their copies in GPU memory."""
@@ -121,6 +123,8 @@ class _Offloaded(torch.autograd.Function):
         if draws:
             ctx.random = (torch.get_rng_state(), *get_device_states(x_d))
         y_d = run(x_d)
+        if not isinstance(y_d, Tensor):
+            raise ModelError(_REFUSED.format(f"return a {type(y_d).__name__}, not one tensor"))
         ctx.kept = shelf.put(x_d)
         return y_d
 
@@ -142,6 +146,12 @@ class _Offloaded(torch.autograd.Function):
         return None, None, None, x_d.grad, None
 
 
+_REFUSED = (
+    "train.activation_checkpointing: offload is for layers of one tensor, and this model's {}; "
+    "set full"
+)
+
+
 def offloaded(
     run: Callable[..., Any],
     shelf: Shelf,
@@ -151,12 +161,17 @@ def offloaded(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    """`run(layer, x_d, **kwargs)`, a (..., D) tensor, whose backward pass runs it again.
+    """`run(layer, x_d, *args, **kwargs)`, a (..., D) tensor, whose backward pass runs it again.
 
     `x_d` waits in host memory until then. Gradients of `layer`'s parameters add up in their `grad`
-    (never through `torch.autograd.grad`); what else is given gets none. With `draws` the second
-    run draws the same random numbers.
+    (never through `torch.autograd.grad`). With `draws` the second run draws the same random
+    numbers. Raises ModelError where something else than `x_d` would need a gradient, or the result
+    is no tensor.
     """
+    for given in (*args, *kwargs.values()):
+        parts = given if isinstance(given, list | tuple) else (given,)
+        if any(isinstance(part, Tensor) and part.requires_grad for part in parts):
+            raise ModelError(_REFUSED.format("share another tensor that needs a gradient"))
     # Its gradient is not asked for, but without an input that has one there is no backward pass.
     anchor = torch.empty(0, device=x_d.device, requires_grad=True)
     apply: Callable[..., Tensor] = _Offloaded.apply

@@ -100,6 +100,7 @@ class Accumulator:
 
     def _start_over(self, random: Sequence[torch.Tensor]) -> None:
         """Back to the step's start: no gradient, the same dropout."""
+        self.runner.drop_graphs()
         self.model.zero_grad(set_to_none=True)
         restore_random(random, self.model.device)
         if self.model.device.type == "cuda":

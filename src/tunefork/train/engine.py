@@ -14,7 +14,7 @@ from tunefork.errors import ModelError
 from tunefork.kernels.layout import Products, Storage
 from tunefork.model.device import has_fp8
 from tunefork.model.head import find_head
-from tunefork.model.layers import draws, prepare_layers
+from tunefork.model.layers import decoder_layers, draws, prepare_layers
 from tunefork.recipe import Checkpointing, Compile, Method, Recipe
 from tunefork.train.out_of_memory import Remedies
 from tunefork.train.runner import Runner
@@ -93,8 +93,16 @@ def compiles(wanted: Compile, kind: str, num_steps: int) -> bool:
 def prepare(
     model: PreTrainedModel, recipe: Recipe, *, num_steps: int, remedies: Remedies | None = None
 ) -> Runner:
-    """Have the built `model` run as the recipe says while it is trained, in place."""
+    """Have the built `model` run as the recipe says while it is trained, in place.
+
+    Raises ModelError where the recipe asks for checkpointing that the architecture has not.
+    """
     checkpointing = recipe.train.activation_checkpointing
+    if checkpointing != "none" and not decoder_layers(model):
+        raise ModelError(
+            f"train.activation_checkpointing: {checkpointing} is not to be had for "
+            f"{type(model).__name__}, whose layers transformers does not checkpoint; set none"
+        )
     is_compiled = compiles(recipe.train.compile, model.device.type, num_steps)
     prepare_layers(model, checkpointing, compiles=is_compiled)
     head = find_head(model)

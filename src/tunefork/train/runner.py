@@ -8,7 +8,7 @@ that stay where they are.
 
 A size is launched the first time it comes, which compiles what has to be compiled, and captured the
 second time. Where memory would not hold a second pass's activations beside the first's, it is not
-captured: a graph keeps its own.
+captured: a graph keeps its own. Where a capture fails, passes are launched.
 """
 
 from dataclasses import dataclass
@@ -96,13 +96,12 @@ class Runner:
         Its gradient is added to the parameters'. Raises NoMemoryError, which `where` is part of.
         """
         batch, size = laid.batch, laid.size
+        if self.gradients:  # a launched pass would make others beside them
+            self._attach_gradients()
         if size is not None:
+            if size not in self.graphs and size in self.seen and self._may_capture(size):
+                self._try_capture(size, batch)
             if size in self.graphs:
-                self._attach_gradients()
-                return self.graphs[size].replay(batch, supervised)
-            if size in self.seen and self._may_capture(size):
-                with phase("backward", self.remedies, where):
-                    self.graphs[size] = self._capture(batch)
                 return self.graphs[size].replay(batch, supervised)
             self.seen.add(size)
         divisor = torch.full((), float(supervised), device=self.model.device)
@@ -111,6 +110,11 @@ class Runner:
         with phase("backward", self.remedies, where):
             loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
+
+    def drop_graphs(self) -> None:
+        """Give back what captured passes keep: where memory is short, that is a pass's own."""
+        self.graphs.clear()
+        self.gradients = []
 
     def _may_capture(self, size: Size) -> bool:
         if not self.captures or len(self.graphs) >= _MOST_GRAPHS:
@@ -140,6 +144,20 @@ class Runner:
             elif parameter.grad is not gradient:
                 gradient.copy_(parameter.grad)
                 parameter.grad = gradient
+
+    def _try_capture(self, size: Size, batch: MicroBatch) -> None:
+        """Capture the pass of `size`, or no more passes at all where that fails.
+
+        Some architectures wait for the GPU in their forward pass (a rotary embedding that looks
+        for the longest position), which breaks a capture, and memory may be short. Neither keeps
+        the pass from being launched.
+        """
+        try:
+            self.graphs[size] = self._capture(batch)
+        except RuntimeError:  # OutOfMemoryError is one
+            self.captures = False
+        if not self.captures:  # outside of `except`: the error holds the failed pass's tensors
+            torch.cuda.empty_cache()
 
     def _capture(self, batch: MicroBatch) -> _Graph:
         """The graph of a pass as large as `batch`; nothing is computed yet."""
