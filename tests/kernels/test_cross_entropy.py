@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tunefork.kernels import cross_entropy, reference
 
@@ -47,3 +48,30 @@ def test_no_supervised_token_is_a_zero_loss() -> None:
     hidden, weight = torch.randn(0, 4, requires_grad=True), torch.randn(5, 4)
     loss = cross_entropy.linear_cross_entropy_sum(hidden, weight, torch.zeros(0, dtype=torch.long))
     assert float(loss.detach()) == 0.0
+
+
+def test_ignored_targets_add_exactly_nothing() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(33, 8)
+    targets = torch.tensor([3, -100, 0, -100])
+    cross_entropy.linear_cross_entropy_sum(hidden, weight, targets).backward()
+    assert hidden.grad is not None and not hidden.grad[1::2].any()
+    losses = cross_entropy.linear_cross_entropy(hidden.detach(), weight, targets)
+    assert not losses[1::2].any()
+    expected = F.cross_entropy(hidden.detach() @ weight.t(), targets, reduction="none")
+    torch.testing.assert_close(losses, expected)
+
+
+@pytest.mark.parametrize("kind", ["random", "large", "equal"])
+def test_the_form_for_a_gpu_equals_that_for_a_cpu(kind: str) -> None:
+    torch.manual_seed(0)
+    logits = torch.full((5, 33), 7.0) if kind == "equal" else torch.randn(5, 33)
+    targets = torch.tensor([0, 32, -100, 4, 5])
+    if kind == "large":
+        logits += 1e4
+    for_gpu, for_cpu = logits.clone(), logits.clone()
+    losses = cross_entropy._fused_to_gradient_(for_gpu, targets)
+    expected = cross_entropy._to_gradient_(for_cpu, torch.empty_like(logits), targets)
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(for_gpu, for_cpu, rtol=1e-6, atol=1e-6)
+    assert not for_gpu[2].any() and losses[2] == 0.0

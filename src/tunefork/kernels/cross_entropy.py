@@ -115,18 +115,23 @@ def _to_gradient_(logits_cv: Tensor, work_cv: Tensor | None, targets_c: Tensor) 
 
 
 @compiled_on_cuda()
-def _log_z(logits_cv: Tensor) -> Tensor:
-    """log(sum(exp(logits))) of each row: (C, 1), fp32."""
+def _log_z(logits_cv: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's largest logit, and log(sum(exp(logits - largest))): (C, 1), fp32.
+
+    Apart, as their sum would round a small loss away where logits are large.
+    """
     wide_cv = logits_cv.float()
     top_c1 = wide_cv.amax(-1, keepdim=True)
-    return (wide_cv - top_c1).exp().sum(-1, keepdim=True).log() + top_c1
+    return top_c1, (wide_cv - top_c1).exp().sum(-1, keepdim=True).log()
 
 
 @compiled_on_cuda()
-def _softmax_minus_onehot_(logits_cv: Tensor, shift_c1: Tensor, hit_c1: Tensor) -> None:
-    """exp(logits - shift), less 1 at `hit`, in place."""
+def _softmax_minus_onehot_(
+    logits_cv: Tensor, top_c1: Tensor, shift_c1: Tensor, hit_c1: Tensor
+) -> None:
+    """exp(logits - top - shift), less 1 at `hit`, in place."""
     at_v = torch.arange(logits_cv.shape[1], device=logits_cv.device, dtype=torch.int32)
-    logits_cv.copy_((logits_cv.float() - shift_c1).exp() - (at_v == hit_c1).float())
+    logits_cv.copy_((logits_cv.float() - top_c1 - shift_c1).exp() - (at_v == hit_c1).float())
 
 
 def _fused_to_gradient_(logits_cv: Tensor, targets_c: Tensor) -> Tensor:
@@ -136,11 +141,12 @@ def _fused_to_gradient_(logits_cv: Tensor, targets_c: Tensor) -> Tensor:
     """
     is_ignored_c1 = (targets_c == IGNORED)[:, None]
     target_logits_c1 = logits_cv.gather(1, targets_c.clamp(min=0)[:, None]).float()
-    log_z_c1 = _log_z(logits_cv)
+    top_c1, log_sum_c1 = _log_z(logits_cv)
     # exp(x - inf) = 0: an ignored row's gradient. No logit is number -100.
-    shift_c1 = log_z_c1.masked_fill(is_ignored_c1, torch.inf)
-    _softmax_minus_onehot_(logits_cv, shift_c1, targets_c[:, None].to(torch.int32))
-    return (log_z_c1 - target_logits_c1).masked_fill(is_ignored_c1, 0.0)[:, 0]
+    shift_c1 = log_sum_c1.masked_fill(is_ignored_c1, torch.inf)
+    _softmax_minus_onehot_(logits_cv, top_c1, shift_c1, targets_c[:, None].to(torch.int32))
+    losses_c1 = log_sum_c1 - (target_logits_c1 - top_c1)
+    return losses_c1.masked_fill(is_ignored_c1, 0.0)[:, 0]
 
 
 def _chunks(hidden_sd: Tensor, weight_vd: Tensor) -> Iterator[tuple[slice, Tensor, Tensor | None]]:

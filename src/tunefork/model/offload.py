@@ -8,6 +8,7 @@ runs, and comes back while the layer above it is differentiated.
 Shape legend: T tokens in any layout, D features.
 """
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,15 @@ class _Kept:
     event: Any = None
     """Of the last copy, either way."""
     back: Tensor | None = None
+    holder: "weakref.ref[_Ticket] | None" = None
+    """Gone with the graph of a pass whose backward pass never came."""
+
+
+@dataclass(slots=True, weakref_slot=True, eq=False)
+class _Ticket:
+    """What a graph holds of its layer's input."""
+
+    kept: _Kept
 
 
 @dataclass(slots=True)
@@ -51,8 +61,9 @@ class Shelf:
     """Host buffers to use again: pinning memory is slow."""
     stream: Any = None
 
-    def put(self, x_d: Tensor) -> _Kept:
+    def put(self, x_d: Tensor) -> _Ticket:
         """Start copying `x_d` out."""
+        self._drop_abandoned()
         x_d = x_d.detach().contiguous()
         fitting = (b for b in self.free if b.numel() >= x_d.numel() and b.dtype == x_d.dtype)
         host = next(fitting, None)
@@ -69,11 +80,22 @@ class Shelf:
                 older.source = None
         else:
             host[: x_d.numel()].copy_(x_d.view(-1))
+        ticket = _Ticket(kept)
+        kept.holder = weakref.ref(ticket)
         self.kept.append(kept)
-        return kept
+        return ticket
 
-    def take(self, kept: _Kept) -> Tensor:
-        """`kept` back on its device; the one below it is fetched ahead."""
+    def _drop_abandoned(self) -> None:
+        """Inputs of passes that ended without a backward pass, such as out of memory."""
+        for kept in [k for k in self.kept if k.holder is not None and k.holder() is None]:
+            if kept.event is not None:
+                kept.event.synchronize()  # its memory may be used again only after the copy
+            self.kept = [other for other in self.kept if other is not kept]
+            self.free.append(kept.host)
+
+    def take(self, ticket: _Ticket) -> Tensor:
+        """What `ticket` is for, back on its device; the one below it is fetched ahead."""
+        kept = ticket.kept
         self._fetch(kept)
         at = next(i for i in reversed(range(len(self.kept))) if self.kept[i] is kept)
         del self.kept[at:]

@@ -1,0 +1,74 @@
+"""Groups of LoRA layers over one product against the definition of each, values and gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tunefork.kernels import reference
+from tunefork.kernels.layout import Layout, Storage
+from tunefork.kernels.lora_group import is_widened, lora_group, with_room, write_delta
+from tunefork.kernels.quantized import dequantize_nf4, nf4_tensors, quantize_nf4
+
+SCALE = 0.5
+GROUPS = [
+    ((24,), (4,), False),
+    ((32, 16, 16), (4, 0, 2), False),
+    ((64, 48), (4, 3), True),
+    ((64, 48), (0, 3), True),
+    ((32, 16), (0, 0), False),
+]
+
+
+@pytest.mark.parametrize("storage", ["bf16", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("sizes", "ranks", "wide"), GROUPS)
+def test_equals_the_definition(
+    sizes: tuple[int, ...],
+    ranks: tuple[int, ...],
+    wide: bool,
+    dtype: torch.dtype,
+    storage: Storage,
+) -> None:
+    torch.manual_seed(0)
+    features = 32
+    layout = Layout(storage, "bf16", sizes, ranks, SCALE)
+    assert is_widened(layout, features) == (wide and storage == "bf16")
+    x = torch.randn(2, 5, features).to(dtype).requires_grad_()
+    weights = [torch.randn(size, features).to(dtype) for size in sizes]
+    lora_a = [torch.randn(r, features, requires_grad=True) for r in ranks if r]
+    lora_b = [torch.randn(o, r, requires_grad=True) for o, r in zip(sizes, ranks, strict=True) if r]
+    if storage == "nf4":
+        quantized = [quantize_nf4(weight) for weight in weights]
+        operands: tuple[Tensor, ...] = sum((nf4_tensors(*q) for q in quantized), ())
+        weights = [dequantize_nf4(*q) for q in quantized]
+    else:
+        room = with_room(weights, layout)
+        if wide:
+            write_delta(room, lora_b, layout)
+        operands = (room,)
+    actual = lora_group(x, layout, operands, lora_a, lora_b)
+    a, b = iter(lora_a), iter(lora_b)
+    inputs = [x, *lora_a, *lora_b]
+    # The definition in fp64, of the operands as rounded to `dtype`.
+    expected = [
+        reference.lora_linear(
+            x.double(),
+            weight.double(),
+            None,
+            next(a).to(dtype).double() if rank else torch.zeros(1, features).double(),
+            next(b).to(dtype).double() if rank else torch.zeros(weight.shape[0], 1).double(),
+            SCALE,
+        )
+        for weight, rank in zip(weights, ranks, strict=True)
+    ]
+    upstream = [torch.randn_like(y) for y in actual]
+    got = torch.autograd.grad(actual, inputs, upstream)
+    want = torch.autograd.grad(expected, inputs, [u.double() for u in upstream])
+    # bf16 keeps 8 bits, and a result has up to four roundings.
+    bound = 1e-5 if dtype == torch.float32 else 4 * 2**-8
+    pairs = [*zip(actual, expected, strict=True), *zip(got, want, strict=True)]
+    for ours, truth in pairs:
+        assert ours.shape == truth.shape
+        assert (ours.double() - truth).norm() <= bound * truth.double().norm()
+    for gradient, operand in zip(got, inputs, strict=True):
+        assert gradient.dtype == operand.dtype

@@ -1,0 +1,60 @@
+"""Inputs that leave for host memory come back, and abandoned ones do not pile up."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunefork.model.offload import Shelf, offloaded
+
+
+def _run(layer: nn.Module, x: torch.Tensor, **_: Any) -> torch.Tensor:
+    return torch.tanh(layer(x))
+
+
+def _pass(layers: list[nn.Linear], shelf: Shelf | None, x: torch.Tensor) -> torch.Tensor:
+    for layer in layers:
+        x = _run(layer, x) if shelf is None else offloaded(_run, shelf, False, layer, x)
+    return x.square().sum()
+
+
+def _layers() -> list[nn.Linear]:
+    torch.manual_seed(0)
+    return [nn.Linear(8, 8) for _ in range(3)]
+
+
+def test_gradients_are_the_same_and_buffers_used_again() -> None:
+    layers, x, shelf = _layers(), torch.randn(4, 8), Shelf()
+    expected = torch.autograd.grad(_pass(layers, None, x), [m.weight for m in layers])
+    addresses = []
+    for _ in range(2):
+        _pass(layers, shelf, x).backward()
+        assert shelf.kept == []
+        addresses.append(sorted(buffer.data_ptr() for buffer in shelf.free))
+    assert addresses[0] == addresses[1] and len(addresses[0]) == 3
+    for layer, want in zip(layers, expected, strict=True):
+        assert layer.weight.grad is not None
+        torch.testing.assert_close(layer.weight.grad, 2 * want)
+
+
+def test_nothing_of_a_pass_outlives_its_backward_pass() -> None:
+    layers, shelf = _layers(), Shelf()
+    loss = _pass(layers, shelf, torch.randn(4, 8))
+    held = [weakref.ref(kept.holder()) for kept in shelf.kept if kept.holder is not None]
+    loss.backward()
+    del loss
+    assert len(held) == 3 and all(reference() is None for reference in held)
+
+
+def test_passes_without_a_backward_pass_neither_pile_up_nor_mix() -> None:
+    layers, shelf, x = _layers(), Shelf(), torch.randn(4, 8)
+    for _ in range(3):
+        _pass(layers, shelf, torch.randn(4, 8))
+        assert len(shelf.kept) == 3
+    expected = torch.autograd.grad(_pass(layers, None, x), [m.weight for m in layers])
+    _pass(layers, shelf, x).backward()
+    assert shelf.kept == [] and len(shelf.free) == 3
+    for layer, want in zip(layers, expected, strict=True):
+        assert layer.weight.grad is not None
+        torch.testing.assert_close(layer.weight.grad, want)

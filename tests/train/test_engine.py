@@ -1,0 +1,100 @@
+"""In what form a frozen base is kept, and what is compiled."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import tiny_model
+from tunefork.errors import ModelError
+from tunefork.kernels.layout import Storage
+from tunefork.model.build import build
+from tunefork.model.fused import fuse
+from tunefork.recipe import Checkpointing, Compile, LoraSection, Method, TrainSection
+from tunefork.train import engine
+from tunefork.train.engine import BaseForm, base_form, compiles, form_of
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "fp8", "checkpointing", "expected"),
+    [
+        (Method.LORA, "cuda", False, "none", BaseForm("bf16", "bf16")),
+        (Method.LORA, "cuda", True, "none", BaseForm("fp8_twice", "fp8")),
+        (Method.LORA, "cuda", True, "full", BaseForm("fp8", "fp8")),
+        (Method.LORA, "cuda", True, "offload", BaseForm("fp8", "fp8")),
+        (Method.LORA, "cpu", False, "none", None),
+        (Method.LORA, "cpu", True, "none", BaseForm("fp8_twice", "fp8")),
+        (Method.QLORA, "cuda", False, "full", BaseForm("nf4", "bf16")),
+        (Method.QLORA, "cuda", True, "none", BaseForm("nf4", "fp8")),
+        (Method.QLORA, "cpu", False, "none", None),
+        (Method.FULL, "cuda", True, "none", None),
+    ],
+)
+def test_the_form_of_a_base(
+    method: Method, kind: str, fp8: bool, checkpointing: Checkpointing, expected: BaseForm | None
+) -> None:
+    def form(dtype: torch.dtype = torch.bfloat16, is_dora: bool = False) -> BaseForm | None:
+        return form_of(
+            method,
+            kind=kind,
+            dtype=dtype,
+            wants_fp8=fp8,
+            is_dora=is_dora,
+            checkpointing=checkpointing,
+        )
+
+    assert form() == expected
+    assert form(torch.float32) is None and form(is_dora=True) is None
+
+
+def _recipe(*, dora: bool = False) -> Any:
+    class Part:
+        train = TrainSection(precision="fp8")
+        lora = LoraSection(dora=dora)
+
+    return Part
+
+
+def test_what_fp8_cannot_be_had_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, bf16 = torch.device("cuda"), torch.bfloat16
+    with pytest.raises(ModelError, match=r"no form of lora\.dora"):
+        base_form(_recipe(dora=True), Method.LORA, device=torch.device("cpu"), dtype=bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(engine, "has_fp8", lambda device: False)
+    with pytest.raises(ModelError, match=r"8\.9 or later\), and this is one of 8\.0"):
+        base_form(_recipe(), Method.LORA, device=cuda, dtype=bf16)
+    monkeypatch.setattr(engine, "has_fp8", lambda device: True)
+    form = base_form(_recipe(), Method.LORA, device=cuda, dtype=bf16)
+    assert form == BaseForm("fp8_twice", "fp8")
+
+
+@pytest.mark.parametrize("storage", ["fp8", "fp8_twice"])
+def test_sizes_that_fp8_products_do_not_take_are_refused(storage: Storage) -> None:
+    model = tiny_model("llama").bfloat16()
+    model.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 40, bias=False).bfloat16()
+    build(model, Method.LORA, LoraSection(rank=4), seed=0)
+    with pytest.raises(ModelError, match=r"multiples of 16, and .*up_proj is 32 -> 40"):
+        fuse(model, storage, "fp8", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kind", "steps", "expected"),
+    [
+        ("auto", "cuda", 100, True),
+        ("auto", "cuda", 99, False),
+        ("always", "cuda", 1, True),
+        ("never", "cuda", 1000, False),
+        ("always", "cpu", 1000, False),
+    ],
+)
+def test_long_runs_on_a_gpu_are_compiled(
+    wanted: Compile, kind: str, steps: int, expected: bool
+) -> None:
+    assert compiles(wanted, kind, steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "read"), [(True, "full"), (False, "none"), ("selective", "selective")]
+)
+def test_checkpointing_may_be_true_or_false(written: Any, read: str) -> None:
+    assert TrainSection(activation_checkpointing=written).activation_checkpointing == read
