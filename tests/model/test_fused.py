@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from tests.tiny import CONFIGS, tiny_model
+from tunefork.errors import ModelError
 from tunefork.kernels.layout import Storage
 from tunefork.model.build import build
 from tunefork.model.fused import find_groups, fuse
@@ -220,3 +221,13 @@ def test_no_tokens_give_no_tokens(storage: Storage) -> None:
     group.write_delta()
     found = group(torch.empty(0, group.features_in, dtype=torch.bfloat16))
     assert [tuple(y.shape) for y in found] == [(0, size) for size in group.layout.sizes]
+
+
+@pytest.mark.parametrize("storage", ["bf16", "fp8_twice", "fp8", "nf4"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(storage: Storage, value: float) -> None:
+    model = tiny_model("llama").bfloat16()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
+    build(model, Method.QLORA if storage == "nf4" else Method.LORA, RANK_4, seed=0)
+    with pytest.raises(ModelError, match=r"model\.id: a weight of .*layers\.1\.mlp\.up_proj"):
+        fuse(model, storage, "bf16" if storage == "bf16" else "fp8", torch.device("cpu"))

@@ -138,7 +138,8 @@ def fuse(
     its groups does beside the quantised rest. Layers that are trained whole stay as they are. Each
     forward pass of the model takes over A and B as they are then.
 
-    Raises ModelError where a layer's size is none that FP8 products take.
+    Raises ModelError where a layer's size is none that FP8 products take, or where a weight is not
+    finite.
     """
     groups = []
     for paths in find_groups(model):
@@ -146,6 +147,7 @@ def fuse(
         if products == "fp8":
             _check_sizes(dict(zip(paths, members, strict=True)))
         group = FusedGroup(members, storage, products, device)
+        _check_finite(group, paths)
         for index, (path, member) in enumerate(zip(paths, members, strict=True)):
             if isinstance(member, LoraLinear):
                 member.base = FusedLinear(group, index, _base(member).bias)
@@ -158,6 +160,18 @@ def fuse(
         _owner(model, paths[0]).register_forward_pre_hook(partial(_write_delta, group))
     model.to(device)
     return groups
+
+
+def _check_finite(group: FusedGroup, paths: Sequence[str]) -> None:
+    """Of the weights, or of their scales, which would not be either. Unlike a parameter's they are
+    out of reach of `train.guard.check_weights` from here on."""
+    for kept in group.weights:
+        is_wide = kept.dtype in (torch.bfloat16, torch.float32) and not kept.is_meta
+        if is_wide and not bool(kept.isfinite().all()):
+            raise ModelError(
+                f"model.id: a weight of {', '.join(paths)} is not finite; the file is damaged, or "
+                "was saved after training diverged. Give another model or revision"
+            )
 
 
 def _owner(model: PreTrainedModel, path: str) -> nn.Module:

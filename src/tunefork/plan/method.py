@@ -210,6 +210,8 @@ def _largest(
     if size > high:
         # Logits are held for so many tokens at most, so that far out the line is less steep.
         size = max(size, _on_line(case, of, size // 2, size, least))
+    while size > low and not case.fits(of(size)):  # the line is a hair off after the filling up
+        size = max(low, size - max(1, size // 32))
     if size > low or case.fits(of(size)):
         return size
     if not case.fits(of(least)):
