@@ -46,7 +46,7 @@ def recipe_fields(
         "epochs": amount.epochs,
         "batch_size": amount.batch_size,
         "micro_batch_tokens": _micro_batch_tokens(facts, method, data["max_length"]),
-        "activation_checkpointing": facts.params >= CHECKPOINT_FROM,
+        "activation_checkpointing": "full" if facts.params >= CHECKPOINT_FROM else "none",
     }
     fields: dict[str, Any] = base | {
         "model": base.get("model", {"id": model}),

@@ -14,7 +14,7 @@ from tunefork.errors import ModelError
 from tunefork.kernels.layout import Products, Storage
 from tunefork.model.device import has_fp8
 from tunefork.model.head import find_head
-from tunefork.model.layers import decoder_layers, draws, prepare_layers
+from tunefork.model.layers import draws, prepare_layers
 from tunefork.recipe import Checkpointing, Compile, Method, Recipe
 from tunefork.train.out_of_memory import Remedies
 from tunefork.train.runner import Runner
@@ -98,11 +98,6 @@ def prepare(
     Raises ModelError where the recipe asks for checkpointing that the architecture has not.
     """
     checkpointing = recipe.train.activation_checkpointing
-    if checkpointing != "none" and not decoder_layers(model):
-        raise ModelError(
-            f"train.activation_checkpointing: {checkpointing} is not to be had for "
-            f"{type(model).__name__}, whose layers transformers does not checkpoint; set none"
-        )
     is_compiled = compiles(recipe.train.compile, model.device.type, num_steps)
     prepare_layers(model, checkpointing, compiles=is_compiled)
     head = find_head(model)

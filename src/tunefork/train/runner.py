@@ -11,6 +11,7 @@ second time. Where memory would not hold a second pass's activations beside the 
 captured: a graph keeps its own. Where a capture fails, passes are launched.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,12 +153,19 @@ class Runner:
         for the longest position), which breaks a capture, and memory may be short. Neither keeps
         the pass from being launched.
         """
+        failed: str | None = None
         try:
             self.graphs[size] = self._capture(batch)
-        except RuntimeError:  # OutOfMemoryError is one
+        except RuntimeError as error:  # OutOfMemoryError is one
+            failed = str(error).partition("\n")[0]
+        if failed is not None:  # outside of `except`: the error holds the failed pass's tensors
             self.captures = False
-        if not self.captures:  # outside of `except`: the error holds the failed pass's tensors
             torch.cuda.empty_cache()
+            warnings.warn(
+                f"train.compile: a pass could not be captured as a CUDA graph ({failed}); from "
+                "here on new sizes are launched kernel by kernel, and short steps take longer",
+                stacklevel=2,
+            )
 
     def _capture(self, batch: MicroBatch) -> _Graph:
         """The graph of a pass as large as `batch`; nothing is computed yet."""
