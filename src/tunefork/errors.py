@@ -67,6 +67,20 @@ class CheckpointError(TuneforkError):
     """A checkpoint cannot be written, or does not fit the run that would go on from it."""
 
 
+class EngineBusyError(TuneforkError):
+    """An engine's queue is full; `retry_after` seconds later it may not be."""
+
+    retry_after = 1.0
+
+
+class EngineError(TuneforkError):
+    """One request failed inside an engine; others go on."""
+
+
+class EngineDeadError(TuneforkError):
+    """An engine as a whole no longer answers."""
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether a write failed for want of space; safetensors says so in words only."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
