@@ -1,8 +1,8 @@
 """What answers requests: the embedded engine, or a vLLM server, behind one interface.
 
-The gateway (`serve/gateway.py`) owns names, keys, tenants, quotas and the rendering of conversations;
-an engine gets token ids and the adapter's folder in the store, and gives pieces of an answer. It
-knows nothing of HTTP, and a client's text never reaches it as a name or a path.
+The gateway owns names, keys, tenants, quotas and the rendering of conversations; an engine gets
+token ids and the adapter's folder in the store, and gives pieces of an answer. It knows nothing of
+HTTP, and a client's text never reaches it as a name or a path.
 """
 
 from collections.abc import AsyncIterator, Mapping
