@@ -13,9 +13,6 @@ columns. Three bits of mantissa would be too few for u and B, whose small update
 each is written as high + low, two e4m3 numbers, and the product as
 high*high + low*high + high*low, which keeps about as many bits as bf16 does.
 
-x and u lie over one scale a row. It is taken from x alone, so that a row is quantised where it is
-computed, in one pass over it: |u_r| <= ||a_r|| ||x|| (Cauchy-Schwarz) says how large u can be.
-
 Layers that read the same input (q, k and v; gate and up) are one product: their weights stand one
 below the other, their A too, and their B on a block diagonal.
 
@@ -25,7 +22,7 @@ of the widened part.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,11 +40,6 @@ _LOW = 16.0
 """The low part is kept times this, so that it lies where e4m3 has all its bits: high's rounding
 error is at most 2**-4 of high."""
 
-
-_LEAST_BALANCE = 2.0**-4
-"""Of u: B starts at zero, and u must not vanish beside x then."""
-
-_LARGEST_SQUARE = 1e38
 
 _LEAST_SCALE = 2.0**-8
 """Of a weight's row, in units of its largest. The delta's columns lie over the same scales: with
@@ -92,21 +84,18 @@ class Fp8Weight:
     """(O, D + P): the weight, then what `write_delta` puts there for the forward product."""
     scale_1o: Tensor
     balance: Tensor
-    """() fp32, a power of two: taken from B, which is as large as e4m3 allows, and given to u."""
-    reach: Tensor
-    """() fp32: balanced u is at most this times the norm of x."""
+    """() fp32, a power of two, at least 1: taken from B and given to u where B would overflow."""
     codes_dp: Tensor | None
     """(D, O + P): the same weight transposed and quantised along its columns, for the input's
     gradient. None where it is made from the first copy each time."""
     scale_1d: Tensor | None
     balance_d: Tensor | None
-    reach_d: Tensor | None
-    """The same for A, du and dy."""
+    """The same for A and du."""
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All that there are, in order."""
-        forward = (self.codes_op, self.scale_1o, self.balance, self.reach)
-        kept = (*forward, self.codes_dp, self.scale_1d, self.balance_d, self.reach_d)
+        forward = (self.codes_op, self.scale_1o, self.balance)
+        kept = (*forward, self.codes_dp, self.scale_1d, self.balance_d)
         return tuple(tensor for tensor in kept if tensor is not None)
 
 
@@ -128,16 +117,11 @@ def quantize_weight(weights: Sequence[Tensor], layout: Layout) -> Fp8Weight:
         return room.view(E4M3), scale_o1.t().contiguous()
 
     codes_op, scale_1o = widened(weights)
-    forward = (codes_op, scale_1o, *_no_delta(codes_op))
+    balance = torch.ones((), device=codes_op.device)
     if layout.storage == "fp8":
-        return Fp8Weight(*forward, None, None, None, None)
+        return Fp8Weight(codes_op, scale_1o, balance, None, None, None)
     codes_dp, scale_1d = widened([torch.cat([w.t() for w in weights], dim=1)])
-    return Fp8Weight(*forward, codes_dp, scale_1d, *_no_delta(codes_dp))
-
-
-def _no_delta(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Balance and reach where B and A are zero."""
-    return torch.ones((), device=like.device), torch.zeros((), device=like.device)
+    return Fp8Weight(codes_op, scale_1o, balance, codes_dp, scale_1d, balance.clone())
 
 
 @torch.no_grad()
@@ -148,52 +132,42 @@ def write_delta(
 
     `lora_a` (R_i, D) and `lora_b` (O_i, R_i) are those of the layers that have a delta, in order.
     """
-    columns, *measures = _b_columns(tuple(lora_a), tuple(lora_b), weight.scale_1o, layout)
-    _put(columns, measures, weight.codes_op, (weight.balance, weight.reach), layout)
+    _put(
+        _b_columns(tuple(lora_b), weight.scale_1o, layout), weight.codes_op, weight.balance, layout
+    )
     if weight.codes_dp is not None and weight.scale_1d is not None:
-        columns, *measures = _a_columns(tuple(lora_a), tuple(lora_b), weight.scale_1d, layout)
-        _put(columns, measures, weight.codes_dp, (weight.balance_d, weight.reach_d), layout)
+        found = _a_columns(tuple(lora_a), weight.scale_1d)
+        _put(found, weight.codes_dp, weight.balance_d, layout)
 
 
-def _put(
-    columns: Tensor, measures: Sequence[Tensor], codes: Tensor, kept: Sequence[Any], layout: Layout
-) -> None:
-    for ours, new in zip(kept, measures, strict=True):
-        ours.copy_(new)
+def _put(found: tuple[Tensor, Tensor], codes: Tensor, balance: Any, layout: Layout) -> None:
+    columns, new_balance = found
+    balance.copy_(new_balance)
     start = codes.shape[1] - layout.width
     codes.view(torch.uint8)[:, start : start + columns.shape[1]] = columns
 
 
 @compiled_on_cuda(dynamic=False)
 def _b_columns(
-    lora_a: tuple[Tensor, ...], lora_b: tuple[Tensor, ...], scale_1o: Tensor, layout: Layout
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The bytes of B's columns (O, 3R), the balance and the reach."""
+    lora_b: tuple[Tensor, ...], scale_1o: Tensor, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """The bytes of B's columns (O, 3R), and the balance."""
     b_or = _diagonal(lora_b, layout) * layout.scale / scale_1o.t()
-    balance = _balance(b_or, _LEAST_BALANCE)
-    return _bytes(_right(b_or / balance)), balance, _longest(lora_a, 1) * balance
+    balance = _balance(b_or)
+    return _bytes(_right(b_or / balance)), balance
 
 
 @compiled_on_cuda(dynamic=False)
-def _a_columns(
-    lora_a: tuple[Tensor, ...], lora_b: tuple[Tensor, ...], scale_1d: Tensor, layout: Layout
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The bytes of A's columns (D, 3R), the balance and the reach."""
+def _a_columns(lora_a: tuple[Tensor, ...], scale_1d: Tensor) -> tuple[Tensor, Tensor]:
+    """The bytes of A's columns (D, 3R), and the balance."""
     a_dr = torch.cat(lora_a).float().t() / scale_1d.t()
     balance = _balance(a_dr)
-    reach = _longest(lora_b, 0) * (abs(layout.scale) * balance)
-    return _bytes(_right(a_dr / balance)), balance, reach
+    return _bytes(_right(a_dr / balance)), balance
 
 
-def _balance(delta: Tensor, least: float = 1e-30) -> Tensor:
-    excess = (delta.abs().amax() / LARGEST).clamp(min=least)
+def _balance(delta: Tensor) -> Tensor:
+    excess = (delta.abs().amax() / LARGEST).clamp(min=1.0)
     return torch.exp2(torch.ceil(torch.log2(excess)))
-
-
-def _longest(matrices: Sequence[Tensor], dim: int) -> Tensor:
-    """The largest norm among the rows (`dim` 1) or columns (0) of all."""
-    norms = [torch.linalg.vector_norm(matrix.float(), dim=dim).amax() for matrix in matrices]
-    return torch.stack(norms).amax()
 
 
 def _diagonal(lora_b: Sequence[Tensor], layout: Layout) -> Tensor:
@@ -232,68 +206,47 @@ def _bytes(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.view(torch.uint8) for part in parts], dim=1)
 
 
-class _Measures(NamedTuple):
-    """Of a delta: what u is multiplied by, and how large it can be (`Fp8Weight`)."""
-
-    balance: Tensor | float
-    reach: Tensor | float
-
-
-_NO_DELTA = _Measures(1.0, 0.0)
-
-
 def _left(
-    parts: Sequence[Tensor], u_sr: Tensor | None, measures: _Measures, width: int
+    parts: Sequence[Tensor], u_sr: Tensor | None, balance: Tensor | float, width: int
 ) -> tuple[Tensor, Tensor]:
     """[parts | u high | u low | u high / 16 | zeros], (S, D + width), over one scale a row."""
     scale_s1 = _row_scale(parts[0])
     for part in parts[1:]:
         scale_s1 = torch.maximum(scale_s1, _row_scale(part))
-    columns = []
     if u_sr is not None:
-        squares = torch.stack([part.float().square().sum(-1, keepdim=True) for part in parts])
-        # Above 1e19 a square is infinite; `_split` saturates what goes beyond the bound then.
-        norm_s1 = squares.sum(0).clamp(max=_LARGEST_SQUARE).sqrt()
-        scale_s1 = torch.maximum(scale_s1, norm_s1 * (measures.reach / LARGEST))
-        high, low = _split(u_sr.float() * measures.balance * scale_s1.reciprocal())
-        columns = [high, low, high.float().div(_LOW).to(E4M3)]
+        u_sr = u_sr.float() * balance
+        scale_s1 = torch.maximum(scale_s1, _row_scale(u_sr))
+    columns = [_codes(part, scale_s1) for part in parts]
+    if u_sr is not None:
+        high, low = _split(u_sr * scale_s1.reciprocal())
+        columns += [high, low, high.float().div(_LOW).to(E4M3)]
         if spare := width - 3 * u_sr.shape[1]:
             columns.append(high.new_zeros(high.shape[0], spare, dtype=torch.uint8))
-    columns = [*(_codes(part, scale_s1) for part in parts), *columns]
     return (_bytes(columns) if len(columns) > 1 else columns[0]).view(E4M3), scale_s1
 
 
 def _forward_operand(
-    layout: Layout,
-    weights: Sequence[Tensor],
-    a_rd: Tensor | None,
-    lora_b: Sequence[Tensor],
-    features_in: int,
-) -> tuple[Tensor, Tensor, _Measures]:
-    """(O, D + P) codes, their (1, O) scale and the delta's measures, for y."""
+    layout: Layout, weights: Sequence[Tensor], lora_b: Sequence[Tensor], features_in: int
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """(O, D + P) codes, their (1, O) scale and the balance, for y."""
     if layout.storage != "nf4":
-        codes_op, scale_1o, balance, reach = weights[:4]
-        return codes_op, scale_1o, _Measures(balance, reach)
+        codes_op, scale_1o, balance = weights[:3]
+        return codes_op, scale_1o, balance
     codes_od, scale_o1 = _quantize_nf4(layout, weights, features_in)
     scale_1o = scale_o1.t().contiguous()
-    if a_rd is None:
-        return codes_od, scale_1o, _NO_DELTA
+    if not layout.rank:
+        return codes_od, scale_1o, 1.0
     b_or = _diagonal(lora_b, layout) * layout.scale / scale_o1
-    balance = _balance(b_or, _LEAST_BALANCE)
-    measures = _Measures(balance, _longest([a_rd], 1) * balance)
-    return _beside(codes_od, b_or / balance, layout), scale_1o, measures
+    balance = _balance(b_or)
+    return _beside(codes_od, b_or / balance, layout), scale_1o, balance
 
 
 def _backward_operand(
-    layout: Layout,
-    weights: Sequence[Tensor],
-    a_rd: Tensor | None,
-    lora_b: Sequence[Tensor],
-    features_in: int,
-) -> tuple[Tensor, Tensor, Tensor | None, _Measures]:
-    """(D, O + P) codes, their (1, D) scale, what dy is multiplied by, the measures, for dx."""
+    layout: Layout, weights: Sequence[Tensor], a_rd: Tensor | None, features_in: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | float]:
+    """(D, O + P) codes, their (1, D) scale, what dy is multiplied by, and the balance, for dx."""
     if layout.storage == "fp8_twice":
-        return weights[4], weights[5], None, _Measures(weights[6], weights[7])
+        return weights[3], weights[4], None, weights[5]
     if layout.storage == "fp8":
         codes_op, scale_1o = weights[:2]
         codes_od = codes_op[:, : codes_op.shape[1] - layout.width]
@@ -304,14 +257,10 @@ def _backward_operand(
     codes_do = codes_od.view(torch.uint8).t().contiguous().view(E4M3)
     ones_1d = scale_1o.new_ones(1, codes_do.shape[0])
     if a_rd is None:
-        return codes_do, ones_1d, scale_1o, _NO_DELTA
-    balance = _balance(a_rd.float())
-    # The norm will be that of dy with the scales in it, so here they are taken out of B.
-    folds = torch.split(scale_1o, list(layout.sizes), dim=1)
-    of_deltas = [fold.t() for fold, rank in zip(folds, layout.ranks, strict=True) if rank]
-    unscaled = [b.float() / fold for b, fold in zip(lora_b, of_deltas, strict=True)]
-    measures = _Measures(balance, _longest(unscaled, 0) * (abs(layout.scale) * balance))
-    return _beside(codes_do, a_rd.float().t() / balance, layout), ones_1d, scale_1o, measures
+        return codes_do, ones_1d, scale_1o, 1.0
+    largest = a_rd.abs().amax().float().clamp(min=1e-30)
+    balance = torch.exp2(torch.ceil(torch.log2(largest / LARGEST)))
+    return _beside(codes_do, a_rd.float().t() / balance, layout), ones_1d, scale_1o, balance
 
 
 def _quantize_nf4(
@@ -338,10 +287,8 @@ class _Fp8Lora(torch.autograd.Function):
         weights, lora_b = tensors[:num_weights], tensors[num_weights + 1 :]
         a_rd = tensors[num_weights] if layout.rank else None
         u_sr = x_sd @ a_rd.t() if a_rd is not None else None
-        codes_op, scale_1o, measures = _forward_operand(
-            layout, weights, a_rd, lora_b, x_sd.shape[1]
-        )
-        wide, scale_s1 = _left([x_sd], u_sr, measures, layout.width)
+        codes_op, scale_1o, balance = _forward_operand(layout, weights, lora_b, x_sd.shape[1])
+        wide, scale_s1 = _left([x_sd], u_sr, balance, layout.width)
         y_so = scaled_mm(wide, codes_op, scale_s1, scale_1o)
         saved = () if a_rd is None else (x_sd, u_sr, a_rd, *lora_b)
         ctx.save_for_backward(*weights, *saved)
@@ -354,7 +301,7 @@ class _Fp8Lora(torch.autograd.Function):
         layout, num_weights = ctx.layout, ctx.num_weights
         tensors = ctx.saved_tensors  # asked for once: checkpointing recomputes them on asking
         weights, saved = tensors[:num_weights], tensors[num_weights:]
-        a_rd, du_sr, lora_b, gradients = None, None, [], ()
+        a_rd, du_sr, gradients = None, None, ()
         if layout.rank:
             x_sd, u_sr, a_rd, *lora_b = saved
             with_delta = [dy for dy, rank in zip(dys, layout.ranks, strict=True) if rank]
@@ -366,14 +313,14 @@ class _Fp8Lora(torch.autograd.Function):
             gradients = (du_sr.t() @ x_sd, *db)
         dx_sd = None
         if ctx.needs_input_grad[2]:
-            codes_dp, scale_1d, fold_1o, measures = _backward_operand(
-                layout, weights, a_rd, lora_b, ctx.features_in
+            codes_dp, scale_1d, fold_1o, balance = _backward_operand(
+                layout, weights, a_rd, ctx.features_in
             )
             parts = list(dys)
             if fold_1o is not None:
                 folds = torch.split(fold_1o, layout.sizes, dim=1)
                 parts = [dy.float() * fold for dy, fold in zip(dys, folds, strict=True)]
-            wide, scale_s1 = _left(parts, du_sr, measures, layout.width)
+            wide, scale_s1 = _left(parts, du_sr, balance, layout.width)
             dx_sd = scaled_mm(wide, codes_dp, scale_s1, scale_1d)
         return None, None, dx_sd, *(None for _ in weights), *gradients
 
