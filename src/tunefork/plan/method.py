@@ -5,11 +5,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tunefork.plan.batches import Batches
+from tunefork.plan.built import Build
 from tunefork.plan.device import Target
 from tunefork.plan.memory import Memory, measure
+from tunefork.plan.one_pass import Step
+from tunefork.plan.passes import Shape
 from tunefork.plan.schema import MethodPlan, PhaseName
 from tunefork.plan.shape import num_layers
-from tunefork.plan.step import Build, Shape, Step, trace_step
+from tunefork.plan.step import trace_step
 from tunefork.plan.time import pass_seconds, update_seconds
 from tunefork.plan.trace import Work
 from tunefork.recipe import Method

@@ -12,13 +12,13 @@ from tunefork.data.example import Encoded
 from tunefork.data.loader import load_data
 from tunefork.model.load import load_tokenizer, new_ids
 from tunefork.plan.batches import Batches, Work, batches_of_data, batches_of_numbers
+from tunefork.plan.built import Build
 from tunefork.plan.catalogue import Catalogue, Machine, load_catalogue
 from tunefork.plan.device import Target, dtype_for, target_of
 from tunefork.plan.method import Case, plan_method
 from tunefork.plan.option import next_option
 from tunefork.plan.schema import MachinePlan, Plan, WorkPlan
 from tunefork.plan.shape import config_for, count_params
-from tunefork.plan.step import Build
 from tunefork.recipe import (
     Checkpointing,
     Compile,
