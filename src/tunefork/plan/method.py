@@ -74,6 +74,7 @@ def plan_method(case: Case, batches: Batches, *, has_limits: bool = True) -> Met
         fits=fits,
         may_fit=memory.process.low <= target.memory_bytes,
         margin_bytes=round(target.memory_bytes - memory.process.high),
+        activation_checkpointing=case.made.checkpointing,
         total_params=case.total_params,
         trainable_params=step.trained,
         peak_tensor_bytes=memory.tensors,
@@ -166,7 +167,7 @@ def artifact_bytes(case: Case, step: Step) -> int:
 
 def largest_rows_tokens(case: Case, shape: Shape) -> int | None:
     """Most tokens of a pass that fits, in rows of `shape`'s length; None where one row does not."""
-    if not _fits_without_passes(case, shape):
+    if not fits_without_passes(case, shape):
         return None
     rows = _largest(case, lambda rows: _of_rows(shape, rows), shape.rows, 2 * shape.rows, least=1)
     return None if rows is None else rows * shape.length
@@ -186,7 +187,7 @@ def _of_rows(shape: Shape, rows: int) -> Shape:
 
 def largest_length(case: Case, shape: Shape) -> int | None:
     """Longest single example that fits; None where none of 128 tokens does."""
-    if not _fits_without_passes(case, shape):
+    if not fits_without_passes(case, shape):
         return None
     share = shape.supervised / (shape.rows * shape.length)
 
@@ -198,7 +199,7 @@ def largest_length(case: Case, shape: Shape) -> int | None:
     return longest if longest is None or context is None else min(longest, context)
 
 
-def _fits_without_passes(case: Case, shape: Shape) -> bool:
+def fits_without_passes(case: Case, shape: Shape) -> bool:
     """Whether the phases fit that take the same whatever the batch."""
     memory = case.memory(shape)
     most = max(memory.phases[name].tensor_bytes for name in _WITHOUT_PASSES)
