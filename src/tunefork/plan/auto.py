@@ -36,7 +36,7 @@ def fastest_that_fits(case: Case, shape: Shape) -> Case:
     A kind that the architecture has no form of is passed over. Raises BadInputError where even
     `none` cannot be planned.
     """
-    kinds, least, is_hopeless = _kinds(case.made), case, False
+    kinds, least, is_hopeless = kinds_of(case.made), case, False
     for made in kinds:
         tried = replace(case, made=made)
         if is_hopeless and made is not kinds[-1]:
@@ -55,8 +55,8 @@ def fastest_that_fits(case: Case, shape: Shape) -> Case:
     return least
 
 
-def _kinds(made: Build) -> list[Build]:
-    """With each kind of checkpointing that a run on the device has, the fastest first."""
+def kinds_of(made: Build) -> list[Build]:
+    """`made` with each kind of checkpointing that a run on its device has, the fastest first."""
     kinds: list[Checkpointing] = ["none", "selective", "full", "offload"]
     if not made.is_compiled:
         kinds.remove("selective")  # is the same as full then
@@ -75,10 +75,7 @@ class Settled:
 
 
 def settle(
-    recipe: Recipe,
-    method: Method,
-    examples: Sequence[Encoded],
-    checkpoints: Path | None = None,
+    recipe: Recipe, method: Method, examples: Sequence[Encoded], checkpoints: Path | None = None
 ) -> Settled:
     """`recipe` for a run of `method` on this machine, about to begin or to go on.
 

@@ -41,10 +41,14 @@ class Case:
 
     def memory(self, shape: Shape) -> Memory:
         """On each device."""
+        return self.memory_of(self.step(shape))
+
+    def memory_of(self, step: Step) -> Memory:
+        """Of a step that was traced, or made from one that was."""
         # A GPU gets its 4-bit layers one by one; on a CPU both forms lie in the same memory.
         is_in_place = self.target.kind == "cpu" and self.made.method is Method.QLORA
         return measure(
-            self.step(shape),
+            step,
             self.target.fit.memory,
             self.target.trust,
             shards=self.target.count,
