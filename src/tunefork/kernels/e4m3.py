@@ -104,7 +104,8 @@ def _quantize_rows(
 ) -> tuple[Tensor, Tensor]:
     from tunefork.kernels.e4m3_triton import launch  # needs Triton, which comes with CUDA
 
-    return launch(parts, fold, u, balance, *_empty(parts, u, width))
+    constants = {"least": LEAST, "largest_code": LARGEST, "low_factor": LOW}
+    return launch(parts, fold, u, balance, *_empty(parts, u, width), **constants)
 
 
 @_quantize_rows.register_fake

@@ -92,10 +92,15 @@ def launch(
     balance: Tensor | None,
     codes: Tensor,
     scales: Tensor,
+    *,
+    least: float,
+    largest_code: float,
+    low_factor: float,
 ) -> tuple[Tensor, Tensor]:
-    """Fill `codes` (S, D + P) and `scales` (S, 1) as `e4m3.quantize_rows` says, and return them."""
-    from tunefork.kernels.e4m3 import LARGEST, LEAST, LOW
+    """Fill `codes` (S, D + P) and `scales` (S, 1) as `e4m3.quantize_rows` says, and return them.
 
+    `least`, `largest_code` and `low_factor` are `e4m3.py`'s LEAST, LARGEST and LOW.
+    """
     if len(parts) > _MOST_PARTS:
         # More layers with one input than any architecture has: side by side they are one part.
         parts = [torch.cat(list(parts), dim=1)]
@@ -122,9 +127,9 @@ def launch(
         triton.next_power_of_2(max(rank, 1)),
         width,
         triton.next_power_of_2(max(width - 3 * rank, 1)),
-        LEAST,
-        LARGEST,
-        LOW,
+        least,
+        largest_code,
+        low_factor,
         num_warps=min(16, max(4, triton.next_power_of_2(sum(sizes)) // 1024)),
     )
     return codes, scales
