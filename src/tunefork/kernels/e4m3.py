@@ -104,8 +104,16 @@ def _quantize_rows(
 ) -> tuple[Tensor, Tensor]:
     from tunefork.kernels.e4m3_triton import launch  # needs Triton, which comes with CUDA
 
-    constants = {"least": LEAST, "largest_code": LARGEST, "low_factor": LOW}
-    return launch(parts, fold, u, balance, *_empty(parts, u, width), **constants)
+    return launch(
+        parts,
+        fold,
+        u,
+        balance,
+        *_empty(parts, u, width),
+        least=LEAST,
+        largest_code=LARGEST,
+        low_factor=LOW,
+    )
 
 
 @_quantize_rows.register_fake
