@@ -23,12 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-E4M3 = torch.float8_e4m3fn
+from tunefork.kernels.e4m3 import E4M3, LOW, num_directions
+
 _MOST = 224.0
 """Of E V's codes, half of what e4m3 holds: V^T x is kept small in turn, as it has x's scale."""
 _ITERATIONS = 6
-_LOW = 16.0
-"""As in `fp8.py`: low parts are kept times this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +38,6 @@ class Correction:
     """(O, C) e4m3."""
     probe_cd: Tensor
     """(C, D) bf16: V^T, scaled, then a row with a single one for each channel."""
-
-
-def num_directions(spare: int) -> int:
-    """Of `spare` columns, those for directions; the rest are for channels."""
-    return spare // 2
 
 
 def main_directions(x_sd: Tensor, count: int) -> Tensor:
@@ -96,6 +90,6 @@ def correction(
     found = v_dn.shape[1]
     columns[:, :found] = beside * gain_n
     probe[:found] = (v_dn / gain_n).t()
-    columns[:, wanted : wanted + channels] = codes_od.float()[:, index_k] / _LOW
+    columns[:, wanted : wanted + channels] = codes_od.float()[:, index_k] / LOW
     probe[wanted + torch.arange(channels, device=device), index_k] = 1.0
     return Correction(columns.to(E4M3), probe)
