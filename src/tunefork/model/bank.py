@@ -1,4 +1,4 @@
-"""The slots of a model's bank of deltas: filled, replaced, emptied, read out, and told their tokens.
+"""The slots of a model's bank of deltas: filled, replaced, emptied, read out, told their tokens.
 
 A rank sweep and many customers' adapters train in the slots of one pass (`add_bank`), and a server
 reads them token by token (`add_serving_bank`). The layer is `BankLinear` (`bank_linear.py`).
@@ -106,7 +106,7 @@ class Bank:
         dropout: float = 0.0,
     ) -> None:
         """Fill `slot` with A (R, D) and B (O, R) by path, to be trained on or read."""
-        if dropout and not any(layer.draws for layer in self.layers.values()):
+        if dropout and not any(layer.dropout for layer in self.layers.values()):
             raise ModelError(
                 "lora.dropout: this group was begun without dropout; an adapter with it needs a "
                 "group that was begun with one"
@@ -226,7 +226,7 @@ def check_bank_lora(model: PreTrainedModel, lora: LoraSection) -> list[str]:
 
 
 def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Its modules as they were loaded, without values: in them later adapters' targets are found."""
+    """Its modules as they were loaded, without values: where later adapters' targets are found."""
     with torch.device("meta"):
         return type(model)(model.config)
 
@@ -253,7 +253,7 @@ def add_bank(
     """
     loras = [adapter.lora for adapter in adapters]
     targets = [set(check_bank_lora(model, lora)) for lora in (*loras, *announced)]
-    draws = any(lora.dropout > 0.0 for lora in (*loras, *announced))
+    dropout = max(lora.dropout for lora in (*loras, *announced))
     model.requires_grad_(False)
     routing, layers = _routing(model, len(adapters)), {}
     for path in linear_paths(model):
@@ -261,7 +261,7 @@ def add_bank(
             ranks = [x.rank if path in own else 0 for x, own in zip(loras, targets, strict=False)]
             base = model.get_submodule(path)
             assert isinstance(base, nn.Linear | Nf4Linear)
-            layers[path] = BankLinear(base, ranks, routing, draws=draws)
+            layers[path] = BankLinear(base, ranks, routing, dropout=dropout)
     for path, layer in layers.items():
         replace(model, path, layer)
     bank = Bank(model, skeleton_of(model), layers, routing, [{} for _ in adapters])

@@ -53,12 +53,14 @@ class BankLinear(nn.Module):
         routing: Routing,
         *,
         dtype: torch.dtype = torch.float32,
-        draws: bool = False,
+        dropout: float = 0.0,
         is_trained: bool = True,
     ) -> None:
         super().__init__()
         self.base: nn.Linear | FrozenBase = base
-        self.routing, self.dtype, self.draws = routing, dtype, draws
+        self.routing, self.dtype = routing, dtype
+        self.dropout = dropout
+        """The most of any slot; 0: none ever draws, and the deltas' input is the base's."""
         self.in_features, self.out_features = base.in_features, base.out_features
         self.base_adds_delta = False
         """The base is a layer of a fused group, which computes the deltas too."""
@@ -113,7 +115,7 @@ class BankLinear(nn.Module):
     def dropped(self, x_sd: Tensor) -> Tensor:
         """x with each slot's dropout, while training; drawn for all tokens at once."""
         routing = self.routing
-        if not (self.draws and self.training and routing.mode in ("segments", "one")):
+        if not (self.dropout and self.training and routing.mode in ("segments", "one")):
             return x_sd
         if routing.mode == "one":
             rate_s1 = routing.rates_g[routing.slot]
