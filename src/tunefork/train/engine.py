@@ -59,7 +59,7 @@ def base_form(
         dtype=dtype,
         wants_fp8=wants_fp8,
         is_dora=recipe.lora.dora,
-        checkpointing=recipe.train.activation_checkpointing,
+        checkpointing=recipe.train.checkpointing,
     )
 
 
@@ -104,7 +104,7 @@ def prepare(
     With a `bank` its passes are of many adapters. Raises ModelError where the recipe asks for
     checkpointing that the architecture has not.
     """
-    checkpointing = recipe.train.activation_checkpointing
+    checkpointing = recipe.train.checkpointing
     is_compiled = compiles(recipe.train.compile, model.device.type, num_steps)
     if bank is not None and not bank.is_fused:  # its loop over segments knows their ends
         is_compiled = False
