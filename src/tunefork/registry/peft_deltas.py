@@ -56,8 +56,6 @@ def read_deltas(skeleton: PreTrainedModel, folder: Path) -> Deltas:
     if not any(bool(value.any()) for key, value in tensors.items() if ".lora_B." in key):
         raise AdapterError(f"{file}: every lora_B is zero: the adapter would change nothing")
     return {
-        path: Delta(
-            tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"], delta.scale
-        )
+        path: Delta(tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"], delta.scale)
         for path, delta in targets.deltas.items()
     }

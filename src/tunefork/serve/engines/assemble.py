@@ -59,7 +59,9 @@ def assemble(
     ours = settings.embedded
     device = pick_device() if ours.device == "auto" else torch.device(ours.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"embedded.device: {ours.device}: there is no CUDA device; set cpu or auto")
+        raise ModelError(
+            f"embedded.device: {ours.device}: there is no CUDA device; set cpu or auto"
+        )
     dtype = pick_dtype(ours.dtype, device)
     tokenizer = load_tokenizer(settings.base)
     is_nf4 = ours.base_storage == "nf4"
@@ -121,12 +123,8 @@ def assemble(
     return Assembled(core, tokenizer, grammars, model, max_model_len, vocabulary, info)
 
 
-def _tiers(
-    slots: BankSlots, read: Any, host_memory_bytes: int, wake: Callable[[], None]
-) -> Tiers:
-    return Tiers(
-        slots, read, host_memory_bytes=host_memory_bytes, wake=wake, clock=time.monotonic
-    )
+def _tiers(slots: BankSlots, read: Any, host_memory_bytes: int, wake: Callable[[], None]) -> Tiers:
+    return Tiers(slots, read, host_memory_bytes=host_memory_bytes, wake=wake, clock=time.monotonic)
 
 
 def _ignore(_: Any) -> None:

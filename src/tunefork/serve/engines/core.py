@@ -257,9 +257,7 @@ class Core:
             self._end(answer, EngineError(why))
             return None
 
-    def _collect(
-        self, planned: Sequence[tuple[Answer, Part]], outcome: Outcome
-    ) -> list[_Event]:
+    def _collect(self, planned: Sequence[tuple[Answer, Part]], outcome: Outcome) -> list[_Event]:
         """The tokens that the pass chose. Waits for it."""
         answers = []
         for answer, part in planned:

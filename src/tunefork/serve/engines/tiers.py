@@ -279,4 +279,3 @@ class Tiers:
             found = EngineError(f"{entry.adapter.id}: cannot be loaded: {type(error).__name__}")
         self._arrived.append((entry, found, self.clock() - began))
         self.wake()
-
