@@ -1,4 +1,4 @@
-"""The slots of a model's bank of deltas: filled, replaced, emptied, read out, and told their tokens.
+"""The slots of a model's bank of deltas: filled, replaced, emptied, read out, told their tokens.
 
 A rank sweep and many customers' adapters train in the slots of one pass (`add_bank`), and a server
 reads them token by token (`add_serving_bank`). The layer is `BankLinear` (`bank_linear.py`).
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunefork.errors import AdapterError, ModelError
-from tunefork.kernels.bank import Bounds, padded_rank
+from tunefork.kernels.bank import Bounds, Padded, padded_rank, spans
 from tunefork.model.bank_linear import BankLinear, Routing
 from tunefork.model.build import check_lora, linear_paths, lora_scale, replace
 from tunefork.model.linear import Nf4Linear, first_a
@@ -106,15 +106,18 @@ class Bank:
         dropout: float = 0.0,
     ) -> None:
         """Fill `slot` with A (R, D) and B (O, R) by path, to be trained on or read."""
-        if dropout and not any(layer.draws for layer in self.layers.values()):
+        if dropout and not any(layer.dropout for layer in self.layers.values()):
             raise ModelError(
                 "lora.dropout: this group was begun without dropout; an adapter with it needs a "
                 "group that was begun with one"
             )
-        self._write(slot, {path: (a, b) for path, (a, b) in matrices.items()})
+        self._write(slot, matrices)
         self.routing.scales[slot] = scale
         self.routing.rates_g[slot] = dropout
-        self._pad()
+        # In place: a captured pass reads it where it lies.
+        for ranks, padded in {la.ranks: la.padded for la in self.layers.values()}.items():
+            assert padded is not None
+            padded.scale_q[slice(*spans(ranks)[slot])] = scale
 
     def load(self, slot: int, found: Deltas) -> None:
         """Fill `slot` of a serving bank. Other slots may be read meanwhile.
@@ -206,8 +209,10 @@ class Bank:
 
     def _pad(self) -> None:
         rank = padded_rank([max(layer.ranks, default=0) for layer in self.layers.values()])
+        kinds = {layer.ranks for layer in self.layers.values()}
+        made = {x: Padded.of(x, rank, self.routing.scales, self.device) for x in kinds}
         for layer in self.layers.values():
-            layer.pad(rank)
+            layer.padded = made[layer.ranks]
 
 
 def check_bank_lora(model: PreTrainedModel, lora: LoraSection) -> list[str]:
@@ -226,7 +231,7 @@ def check_bank_lora(model: PreTrainedModel, lora: LoraSection) -> list[str]:
 
 
 def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Its modules as they were loaded, without values: in them later adapters' targets are found."""
+    """Its modules as they were loaded, without values: where later adapters' targets are found."""
     with torch.device("meta"):
         return type(model)(model.config)
 
@@ -253,7 +258,7 @@ def add_bank(
     """
     loras = [adapter.lora for adapter in adapters]
     targets = [set(check_bank_lora(model, lora)) for lora in (*loras, *announced)]
-    draws = any(lora.dropout > 0.0 for lora in (*loras, *announced))
+    dropout = max(lora.dropout for lora in (*loras, *announced))
     model.requires_grad_(False)
     routing, layers = _routing(model, len(adapters)), {}
     for path in linear_paths(model):
@@ -261,10 +266,11 @@ def add_bank(
             ranks = [x.rank if path in own else 0 for x, own in zip(loras, targets, strict=False)]
             base = model.get_submodule(path)
             assert isinstance(base, nn.Linear | Nf4Linear)
-            layers[path] = BankLinear(base, ranks, routing, draws=draws)
+            layers[path] = BankLinear(base, ranks, routing, dropout=dropout)
     for path, layer in layers.items():
         replace(model, path, layer)
     bank = Bank(model, skeleton_of(model), layers, routing, [{} for _ in adapters])
+    bank.to(routing.ends_g.device)
     for slot, adapter in enumerate(adapters):
         bank.start(slot, adapter)
     return bank
@@ -287,4 +293,6 @@ def add_serving_bank(
         )
     for path, layer in layers.items():
         replace(model, path, layer)
-    return Bank(model, skeleton_of(model), layers, routing, [{} for _ in range(slots)])
+    bank = Bank(model, skeleton_of(model), layers, routing, [{} for _ in range(slots)])
+    bank.to(routing.ends_g.device)
+    return bank

@@ -53,12 +53,14 @@ class BankLinear(nn.Module):
         routing: Routing,
         *,
         dtype: torch.dtype = torch.float32,
-        draws: bool = False,
+        dropout: float = 0.0,
         is_trained: bool = True,
     ) -> None:
         super().__init__()
         self.base: nn.Linear | FrozenBase = base
-        self.routing, self.dtype, self.draws = routing, dtype, draws
+        self.routing, self.dtype = routing, dtype
+        self.dropout = dropout
+        """The most of any slot; 0: none ever draws, and the deltas' input is the base's."""
         self.in_features, self.out_features = base.in_features, base.out_features
         self.base_adds_delta = False
         """The base is a layer of a fused group, which computes the deltas too."""
@@ -76,16 +78,12 @@ class BankLinear(nn.Module):
             torch.zeros(rows, self.out_features, dtype=self.dtype, device=device), self.is_trained
         )
         self.padded: Padded | None = None
+        """How the grouped product takes the rows; layers of the same ranks have one."""
 
     def own(self, slot: int) -> tuple[Tensor, Tensor]:
         """Views of a slot's A (R, D) and B transposed (R, O), in the graph of their rows."""
         start, end = spans(self.ranks)[slot]
         return self.rows_a[start:end], self.rows_b[start:end]
-
-    def pad(self, rank: int) -> None:
-        """Write down how the grouped product takes the rows; due after each change of a slot."""
-        scales, device = self.routing.scales, self.rows_a.device
-        self.padded = Padded.of(self.ranks, rank, scales, device)
 
     def materialize(self) -> Tensor:
         """The base's weight, (O, D), without deltas."""
@@ -113,7 +111,7 @@ class BankLinear(nn.Module):
     def dropped(self, x_sd: Tensor) -> Tensor:
         """x with each slot's dropout, while training; drawn for all tokens at once."""
         routing = self.routing
-        if not (self.draws and self.training and routing.mode in ("segments", "one")):
+        if not (self.dropout and self.training and routing.mode in ("segments", "one")):
             return x_sd
         if routing.mode == "one":
             rate_s1 = routing.rates_g[routing.slot]

@@ -48,7 +48,7 @@ class FusedGroup(nn.Module):
         # With dropout a delta's input is not the base's, so it stays a product of its own.
         self.deltas = [m for m in members if isinstance(m, LoraLinear) and m.dropout == 0.0]
         self.banks = {
-            at: m for at, m in enumerate(members) if isinstance(m, BankLinear) and not m.draws
+            at: m for at, m in enumerate(members) if isinstance(m, BankLinear) and m.dropout == 0.0
         }
         self.features_in: int = bases[0].in_features
         self.layout = Layout(

@@ -1,9 +1,9 @@
 """The one linear layer: a frozen base weight and a low-rank delta over it.
 
 Full fine-tuning is a plain `nn.Linear` with no delta; LoRA is `LoraLinear` over an `nn.Linear`;
-QLoRA is `LoraLinear` over an `Nf4Linear`. Many adapters at once are a `BankLinear` (`bank_linear.py`) over
-either. A base only has to hand out its weight when asked
-(`materialize`), so the layer and its kernel do not know how it is stored.
+QLoRA is `LoraLinear` over an `Nf4Linear`. Many adapters at once are a `BankLinear` over either
+(`bank_linear.py`). A base only has to hand out its weight when asked (`materialize`), so the layer
+and its kernel do not know how it is stored.
 
 Shape legend: D features in, O features out, R rank.
 """
