@@ -74,7 +74,10 @@ def assemble(
     model.eval().requires_grad_(False)
     bank = None
     if merged is None:
-        bank = add_serving_bank(model, slots=ours.slots, rank=ours.max_rank, dtype=dtype)
+        # Beside bf16 on a CPU, fp32 is the quicker one (`kernels/bank_stretches.py`).
+        wide = torch.float32 if device.type == "cpu" else dtype
+        bank = add_serving_bank(model, slots=ours.slots, rank=ours.max_rank, dtype=wide)
+    slots = None if bank is None else BankSlots(bank)
     layers = layer_shapes(model)
     own_limit = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 8192)
     cache_tokens = _cache_tokens(ours, bytes_a_token(layers, dtype), own_limit, device)
@@ -84,7 +87,7 @@ def assemble(
     flash = takes_flash(layers, dtype, device)
     passes = Passes(
         model,
-        _ignore if bank is None else bank.route_tokens,
+        _ignore if slots is None else slots.route,
         max_tokens=prefill_tokens,
         max_rows=ours.max_requests,
         max_model_len=max_model_len,
@@ -92,14 +95,14 @@ def assemble(
         graphs=flash and ours.cuda_graphs,
     )
     make_tiers = None
-    if bank is not None:
+    if bank is not None and slots is not None:
         read = partial(
             read_adapter,
             skeleton=bank.skeleton,
             max_rank=ours.max_rank,
             pin=device.type == "cuda",
         )
-        make_tiers = partial(_tiers, BankSlots(bank), read, ours.host_memory_bytes)
+        make_tiers = partial(_tiers, slots, read, ours.host_memory_bytes)
     core = Core(
         passes,
         cache,
@@ -127,7 +130,7 @@ def _tiers(slots: BankSlots, read: Any, host_memory_bytes: int, wake: Callable[[
     return Tiers(slots, read, host_memory_bytes=host_memory_bytes, wake=wake, clock=time.monotonic)
 
 
-def _ignore(_: Any) -> None:
+def _ignore(*_: Any) -> None:
     """There are no slots to choose among."""
 
 

@@ -10,7 +10,7 @@ Shape legend: N tokens of the pass, R rows of which logits are wanted, V tokens 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tunefork.kernels.bank_stretches import Stretch
 from tunefork.serve.engines.attention import Reads, Span
 from tunefork.serve.engines.choose import greedy
 
+_MANY_ROWS = 32
 BASE = -1
 """The slot of tokens that no adapter is for."""
 
@@ -81,19 +83,32 @@ class _Layout:
             self.device.copy_(self.host, non_blocking=True)
 
 
+class _Key(NamedTuple):
+    """What a graph was captured for."""
+
+    rows: int
+    longest_k: int
+    has_adapters: bool
+    """Without any, the base is spared their products."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Graph:
     graph: Any
     outcome: Outcome
 
 
+Route = Callable[[Tensor, Sequence[Stretch]], None]
+"""Is told the slot of each token (N,), and the stretches of tokens that have one."""
+
+
 class Passes:
-    """Runs passes of one model. `use` is told the (N,) slots before each."""
+    """Runs passes of one model; `route` is called before each, and before each capture."""
 
     def __init__(
         self,
         model: PreTrainedModel,
-        use: Callable[[Tensor], None],
+        route: Route,
         *,
         max_tokens: int,
         max_rows: int,
@@ -101,12 +116,12 @@ class Passes:
         flash: bool,
         graphs: bool,
     ) -> None:
-        self.model, self.use, self.flash, self.graphs = model, use, flash, graphs
+        self.model, self.route, self.flash, self.graphs = model, route, flash, graphs
         self.max_model_len = max_model_len
         self.device = model.device
         tokens = max(max_tokens, max_rows) + max_rows
         self.layout = _Layout(tokens, max_rows, self.device)
-        self.captured: dict[tuple[int, int], _Graph] = {}
+        self.captured: dict[_Key, _Graph] = {}
         self.max_rows = max_rows
         self._read: torch.cuda.Event | None = None
 
@@ -118,6 +133,7 @@ class Passes:
         decodes = all(len(part.ids) == 1 and part.wants_logits for part in parts)
         rows = self.filled(len(parts)) if decodes and self.graphs else len(parts)
         spans, num_tokens, num_wanted = self._lay_out(parts, rows)
+        stretches = _stretches(parts)
         longest_q = max(span.new for span in spans)
         longest_k = _limit(max(span.used for span in spans), self.max_model_len)
         self.layout.send()
@@ -125,14 +141,12 @@ class Passes:
             self._read = torch.cuda.Event()
             self._read.record()
         if decodes and self.graphs:
-            key = (rows, longest_k if rows < 32 else self.max_model_len)
-            if key not in self.captured:
-                self.captured[key] = self._capture(*key)
-            graph = self.captured[key]
-            graph.graph.replay()
-            outcome = graph.outcome
+            # With many rows the kernel has enough to do without cutting them into pieces.
+            limit = longest_k if rows < _MANY_ROWS else self.max_model_len
+            outcome = self._replay(_Key(rows, limit, bool(stretches)))
         else:
             told = None if self.flash else tuple(spans)
+            self.route(self.layout.tensors["slots"][:num_tokens], stretches)
             outcome = self._pass(rows, num_tokens, num_wanted, longest_q, longest_k, told)
         return Outcome(outcome.logits_rv[:num_wanted], outcome.tokens_r[:num_wanted])
 
@@ -194,7 +208,6 @@ class Passes:
             longest_k,
             spans,
         )
-        self.use(tensors["slots"][:num_tokens])
         # A pass that only fills the cache wants no logits at all; one row keeps shapes plain.
         wanted = tensors["last"][: max(num_wanted, 1)].long()
         logits_rv = self.model(
@@ -206,9 +219,20 @@ class Passes:
         ).logits[0]
         return Outcome(logits_rv, greedy(logits_rv))
 
-    def _capture(self, rows: int, longest_k: int) -> _Graph:
-        """The graph of a pass over `rows` decoding rows, by the numbers that lie there now."""
-        told = (rows, rows, rows, 1, longest_k, None)
+    def _replay(self, key: _Key) -> Outcome:
+        if key not in self.captured:
+            self.captured[key] = self._capture(key)
+        graph = self.captured[key]
+        graph.graph.replay()
+        return graph.outcome
+
+    def _capture(self, key: _Key) -> _Graph:
+        """The graph of a pass over so many decoding rows, by the numbers that lie there now."""
+        rows = key.rows
+        self.route(
+            self.layout.tensors["slots"][:rows], [Stretch(0, 0, rows)] if key.has_adapters else []
+        )
+        told = (rows, rows, rows, 1, key.longest_k, None)
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -220,6 +244,21 @@ class Passes:
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             outcome = self._pass(*told)
         return _Graph(graph, outcome)
+
+
+def _stretches(parts: Sequence[Part]) -> list[Stretch]:
+    """The tokens that have an adapter, neighbours of one slot joined."""
+    found: list[Stretch] = []
+    at = 0
+    for part in parts:
+        end = at + len(part.ids)
+        if part.slot != BASE:
+            if found and found[-1].last == at and found[-1].slot == part.slot:
+                found[-1] = found[-1]._replace(last=end)
+            else:
+                found.append(Stretch(part.slot, at, end))
+        at = end
+    return found
 
 
 def _limit(tokens: int, most: int) -> int:

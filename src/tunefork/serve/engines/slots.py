@@ -1,10 +1,11 @@
 """A bank's slots as the tiers fill them: by threads, while passes read the other slots."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from tunefork.kernels.bank_stretches import Stretch, lay_out
 from tunefork.model.bank import Bank
 from tunefork.registry.peft_deltas import Deltas
 
@@ -14,13 +15,26 @@ class BankSlots:
 
     def __init__(self, bank: Bank) -> None:
         self.bank, self.num_slots = bank, bank.num_slots
+        self.ranks: dict[int, int] = {}
+        """The largest rank in each slot."""
         self._emptied: dict[int, torch.cuda.Event] = {}
         is_cuda = bank.device.type == "cuda"
         self._stream = torch.cuda.Stream(bank.device) if is_cuda else None  # type: ignore[no-untyped-call]
 
+    def route(self, index_n: Tensor, stretches: Sequence[Stretch]) -> None:
+        """The next pass's tokens: each one's slot in `index_n` (N,), and those with an adapter."""
+        if not stretches:
+            self.bank.route_none()
+        elif self._stream is not None:
+            self.bank.route_tokens(index_n)
+        else:
+            rank = max(self.ranks[stretch.slot] for stretch in stretches)
+            self.bank.route_stretches(lay_out(stretches, rank))
+
     @torch.inference_mode()
     def load(self, slot: int, deltas: Deltas) -> None:
         """Put an adapter into `slot`; returns when it is there. Raises AdapterError."""
+        self.ranks[slot] = max(delta.lora_a.shape[0] for delta in deltas.values())
         if self._stream is None:
             self.bank.load(slot, deltas)
             return
