@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from tunefork.errors import AdapterError, ModelError
 from tunefork.kernels.bank import Bounds, Padded, padded_rank, spans
+from tunefork.kernels.bank_stretches import Layout
 from tunefork.model.bank_linear import BankLinear, Routing
 from tunefork.model.build import check_lora, linear_paths, lora_scale, replace
 from tunefork.model.linear import Nf4Linear, first_a
@@ -164,6 +165,10 @@ class Bank:
     def route_tokens(self, index_s: Tensor) -> None:
         """Each token's slot, or -1, is read from `index_s` (S,) whenever a pass runs."""
         self.routing.index_s, self.routing.mode = index_s, "tokens"
+
+    def route_stretches(self, layout: Layout) -> None:
+        """The next pass's tokens are whose the host says: a bank on a CPU that is only read."""
+        self.routing.layout, self.routing.mode = layout, "stretches"
 
     def route_none(self) -> None:
         """Every token sees the base alone."""

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunefork.kernels.bank import Bounds, Padded, add_segments, grouped, spans
+from tunefork.kernels.bank_stretches import Layout, add_stretches
 from tunefork.kernels.bank_tokens import bank_tokens
 from tunefork.model.linear import FrozenBase, Nf4Linear
 
@@ -31,13 +32,15 @@ class Routing:
     """Of each slot."""
     rates_g: Tensor
     """(G,) fp32 on the device: each slot's dropout."""
-    mode: Literal["none", "segments", "one", "tokens"] = "none"
+    mode: Literal["none", "segments", "one", "tokens", "stretches"] = "none"
     bounds: Bounds = ()
     """`ends_g` as the host knows it, with each slot's start; mode "segments"."""
     slot: int = 0
     """Whose every token is; mode "one"."""
     index_s: Tensor | None = None
     """(S,) each token's slot, -1 for none; mode "tokens"."""
+    layout: Layout | None = None
+    """What the host knows of a pass that is only read from; mode "stretches"."""
 
 
 class BankLinear(nn.Module):
@@ -85,6 +88,11 @@ class BankLinear(nn.Module):
         start, end = spans(self.ranks)[slot]
         return self.rows_a[start:end], self.rows_b[start:end]
 
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """`rows_a` and `rows_b`."""
+        return self.rows_a, self.rows_b
+
     def materialize(self) -> Tensor:
         """The base's weight, (O, D), without deltas."""
         return self.base.weight if isinstance(self.base, nn.Linear) else self.base.materialize()
@@ -99,6 +107,10 @@ class BankLinear(nn.Module):
             return y_o
         x_sd = self.dropped(x_d.reshape(-1, x_d.shape[-1]))
         y_so = y_o.view(-1, y_o.shape[-1])
+        if routing.layout is not None and routing.mode == "stretches":
+            slots = len(self.ranks)
+            a_nrd, b_nro = (rows.view(slots, -1, rows.shape[1]) for rows in self.rows)
+            return add_stretches(y_so, x_sd, a_nrd, b_nro, routing.layout).view(y_o.shape)
         if routing.mode == "segments" and isinstance(self.base, nn.Linear | Nf4Linear):
             scales = tuple(routing.scales)
             y_so = add_segments(
@@ -148,6 +160,8 @@ def deltas(layers: Sequence[BankLinear], x_sd: Tensor) -> tuple[Tensor, ...]:
                 )
                 for layer in layers
             )
+        case "stretches":
+            raise ValueError("stretches are for layers that are no part of a fused group")
         case "none":
             return tuple(x_sd.new_zeros(x_sd.shape[0], la.out_features) for la in layers)
 
