@@ -47,13 +47,33 @@ def load_for_training(
 
     FP8 products are corrected for inputs such as the first of `examples` (`model.fused`).
     """
+
+    def put(model: PreTrainedModel, at: torch.device) -> None:
+        added = new_ids(recipe.model)
+        build(model, method, recipe.lora, seed=seed, device=at, new_ids=added)
+
+    return load_and_fuse(recipe, method, put, dtype=dtype, device=device, examples=examples)
+
+
+def load_and_fuse(
+    recipe: Recipe,
+    method: Method,
+    put: Callable[[PreTrainedModel, torch.device], None],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    examples: Sequence[Encoded],
+) -> PreTrainedModel:
+    """The recipe's base on `device`, in its form, with what `put` puts on it.
+
+    `put` is given the model and the device that it must be on then.
+    """
     deterministic.prepare(recipe.train.deterministic)
     model = load_model(recipe.model, dtype=dtype, device=device, in_host_memory=True)
-    added = new_ids(recipe.model)
     form = base_form(recipe, method, device=device, dtype=dtype)
     # An FP8 base is quantised group by group on its way from the host to the device.
     at = torch.device("cpu") if form is not None and form.storage != "nf4" else device
-    build(model, method, recipe.lora, seed=seed, device=at, new_ids=added)
+    put(model, at)
     if form is not None:
         fuse(model, form.storage, form.products, device, calibration_ids(examples))
     if recipe.train.packing:
