@@ -55,9 +55,7 @@ class Detokenizer:
         return self._take(text)
 
     def _text(self) -> str:
-        return str(
-            self._backend.decode([*self._before, *self._waiting], skip_special_tokens=True)
-        )
+        return str(self._backend.decode([*self._before, *self._waiting], skip_special_tokens=True))
 
     def _take(self, text: str) -> str:
         """What `text` has that was not shown; the tokens behind it wait no longer."""

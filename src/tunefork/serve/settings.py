@@ -91,7 +91,9 @@ class ServeSettings(Section):
     @field_validator("name")
     @classmethod
     def _is_plain(cls, value: str | None) -> str | None:
-        if value is not None and (not value.isprintable() or ":" in value or value != value.strip()):
+        if value is not None and (
+            not value.isprintable() or ":" in value or value != value.strip()
+        ):
             raise ValueError("must be printable, without ':' and without white space around it")
         return value
 
@@ -160,7 +162,9 @@ def _put(fields: dict[str, Any], text: str) -> None:
 def _explain(detail: Any) -> str:
     at = ".".join(map(str, detail["loc"]))
     if detail["type"] == "extra_forbidden":
-        return f"{at}: unknown key{nearest(str(detail['loc'][-1]), list(ServeSettings.model_fields))}"
+        return (
+            f"{at}: unknown key{nearest(str(detail['loc'][-1]), list(ServeSettings.model_fields))}"
+        )
     if detail["type"] == "missing":
         return f"{at}: is missing; it has no default"
     message = str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input ")
