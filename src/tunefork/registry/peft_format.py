@@ -43,6 +43,7 @@ __all__ = [
     "WEIGHTS",
     "adapter_settings",
     "base_section",
+    "check_fits",
     "load_adapter",
     "read_config",
     "save_adapter",
@@ -73,6 +74,17 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> bool:
     _put_rows(model, targets, tensors)
     model.requires_grad_(False)
     return has_grown
+
+
+def check_fits(model: PreTrainedModel, folder: Path) -> Targets:
+    """What `load_adapter` would change of `model`, which may lie on the meta device.
+
+    Reads the file's header alone. Raises AdapterError where keys or shapes do not fit.
+    """
+    config, header = read_config(folder), read_header(folder / WEIGHTS)
+    targets = peft_targets.find(model, config, folder)
+    _check_header(header, _expected(model, config, targets), folder / WEIGHTS)
+    return targets
 
 
 def _grow(model: PreTrainedModel, targets: Targets, header: dict[str, Entry], file: Path) -> bool:
