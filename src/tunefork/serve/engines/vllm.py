@@ -16,9 +16,10 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from tunefork.errors import EngineDeadError
-from tunefork.model.load import find, load_tokenizer
+from tunefork.model.load import load_tokenizer
 from tunefork.serve.engine import Capabilities, EngineRequest, EngineState, Piece, ServedAdapter
 from tunefork.serve.engines import vllm_api as api
+from tunefork.serve.engines.vllm_base import ZERO_ID
 from tunefork.serve.engines.vllm_server import Server
 from tunefork.serve.event_stream import Answer, StreamBrokenError, post
 from tunefork.serve.settings import ServeSettings
@@ -47,8 +48,7 @@ class VllmEngine:
         """Start the server, or find it; ready once it answers. Raises TuneforkError."""
         if self._tokenizer is None:
             self._tokenizer = await asyncio.to_thread(load_tokenizer, self._section)
-        base = await asyncio.to_thread(find, self._section)
-        self._server = await Server.open(base, self.settings, self._tokenizer)
+        self._server = await Server.open(self._section, self.settings, self._tokenizer)
         self.capabilities = self._capabilities(self._server.max_model_len)
 
     async def stop(self) -> None:
@@ -125,7 +125,7 @@ class VllmEngine:
             return EngineState(
                 healthy=False, loads=loads, evictions=evictions, load_seconds=seconds
             )
-        known = server.adapters.ids()
+        known = [name for name in server.adapters.ids() if name != ZERO_ID]
         waiting = min(self._open, int(server.gauges.get("vllm:num_requests_waiting", 0)))
         cache = int(server.gauges.get("cache_tokens", 0))
         used = server.gauges.get("vllm:kv_cache_usage_perc", 0.0)

@@ -32,14 +32,14 @@ _DROPPED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 """Of this interpreter; the child's is another."""
 
 
-def command(base: Source, settings: VllmSettings, port: int) -> list[str]:
-    """What starts the server."""
+def command(base: Source, settings: VllmSettings, port: int, more: int = 0) -> list[str]:
+    """What starts the server, with room for `more` adapters than are served."""
     optional = {"--revision": base.revision, "--max-model-len": settings.max_model_len}
     return [
         *(str(settings.python), "-m", "vllm.entrypoints.cli.main", "serve", base.location),
         *("--served-model-name", SERVED_NAME, "--host", "127.0.0.1", "--port", str(port)),
-        *("--enable-lora", "--max-loras", str(settings.slots)),
-        *("--max-cpu-loras", str(settings.host_adapters)),
+        *("--enable-lora", "--max-loras", str(settings.slots + more)),
+        *("--max-cpu-loras", str(settings.host_adapters + more)),
         *("--max-lora-rank", str(settings.rank_step)),
         *("--max-num-seqs", str(settings.max_requests)),
         # a model's generation_config.json would change answers behind the gateway's back
@@ -48,6 +48,16 @@ def command(base: Source, settings: VllmSettings, port: int) -> list[str]:
         *(text for name, value in optional.items() if value for text in (name, str(value))),
         *settings.args,
     ]
+
+
+def find_python(settings: VllmSettings) -> Path:
+    """The interpreter with vLLM. Raises BadInputError where it cannot be run."""
+    if settings.python is None or not os.access(settings.python, os.X_OK):
+        raise BadInputError(
+            f"vllm.python: {settings.python} cannot be run; give the interpreter of an "
+            "environment that has vLLM, or vllm.url, where a server runs"
+        )
+    return settings.python
 
 
 @dataclass(slots=True)
@@ -62,18 +72,14 @@ class Child:
     process: Process
 
     @classmethod
-    async def start(cls, base: Source, settings: VllmSettings) -> "Child":
-        """Start the process; it is not ready yet."""
-        if settings.python is None or not os.access(settings.python, os.X_OK):
-            raise BadInputError(
-                f"vllm.python: {settings.python} cannot be run; give the interpreter of an "
-                "environment that has vLLM, or vllm.url, where a server runs"
-            )
+    async def start(cls, base: Source, settings: VllmSettings, more: int) -> "Child":
+        """Start the process; it is not ready yet. See `command`."""
         spool = settings.spool or home() / "vllm"
         spool.mkdir(parents=True, exist_ok=True)
         folder = Path(mkdtemp(prefix="server-", dir=spool.absolute()))
         log, key, port = settings.log or folder / "log", secrets.token_urlsafe(32), _free_port()
-        words = [sys.executable, "-I", str(_WATCHDOG), str(folder), *command(base, settings, port)]
+        words = [sys.executable, "-I", str(_WATCHDOG), str(folder)]
+        words += command(base, settings, port, more)
         with log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
                 *words,

@@ -13,10 +13,13 @@ from typing import Any
 import httpx
 
 from tunefork.errors import EngineDeadError, EngineError, IdentityError, TuneforkError
-from tunefork.model.load import Source
+from tunefork.home import home
+from tunefork.model.load import find
+from tunefork.recipe import ModelSection
 from tunefork.serve.engines import vllm_api as api
 from tunefork.serve.engines.vllm_adapters import Adapters
-from tunefork.serve.engines.vllm_child import SERVED_NAME, Child
+from tunefork.serve.engines.vllm_base import is_built_for_cpus, save_zeros
+from tunefork.serve.engines.vllm_child import SERVED_NAME, Child, find_python
 from tunefork.serve.engines.vllm_settings import VllmSettings
 from tunefork.serve.event_stream import Address, StreamBrokenError
 
@@ -51,17 +54,24 @@ class Server:
     _watch: "asyncio.Task[None] | None" = None
 
     @classmethod
-    async def open(cls, base: Source, settings: VllmSettings, tokenizer: Any) -> "Server":
+    async def open(cls, section: ModelSection, settings: VllmSettings, tokenizer: Any) -> "Server":
         """Start a child, or go to the server at `settings.url`; healthy once this returns.
 
         Raises TuneforkError, and leaves nothing behind then.
         """
-        child = None if settings.url else await Child.start(base, settings)
-        server = cls._reach(settings, child)
+        in_slot, child = settings.base_in_slot, None
+        if settings.url is None:
+            python = find_python(settings)
+            in_slot = await is_built_for_cpus(python) if in_slot is None else in_slot
+            base = await asyncio.to_thread(find, section)
+            child = await Child.start(base, settings, more=int(in_slot))
+        server = cls._reach(settings, child, more=int(bool(in_slot)))
         try:
             await server._wait_until_ready()
             await server._learn()
             await server._check_tokenizer(tokenizer)
+            if in_slot:
+                await server._put_base_in_slot(section)
         except BaseException:
             await server.close()
             raise
@@ -70,7 +80,7 @@ class Server:
         return server
 
     @classmethod
-    def _reach(cls, settings: VllmSettings, child: Child | None) -> "Server":
+    def _reach(cls, settings: VllmSettings, child: Child | None, more: int) -> "Server":
         if child is not None:
             address, key = child.address, child.key
         else:
@@ -89,7 +99,8 @@ class Server:
             return answer.status_code, str(api.refusal(answer.status_code, answer.content))
 
         spool = child.folder / "adapters" if child is not None else None
-        adapters = Adapters(call, settings.host_adapters, settings.rank_step, spool)
+        places = settings.host_adapters + more
+        adapters = Adapters(call, places, settings.rank_step, spool)
         return cls(settings, address, headers, client, adapters, child)
 
     async def close(self) -> None:
@@ -149,6 +160,15 @@ class Server:
         )
         with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):
             self.version = str((await self.client.get("/version")).json()["version"])
+
+    async def _put_base_in_slot(self, section: ModelSection) -> None:
+        if self.child is not None:
+            folder = self.child.folder / "zeros"
+        else:
+            folder = (self.settings.spool or home() / "vllm") / "zeros"
+        zeros = await asyncio.to_thread(save_zeros, section, folder)
+        await self.adapters.bring(zeros, pinned=True)
+        self.base_name = zeros.id
 
     async def _check_tokenizer(self, tokenizer: Any) -> None:
         """A server at a URL may have any base: at least its tokens are compared."""

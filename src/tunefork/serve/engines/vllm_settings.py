@@ -73,6 +73,11 @@ class VllmSettings(Section):
     max_model_len: PositiveInt | None = None
     """Most tokens of prompt and answer. None: the model's own."""
 
+    base_in_slot: bool | None = None
+    """Whether the base is asked for as an adapter of zeros, with a slot of its own: vLLM's kernels
+    for CPUs mix the adapter of the last slot into answers of the base otherwise. None: where the
+    child's PyTorch is built for CPUs. Set it for a server at `url` that computes on a CPU."""
+
     max_requests: PositiveInt = 256
     """Answers computed at the same time (--max-num-seqs)."""
 
