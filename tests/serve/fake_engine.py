@@ -13,6 +13,7 @@ from tunefork.serve.engine import (
     EngineState,
     FinishReason,
     Piece,
+    Sampling,
     ServedAdapter,
     TokenLogprob,
 )
@@ -22,10 +23,7 @@ ALL = Capabilities(
     max_logprobs=20,
     grammars=frozenset({"json_object", "json_schema"}),
     max_rank=64,
-    sampling=frozenset(
-        "temperature top_p top_k seed presence_penalty frequency_penalty logit_bias stop stop_ids "
-        "ignore_eos logprobs grammar".split()
-    ),
+    sampling=frozenset(Sampling.__slots__),
     max_requests=8,
 )
 

@@ -2,29 +2,22 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import httpx
 import uvicorn
 
-from tests.folders import save_model
-from tests.registry.artefacts import LAYER
-from tests.serve.fake_engine import FakeEngine
-from tunefork.model.fingerprint import identify
-from tunefork.recipe import ModelSection
-from tunefork.registry.provenance import Provenance, write_provenance
-from tunefork.registry.store import Store
-from tunefork.registry.version import Version
 from tunefork.serve.app import create_app
 from tunefork.serve.engine import Engine
 from tunefork.serve.gateway import Gateway
 from tunefork.serve.run import bind, drain_on_signal
 from tunefork.serve.settings import ServeSettings
 
-__all__ = ["LAYER", "Running", "publish", "save_base", "serving"]
+ASKED = [{"role": "user", "content": "hello dog"}]
+"""25 tokens by the tests' tokenizer and template."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +28,19 @@ class Running:
     gateway: Gateway
     server: uvicorn.Server
 
-    def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=20)
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def http(self, key: str | None = None) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx.Client(base_url=self.url, timeout=20, headers=headers)
+
+    def ask(self, key: str | None = None, **fields: Any) -> httpx.Response:
+        """One chat completion."""
+        body = {"model": "tiny-base", "messages": ASKED, "temperature": 0} | fields
+        with self.http(key) as http:
+            return http.post("/v1/chat/completions", json=body)
 
 
 @contextmanager
@@ -50,11 +54,11 @@ def serving(engine: Engine, settings: ServeSettings, *, wait: bool = True) -> It
     drain_on_signal(server, app.state.gateway)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
-    running = Running(f"http://127.0.0.1:{listening.getsockname()[1]}", app.state.gateway, server)
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    running = Running(url, app.state.gateway, server)
     try:
-        while not server.started or (wait and running.gateway.state == "starting"):
-            assert thread.is_alive(), running.gateway.failure
-            time.sleep(0.005)
+        eventually(lambda: server.started)
+        eventually(lambda: not wait or running.gateway.state != "starting")
         yield running
     finally:
         server.should_exit = True
@@ -62,24 +66,9 @@ def serving(engine: Engine, settings: ServeSettings, *, wait: bool = True) -> It
         assert not thread.is_alive()
 
 
-def save_base(folder: Path) -> Path:
-    """A tiny llama."""
-    save_model(folder)
-    return folder
-
-
-def publish(base: Path, folder: Path, name: str, **options: object) -> Version:
-    """An adapter over `base`, trained by nobody, as the next version of `name`."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from tests.registry.conftest import trained
-    from tunefork.recipe import LoraSection, Method
-    from tunefork.registry.peft_format import save_adapter
-
-    model = trained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), Method.LORA)
-    save_adapter(model, folder, LoraSection(rank=4), base=str(base))
-    identity = identify(ModelSection(id=str(base)))
-    write_provenance(folder, Provenance(identity=identity, recipe={"data": {"train": "x.jsonl"}}))
-    with Store.open() as store:
-        return store.publish(folder, name, tags=options.get("tags", ()))  # type: ignore[arg-type]
+def eventually(is_so: Callable[[], Any], *, within_s: float = 10.0) -> None:
+    """Wait until `is_so()`."""
+    until = time.monotonic() + within_s
+    while not is_so():
+        assert time.monotonic() < until, "it never came"
+        time.sleep(0.005)

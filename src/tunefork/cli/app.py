@@ -16,6 +16,7 @@ from tunefork.cli.merge import merge
 from tunefork.cli.plan import plan
 from tunefork.cli.recipe import recipe
 from tunefork.cli.runs import runs
+from tunefork.cli.serve import serve
 from tunefork.cli.train import train
 from tunefork.cli.verify_resume import verify_resume
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 for verb in (advise, plan, compare, train, evaluate, chat, runs, merge, export):
     app.command()(verb)
 app.add_typer(adapters, name="adapters")
+app.add_typer(serve, name="serve")
 app.command(name="verify-resume")(verify_resume)
 app.command(name="bench-serve")(bench_serve)
 app.add_typer(data, name="data")

@@ -1,8 +1,8 @@
 """Names in `model` become versions of the store, at the moment of the request.
 
-A tag that moves is followed by the next request, while those that run keep what they began with: a
-version is held (`registry/holds.py`) from its first request until it has not been asked for a while,
-so that nobody removes it meanwhile. One that was removed later leaves the engine too.
+A tag that moves is followed by the next request, while those that run keep what they began with.
+A version is held (`registry/holds.py`) from its first request until it has not been asked for in a
+while, so that nobody removes it meanwhile. One that was removed later leaves the engine too.
 
 SQLite and files are touched in threads; one of them owns the open store.
 """

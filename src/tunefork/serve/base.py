@@ -1,4 +1,4 @@
-"""The base as the gateway knows it: its name, identity, tokenizer and layers, without its weights."""
+"""The base as the gateway knows it: name, identity, tokenizer and layers, without its weights."""
 
 from dataclasses import dataclass
 from functools import cached_property

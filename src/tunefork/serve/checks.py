@@ -1,4 +1,4 @@
-"""What an adapter must be before it answers anyone: of this base, alive, and asked as it was trained.
+"""What an adapter must be before it answers: of this base, alive, and asked as it was trained.
 
 Done once a version, in a thread. (That it changes the logits, the engine sees when it loads it.)
 The errors here are for the client: they name no path. The log has the whole message.

@@ -1,7 +1,8 @@
 """Tokens become text as they come: whole characters only, and never what belongs to a stop text.
 
 A character may take several tokens, and a token's text may depend on those before it (a leading
-space), so they are decoded in the company of the last ones before them. Text that may yet turn out to be the beginning of a stop text waits.
+space), so they are decoded in the company of the last ones before them. Text that may yet turn out
+to be the beginning of a stop text waits.
 """
 
 from collections.abc import Sequence

@@ -70,6 +70,7 @@ class Gateway:
         self.failure: BaseException | None = None
         """Why it never became ready."""
         self.on_failure: Callable[[], None] = lambda: None
+        self.on_ready: Callable[[], None] = lambda: None
         self.threads = ThreadPoolExecutor(4, thread_name_prefix="render")
         """For what would keep the event loop: large inputs are parsed and tokenised there."""
         self.began = int(time.time())
@@ -78,7 +79,8 @@ class Gateway:
         self._adapters: Adapters | None = None
         self._parts: Parts | None = None
         self._accounts = Accounts({}, {})
-        self._is_open = settings.is_loopback
+        self.is_open = settings.is_loopback
+        """No key is demanded."""
         self._task: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
@@ -137,7 +139,7 @@ class Gateway:
 
     def identify(self, headers: Mapping[str, str]) -> Caller:
         """Who asks. Raises ApiError (401)."""
-        if self._is_open:
+        if self.is_open:
             return Caller(LOCAL, None)
         scheme, _, key = headers.get("authorization", "").partition(" ")
         found = self._accounts.find(key.strip()) if scheme.lower() == "bearer" else None
@@ -182,6 +184,7 @@ class Gateway:
             return
         if self.state == "starting":
             self.state = "ready"
+            self.on_ready()
         while True:
             await asyncio.sleep(_LOOK_S)
             try:
@@ -193,9 +196,11 @@ class Gateway:
         settings = self.settings
         ledger = await self.in_thread(Ledger, settings.accounts_file)
         await self._read_accounts()
-        self._base, _ = await asyncio.gather(
+        base: ServedBase
+        base, _ = await asyncio.gather(
             self.in_thread(load_base, settings.base, settings.base_name), self.engine.start()
         )
+        self._base = base
         capabilities = self.engine.capabilities
         queue = FairQueue(
             capabilities.max_requests, settings.max_queued, settings.max_queued_per_tenant
@@ -203,10 +208,10 @@ class Gateway:
         metrics = Metrics(settings.max_metric_adapters)
         self._parts = Parts(queue, Quotas(ledger), ledger, metrics)
         is_single = str(self.engine.info().get("dtype", "")).endswith("float32")
-        checks = Checks(self._base, capabilities, 4 if is_single else 2)
-        self._adapters = Adapters(self.engine, checks, self._base.identity.weights_sha256)
+        checks = Checks(base, capabilities, 4 if is_single else 2)
+        self._adapters = Adapters(self.engine, checks, base.identity.weights_sha256)
         metrics.watch(self._snapshot)
-        logger.info("serving %s: %s", self._base.name, dict(self.engine.info()))
+        logger.info("serving %s: %s", base.name, dict(self.engine.info()))
 
     async def _look(self) -> None:
         await self._read_accounts()
@@ -217,7 +222,7 @@ class Gateway:
     async def _read_accounts(self) -> None:
         self._accounts = await self.in_thread(read_accounts, self.settings.accounts_file)
         if self._accounts.tenants:  # and it never opens again while it runs
-            self._is_open = False
+            self.is_open = False
 
     async def _restart(self) -> None:
         """The engine died: start it again, and again, at longer and longer intervals."""

@@ -42,7 +42,7 @@ class Prompts:
         return self.renderer.text_ids(text)
 
     def _instructed(self, turn: Message, instruction: str) -> Message:
-        """As `add_instruction` does; a client that has sent the instruction itself is left alone."""
+        """As `add_instruction` does, unless the client has sent the instruction itself."""
         if turn.content.startswith(f"{instruction}\n\n"):
             return turn
         cue = LABEL_CUE if self.renderer.template_in_use == "plain" else ""

@@ -6,6 +6,7 @@ engine, holds and files are given back. A second signal ends it at once.
 
 import resource
 import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -20,7 +21,7 @@ from tunefork.serve.tenants import read_accounts
 _BACKLOG = 2048
 
 
-def serve(engine: Engine, settings: ServeSettings) -> None:
+def serve(engine: Engine, settings: ServeSettings, say: Callable[[str], None] = print) -> None:
     """Serve until a signal comes. Raises what kept the engine from starting."""
     check_exposure(settings)
     _raise_open_files()
@@ -38,9 +39,17 @@ def serve(engine: Engine, settings: ServeSettings) -> None:
     gateway: Gateway = app.state.gateway
     drain_on_signal(server, gateway)
     gateway.on_failure = lambda: setattr(server, "should_exit", True)
+    gateway.on_ready = lambda: say(_welcome(gateway, listening))
     server.run(sockets=[listening])
     if gateway.failure is not None:
         raise gateway.failure
+
+
+def _welcome(gateway: Gateway, listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    where = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+    keys = "without a key, on this machine only" if gateway.is_open else "keys are demanded"
+    return f"serving {gateway.base.name} at {where} ({keys}); Ctrl-C ends it"
 
 
 def drain_on_signal(server: uvicorn.Server, gateway: Gateway) -> None:
@@ -51,7 +60,7 @@ def drain_on_signal(server: uvicorn.Server, gateway: Gateway) -> None:
         gateway.drain()
         end(number, frame)
 
-    server.handle_exit = handle  # type: ignore[method-assign]
+    server.handle_exit = handle  # type: ignore[assignment,method-assign]
 
 
 def check_exposure(settings: ServeSettings) -> None:

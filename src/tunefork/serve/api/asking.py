@@ -1,4 +1,4 @@
-"""From a request's fields to an order: what the engine cannot honour is refused before it is asked."""
+"""From a request's fields to an order; what the engine cannot honour is refused before."""
 
 import json
 import time

@@ -1,5 +1,8 @@
-"""The OpenAPI document. Bodies are read by hand (`reading.py`), so it is put together here, from the
-very models that they are checked against."""
+"""The OpenAPI document.
+
+Bodies are read by hand (`reading.py`), so it is put together here, from the very models that they
+are checked against.
+"""
 
 from functools import lru_cache
 from typing import Any

@@ -15,9 +15,6 @@ from tunefork.serve.api.errors import ApiError
 
 DONE = b"data: [DONE]\n\n"
 
-# Streams end when their answers do: uvicorn waits for them, as long as it is told to.
-AppStatus.disable_automatic_graceful_drain()
-
 
 def event(fields: dict[str, Any]) -> bytes:
     """One event of JSON."""
@@ -25,13 +22,15 @@ def event(fields: dict[str, Any]) -> bytes:
 
 
 def to_json(fields: Any) -> bytes:
-    """Compact, in UTF-8; what is no whole character (it cannot come of a Detokenizer) is escaped."""
+    """Compact, in UTF-8."""
     text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
     return text.encode("utf-8", "backslashreplace")
 
 
 def respond(events: AsyncIterator[bytes], *, stall_timeout_s: float) -> EventSourceResponse:
     """The response that sends `events`."""
+    # Streams end when their answers do: uvicorn waits for them, as long as it is told to.
+    AppStatus.enable_automatic_graceful_drain = False
     return EventSourceResponse(_to_the_end(events), send_timeout=stall_timeout_s, sep="\n")
 
 
