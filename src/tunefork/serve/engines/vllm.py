@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from tunefork.errors import EngineDeadError
+from tunefork.errors import EngineDeadError, EngineError
 from tunefork.model.load import load_tokenizer
 from tunefork.serve.engine import Capabilities, EngineRequest, EngineState, Piece, ServedAdapter
 from tunefork.serve.engines import vllm_api as api
@@ -80,7 +80,7 @@ class VllmEngine:
                             return
         except TimeoutError:
             yield Piece("", (), finish_reason="deadline")
-        except StreamBrokenError as error:
+        except (StreamBrokenError, EngineError) as error:
             raise await server.what_broke(error) from error
         finally:
             self._open -= 1

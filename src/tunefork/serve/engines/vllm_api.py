@@ -70,11 +70,12 @@ def _grammar(grammar: Grammar) -> dict[str, Any]:
 def piece(event: bytes, sampling: Sampling, text_of: Callable[[int], str]) -> Piece | None:
     """What one event of the stream says; None where it says nothing.
 
-    `text_of` gives the text of one token. Raises EngineError where the event is an error.
+    `text_of` gives the text of one token. Raises what an event that is an error stands for.
     """
     fields = json.loads(event)
     if "error" in fields:
-        raise EngineError(_message(fields))
+        code = fields["error"].get("code") if isinstance(fields["error"], dict) else None
+        raise refusal(code if isinstance(code, int) else 500, event)
     if not fields["choices"]:
         return None
     choice = fields["choices"][0]

@@ -122,12 +122,12 @@ class Server:
         if not self.healthy:
             raise EngineDeadError("vLLM does not run; it is started again")
 
-    async def what_broke(self, error: StreamBrokenError) -> TuneforkError:
-        """Whether an answer that ended early took the server with it, or only itself."""
+    async def what_broke(self, error: StreamBrokenError | EngineError) -> TuneforkError:
+        """What to raise for an answer that failed: the server may have failed with it, or not."""
         if self.healthy and not await self._is_well():
             self.healthy = False
         if self.healthy:
-            return EngineError(f"vLLM dropped an answer: {error}")
+            return EngineError(f"an answer failed: {error}")
         return EngineDeadError(f"vLLM ended while it answered: {error}")
 
     async def _wait_until_ready(self) -> None:
