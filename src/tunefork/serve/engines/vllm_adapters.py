@@ -67,8 +67,9 @@ class Adapters:
     _tasks: "set[asyncio.Task[None]]" = field(default_factory=set)
 
     def ids(self) -> list[str]:
-        """Of those that are loaded, the most recently used first."""
-        return [id for id, one in reversed(self._known.items()) if _succeeded(one.ready)]
+        """Of those that may be asked for, the most recently used first."""
+        known = reversed(self._known.items())
+        return [id for id, one in known if _succeeded(one.ready) and one.leaving is None]
 
     @asynccontextmanager
     async def using(self, adapter: ServedAdapter) -> AsyncIterator[str]:
