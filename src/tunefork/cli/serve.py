@@ -63,7 +63,13 @@ def run(
     """Serve one base and all its adapters through the OpenAI API, until Ctrl-C."""
     if context.invoked_subcommand is not None:
         return
-    flags = {"base": base, "engine": engine, "host": host, "port": port, "name": name}
+    flags: dict[str, Any] = {
+        "base": base,
+        "engine": engine,
+        "host": host,
+        "port": port,
+        "name": name,
+    }
     flags |= {"tenants": tenants, "merge": merge}
     flags |= {"allowed_hosts": allowed_host, "allowed_origins": allowed_origin}
     _serve(_settings(config, flags, tuple(sets or ())))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal, cast
 
-from tunefork.errors import BadInputError, EngineBusyError, TuneforkError
+from tunefork.errors import AdapterError, BadInputError, EngineBusyError, TuneforkError
 from tunefork.serve.adapters import Lease
 from tunefork.serve.api.errors import ApiError, bad, unavailable
 from tunefork.serve.engine import Engine, EngineRequest, Piece, Sampling, ServedAdapter
@@ -252,6 +252,11 @@ def _told(error: Exception) -> ApiError:
     """What the client is told of an engine's failure; the log has the whole of it."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, AdapterError):
+        logger.warning("the engine refuses an adapter: %s", error)
+        return bad(
+            "The engine of this server cannot apply this adapter", "model", "adapter_unusable"
+        )
     if isinstance(error, BadInputError):
         logger.warning("the engine refuses a request: %s", error)
         return bad("The engine cannot honour this request's response_format", "response_format")
