@@ -201,7 +201,7 @@ def test_a_schema_is_bounded(shared: Running) -> None:
 
 
 def test_messages_are_rendered_as_the_trainer_renders_them(shared: Running) -> None:
-    turns = [
+    turns: list[dict[str, Any]] = [
         {"role": "system", "content": "the fox"},
         {"role": "user", "content": "hello"},
         {"role": "assistant", "content": "dog"},

@@ -47,6 +47,9 @@ def run(
         list[str] | None,
         typer.Option(metavar="NAME", help="Give this adapter a merged copy of the base."),
     ] = None,
+    pin: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Keep this adapter in a slot.")
+    ] = None,
     allowed_host: Annotated[
         list[str] | None, typer.Option(help="A name by which clients reach this server.")
     ] = None,
@@ -70,7 +73,7 @@ def run(
         "port": port,
         "name": name,
     }
-    flags |= {"tenants": tenants, "merge": merge}
+    flags |= {"tenants": tenants, "merge": merge, "pin": pin}
     flags |= {"allowed_hosts": allowed_host, "allowed_origins": allowed_origin}
     _serve(_settings(config, flags, tuple(sets or ())))
 

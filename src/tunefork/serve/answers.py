@@ -81,6 +81,8 @@ class Answer:
         except BaseException:
             parts.quotas.release(order.tenant, order.most_tokens)
             raise
+        if order.adapter is not None and not all(turn.granted.done() for turn in turns):
+            parts.keep(asyncio.create_task(order.engine.prefetch(order.adapter)))
         self._tasks = [asyncio.create_task(self._run(i, turn)) for i, turn in enumerate(turns)]
 
     async def take(self) -> list[tuple[int, Piece]] | None:
@@ -239,6 +241,7 @@ class Answer:
                 status,
                 prompt_tokens=self.prompt_tokens,
                 completion_tokens=self.completion_tokens,
+                choices=len(order.prompts) * order.choices,
                 first_token_s=self._first_token_s,
                 total_s=total_s,
             )
