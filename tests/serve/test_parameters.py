@@ -190,7 +190,7 @@ def test_a_schema_is_bounded(shared: Running) -> None:
     schema: dict[str, Any] = {}
     for _ in range(40):
         schema = {"items": schema}
-    wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    wanted: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
     answer = _ask(shared, response_format=wanted)
     assert answer.json()["error"]["param"] == "response_format.json_schema"
     wanted["json_schema"] = {"name": "a", "schema": {"enum": list(range(5000))}}
@@ -201,7 +201,7 @@ def test_a_schema_is_bounded(shared: Running) -> None:
 
 
 def test_messages_are_rendered_as_the_trainer_renders_them(shared: Running) -> None:
-    turns = [
+    turns: list[dict[str, Any]] = [
         {"role": "system", "content": "the fox"},
         {"role": "user", "content": "hello"},
         {"role": "assistant", "content": "dog"},
