@@ -59,13 +59,14 @@ class Server:
 
         Raises TuneforkError, and leaves nothing behind then.
         """
-        in_slot, child = settings.base_in_slot, None
+        in_slot, child = settings.base_in_slot == "always", None
         if settings.url is None:
             python = find_python(settings)
-            in_slot = await is_built_for_cpus(python) if in_slot is None else in_slot
+            if settings.base_in_slot == "auto":
+                in_slot = await is_built_for_cpus(python)
             base = await asyncio.to_thread(find, section)
             child = await Child.start(base, settings, more=int(in_slot))
-        server = cls._reach(settings, child, more=int(bool(in_slot)))
+        server = cls._reach(settings, child, more=int(in_slot))
         try:
             await server._wait_until_ready()
             await server._learn()
