@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from tunefork.serve.api.sampling_fields import ApiModel, Count, SamplingFields
+from tunefork.serve.api.sampling_fields import WHOLE, ApiModel, Count, SamplingFields
 
 MOST_SCHEMA_DEPTH = 32
 MOST_SCHEMA_NODES = 4096
@@ -85,6 +85,13 @@ class JsonSchemaFormat(ApiModel):
     json_schema: NamedSchema
 
 
+def _is_bool(value: Any) -> Any:
+    """To Python, 0 is False."""
+    if not isinstance(value, bool):
+        raise ValueError("should be false")
+    return value
+
+
 ResponseFormat = Annotated[
     PlainFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")
 ]
@@ -96,7 +103,7 @@ class ChatRequest(SamplingFields):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)]
     logprobs: bool | None = None
     """Tell the log probability of each token of the answer."""
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     """And of so many likeliest ones in its place; only with `logprobs`."""
     max_tokens: Count | None = None
     """Most tokens of an answer. Default: what the context has left."""
@@ -107,7 +114,7 @@ class ChatRequest(SamplingFields):
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
     parallel_tool_calls: None = None
     tool_choice: Literal["none"] | None = None
-    store: Literal[False] | None = None
+    store: Annotated[Literal[False], BeforeValidator(_is_bool)] | None = None
     service_tier: Literal["auto", "default"] | None = None
     reasoning_effort: Literal["none"] | None = None
     verbosity: Literal["medium"] | None = None
