@@ -79,7 +79,8 @@ def check_exposure(settings: ServeSettings) -> None:
 def bind(settings: ServeSettings) -> socket.socket:
     """The listening socket, before anything is loaded. Raises BadInputError."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    # With the protocol said, asyncio sets TCP_NODELAY: without it, each answer waits 40 ms.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((settings.host, settings.port))

@@ -1,0 +1,250 @@
+"""What no client may do to the server: no crash, no five-hundred but a 503 that says when to try
+again, and /health at once throughout.
+
+The quick form draws some hundreds of requests; the slow one (`-m slow`) 10,000.
+"""
+
+import json
+
+import random
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import psutil
+import pytest
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from schemathesis import Case, GenerationMode, openapi
+
+from tests.serve.fake_engine import FakeEngine
+from tests.serve.hostile import CHAT, COMPLETIONS, RAW, SECRET, Request, bent, fixed, valid
+from tests.serve.servers import ASKED, Running, eventually
+from tunefork.serve.event_stream import Address
+
+MODELS = ["tiny-base", "support/acme:prod", "support/acme", "support/acme:v1"]
+
+
+@dataclass
+class Seen:
+    """What was answered so far."""
+
+    statuses: Counter[int] = field(default_factory=Counter)
+    answered: int = 0
+    """With 200, to a POST."""
+
+    def check(self, asked: Request, status: int, headers: Any, text: str) -> None:
+        self.statuses[status] += 1
+        shown = f"{asked.method} {asked.path} {asked.body[:300]!r} -> {status} {text[:300]}"
+        assert status < 500 or status == 503, shown
+        if status == 503:
+            assert int(headers["retry-after"]) >= 1, shown
+        if asked.is_valid:
+            assert status == 200, shown
+        if status == 200 and asked.method == "POST":
+            self.answered += 1
+            check_answer(headers["content-type"], text, shown)
+        if status >= 400 and asked.method != "HEAD":
+            error = json.loads(text)["error"]
+            assert set(error) == {"message", "type", "param", "code"}, shown
+            assert SECRET not in text, shown
+        for leak in ("Traceback", str(Path.cwd()), "site-packages", "/tmp/"):
+            assert leak not in text, shown
+
+
+def check_answer(kind: str, text: str, shown: str) -> None:
+    """An answer is whole: JSON with choices, or events up to [DONE]."""
+    if kind.startswith("application/json"):
+        assert json.loads(text)["choices"], shown
+        return
+    events = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
+    assert events[-1] == "[DONE]", shown
+    assert all("error" not in json.loads(event) for event in events[:-1]), shown
+
+
+@contextmanager
+def health_watched(running: Running) -> Iterator[list[float]]:
+    """Ask /health all the time; it must always answer within a second."""
+    times: list[float] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        with running.http() as http:
+            while not over.is_set():
+                began = time.monotonic()
+                assert http.get("/health").status_code == 200
+                times.append(time.monotonic() - began)
+                over.wait(0.02)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield times
+    finally:
+        over.set()
+        thread.join(5)
+    assert times
+    assert max(times) < 1.0, f"/health took {max(times):.2f} s"
+
+
+def send(http: httpx.Client, asked: Request, seen: Seen) -> None:
+    try:
+        got = http.request(asked.method, asked.path, content=asked.body, headers=asked.headers)
+    except (httpx.WriteError, httpx.ReadError):
+        # a body that is refused before it is read may meet a closed connection
+        assert len(asked.body) > 2**20, f"{asked.path} {asked.body[:200]!r}: dropped"
+        return
+    seen.check(asked, got.status_code, got.headers, got.text)
+
+
+def is_as_before(running: Running) -> None:
+    """It serves, and holds nothing of what was asked."""
+    engine, gateway = running.gateway.engine, running.gateway
+    assert isinstance(engine, FakeEngine)
+    eventually(lambda: not engine.open)
+    eventually(lambda: gateway.parts.queue.running == 0)
+    eventually(lambda: not sum(gateway.parts.queue.waiting_by_tenant().values()))
+    eventually(lambda: not any(entry.users for entry in gateway.adapters._entries.values()))
+    with running.http() as http:
+        asked = {"model": "tiny-base", "messages": ASKED}
+        assert http.post(CHAT, json=asked).status_code == 200
+
+
+def draw_and_send(running: Running, count: int, number: int) -> Seen:
+    source, seen = random.Random(number), Seen()
+    with running.http() as http, health_watched(running):
+        for _ in range(count):
+            make = valid if source.random() < 0.3 else bent
+            send(http, make(source, MODELS), seen)
+    return seen
+
+
+def test_drawn_requests(shared: Running) -> None:
+    seen = draw_and_send(shared, 250, 1)
+    assert seen.answered >= 250 / 5, seen.statuses
+    assert seen.statuses[400] > 50
+    is_as_before(shared)
+
+
+@pytest.mark.slow
+def test_ten_thousand_drawn_requests_leave_nothing_behind(shared: Running) -> None:
+    draw_and_send(shared, 500, 2)  # what is allocated once is there
+    before = psutil.Process().memory_info().rss
+    seen = draw_and_send(shared, 10_000, 3)
+    assert sum(seen.statuses.values()) == 10_000
+    assert seen.answered >= 2_000, seen.statuses
+    is_as_before(shared)
+    assert psutil.Process().memory_info().rss - before < 64 * 2**20
+
+
+def test_cases_made_by_hand(shared: Running) -> None:
+    seen = Seen()
+    with shared.http() as http, health_watched(shared):
+        for asked in fixed():
+            send(http, asked, seen)
+    assert seen.statuses[413] and seen.statuses[415] and seen.statuses[403] and seen.statuses[404]
+    is_as_before(shared)
+
+
+def test_bytes_that_are_no_request(shared: Running) -> None:
+    address = Address.parse(shared.url)
+    with health_watched(shared):
+        for data in RAW:
+            with socket.create_connection((address.host, address.port), timeout=10) as raw:
+                raw.sendall(data)
+                raw.shutdown(socket.SHUT_WR)
+                head = b""
+                try:
+                    while part := raw.recv(65536):
+                        head += part
+                except ConnectionResetError:
+                    pass
+                for line in head.split(b"\r\n"):
+                    if line.startswith(b"HTTP/1.1 "):
+                        status = int(line.split()[1])
+                        assert status < 500 or status == 503, (data[:200], head[:300])
+    is_as_before(shared)
+
+
+def test_slow_bodies_and_idle_connections_keep_nobody_waiting(shared: Running) -> None:
+    address = Address.parse(shared.url)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    held = []
+    try:
+        for number in range(100):
+            raw = socket.create_connection((address.host, address.port), timeout=10)
+            raw.sendall([b"", head, head + b"Content-Length: 100\r\n\r\n{"][number % 3])
+            held.append(raw)
+        with health_watched(shared):
+            seen = draw_and_send(shared, 30, 4)
+            for raw in held:
+                raw.sendall(b" ")
+        assert seen.answered
+    finally:
+        for raw in held:
+            raw.close()
+    is_as_before(shared)
+
+
+def by_schema(running: Running, count: int) -> Seen:
+    """What schemathesis draws of the document: as it says, and against it."""
+    seen = Seen()
+    with running.http() as http, health_watched(running):
+        schema = openapi.from_dict(http.get("/openapi.json").json())
+        for number, path in enumerate((CHAT, COMPLETIONS)):
+            for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+                cases = schema[path]["POST"].as_strategy(generation_mode=mode)
+                _send_drawn(cases, count, number, http, seen)
+        cases = schema["/v1/models/{model}"]["GET"].as_strategy()
+        _send_drawn(cases, count, 2, http, seen)
+    return seen
+
+
+def _send_drawn(cases: Any, count: int, number: int, http: httpx.Client, seen: Seen) -> None:
+    @seed(number)
+    @settings(
+        max_examples=count, deadline=None, database=None, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(case=cases)
+    def each(case: Case) -> None:
+        ready = case.as_transport_kwargs(base_url=str(http.base_url))
+        url = urlsplit(ready["url"])
+        headers = {k: v for k, v in ready["headers"].items() if v.isascii() and v.isprintable()}
+        with_model = ready.get("json")
+        if isinstance(with_model, dict) and isinstance(with_model.get("model"), str):
+            with_model["model"] = MODELS[len(json.dumps(with_model)) % len(MODELS)]
+        try:
+            got = http.request(
+                ready["method"], url.path or "/", params=ready.get("params"), headers=headers,
+                json=with_model, content=ready.get("data") if with_model is None else None,
+            )  # fmt: skip
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeEncodeError, TypeError):
+            return
+        asked = Request(url.path, json.dumps(with_model).encode(), method=ready["method"])
+        if url.path in (CHAT, COMPLETIONS):
+            seen.check(asked, got.status_code, got.headers, got.text)
+        else:
+            assert got.status_code < 500
+
+    each()
+
+
+def test_requests_drawn_from_the_document(shared: Running) -> None:
+    seen = by_schema(shared, 12)
+    assert seen.statuses[400]
+    is_as_before(shared)
+
+
+@pytest.mark.slow
+def test_thousands_of_requests_drawn_from_the_document(shared: Running) -> None:
+    seen = by_schema(shared, 700)
+    assert seen.statuses[400] and seen.statuses[200], seen.statuses
+    is_as_before(shared)
