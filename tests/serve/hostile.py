@@ -155,8 +155,8 @@ def _bend(source: random.Random, fields: dict[str, Any]) -> None:
         case 5:
             messages = fields.setdefault("messages", [{"role": "user", "content": "x"}])
             if isinstance(messages, list) and messages and isinstance(messages[0], dict):
-                messages[0][source.choice(["role", "content", "name", "tool_calls"])] = source.choice(
-                    NASTY
+                messages[0][source.choice(["role", "content", "name", "tool_calls"])] = (
+                    source.choice(NASTY)
                 )
         case _:
             fields["model"] = source.choice([one for one in NASTY if isinstance(one, str)])

@@ -5,7 +5,6 @@ The quick form draws some hundreds of requests; the slow one (`-m slow`) 10,000.
 """
 
 import json
-
 import random
 import socket
 import threading

@@ -117,7 +117,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "messages[0].name",
         "unknown_parameter",
     ),
-    ({"response_format": {"type": "xml"}}, "response_format", "invalid_value"),
+    ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
         "response_format.json_schema.schema",

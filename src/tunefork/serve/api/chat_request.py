@@ -21,7 +21,7 @@ class ChatMessage(ApiModel):
     """One turn. `developer` is another word for `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1024)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1024, fail_fast=True)]
     refusal: None = None
     """As an earlier answer has it: null."""
     tool_calls: None = None
@@ -92,6 +92,7 @@ def _is_bool(value: Any) -> Any:
     return value
 
 
+TextOnly = Annotated[list[Literal["text"]], Field(min_length=1, max_length=1, fail_fast=True)]
 ResponseFormat = Annotated[
     PlainFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")
 ]
@@ -100,7 +101,7 @@ ResponseFormat = Annotated[
 class ChatRequest(SamplingFields):
     """A conversation whose next turn is wanted."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048, fail_fast=True)]
     logprobs: bool | None = None
     """Tell the log probability of each token of the answer."""
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
@@ -111,7 +112,7 @@ class ChatRequest(SamplingFields):
     """The newer name of `max_tokens`."""
     response_format: ResponseFormat | None = None
     """What the answer must match."""
-    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    modalities: TextOnly | None = None
     parallel_tool_calls: None = None
     tool_choice: Literal["none"] | None = None
     store: Annotated[Literal[False], BeforeValidator(_is_bool)] | None = None

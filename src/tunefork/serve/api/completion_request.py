@@ -9,9 +9,11 @@ from tunefork.serve.api.sampling_fields import MOST_CHOICES, WHOLE, Count, Sampl
 MOST_PROMPTS = 64
 
 TokenId = Annotated[int, Field(ge=0, lt=1 << 24), WHOLE]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=1 << 20)]
-Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
-ManyTokenIds = Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=1 << 20, fail_fast=True)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+ManyTokenIds = Annotated[
+    list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)
+]
 
 
 class CompletionRequest(SamplingFields):

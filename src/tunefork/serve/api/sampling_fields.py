@@ -61,7 +61,7 @@ class SamplingFields(ApiModel):
     """Answers to each prompt."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
     """The same seed, request and model give the same answer, as far as the engine can."""
-    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=4, fail_fast=True)] | None = None
     """Texts that end the answer and are no part of it."""
     stream: bool | None = None
     """Send the answer in pieces, as server-sent events."""
