@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from typing import Any
 
 import pytest
@@ -73,6 +74,12 @@ HOSTILE: list[tuple[str, bytes, int]] = [
     ("a NUL", b'{"model": "a\\u0000", "messages": [{"role":"user","content":"a"}]}', 404),
     ("1 MB of template", json.dumps({"chat_template_kwargs": {"a": "b" * 2**20}}).encode(), 400),
     ("a long name", json.dumps({"model": "a" * 2**20, "messages": ASKED}).encode(), 400),
+    ("many unknown keys", json.dumps({f"k{i}": 1 for i in range(300_000)}).encode(), 400),
+    ("many prompts", json.dumps({"prompt": [[25]] * 500_000}).encode(), 400),
+    ("a wide turn", json.dumps({"messages": [{f"k{i}": 1 for i in range(200_000)}]}).encode(), 400),
+    ("many turns", json.dumps({"messages": [{"role": "x"}] * 200_000}).encode(), 400),
+    ("many stops", json.dumps({"stop": [""] * 900_000}).encode(), 400),
+    ("an unknown format", b'{"response_format": {"type": "kumquat"}}', 400),
     ("too large", b'{"model": "' + b"a" * 5 * 2**20 + b'"}', 413),
 ]
 
@@ -83,8 +90,14 @@ HOSTILE: list[tuple[str, bytes, int]] = [
 def test_hostile_bodies_are_refused(shared: Running, content: bytes, status: int) -> None:
     with shared.http() as http:
         headers = {"Content-Type": "application/json"}
+        began = time.monotonic()
         answer = http.post("/v1/chat/completions", content=content, headers=headers)
+        assert time.monotonic() - began < 1.0
         assert answer.status_code == status, answer.text
+        assert "kumquat" not in answer.text
+        if status == 400:
+            assert http.post("/v1/completions", content=content, headers=headers).is_client_error
+        assert time.monotonic() - began < 2.0
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
         assert len(answer.text) < 1000
         assert http.get("/health").status_code == 200

@@ -45,7 +45,7 @@ HONOURED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"logit_bias": {"5": -100, "7": 1.5}}, {"logit_bias": {5: -100.0, 7: 1.5}}),
     ({"stop": "x"}, {"stop": ("x",)}),
     ({"stop": ["x", "y"]}, {"stop": ("x", "y")}),
-    ({"max_tokens": 3}, {"max_tokens": 3}),
+    ({"max_tokens": 3.0}, {"max_tokens": 3}),
     ({"top_k": 4}, {"top_k": 4}),
     ({"ignore_eos": True, "max_tokens": 2}, {"ignore_eos": True, "stop_ids": ()}),
     ({"user": "someone", "stop": None, "stream": False, "n": 1}, {"stop": ()}),
@@ -117,7 +117,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "messages[0].name",
         "unknown_parameter",
     ),
-    ({"response_format": {"type": "xml"}}, "response_format", "invalid_value"),
+    ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
         "response_format.json_schema.schema",

@@ -66,9 +66,7 @@ def _open(
     from tunefork.errors import BadInputError
 
     if (server is None) == (target is None):
-        raise BadInputError(
-            "chat: give RUN_OR_MODEL or --server, one of both"
-        )
+        raise BadInputError("chat: give RUN_OR_MODEL or --server, one of both")
     if (server is None) != (model is None):
         raise BadInputError("chat: --server and --model belong together")
     if server is not None and model is not None:

@@ -65,7 +65,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> bool:
     targets = peft_targets.find(model, config, folder)
     num_tokens = model.get_input_embeddings().num_embeddings
     has_grown = _grow(model, targets, header, file)
-    _check_header(header, _expected(model, config, targets), file)
+    check_header(header, expected_shapes(model, config, targets), file)
     tensors = {k.removeprefix(PREFIX): t for k, t in read_tensors(file, header).items()}
     _check_alive(model, tensors, targets, file, num_tokens)
     model.requires_grad_(False)
@@ -110,7 +110,7 @@ def _grow(model: PreTrainedModel, targets: Targets, header: dict[str, Entry], fi
     return True
 
 
-def _expected(
+def expected_shapes(
     model: PreTrainedModel, config: AdapterConfig, targets: Targets
 ) -> dict[str, tuple[int, ...]]:
     """Key -> shape of every tensor that the adapter must hold, and no other."""
@@ -131,7 +131,7 @@ def _expected(
     return {PREFIX + key: shape for key, shape in shapes.items()}
 
 
-def _check_header(
+def check_header(
     header: dict[str, Entry], expected: dict[str, tuple[int, ...]], file: Path
 ) -> None:
     """Raise AdapterError unless the file holds just the tensors that the base asks for."""
