@@ -29,17 +29,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tunefork.kernels.compiled import compiled_on_cuda, is_on_gpu
+from tunefork.kernels.e4m3 import (
+    E4M3,
+    LARGEST,
+    LOW,
+    as_codes,
+    joined,
+    quantize_rows,
+    row_scale,
+    split,
+)
 from tunefork.kernels.layout import Layout
 from tunefork.kernels.quantized import dequantize_nf4_tensors
-
-E4M3 = torch.float8_e4m3fn
-LARGEST = 448.0
-"""e4m3's largest value."""
-
-_LOW = 16.0
-"""The low part is kept times this, so that it lies where e4m3 has all its bits: high's rounding
-error is at most 2**-4 of high."""
-
 
 _LEAST_SCALE = 2.0**-8
 """Of a weight's row, in units of its largest. The delta's columns lie over the same scales: with
@@ -48,14 +49,8 @@ one of its own, a row of zeros (a pruned one) would take them, and then x, out o
 
 def _weight_scales(weights: Sequence[Tensor]) -> Tensor:
     """(O, 1), fp32, of weights (O_i, D): what takes a row's largest magnitude to 448, or more."""
-    scale_o1 = torch.cat([_row_scale(weight) for weight in weights])
+    scale_o1 = torch.cat([row_scale(weight) for weight in weights])
     return torch.maximum(scale_o1, scale_o1.amax() * _LEAST_SCALE)
-
-
-def _codes(x_sd: Tensor, scale_s1: Tensor) -> Tensor:
-    # Times the inverse: a GPU's division takes longer than the memory does. A largest value that
-    # comes out a hair above 448 is rounded to it.
-    return (x_sd.float() * scale_s1.reciprocal()).to(E4M3)
 
 
 def scaled_mm(a_mk: Tensor, b_nk: Tensor, scale_m1: Tensor, scale_1n: Tensor) -> Tensor:
@@ -111,7 +106,7 @@ def quantize_weight(weights: Sequence[Tensor], layout: Layout) -> Fp8Weight:
         scale_o1, start = _weight_scales(parts), 0
         for part in parts:  # one at a time: the fp32 form of a layer is four times its codes
             end = start + len(part)
-            codes = _codes(part, scale_o1[start:end])
+            codes = as_codes(part, scale_o1[start:end])
             room[start:end, :columns] = codes.view(torch.uint8)
             start = end
         return room.view(E4M3), scale_o1.t().contiguous()
@@ -154,7 +149,7 @@ def _b_columns(
     """The bytes of B's columns (O, 3R), and the balance."""
     b_or = _diagonal(lora_b, layout) * layout.scale / scale_1o.t()
     balance = _balance(b_or)
-    return _bytes(_right(b_or / balance)), balance
+    return joined(_right(b_or / balance)), balance
 
 
 @compiled_on_cuda(dynamic=False)
@@ -162,7 +157,7 @@ def _a_columns(lora_a: tuple[Tensor, ...], scale_1d: Tensor) -> tuple[Tensor, Te
     """The bytes of A's columns (D, 3R), and the balance."""
     a_dr = torch.cat(lora_a).float().t() / scale_1d.t()
     balance = _balance(a_dr)
-    return _bytes(_right(a_dr / balance)), balance
+    return joined(_right(a_dr / balance)), balance
 
 
 def _balance(delta: Tensor) -> Tensor:
@@ -184,50 +179,15 @@ def _diagonal(lora_b: Sequence[Tensor], layout: Layout) -> Tensor:
     return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 
-def _row_scale(x_sd: Tensor) -> Tensor:
-    return x_sd.abs().amax(-1, keepdim=True).float().clamp(min=1e-30) / LARGEST
-
-
-def _split(wide: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 as high + low / 16, both in e4m3; beyond its range it saturates."""
-    wide = wide.clamp(-LARGEST, LARGEST)
-    high = wide.to(E4M3)
-    return high, ((wide - high.float()) * _LOW).to(E4M3)
-
-
 def _right(wide: Tensor) -> list[Tensor]:
     """The right operand's columns of the delta: high | high / 16 | low."""
-    high, low = _split(wide)
-    return [high, high.float().div(_LOW).to(E4M3), low]
-
-
-def _bytes(parts: Sequence[Tensor]) -> Tensor:
-    """`parts` beside each other, as bytes: PyTorch does not concatenate e4m3 everywhere."""
-    return torch.cat([part.view(torch.uint8) for part in parts], dim=1)
-
-
-def _left(
-    parts: Sequence[Tensor], u_sr: Tensor | None, balance: Tensor | float, width: int
-) -> tuple[Tensor, Tensor]:
-    """[parts | u high | u low | u high / 16 | zeros], (S, D + width), over one scale a row."""
-    scale_s1 = _row_scale(parts[0])
-    for part in parts[1:]:
-        scale_s1 = torch.maximum(scale_s1, _row_scale(part))
-    if u_sr is not None:
-        u_sr = u_sr.float() * balance
-        scale_s1 = torch.maximum(scale_s1, _row_scale(u_sr))
-    columns = [_codes(part, scale_s1) for part in parts]
-    if u_sr is not None:
-        high, low = _split(u_sr * scale_s1.reciprocal())
-        columns += [high, low, high.float().div(_LOW).to(E4M3)]
-        if spare := width - 3 * u_sr.shape[1]:
-            columns.append(high.new_zeros(high.shape[0], spare, dtype=torch.uint8))
-    return (_bytes(columns) if len(columns) > 1 else columns[0]).view(E4M3), scale_s1
+    high, low = split(wide)
+    return [high, high.float().div(LOW).to(E4M3), low]
 
 
 def _forward_operand(
     layout: Layout, weights: Sequence[Tensor], lora_b: Sequence[Tensor], features_in: int
-) -> tuple[Tensor, Tensor, Tensor | float]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """(O, D + P) codes, their (1, O) scale and the balance, for y."""
     if layout.storage != "nf4":
         codes_op, scale_1o, balance = weights[:3]
@@ -235,7 +195,7 @@ def _forward_operand(
     codes_od, scale_o1 = _quantize_nf4(layout, weights, features_in)
     scale_1o = scale_o1.t().contiguous()
     if not layout.rank:
-        return codes_od, scale_1o, 1.0
+        return codes_od, scale_1o, None
     b_or = _diagonal(lora_b, layout) * layout.scale / scale_o1
     balance = _balance(b_or)
     return _beside(codes_od, b_or / balance, layout), scale_1o, balance
@@ -243,7 +203,7 @@ def _forward_operand(
 
 def _backward_operand(
     layout: Layout, weights: Sequence[Tensor], a_rd: Tensor | None, features_in: int
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | float]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(D, O + P) codes, their (1, D) scale, what dy is multiplied by, and the balance, for dx."""
     if layout.storage == "fp8_twice":
         return weights[3], weights[4], None, weights[5]
@@ -257,7 +217,7 @@ def _backward_operand(
     codes_do = codes_od.view(torch.uint8).t().contiguous().view(E4M3)
     ones_1d = scale_1o.new_ones(1, codes_do.shape[0])
     if a_rd is None:
-        return codes_do, ones_1d, scale_1o, 1.0
+        return codes_do, ones_1d, scale_1o, None
     largest = a_rd.abs().amax().float().clamp(min=1e-30)
     balance = torch.exp2(torch.ceil(torch.log2(largest / LARGEST)))
     return _beside(codes_do, a_rd.float().t() / balance, layout), ones_1d, scale_1o, balance
@@ -268,14 +228,14 @@ def _quantize_nf4(
 ) -> tuple[Tensor, Tensor]:
     weight_od = dequantize_nf4_tensors(weights, layout.sizes, features_in, torch.bfloat16)
     scale_o1 = _weight_scales([weight_od])
-    return _codes(weight_od, scale_o1), scale_o1
+    return as_codes(weight_od, scale_o1), scale_o1
 
 
 def _beside(codes: Tensor, delta: Tensor, layout: Layout) -> Tensor:
     columns = [codes, *_right(delta)]
     if spare := layout.width - 3 * layout.rank:
         columns.append(codes.new_zeros(codes.shape[0], spare, dtype=torch.uint8))
-    return _bytes(columns).view(E4M3)
+    return joined(columns).view(E4M3)
 
 
 class _Fp8Lora(torch.autograd.Function):
@@ -288,7 +248,7 @@ class _Fp8Lora(torch.autograd.Function):
         a_rd = tensors[num_weights] if layout.rank else None
         u_sr = x_sd @ a_rd.t() if a_rd is not None else None
         codes_op, scale_1o, balance = _forward_operand(layout, weights, lora_b, x_sd.shape[1])
-        wide, scale_s1 = _left([x_sd], u_sr, balance, layout.width)
+        wide, scale_s1 = quantize_rows([x_sd], None, u_sr, balance, layout.width)
         y_so = scaled_mm(wide, codes_op, scale_s1, scale_1o)
         saved = () if a_rd is None else (x_sd, u_sr, a_rd, *lora_b)
         ctx.save_for_backward(*weights, *saved)
@@ -316,11 +276,7 @@ class _Fp8Lora(torch.autograd.Function):
             codes_dp, scale_1d, fold_1o, balance = _backward_operand(
                 layout, weights, a_rd, ctx.features_in
             )
-            parts = list(dys)
-            if fold_1o is not None:
-                folds = torch.split(fold_1o, layout.sizes, dim=1)
-                parts = [dy.float() * fold for dy, fold in zip(dys, folds, strict=True)]
-            wide, scale_s1 = _left(parts, du_sr, balance, layout.width)
+            wide, scale_s1 = quantize_rows(dys, fold_1o, du_sr, balance, layout.width)
             dx_sd = scaled_mm(wide, codes_dp, scale_s1, scale_1d)
         return None, None, dx_sd, *(None for _ in weights), *gradients
 
