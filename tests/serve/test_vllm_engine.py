@@ -6,6 +6,7 @@ That the real one understands the same is shown by `test_vllm_real.py`.
 import asyncio
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -16,13 +17,14 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from safetensors import safe_open
 
 from tests.registry.artefacts import save_artefact
 from tests.serve import fake_vllm
 from tests.serve.servers import eventually
 from tunefork.errors import AdapterError, BadInputError, EngineDeadError, EngineError, RecipeError
 from tunefork.serve.engine import EngineRequest, Grammar, Piece, Sampling, ServedAdapter
-from tunefork.serve.engines import vllm_adapters
+from tunefork.serve.engines import vllm_adapters, watchdog
 from tunefork.serve.engines.vllm import VllmEngine
 from tunefork.serve.engines.vllm_base import is_built_for_cpus, save_zeros
 from tunefork.serve.settings import ServeSettings, read_settings
@@ -266,7 +268,7 @@ def test_a_deadline_ends_an_answer_and_its_connection(make: Any, run: Run) -> No
 def test_a_server_that_dies_is_dead_to_all_and_can_be_started_again(make: Any, run: Run) -> None:
     engine = make()
 
-    async def die() -> list[BaseException]:
+    async def die() -> Any:
         asked = [request(first=fake_vllm.IS_SLOW, max_tokens=100), request(first=fake_vllm.DIES)]
         return await asyncio.gather(*(answer(engine, one) for one in asked), return_exceptions=True)
 
@@ -304,11 +306,34 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(
         make(python=tmp_path / "nothing")
 
 
+def test_the_watchdog_ends_all_once_its_parent_is_killed(tmp_path: Path) -> None:
+    below_it = "import subprocess as s, time; s.Popen(['sleep', '60'], start_new_session=True)"
+    parent_code = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, start_new_session=True)\n"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    command = [sys.executable, "-I", watchdog.__file__, str(folder)]
+    command += [sys.executable, "-c", f"{below_it}; time.sleep(60)"]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", parent_code, *command], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    dog = psutil.Process(int(parent.stdout.readline()))
+    eventually(lambda: len(dog.children(recursive=True)) == 2)
+    below = [dog, *dog.children(recursive=True)]
+    parent.kill()
+    parent.communicate()
+    assert not psutil.wait_procs(below, timeout=5)[1]
+    assert not folder.exists()
+
+
+@pytest.mark.slow
 def test_a_parent_that_is_killed_takes_all_with_it(
     base: Path, program: Path, tmp_path: Path
 ) -> None:
-    import subprocess
-
     code = (
         "import asyncio, sys; from tunefork.serve.engines.vllm import VllmEngine as E\n"
         "from tunefork.serve.settings import ServeSettings as S\n"
@@ -371,12 +396,11 @@ def test_on_a_cpu_the_base_has_a_slot_of_zeros(
     assert asked == ["tunefork-base:v0", "a:v1", "b:v1"]
     assert engine.state().in_host_memory == ("b:v1",), "it takes no place of others, nor leaves"
     zeros = save_zeros(engine._section, tmp_path / "zeros")
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base)
-    loaded = PeftModel.from_pretrained(model, zeros.folder)
-    assert not any(bool(p.any()) for n, p in loaded.named_parameters() if "lora_" in n)
+    with safe_open(zeros.folder / "adapter_model.safetensors", "pt") as file:
+        names = list(file.keys())
+        assert not any(bool(file.get_tensor(name).any()) for name in names)
+    layer = "model.layers.0.self_attn.q_proj"
+    assert names == [f"base_model.model.{layer}.lora_{x}.weight" for x in "AB"]
     assert run(is_built_for_cpus(Path(sys.executable)))
 
 
