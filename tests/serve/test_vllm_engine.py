@@ -385,6 +385,20 @@ def test_a_server_that_runs_is_used_as_it_is_found(
         make(url="http://127.0.0.1:1")
 
 
+def test_a_server_that_forgot_its_adapters_is_met_anew(make: Any, run: Run, tmp_path: Path) -> None:
+    engine = make()
+    one = adapter(tmp_path, "one")
+    run(answer(engine, request(one)))
+    server = engine._server
+    run(server.client.post("/v1/unload_lora_adapter", json={"lora_name": "one:v1"}))
+    with pytest.raises(EngineDeadError, match="knows no one:v1"):
+        run(answer(engine, request(one)))
+    assert not engine.state().healthy
+    run(engine.stop())
+    run(engine.start())
+    assert run(answer(engine, request(one)))
+
+
 def test_on_a_cpu_the_base_has_a_slot_of_zeros(
     make: Any, run: Run, base: Path, tmp_path: Path
 ) -> None:
