@@ -80,9 +80,12 @@ class Adapters:
         self._verdicts: dict[str, Checked | ApiError] = {}
         self._opening: dict[str, asyncio.Task[None]] = {}
 
-    async def lease(self, model: str, tenant: Tenant) -> Lease:
+    async def lease(self, model: str, tenant: Tenant, *, is_merged: bool = False) -> Lease:
         """The version that `model` means now. Raises ApiError: the same 404 for what does not
-        exist and what is another tenant's; 400 for what cannot be served."""
+        exist and what is another tenant's; 400 for what cannot be served.
+
+        `is_merged`: it gets an engine of its own.
+        """
         reference = parse(model)
         if reference is None or not tenant.may_use(reference.name):
             raise no_such_model()
@@ -94,7 +97,7 @@ class Adapters:
         while (entry := self._entries.get(name)) is None:
             task = self._opening.get(name)
             if task is None:
-                task = self._opening[name] = asyncio.create_task(self._open(version))
+                task = self._opening[name] = asyncio.create_task(self._open(version, is_merged))
                 task.add_done_callback(partial(self._was_opened, name))
             await asyncio.shield(task)
         return Lease(entry)
@@ -158,7 +161,7 @@ class Adapters:
         if not task.cancelled():
             task.exception()  # is told to whoever waited for it, if anyone still did
 
-    async def _open(self, version: Version) -> None:
+    async def _open(self, version: Version, is_merged: bool) -> None:
         name = str(version)
         verdict = self._verdicts.get(name)
         if isinstance(verdict, ApiError):
@@ -169,7 +172,7 @@ class Adapters:
             raise no_such_model() from error
         try:
             if verdict is None:
-                verdict = await self._check(version)
+                verdict = await self._check(version, is_merged)
         except BaseException as error:
             await asyncio.shield(self._in_store(hold.release))
             if isinstance(error, ApiError) and error.status == 400:  # else it may pass
@@ -178,13 +181,14 @@ class Adapters:
         self._remember(name, verdict)
         self._entries[name] = _Entry(verdict, hold)
 
-    async def _check(self, version: Version) -> Checked:
+    async def _check(self, version: Version, is_merged: bool) -> Checked:
         details, folder = await self._in_store(
             lambda: (self._opened().show(version), version.folder())
         )
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
-            self._check_threads, partial(self._checks.check, details, folder)
+            self._check_threads,
+            partial(self._checks.check, details, folder, is_merged=is_merged),
         )
 
     def _remember(self, name: str, verdict: Checked | ApiError) -> None:
