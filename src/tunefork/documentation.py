@@ -33,9 +33,9 @@ def settings_markdown() -> str:
     return schema_markdown(
         ServeSettings,
         "The server's settings",
-        "One YAML file (`tunefork serve --config FILE`), `--set section.key=value` over it, and the "
-        "flags over both.\nOnly `base` must be given. Unknown keys are errors.\n\n"
-        "Generated from `src/tunefork/serve/settings.py` by `python -m tunefork.documentation docs`.",
+        "One YAML file (`tunefork serve --config FILE`), `--set section.key=value` over it, and\n"
+        "flags over both. Only `base` must be given. Unknown keys are errors.\n\n"
+        "Generated from `src/tunefork/serve/` by `python -m tunefork.documentation docs`.",
     )
 
 
