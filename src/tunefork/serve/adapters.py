@@ -9,7 +9,7 @@ SQLite and files are touched in threads; one of them owns the open store.
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ from tunefork.serve.tenants import Tenant
 
 _OWNER = "tunefork serve"
 _MOST_REMEMBERED = 20_000
+_LIST_AGE_S = 1.0
 
 
 @dataclass
@@ -78,6 +79,7 @@ class Adapters:
         self._store: Store | None = None
         self._entries: dict[str, _Entry] = {}
         self._verdicts: dict[str, Checked | ApiError] = {}
+        self._listed: tuple[float, asyncio.Future[Sequence[Version]]] | None = None
         self._opening: dict[str, asyncio.Task[None]] = {}
 
     async def lease(self, model: str, tenant: Tenant, *, is_merged: bool = False) -> Lease:
@@ -104,9 +106,7 @@ class Adapters:
 
     async def all_of(self, tenant: Tenant) -> list[Listed]:
         """All names that `tenant` may ask for over this base."""
-        versions: list[Version] = await self._in_store(
-            lambda: self._opened().adapters_of(self._weights)
-        )
+        versions = await self._versions()
         found: list[Listed] = []
         for index, version in enumerate(versions):
             if not tenant.may_use(version.name):
@@ -117,6 +117,14 @@ class Adapters:
             ids += [f"{version.name}:{tag}" for tag in version.tags]
             found += [Listed(id, str(version), created) for id in [*ids, str(version)]]
         return found
+
+    async def _versions(self) -> Sequence[Version]:
+        """All adapters over this base, as of the last second."""
+        now = time.monotonic()
+        if self._listed is None or now - self._listed[0] > _LIST_AGE_S:
+            reading = self._in_store(lambda: self._opened().adapters_of(self._weights))
+            self._listed = (now, asyncio.ensure_future(reading))
+        return await asyncio.shield(self._listed[1])
 
     async def find(self, model: str, tenant: Tenant) -> Listed:
         """One of them, without loading it. Raises ApiError (404)."""
