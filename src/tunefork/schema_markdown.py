@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable
 from types import UnionType
+from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -108,6 +109,7 @@ _SCALARS = {
     bool: "true or false",
     type(None): "null",
     Any: "anything",
+    Path: "path",
 }
 
 

@@ -46,6 +46,7 @@ class FakeEngine:
         self.starts = self.stops = self.computed = 0
         self.loaded: dict[str, ServedAdapter] = {}
         self.forgotten: list[str] = []
+        self.pinned: set[str] = set()
         self.is_alive = False
         self.fails: Exception | None = None
         """Raised by every request from its second token on."""
@@ -122,7 +123,7 @@ class FakeEngine:
         self.forgotten.append(adapter_id)
 
     async def pin(self, adapter: ServedAdapter, pinned: bool) -> None:
-        self.loaded[adapter.id] = adapter
+        (self.pinned.add if pinned else self.pinned.discard)(adapter.id)
 
     def state(self) -> EngineState:
         return EngineState(

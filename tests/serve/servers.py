@@ -11,7 +11,7 @@ import httpx
 import uvicorn
 
 from tunefork.serve.app import create_app
-from tunefork.serve.engine import Engine
+from tunefork.serve.engine import Engine, ServedAdapter
 from tunefork.serve.gateway import Gateway
 from tunefork.serve.run import bind, drain_on_signal
 from tunefork.serve.settings import ServeSettings
@@ -44,11 +44,17 @@ class Running:
 
 
 @contextmanager
-def serving(engine: Engine, settings: ServeSettings, *, wait: bool = True) -> Iterator[Running]:
+def serving(
+    engine: Engine,
+    settings: ServeSettings,
+    *,
+    wait: bool = True,
+    replicate: Callable[[ServedAdapter], Engine] | None = None,
+) -> Iterator[Running]:
     """A server over `engine` on any free port; it is ready unless told not to wait."""
     settings = settings.model_copy(update={"port": 0})
     listening = bind(settings)
-    app = create_app(engine, settings)
+    app = create_app(engine, settings, replicate)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     drain_on_signal(server, app.state.gateway)

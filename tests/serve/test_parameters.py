@@ -45,7 +45,7 @@ HONOURED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"logit_bias": {"5": -100, "7": 1.5}}, {"logit_bias": {5: -100.0, 7: 1.5}}),
     ({"stop": "x"}, {"stop": ("x",)}),
     ({"stop": ["x", "y"]}, {"stop": ("x", "y")}),
-    ({"max_tokens": 3}, {"max_tokens": 3}),
+    ({"max_tokens": 3.0}, {"max_tokens": 3}),
     ({"top_k": 4}, {"top_k": 4}),
     ({"ignore_eos": True, "max_tokens": 2}, {"ignore_eos": True, "stop_ids": ()}),
     ({"user": "someone", "stop": None, "stream": False, "n": 1}, {"stop": ()}),
@@ -117,7 +117,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "messages[0].name",
         "unknown_parameter",
     ),
-    ({"response_format": {"type": "xml"}}, "response_format", "invalid_value"),
+    ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
         "response_format.json_schema.schema",
@@ -190,7 +190,7 @@ def test_a_schema_is_bounded(shared: Running) -> None:
     schema: dict[str, Any] = {}
     for _ in range(40):
         schema = {"items": schema}
-    wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    wanted: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
     answer = _ask(shared, response_format=wanted)
     assert answer.json()["error"]["param"] == "response_format.json_schema"
     wanted["json_schema"] = {"name": "a", "schema": {"enum": list(range(5000))}}
@@ -201,7 +201,7 @@ def test_a_schema_is_bounded(shared: Running) -> None:
 
 
 def test_messages_are_rendered_as_the_trainer_renders_them(shared: Running) -> None:
-    turns = [
+    turns: list[dict[str, Any]] = [
         {"role": "system", "content": "the fox"},
         {"role": "user", "content": "hello"},
         {"role": "assistant", "content": "dog"},

@@ -6,6 +6,7 @@ import typer
 
 from tunefork.cli.adapters import adapters
 from tunefork.cli.advise import advise
+from tunefork.cli.bench_serve import bench_serve
 from tunefork.cli.chat import chat
 from tunefork.cli.compare import compare
 from tunefork.cli.data import data
@@ -31,6 +32,7 @@ for verb in (advise, plan, compare, train, evaluate, chat, runs, merge, export):
 app.add_typer(adapters, name="adapters")
 app.add_typer(serve, name="serve")
 app.command(name="verify-resume")(verify_resume)
+app.command(name="bench-serve")(bench_serve)
 app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")
 

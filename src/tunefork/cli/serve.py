@@ -47,6 +47,9 @@ def run(
         list[str] | None,
         typer.Option(metavar="NAME", help="Give this adapter a merged copy of the base."),
     ] = None,
+    pin: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Keep this adapter in a slot.")
+    ] = None,
     allowed_host: Annotated[
         list[str] | None, typer.Option(help="A name by which clients reach this server.")
     ] = None,
@@ -63,8 +66,14 @@ def run(
     """Serve one base and all its adapters through the OpenAI API, until Ctrl-C."""
     if context.invoked_subcommand is not None:
         return
-    flags = {"base": base, "engine": engine, "host": host, "port": port, "name": name}
-    flags |= {"tenants": tenants, "merge": merge}
+    flags: dict[str, Any] = {
+        "base": base,
+        "engine": engine,
+        "host": host,
+        "port": port,
+        "name": name,
+    }
+    flags |= {"tenants": tenants, "merge": merge, "pin": pin}
     flags |= {"allowed_hosts": allowed_host, "allowed_origins": allowed_origin}
     _serve(_settings(config, flags, tuple(sets or ())))
 

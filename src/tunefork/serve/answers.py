@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal, cast
 
-from tunefork.errors import BadInputError, EngineBusyError, TuneforkError
+from tunefork.errors import AdapterError, BadInputError, EngineBusyError, TuneforkError
 from tunefork.serve.adapters import Lease
 from tunefork.serve.api.errors import ApiError, bad, unavailable
 from tunefork.serve.engine import Engine, EngineRequest, Piece, Sampling, ServedAdapter
@@ -23,6 +23,8 @@ from tunefork.serve.ledger import Usage
 from tunefork.serve.parts import Parts
 from tunefork.serve.tenants import Tenant
 
+_CANCEL_S = 30.0
+"""An engine has to let go of a cancelled answer, before it is recorded as it is."""
 _MOST_UNREAD = 256
 """Pieces that wait for a client; then the engine's are no longer read."""
 Status = Literal["ok", "cancelled", "deadline", "failed"]
@@ -81,6 +83,8 @@ class Answer:
         except BaseException:
             parts.quotas.release(order.tenant, order.most_tokens)
             raise
+        if order.adapter is not None and not all(turn.granted.done() for turn in turns):
+            parts.keep(asyncio.create_task(order.engine.prefetch(order.adapter)))
         self._tasks = [asyncio.create_task(self._run(i, turn)) for i, turn in enumerate(turns)]
 
     async def take(self) -> list[tuple[int, Piece]] | None:
@@ -209,7 +213,9 @@ class Answer:
     async def _end(self, status: Status) -> None:
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        _, hanging = await asyncio.wait(self._tasks, timeout=_CANCEL_S)
+        if hanging:
+            logger.error("%s: the engine does not let %d answers go", self.order.id, len(hanging))
         order, total_s = self.order, time.monotonic() - self._began
         try:
             await self._parts.ledger.record(
@@ -239,6 +245,7 @@ class Answer:
                 status,
                 prompt_tokens=self.prompt_tokens,
                 completion_tokens=self.completion_tokens,
+                choices=len(order.prompts) * order.choices,
                 first_token_s=self._first_token_s,
                 total_s=total_s,
             )
@@ -252,6 +259,11 @@ def _told(error: Exception) -> ApiError:
     """What the client is told of an engine's failure; the log has the whole of it."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, AdapterError):
+        logger.warning("the engine refuses an adapter: %s", error)
+        return bad(
+            "The engine of this server cannot apply this adapter", "model", "adapter_unusable"
+        )
     if isinstance(error, BadInputError):
         logger.warning("the engine refuses a request: %s", error)
         return bad("The engine cannot honour this request's response_format", "response_format")

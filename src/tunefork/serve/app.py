@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -17,7 +18,8 @@ from tunefork.serve.api.guard import Guard
 from tunefork.serve.api.models import get_model, list_models
 from tunefork.serve.api.operations import health, metrics, ready
 from tunefork.serve.api.schema import describe
-from tunefork.serve.engine import Engine
+from tunefork.serve.choose import make_replica
+from tunefork.serve.engine import Engine, ServedAdapter
 from tunefork.serve.gateway import Gateway
 from tunefork.serve.settings import ServeSettings
 
@@ -32,12 +34,18 @@ _ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
 )
 
 
-def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
+def create_app(
+    engine: Engine,
+    settings: ServeSettings,
+    replicate: Callable[[ServedAdapter], Engine] | None = None,
+) -> FastAPI:
     """The server over `engine`, which it starts in the background and stops at the end.
+
+    `replicate` makes an engine with an adapter merged, for `settings.merge`.
 
     `app.state.gateway` is what it is made of.
     """
-    gateway = Gateway(engine, settings)
+    gateway = Gateway(engine, settings, replicate or partial(make_replica, settings))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -70,7 +78,7 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
     app.state.gateway = gateway
     for method, path, endpoint in _ROUTES:
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
-    describe(app)
+    describe(app, settings.base_name)
     return app
 
 

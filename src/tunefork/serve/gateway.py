@@ -27,6 +27,7 @@ from tunefork.serve.parts import Parts
 from tunefork.serve.prompts import Prompts
 from tunefork.serve.quotas import Quotas
 from tunefork.serve.settings import ServeSettings
+from tunefork.serve.standing import Pins, Replicas
 from tunefork.serve.tenants import LOCAL, Accounts, Tenant, read_accounts
 
 State = Literal["starting", "ready", "failed", "draining"]
@@ -64,7 +65,12 @@ class Target:
 class Gateway:
     """One base, one engine, and whoever asks them; lives in one event loop."""
 
-    def __init__(self, engine: Engine, settings: ServeSettings) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        settings: ServeSettings,
+        replicate: Callable[[ServedAdapter], Engine],
+    ) -> None:
         self.engine, self.settings = engine, settings
         self.state: State = "starting"
         self.failure: BaseException | None = None
@@ -78,6 +84,9 @@ class Gateway:
         self._base: ServedBase | None = None
         self._adapters: Adapters | None = None
         self._parts: Parts | None = None
+        self._ledger: Ledger | None = None
+        self._replicas = Replicas(replicate)
+        self._pins = Pins(engine, settings.pin)
         self._accounts = Accounts({}, {})
         self.is_open = settings.is_loopback
         """No key is demanded."""
@@ -100,12 +109,19 @@ class Gateway:
                 await self._task
         if self._parts is not None:
             await self._parts.settle()
+        self._pins.release()
+        await self._replicas.stop()
         await self.engine.stop()
         if self._adapters is not None:
             await self._adapters.close()
-        if self._parts is not None:
-            self._parts.ledger.close()
+        if self._ledger is not None:
+            self._ledger.close()
         self.threads.shutdown(cancel_futures=True)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it ever was ready."""
+        return self._parts is not None
 
     @property
     def base(self) -> ServedBase:
@@ -165,8 +181,10 @@ class Gateway:
                 raise no_such_model()
             return Target(model, self.engine, None, self.base.prompts, None)
         lease = await self.adapters.lease(model, tenant)
-        adapter = lease.checked.adapter
-        return Target(adapter.id, self.engine, adapter, lease.checked.prompts, lease)
+        adapter, prompts = lease.checked.adapter, lease.checked.prompts
+        if (replica := self._replicas.find(adapter.id)) is not None:
+            return Target(adapter.id, replica, None, prompts, lease)
+        return Target(adapter.id, self.engine, adapter, prompts, lease)
 
     async def in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run what is not quick beside the event loop."""
@@ -191,10 +209,12 @@ class Gateway:
                 await self._look()
             except StoreError as error:
                 logger.error("%s", error)
+            except Exception as error:  # of the engine: the next look finds it dead
+                logger.error("what is to be done every second failed", exc_info=error)
 
     async def _start(self) -> None:
         settings = self.settings
-        ledger = await self.in_thread(Ledger, settings.accounts_file)
+        ledger = self._ledger = await self.in_thread(Ledger, settings.accounts_file)
         await self._read_accounts()
         base: ServedBase
         base, _ = await asyncio.gather(
@@ -202,22 +222,25 @@ class Gateway:
         )
         self._base = base
         capabilities = self.engine.capabilities
-        queue = FairQueue(
-            capabilities.max_requests, settings.max_queued, settings.max_queued_per_tenant
-        )
-        metrics = Metrics(settings.max_metric_adapters)
-        self._parts = Parts(queue, Quotas(ledger), ledger, metrics)
         is_single = str(self.engine.info().get("dtype", "")).endswith("float32")
         checks = Checks(base, capabilities, 4 if is_single else 2)
         self._adapters = Adapters(self.engine, checks, base.identity.weights_sha256)
+        await self._replicas.start(settings.merge, self._adapters)
+        await self._pins.start(self._adapters)
+        places = capabilities.max_requests + self._replicas.places()
+        queue = FairQueue(places, settings.max_queued, settings.max_queued_per_tenant)
+        metrics = Metrics(settings.max_metric_adapters, places=capabilities.max_requests)
         metrics.watch(self._snapshot)
+        self._parts = Parts(queue, Quotas(ledger), ledger, metrics)
         logger.info("serving %s: %s", base.name, dict(self.engine.info()))
 
     async def _look(self) -> None:
         await self._read_accounts()
-        await self.adapters.sweep(self.settings.hold_idle_s)
         if not self.engine.state().healthy:
             await self._restart()
+            return
+        await self._pins.follow(self.adapters)
+        await self.adapters.sweep(self.settings.hold_idle_s)
 
     async def _read_accounts(self) -> None:
         self._accounts = await self.in_thread(read_accounts, self.settings.accounts_file)
@@ -238,6 +261,7 @@ class Gateway:
                 await asyncio.sleep(wait_s)
                 wait_s = min(_MOST_BACK_OFF_S, 2 * wait_s)
                 continue
+            await self._pins.again()
             if self.state == "failed":
                 self.state = "ready"
             return

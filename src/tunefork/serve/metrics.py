@@ -4,12 +4,14 @@ Labels are names of the store and of tenants, never what a client sent, and of a
 are told apart: each label value is a time series for good.
 """
 
+import time
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from tunefork.serve.engine import EngineState
+from tunefork.serve.heat import SHARE, Heat
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
@@ -19,9 +21,12 @@ OTHER = "other"
 class Metrics:
     """Of one server."""
 
-    def __init__(self, most_adapters: int) -> None:
+    def __init__(self, most_adapters: int, places: int) -> None:
         self.registry = CollectorRegistry()
         self._most_adapters = most_adapters
+        self.heat = Heat()
+        self.places = places
+        """Answers that the engine computes at the same time."""
         self._adapters: set[str] = set()
         both = ("tenant", "model")
         self._requests = Counter(
@@ -69,10 +74,12 @@ class Metrics:
         *,
         prompt_tokens: int,
         completion_tokens: int,
+        choices: int,
         first_token_s: float | None,
         total_s: float,
     ) -> None:
         """A request is over."""
+        is_adapter = ":" in model
         model = self._label(model)
         self._requests.labels(tenant, model, status).inc()
         self._prompt_tokens.labels(tenant, model).inc(prompt_tokens)
@@ -80,9 +87,11 @@ class Metrics:
         self._total.labels(model).observe(total_s)
         if first_token_s is not None:
             self._first_token.labels(model).observe(first_token_s)
-            if completion_tokens > 1:
-                mean_s = (total_s - first_token_s) / (completion_tokens - 1)
-                self._per_token.labels(model).observe(mean_s)
+            decoding_s, tokens = total_s - first_token_s, completion_tokens / choices
+            if tokens > 1:
+                self._per_token.labels(model).observe(decoding_s / (tokens - 1))
+            if is_adapter:
+                self.heat.add(model, choices * decoding_s, time.monotonic())
 
     def refused(self, tenant: str, reason: str) -> None:
         """A request got 429."""
@@ -90,7 +99,7 @@ class Metrics:
 
     def watch(self, now: "Callable[[], Snapshot]") -> None:
         """Tell the gauges of `now()` too, whenever metrics are read."""
-        self.registry.register(_Gauges(now))
+        self.registry.register(_Gauges(now, self))
 
     def text(self) -> bytes:
         """All of it, in Prometheus' text format."""
@@ -113,8 +122,8 @@ Snapshot = tuple[EngineState, dict[str, int], int, int]
 class _Gauges:
     """Reads what is true now."""
 
-    def __init__(self, now: Callable[[], Snapshot]) -> None:
-        self._now = now
+    def __init__(self, now: Callable[[], Snapshot], metrics: Metrics) -> None:
+        self._now, self._metrics = now, metrics
 
     def collect(self) -> Iterator[Metric]:
         """Called by the registry."""
@@ -125,6 +134,7 @@ class _Gauges:
         for tenant, count in waiting.items():
             queue.add_metric([tenant], count)
         yield queue
+        yield from self._hot()
         for name, help_text, value in (
             ("running_answers", "Answers handed to the engine.", running),
             ("adapters_held", "Versions kept from removal.", held),
@@ -144,3 +154,20 @@ class _Gauges:
             ("adapter_load_seconds", "Spent on loading adapters.", state.load_seconds),
         ):
             yield CounterMetricFamily(f"tunefork_{name}", help_text, value=total)
+
+    def _hot(self) -> Iterator[Metric]:
+        mean = GaugeMetricFamily(
+            "tunefork_adapter_mean_running",
+            "Answers of the adapter running at any time of the last minutes.",
+            labels=["model"],
+        )
+        pays = GaugeMetricFamily(
+            "tunefork_merge_would_pay",
+            "1: a merged replica of the adapter (--merge) would be busy enough to pay.",
+            labels=["model"],
+        )
+        for model, running in self._metrics.heat.mean_running(time.monotonic()).items():
+            mean.add_metric([model], running)
+            pays.add_metric([model], int(running >= SHARE * self._metrics.places))
+        yield mean
+        yield pays

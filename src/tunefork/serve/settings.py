@@ -41,7 +41,11 @@ class ServeSettings(Section):
     TUNEFORK_HOME/serve.sqlite."""
 
     merge: tuple[str, ...] = ()
-    """Adapters (`name:vN`, `name:tag`) that get a merged copy of the base each: an engine more."""
+    """Adapters (`name:vN`, `name:tag`) that get a merged copy of the base each: an engine more,
+    with its memory. The metric `tunefork_merge_would_pay` says for which."""
+
+    pin: tuple[str, ...] = ()
+    """Adapters that stay in a slot of the engine, whatever else is asked."""
 
     allowed_hosts: tuple[str, ...] = ()
     """Names by which clients reach the server (the `Host` header), beside those of this machine.

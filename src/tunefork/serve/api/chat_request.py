@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from tunefork.serve.api.sampling_fields import ApiModel, Count, SamplingFields
+from tunefork.serve.api.sampling_fields import WHOLE, ApiModel, Count, SamplingFields
 
 MOST_SCHEMA_DEPTH = 32
 MOST_SCHEMA_NODES = 4096
@@ -21,7 +21,7 @@ class ChatMessage(ApiModel):
     """One turn. `developer` is another word for `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1024)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1024, fail_fast=True)]
     refusal: None = None
     """As an earlier answer has it: null."""
     tool_calls: None = None
@@ -85,6 +85,14 @@ class JsonSchemaFormat(ApiModel):
     json_schema: NamedSchema
 
 
+def _is_bool(value: Any) -> Any:
+    """To Python, 0 is False."""
+    if not isinstance(value, bool):
+        raise ValueError("should be false")
+    return value
+
+
+TextOnly = Annotated[list[Literal["text"]], Field(min_length=1, max_length=1, fail_fast=True)]
 ResponseFormat = Annotated[
     PlainFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")
 ]
@@ -93,10 +101,10 @@ ResponseFormat = Annotated[
 class ChatRequest(SamplingFields):
     """A conversation whose next turn is wanted."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048, fail_fast=True)]
     logprobs: bool | None = None
     """Tell the log probability of each token of the answer."""
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     """And of so many likeliest ones in its place; only with `logprobs`."""
     max_tokens: Count | None = None
     """Most tokens of an answer. Default: what the context has left."""
@@ -104,10 +112,10 @@ class ChatRequest(SamplingFields):
     """The newer name of `max_tokens`."""
     response_format: ResponseFormat | None = None
     """What the answer must match."""
-    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    modalities: TextOnly | None = None
     parallel_tool_calls: None = None
     tool_choice: Literal["none"] | None = None
-    store: Literal[False] | None = None
+    store: Annotated[Literal[False], BeforeValidator(_is_bool)] | None = None
     service_tier: Literal["auto", "default"] | None = None
     reasoning_effort: Literal["none"] | None = None
     verbosity: Literal["medium"] | None = None

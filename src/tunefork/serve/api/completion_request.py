@@ -4,14 +4,16 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tunefork.serve.api.sampling_fields import MOST_CHOICES, Count, SamplingFields
+from tunefork.serve.api.sampling_fields import MOST_CHOICES, WHOLE, Count, SamplingFields
 
 MOST_PROMPTS = 64
 
-TokenId = Annotated[int, Field(ge=0, lt=1 << 24)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=1 << 20)]
-Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
-ManyTokenIds = Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS)]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 24), WHOLE]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=1 << 20, fail_fast=True)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+ManyTokenIds = Annotated[
+    list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)
+]
 
 
 class CompletionRequest(SamplingFields):
@@ -19,13 +21,13 @@ class CompletionRequest(SamplingFields):
 
     prompt: str | Texts | TokenIds | ManyTokenIds
     """A text, texts, token ids, or lists of them."""
-    best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES), WHOLE] | None = None
     """Write so many answers to each prompt, and give the `n` likeliest by token; not streamed."""
     echo: bool | None = None
     """Begin the answer with the prompt."""
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5), WHOLE] | None = None
     """Tell the log probability of each token of the answer, and of so many likeliest ones."""
-    max_tokens: Annotated[Count, Field()] | None = None
+    max_tokens: Count | None = None
     """Most tokens of an answer. Default 16."""
 
     @property

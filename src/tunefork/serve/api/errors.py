@@ -102,7 +102,7 @@ def unavailable(code: Unavailable, message: str, after: float) -> ApiError:
 
 def from_validation(error: ValidationError, known: frozenset[str]) -> ApiError:
     """The error of a request that its model refuses; `known` are all names of fields."""
-    details = error.errors(include_input=False, include_context=False, include_url=False)
+    details = error.errors(include_input=False, include_url=False)
     first = details[0]["loc"][:1]
     # Of a choice of types, the branch that came farthest is the one that was meant.
     detail = max((d for d in details if d["loc"][:1] == first), key=lambda d: len(d["loc"]))
@@ -120,6 +120,9 @@ def from_validation(error: ValidationError, known: frozenset[str]) -> ApiError:
         return bad(f"{shown}: unknown field{hint}", shown, "unknown_parameter")
     if kind == "missing":
         return bad(f"{param}: is missing", param, "missing_required_parameter")
+    if kind == "union_tag_invalid":  # whose message quotes what was sent
+        allowed = detail["ctx"]["expected_tags"]
+        return bad(f"{param}.type: should be one of {allowed}", f"{param}.type")
     message = str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input ")
     return bad(f"{param}: {message}" if param else message, param or None)
 

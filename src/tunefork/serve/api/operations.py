@@ -32,7 +32,7 @@ async def ready(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Prometheus metrics. They tell of all tenants: where keys are demanded, an operator's is."""
     gateway: Gateway = request.app.state.gateway
-    if gateway.state == "starting":
+    if not gateway.has_begun:
         raise not_ready(gateway.state)
     if not gateway.identify(request.headers).tenant.is_operator:
         raise ApiError(403, "Metrics are for operators", code="operators_only")

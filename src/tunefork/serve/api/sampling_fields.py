@@ -3,18 +3,26 @@
 Every field is either honoured or refused by name. null is what a field that is left out is.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 MOST_CHOICES = 16
+
+
+def _whole(value: Any) -> Any:
+    """JSON knows numbers only: 5.0 is the integer 5."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
 
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 StopText = Annotated[str, Field(min_length=1, max_length=512)]
 TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,7})$")]
 Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
-Count = Annotated[int, Field(ge=1, le=1 << 24)]
+Count = Annotated[int, Field(ge=1, le=1 << 24), WHOLE]
 
 
 class ApiModel(BaseModel):
@@ -49,11 +57,11 @@ class SamplingFields(ApiModel):
     """Taken from a token's logit once the answer has it."""
     logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=1024)] | None = None
     """Token id -> what is added to its logit."""
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES), WHOLE] | None = None
     """Answers to each prompt."""
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
     """The same seed, request and model give the same answer, as far as the engine can."""
-    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=4, fail_fast=True)] | None = None
     """Texts that end the answer and are no part of it."""
     stream: bool | None = None
     """Send the answer in pieces, as server-sent events."""
@@ -65,7 +73,7 @@ class SamplingFields(ApiModel):
     """Only the likeliest tokens that have this probability together. Default 1."""
     user: Annotated[str, Field(max_length=256)] | None = None
     """The end user: kept with the usage record."""
-    top_k: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=1 << 20), WHOLE] | None = None
     """Beyond the API: only so many of the likeliest tokens. 0: all."""
     ignore_eos: bool | None = None
     """Beyond the API: go on to `max_tokens` whatever the model says; for measurements."""

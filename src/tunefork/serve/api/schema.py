@@ -4,7 +4,7 @@ Bodies are read by hand (`reading.py`), so it is put together here, from the ver
 are checked against.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -31,16 +31,18 @@ _ERRORS = {
 _LATER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
 
 
-def describe(app: FastAPI) -> None:
-    """Let `app` hand the document out at /openapi.json."""
-    app.openapi = lru_cache(maxsize=1)(_document)  # type: ignore[method-assign]
+def describe(app: FastAPI, base_name: str) -> None:
+    """Let `app` hand the document out at /openapi.json; `base_name` is a model that there is."""
+    app.openapi = lru_cache(maxsize=1)(partial(_document, base_name))  # type: ignore[method-assign]
 
 
-def _document() -> dict[str, Any]:
+def _document(base_name: str) -> dict[str, Any]:
     sent = (ChatCompletion, Completion, ModelInfo, ModelList, Health, ErrorBody)
     pairs = [(ChatRequest, "validation"), (CompletionRequest, "validation")]
     pairs += [(model, "serialization") for model in sent]
     schemas = models_json_schema(pairs, ref_template=_REF)[1]["$defs"]  # type: ignore[arg-type]
+    for model, _ in pairs[:2]:
+        schemas[model.__name__]["properties"]["model"]["examples"] = [base_name]
     asked = (400, 404, 408, 413, 415, 429)
     path = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
     return {
@@ -83,7 +85,7 @@ def _operation(
     if answer is not None:
         content = {"application/json": {"schema": {"$ref": _REF.format(model=answer.__name__)}}}
     if body is not None:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": {"description": "With `stream`."}}
     responses: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
     error = {"application/json": {"schema": {"$ref": _REF.format(model=ErrorBody.__name__)}}}
     for status in sorted({401, 403, 503, *errors}):
