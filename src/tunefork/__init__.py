@@ -97,7 +97,7 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, ignore_plan: bool = F
 
     A run that cannot fit in memory is refused unless `ignore_plan`.
     """
-    from tunefork.compare.trial import train_run
+    from tunefork.trial.trial import train_run
 
     return train_run(_recipe(recipe), Path(out), ignore_plan=ignore_plan)
 
@@ -106,7 +106,7 @@ def evaluate(
     target: str | Path, recipe: Recipe | str | Path
 ) -> dict[str, tuple[float, float, float]]:
     """Each metric's value, low and high end for a run, adapter or model. Raises TuneforkError."""
-    from tunefork.compare.trial import evaluate_target
+    from tunefork.trial.trial import evaluate_target
 
     return evaluate_target(str(target), _recipe(recipe))
 

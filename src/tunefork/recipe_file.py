@@ -104,16 +104,29 @@ def _with_paths(fields: dict[str, Any], change: Callable[[str], str]) -> dict[st
     for section, keys in _PATHS.items():
         inner = fields.get(section)
         if isinstance(inner, dict):
-            given = {key: inner[key] for key in keys if isinstance(inner.get(key), str)}
             keywords = KEYWORDS.get(section, ())
-            fields[section] = inner | {k: change(v) for k, v in given.items() if v not in keywords}
+            fields[section] = inner | {
+                key: _changed(inner[key], change, keywords) for key in keys if key in inner
+            }
     return fields
+
+
+def _changed(value: Any, change: Callable[[str], str], keywords: tuple[str, ...]) -> Any:
+    """`value`, or each value of a list, changed where it is text and no keyword."""
+    if isinstance(value, list):
+        return [_changed(each, change, keywords) for each in value]
+    return change(value) if isinstance(value, str) and value not in keywords else value
 
 
 KEYWORDS = {"model": ("smollm2-135m-instruct",), "evaluate": ("general",)}
 """Values that mean the same in every folder, also where a file there is called so (`./general`
 names that one): the packaged models and the packaged general text."""
-_PATHS = {"model": ("id",), "data": ("train", "eval"), "evaluate": ("forgetting",)}
+_PATHS = {
+    "model": ("id",),
+    "data": ("train", "eval"),
+    "evaluate": ("forgetting",),
+    "sweep": ("data",),
+}
 _FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".txt", ".gguf"}
 
 

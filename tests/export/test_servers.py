@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from tunefork.compare.check import _check_servers
 from tunefork.errors import RecipeError
 from tunefork.export.servers import (
     SERVERS,
@@ -17,6 +16,7 @@ from tunefork.export.servers import (
 from tunefork.recipe import LoraSection
 from tunefork.recipe_file import parse
 from tunefork.registry.peft_format import adapter_settings
+from tunefork.trial.check import _check_servers
 
 PLAIN = adapter_settings(LoraSection(rank=24))
 

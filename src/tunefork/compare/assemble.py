@@ -15,7 +15,6 @@ from tunefork.compare.comparison import (
     Comparison,
     Data,
     Device,
-    Estimate,
     Forgetting,
     LossPoint,
     MethodResult,
@@ -27,6 +26,7 @@ from tunefork.compare.search import SearchResult
 from tunefork.compare.verdict import decide
 from tunefork.evaluate.evaluate import FORGETTING, load_columns
 from tunefork.evaluate.statistics import Columns, estimate, paired_difference
+from tunefork.page.estimate import Estimate
 from tunefork.recipe import Metric, Recipe
 from tunefork.recipe_file import relative
 from tunefork.registry.run import COLUMNS, STEPS, RunRecord, read_record

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunefork.compare.assemble import ArmRuns, assemble, primary_metric
-from tunefork.compare.check import check_recipe
 from tunefork.compare.comparison import Arm, Comparison
 from tunefork.compare.comparison import Data as DataFacts
-from tunefork.compare.record import check_base
 from tunefork.compare.report import write_report
 from tunefork.compare.search import RESULT, SearchResult, grid
 from tunefork.compare.worker import Failure, seed_folder, start
@@ -30,6 +28,8 @@ from tunefork.recipe_file import anchor
 from tunefork.registry.claim import Claim, claimed
 from tunefork.registry.history import remember_comparison
 from tunefork.registry.run import RunRecord, read_record
+from tunefork.trial.check import check_recipe
+from tunefork.trial.record import check_base
 
 COMPARISON = "comparison.json"
 REPORT = "report.html"
@@ -85,7 +85,7 @@ def check(recipe: Recipe, say: Callable[[str], None] = print, *, ignore_plan: bo
             f"{', '.join(metrics)} of {', '.join(METRICS)}"
         )
     if recipe.compare.search_trials > 1:
-        validation_split(data.train, recipe.compare.validation_share, recipe.train.seed)
+        validation_split(data.train, recipe.compare.validation_share, recipe.data_seed)
     return data
 
 

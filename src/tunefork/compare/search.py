@@ -105,7 +105,9 @@ class _Bench:
         tokenizer = load_tokenizer(recipe.model)
         data = load_data(recipe, tokenizer, is_checked=True)
         seed = recipe.train.seed
-        rest, validation = validation_split(data.train, recipe.compare.validation_share, seed)
+        rest, validation = validation_split(
+            data.train, recipe.compare.validation_share, recipe.data_seed
+        )
         chosen = epoch_order(len(rest), seed, 0)
         chosen = chosen[: max(1, round(recipe.compare.search_share * len(data.train)))]
         device = pick_device()

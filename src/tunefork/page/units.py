@@ -4,7 +4,7 @@ Sizes are decimal (1 GB = 10^9 bytes). Scores that are shares are written in per
 differences in points, so that "1 % below" cannot be read in two ways.
 """
 
-from tunefork.compare.comparison import Estimate
+from tunefork.page.estimate import Estimate
 from tunefork.recipe import Metric
 
 METRIC_NAMES: dict[Metric, str] = {

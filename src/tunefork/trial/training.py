@@ -5,9 +5,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tunefork.compare.artifact import write_artifact
-from tunefork.compare.following import Following, failure
-from tunefork.compare.record import begin_record
 from tunefork.data.example import Encoded
 from tunefork.data.loader import Data, validation_split
 from tunefork.errors import BadInputError, RunFolderError
@@ -38,6 +35,9 @@ from tunefork.train.out_of_memory import Remedies, phase
 from tunefork.train.progress import TrainProgress
 from tunefork.train.rehearsal import Rehearsal, Stage
 from tunefork.train.state import Progress
+from tunefork.trial.artifact import write_artifact
+from tunefork.trial.following import Following, failure
+from tunefork.trial.record import begin_record
 
 
 @contextmanager
@@ -149,7 +149,7 @@ def held_back(data: Data, recipe: Recipe) -> tuple[list[Encoded], list[Encoded]]
     return validation_split(
         data.train,
         recipe.train.validation_share,
-        recipe.train.seed,
+        recipe.data_seed,
         "leave train.validate_every_steps out",
     )
 
