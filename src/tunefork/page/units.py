@@ -105,6 +105,12 @@ def difference_number(metric: Metric, value: float, *, signed: bool = False) -> 
     return f"{value:{sign}.{_DECIMALS[metric]}f}" if abs(value) < 1000 else f"{value:{sign}.4g}"
 
 
+def gain_text(metric: Metric, gain: Estimate) -> str:
+    """A difference with its interval: `+1.2 points (+0.3 to +2.1)`"""
+    low, high = (difference_number(metric, x, signed=True) for x in (gain.low, gain.high))
+    return f"{difference_text(metric, gain.value, signed=True)} ({low} to {high})"
+
+
 def sentence(text: str) -> str:
     """`text` with its first letter in upper case."""
     return text[:1].upper() + text[1:]
