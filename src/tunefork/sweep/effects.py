@@ -182,8 +182,6 @@ def recommend(
             continue
         params = reference.trainable_params / rank.trainable_params
         beyond = gain_text(metric, rank.gain)
-            f"{difference_text(metric, rank.gain.value, signed=True)} ({_ends(judge, rank.gain)})"
-        )
         sure = {
             "shown": f"shown to be within the margin of {margin}",
             "not told apart": "not told apart; more evaluation examples or seeds would say more",
