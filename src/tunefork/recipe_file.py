@@ -22,6 +22,14 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     Data and model paths in the file are relative to its folder and come back absolute.
     Raises RecipeError with every wrong field, or with file:line where it is not YAML.
     """
+    fields = read_fields(path)
+    for override in overrides:
+        _override(fields, override)
+    return parse(absolute(fields, path.resolve().parent), where=str(path))
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """A recipe file's sections, not yet validated. Raises RecipeError."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -29,14 +37,12 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     fields = read_yaml(text, str(path))
     if not isinstance(fields, dict):
         raise RecipeError(f"{path}: must be a mapping of sections (model, data, ...)")
-    for override in overrides:
-        _override(fields, override)
-    return parse(_absolute(fields, path.resolve().parent), where=str(path))
+    return fields
 
 
 def anchor(recipe: Recipe, folder: Path) -> Recipe:
     """`recipe` with its relative paths made absolute, from `folder`, as `load` does."""
-    return parse(_absolute(recipe.model_dump(mode="json"), folder.resolve()))
+    return parse(absolute(recipe.model_dump(mode="json"), folder.resolve()))
 
 
 def relative(recipe: Recipe, folder: Path) -> Recipe:
@@ -82,8 +88,9 @@ def _override(fields: dict[str, Any], override: str) -> None:
     at[last] = read_yaml(value, f"--set {key}")
 
 
-def _absolute(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Make those paths absolute that exist under the recipe's `folder` or look like files."""
+def absolute(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`fields`, not yet validated, with those paths absolute that exist under `folder` or look
+    like files."""
 
     def resolve(value: str) -> str:
         try:

@@ -1,0 +1,228 @@
+"""What `tunefork train-many` trains: a file with a shared recipe and a list of entries, or a folder
+of recipes.
+
+    recipe: base.yaml              # a recipe file, or the sections themselves
+    adapters:
+      - name: acme                 # its run folder
+        publish: support/acme      # optional: the store's name, once it is done
+        tags: [prod]
+        data: {train: acme.jsonl}  # any section of a recipe; what is given here beats the shared
+        lora: {rank: 8}
+
+Paths are relative to the file that they stand in. All adapters share one base and what decides how
+a pass over it runs (`SHARED`).
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tunefork.errors import RecipeError, StoreError, nearest
+from tunefork.recipe import Method, Recipe, SweepSection
+from tunefork.recipe_file import absolute, load, parse, read_fields
+from tunefork.registry.names import check_names
+from tunefork.yaml_text import Loader
+
+SHARED = (
+    ("model",),
+    ("method",),
+    ("train", "precision"),
+    ("train", "activation_checkpointing"),
+    ("train", "compile"),
+    ("train", "deterministic"),
+    ("train", "packing"),
+    ("train", "micro_batch_tokens"),
+)
+"""Fields that one pass over one base has one of."""
+
+_SECTIONS = [name for name in Recipe.model_fields if name not in ("model", "method", "sweep")]
+_OWN = ("name", "publish", "tags")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,79}")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One adapter to train."""
+
+    name: str
+    recipe: Recipe
+    where: str
+    """file:line, or the recipe file."""
+    publish: str | None = None
+    """The name in the store."""
+    tags: tuple[str, ...] = ()
+
+
+class _Head(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: str
+    publish: str | None = None
+    tags: list[str] = []
+
+
+def load_many(path: Path, prefix: str | None = None) -> list[Entry]:
+    """The entries of a file or a folder; `prefix` publishes those that name no name as
+    PREFIX/NAME.
+
+    Raises RecipeError, naming file:line and field, for all that is wrong with the entries.
+    """
+    entries = _folder(path) if path.is_dir() else _file(path)
+    if not entries:
+        raise RecipeError(f"{path}: names no adapter to train")
+    if prefix is not None:
+        entries = [
+            e if e.publish else Entry(e.name, e.recipe, e.where, f"{prefix}/{e.name.lower()}")
+            for e in entries
+        ]
+    errors = [*_repeated(entries), *_unshared(entries), *_unnamed(entries)]
+    if errors:
+        raise RecipeError("\n".join(errors))
+    return entries
+
+
+def _folder(path: Path) -> list[Entry]:
+    files = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
+    if not files:
+        raise RecipeError(f"{path}: holds no recipe (*.yaml)")
+    found, errors = [], []
+    for file in files:
+        try:
+            found.append(Entry(file.stem, _plain(load(file)), str(file)))
+        except RecipeError as error:
+            errors.append(str(error))
+    if errors:
+        raise RecipeError("\n".join(errors))
+    return found
+
+
+def _file(path: Path) -> list[Entry]:
+    fields = read_fields(path)
+    if unknown := [key for key in fields if key not in ("recipe", "adapters")]:
+        hint = nearest(str(unknown[0]), ["recipe", "adapters"])
+        raise RecipeError(f"{path}: {unknown[0]}: unknown key{hint}; there are recipe and adapters")
+    listed = fields.get("adapters")
+    if not isinstance(listed, list):
+        raise RecipeError(f"{path}: adapters: must be a list of entries, each with a name")
+    shared, lines = _shared(fields.get("recipe"), path), _lines(path)
+    found, errors = [], []
+    for line, entry in zip(lines, listed, strict=True):
+        try:
+            found.append(_entry(entry, shared, path, f"{path}:{line}"))
+        except RecipeError as error:
+            errors.append(str(error))
+    if errors:
+        raise RecipeError("\n".join(errors))
+    return found
+
+
+def _shared(given: Any, path: Path) -> dict[str, Any]:
+    """The sections that all entries start from, their paths absolute."""
+    if isinstance(given, str):
+        file = path.parent / given
+        return absolute(read_fields(file), file.resolve().parent)
+    if isinstance(given, dict):
+        return absolute(given, path.resolve().parent)
+    raise RecipeError(f"{path}: recipe: must name a recipe file, or hold its sections")
+
+
+def _entry(entry: Any, shared: dict[str, Any], path: Path, where: str) -> Entry:
+    if not isinstance(entry, dict):
+        raise RecipeError(f"{where}: must be a mapping with a name and the sections that differ")
+    for key in entry:
+        if key in ("model", "method", "sweep"):
+            raise RecipeError(f"{where}: {key}: is the same for all adapters; put it in recipe")
+        if key not in _SECTIONS and key not in _OWN:
+            allowed = [*_OWN, *_SECTIONS]
+            hint = nearest(str(key), allowed) or f"; allowed: {', '.join(allowed)}"
+            raise RecipeError(f"{where}: {key}: unknown key{hint}")
+    try:
+        head = _Head.model_validate({key: entry[key] for key in _OWN if key in entry})
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        raise RecipeError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    own = absolute({k: v for k, v in entry.items() if k not in _OWN}, path.resolve().parent)
+    merged = dict(shared)
+    for section, fields in own.items():
+        old = merged.get(section)
+        is_mapping = isinstance(fields, dict) and isinstance(old, dict | None)
+        merged[section] = {**(old or {}), **fields} if is_mapping else fields
+    recipe = parse(merged, where=f"{where} ({head.name})")
+    return Entry(head.name, _plain(recipe), where, head.publish, tuple(head.tags))
+
+
+def _plain(recipe: Recipe) -> Recipe:
+    """As `tunefork train` would resolve it alone."""
+    rate = recipe.learning_rate(recipe.method)
+    train = recipe.train.model_copy(update={"learning_rate": rate})
+    return recipe.model_copy(update={"train": train, "sweep": SweepSection()})
+
+
+def _lines(path: Path) -> list[int]:
+    """The line of each entry of `adapters`."""
+    root = yaml.compose(path.read_text(encoding="utf-8"), Loader=Loader)
+    assert isinstance(root, yaml.MappingNode)
+    for key, value in root.value:
+        if key.value == "adapters":
+            return [node.start_mark.line + 1 for node in value.value]
+    return []
+
+
+def _repeated(entries: Sequence[Entry]) -> Iterator[str]:
+    seen: dict[str, str] = {}
+    published: dict[str, str] = {}
+    for entry in entries:
+        if entry.name in seen:
+            yield f"{entry.where}: name: {entry.name} is taken by {seen[entry.name]}"
+        seen.setdefault(entry.name, entry.where)
+        if entry.publish is not None:
+            if entry.publish in published:
+                taken = published[entry.publish]
+                yield f"{entry.where}: publish: {entry.publish} is taken by {taken}"
+            published.setdefault(entry.publish, entry.where)
+
+
+def _unshared(entries: Sequence[Entry]) -> Iterator[str]:
+    first = entries[0]
+    if first.recipe.method is Method.FULL:
+        yield (
+            f"{first.where}: method: full trains every weight of the base, which then cannot be "
+            "shared; use lora or qlora, or `tunefork train` for each"
+        )
+    for entry in entries[1:]:
+        for field in SHARED:
+            own, other = _at(entry.recipe, field), _at(first.recipe, field)
+            if own != other:
+                shown = [getattr(value, "id", value) for value in (own, other)]
+                yield (
+                    f"{entry.where}: {'.'.join(field)}: {shown[0]}, but {first.where} has "
+                    f"{shown[1]}; adapters that train together have one"
+                )
+
+
+def _unnamed(entries: Sequence[Entry]) -> Iterator[str]:
+    for entry in entries:
+        if not _NAME.fullmatch(entry.name):
+            yield (
+                f"{entry.where}: name: must be 1 to 80 of letters, digits, '.', '_', '+' and '-', "
+                "beginning with a letter or digit: it becomes a folder"
+            )
+        if entry.publish is not None:
+            try:
+                check_names(entry.publish, entry.tags)
+            except StoreError as error:
+                yield f"{entry.where}: publish: {error}"
+        elif entry.tags:
+            yield f"{entry.where}: tags: belong to a version in the store; give publish too"
+
+
+def _at(recipe: Recipe, field: tuple[str, ...]) -> Any:
+    value: Any = recipe
+    for name in field:
+        value = getattr(value, name)
+    return value
