@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunefork.compare.assemble import ArmRuns, assemble, primary_metric
+from tunefork.compare.assemble import ArmRuns, assemble
 from tunefork.compare.comparison import Arm, Comparison
 from tunefork.compare.comparison import Data as DataFacts
 from tunefork.compare.report import write_report
@@ -19,8 +19,7 @@ from tunefork.compare.search import RESULT, SearchResult, grid
 from tunefork.compare.worker import Failure, seed_folder, start
 from tunefork.data.loader import Data, validation_split
 from tunefork.errors import BadInputError, RecipeError, TuneforkError
-from tunefork.evaluate.evaluate import check_metrics
-from tunefork.evaluate.statistics import METRICS
+from tunefork.evaluate.evaluate import check_primary_metric
 from tunefork.model.fingerprint import identify
 from tunefork.model.identity import Identity
 from tunefork.recipe import Method, Recipe
@@ -77,13 +76,7 @@ def check(recipe: Recipe, say: Callable[[str], None] = print, *, ignore_plan: bo
             "compare.learning_rates (tunefork train takes the middle rate of a method's grid)"
         )
     data = check_recipe(recipe, recipe.compare.methods, say, ignore_plan=ignore_plan)
-    metrics = check_metrics(recipe, data)
-    primary = primary_metric(recipe, data.labels is not None)
-    if primary not in metrics:
-        raise RecipeError(
-            f"compare.primary_metric: {primary} is not measured; evaluate.metrics has "
-            f"{', '.join(metrics)} of {', '.join(METRICS)}"
-        )
+    check_primary_metric(recipe, data)
     if recipe.compare.search_trials > 1:
         validation_split(data.train, recipe.compare.validation_share, recipe.data_seed)
     return data

@@ -29,7 +29,7 @@ class Claim(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    verb: Literal["train", "compare"]
+    verb: Literal["train", "compare", "sweep", "train-many"]
     data_sha256: str
     """`Data.fingerprint` of what was begun with."""
 

@@ -88,10 +88,13 @@ class Checkpoints:
         if kind is None:
             self.check()
 
-    def newest(self) -> Found | None:
-        """The newest checkpoint that is whole and of this run; says which are passed over."""
+    def newest(self, at_most: int | None = None) -> Found | None:
+        """The newest checkpoint that is whole and of this run, after at most `at_most` steps; says
+        which are passed over."""
         self._join()
         for folder in self._all():
+            if at_most is not None and (checkpoint.step_of(folder) or 0) > at_most:
+                continue
             try:
                 facts = checkpoint.read_facts(folder)
                 self._check_setting(folder, facts)
@@ -149,6 +152,16 @@ class Checkpoints:
         state = capture(model, optimizer, progress)
         self._writer = threading.Thread(target=self._write_aside, args=(state,))
         self._writer.start()
+
+    def put(self, state: State) -> None:
+        """`save` of a state that is in host memory already, at once: a member's of a group."""
+        self._join()
+        self.check()
+        self._began = time.monotonic()
+        if not state.is_sound():
+            self.say(f"warning: step {state.progress.step}: weights are not finite")
+            return
+        self._write(state)
 
     def check(self) -> None:
         """Raise what went wrong in the background, once."""

@@ -1,0 +1,283 @@
+"""Members that train together, each a run of its own: who is in, what each leaves, who waits.
+
+A member comes in when there is room, trains in the group's passes, waits at its rungs for a
+decision, and at its end leaves in its run folder what `tunefork train` leaves: artefact, record,
+events, evaluation. One that fails is recorded and out; the others do not notice. Between passes the
+state of all that are in is saved at one moment, which `moment.json` names once all of it is on the
+disk: what was killed goes on from there, each member at the step that the others' go with.
+"""
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Self
+
+from tunefork.errors import TuneforkError
+from tunefork.recipe import Recipe
+from tunefork.registry.run import RunRecord, read_record, write_atomically
+from tunefork.sweep.group import Group, Member, Stepped
+from tunefork.sweep.halving import mean_loss
+from tunefork.sweep.live import LiveView
+from tunefork.sweep.rungs import Rungs
+from tunefork.sweep.seat import Bench, Seat
+from tunefork.train.interrupt import Interrupt
+
+MOMENT = "moment.json"
+
+_ALWAYS_SAVED_BYTES = 2**28
+"""States up to this size are saved whenever a member leaves, so that a kill costs no exactness."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a member ended."""
+
+    status: Literal["ok", "dropped", "failed", "interrupted"]
+    record: RunRecord | None
+    error: str | None = None
+    seconds: float = 0.0
+    """Its share of the time of the passes that it took part in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """When the states of all are saved."""
+
+    every_s: float | None = None
+    every_passes: int | None = None
+    preemption_file: Path | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Self:
+        """As the recipe's checkpoints, steps being passes."""
+        train, file = recipe.train, recipe.train.preemption_file
+        return cls(
+            train.checkpoint_every_s,
+            train.checkpoint_every_steps,
+            None if file is None else Path(file).expanduser(),
+        )
+
+
+@dataclass(slots=True)
+class Fleet:
+    """One group's members, from the first to the last."""
+
+    folder: Path
+    """Where `moment.json` lies."""
+    group: Group
+    bench: Bench
+    view: LiveView
+    has_room: Callable[[Sequence[Member], Member], bool]
+    """Whether a member fits beside those that are in."""
+    saving: Saving
+    rungs: Rungs | None = None
+    on_done: Callable[[Member, Outcome], None] = lambda member, outcome: None
+    """Told of each member at its end."""
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    most: int = 0
+    """That trained at one time."""
+    _seats: dict[str, Seat] = field(default_factory=dict)
+    _queue: deque[Member] = field(default_factory=deque)
+    _parked: dict[str, Member] = field(default_factory=dict)
+    _moment: dict[str, int] = field(default_factory=dict)
+    _saved: float = field(default_factory=time.monotonic)
+    _passes: int = 0
+
+    def run(self, members: Sequence[Member]) -> dict[str, Outcome]:
+        """Train `members` in order, as many at a time as there is room for.
+
+        Ctrl-C and SIGTERM end it after the pass at hand: all that are in leave what they learnt, as
+        `tunefork train` does, and every one that is not at its end is "interrupted". Raises what is
+        no member's own fault (a full disk, a lack of memory).
+        """
+        if (file := self.folder / MOMENT).is_file():
+            self._moment = json.loads(file.read_text(encoding="utf-8"))
+        # Those that were in come first, in their order: the passes go on as they would have.
+        place = {name: at for at, name in enumerate(self._moment)}
+        self._queue.extend(sorted(members, key=lambda member: place.get(member.name, len(place))))
+        with Interrupt(self.saving.preemption_file) as interrupt:
+            try:
+                while self._queue or self._seats:
+                    self._admit()
+                    if self._seats:
+                        self._pass()
+                    if interrupt.requested:
+                        self._interrupt()
+                        break
+            except BaseException as error:
+                for seat in self._seats.values():
+                    seat.stack.__exit__(type(error), error, error.__traceback__)
+                raise
+        (self.folder / MOMENT).unlink(missing_ok=True)
+        return self.outcomes
+
+    def _admit(self) -> None:
+        """Take in who is waiting, while there is room: at least one."""
+        while self._queue:
+            member, seated = self._queue[0], [seat.member for seat in self._seats.values()]
+            if seated and not self.has_room(seated, member):
+                return
+            self._queue.popleft()
+            try:
+                if (record := self.bench.done(member)) is not None:
+                    self._end(member, Outcome("ok", record))
+                elif not self._waits(member):
+                    self._seat(member)
+            except TuneforkError as error:
+                self._fail(member, None, error)
+
+    def _seat(self, member: Member) -> None:
+        at_most = self._moment.get(member.name)
+        if self.rungs is not None and (passed := self.rungs.count(member.name)):
+            at_most = max(at_most or 0, member.rungs[passed - 1])
+        seat = self.bench.seat(member, at_most=at_most)
+        try:
+            self.group.add(member, seat.begin())
+        except TuneforkError as error:
+            self._fail(member, seat, error)
+            return
+        self._seats[member.name] = seat
+        self.most = max(self.most, len(self._seats))
+        self.view.begin(member.name, seat.progress.step, seat.progress.tokens)
+        if seat.progress.step >= member.num_steps:  # killed while it was saved or evaluated
+            self._finish(seat)
+
+    def _waits(self, member: Member) -> bool:
+        """Whether a member stands at a rung where it is not known that it goes on."""
+        if self.rungs is None or not (passed := self.rungs.count(member.name)):
+            return False
+        verdict = self.rungs.verdict(passed - 1, member.name)
+        if verdict is not None and verdict.is_kept:
+            return False
+        self._parked[member.name] = member
+        self.view.on_state(member.name, "parked")
+        self._decide()
+        return True
+
+    def _pass(self) -> None:
+        """One pass, and what follows from it."""
+        start, before = time.perf_counter(), {n: s.progress.tokens for n, s in self._seats.items()}
+        stepped = self.group.step()
+        for each in stepped:
+            if each.record is not None:
+                self._seats[each.name].on_step(each.record)
+                self.view.on_step(each.name, each.record)
+        seconds = time.perf_counter() - start
+        seen = {n: self._seats[n].progress.tokens - tokens for n, tokens in before.items()}
+        total = sum(seen.values())
+        for name, tokens in seen.items():
+            self._seats[name].spend(seconds * tokens / total if total else seconds / len(seen))
+        left = [each for each in stepped if self._settle(each)]
+        self._passes += 1
+        self._save_if_due(has_left=bool(left))
+        self.view.tick()
+
+    def _settle(self, each: Stepped) -> bool:
+        """What a member's step leads to; returns whether it left the group."""
+        seat = self._seats[each.name]
+        member, step = seat.member, seat.progress.step
+        if each.error is not None:
+            del self._seats[each.name]
+            self._fail(member, seat, each.error)
+            return True
+        every = member.recipe.train.validate_every_steps
+        is_last, is_rung = step >= member.num_steps, step in member.rungs
+        if member.validation and (is_rung or is_last or (every and step % every == 0)):
+            columns = seat.validate(self.group)
+            self.view.on_validation(each.name, mean_loss([columns]))
+            if is_rung and self.rungs is not None:
+                self._park(seat)
+                self.rungs.reached(member.rungs.index(step), each.name, columns)
+                self._decide()
+                return True
+        if is_last:
+            self._finish(seat)
+        return is_last
+
+    def _park(self, seat: Seat) -> None:
+        """A member waits at a rung, its state on the disk."""
+        member = seat.member
+        seat.park(self.group)
+        self.group.remove(member.name)
+        del self._seats[member.name]
+        self._parked[member.name] = member
+        self.view.on_state(member.name, "parked")
+
+    def _decide(self) -> None:
+        """Let those go on, or go, whose rung is decided."""
+        assert self.rungs is not None
+        going = []
+        for name, member in list(self._parked.items()):
+            verdict = self.rungs.verdict(self.rungs.count(name) - 1, name)
+            if verdict is None:
+                continue
+            del self._parked[name]
+            if verdict.is_kept:
+                going.append(member)
+                self.view.on_state(name, "waiting")
+            else:
+                self._drop(member)
+        self._queue.extendleft(reversed(going))
+
+    def _drop(self, member: Member) -> None:
+        """A member of those that are worse leaves what it learnt: it can be gone on with alone."""
+        record = read_record(member.folder)  # of an earlier call, maybe
+        if record is None and (found := self.bench.checkpoints(member).newest()) is not None:
+            record = self.bench.leave(member, found.read(), "interrupted")
+        self._end(member, Outcome("dropped", record))
+
+    def _finish(self, seat: Seat) -> None:
+        member = seat.member
+        self.view.on_state(member.name, "evaluating")
+        del self._seats[member.name]
+        try:
+            record = seat.finish(self.group)
+        except TuneforkError as error:
+            self._end(member, Outcome("failed", None, str(error)))
+        else:
+            self._end(member, Outcome("ok", record))
+        self.group.remove(member.name)
+
+    def _fail(self, member: Member, seat: Seat | None, error: Exception) -> None:
+        record = None if seat is None else seat.fail(error)
+        if self.rungs is not None:
+            self.rungs.failed.add(member.name)
+        seconds = 0.0 if seat is None else seat.progress.seconds
+        self._end(member, Outcome("failed", record, str(error), seconds))
+        if self._parked:
+            self._decide()
+
+    def _interrupt(self) -> None:
+        """All that are in leave what they learnt; the rest is as it was."""
+        self._save()
+        for name, seat in list(self._seats.items()):
+            self._end(seat.member, Outcome("interrupted", seat.interrupt(self.group)))
+            del self._seats[name]
+        for member in (*self._parked.values(), *self._queue):
+            self._end(member, Outcome("interrupted", None))
+
+    def _end(self, member: Member, outcome: Outcome) -> None:
+        self.outcomes[member.name] = outcome
+        self.view.on_state(member.name, outcome.status)
+        self.on_done(member, outcome)
+
+    def _save_if_due(self, *, has_left: bool) -> None:
+        every_s, every = self.saving.every_s, self.saving.every_passes
+        is_due = every_s is not None and time.monotonic() - self._saved >= every_s
+        is_due |= every is not None and self._passes % every == 0
+        if self._seats and (is_due or (has_left and self._is_small())):
+            self._save()
+
+    def _save(self) -> None:
+        """The state of all that are in, at one moment."""
+        for seat in self._seats.values():
+            seat.save(self.group)
+        moment = {name: seat.progress.step for name, seat in self._seats.items()}
+        write_atomically(self.folder / MOMENT, json.dumps(moment))
+        self._saved = time.monotonic()
+
+    def _is_small(self) -> bool:
+        return sum(seat.state_bytes for seat in self._seats.values()) <= _ALWAYS_SAVED_BYTES
