@@ -261,7 +261,8 @@ class Fleet:
 
     def _end(self, member: Member, outcome: Outcome) -> None:
         self.outcomes[member.name] = outcome
-        self.view.on_state(member.name, outcome.status)
+        steps = None if outcome.record is None else outcome.record.num_steps
+        self.view.on_state(member.name, outcome.status, steps)
         self.on_done(member, outcome)
 
     def _save_if_due(self, *, has_left: bool) -> None:

@@ -92,9 +92,10 @@ class LiveView:
         """A variant's loss on the validation examples was measured."""
         self.rows[name].validation_loss = loss
 
-    def on_state(self, name: str, state: State) -> None:
-        """A variant goes into another state."""
-        self.rows[name].state = state
+    def on_state(self, name: str, state: State, step: int | None = None) -> None:
+        """A variant goes into another state, having taken `step` steps."""
+        row = self.rows[name]
+        row.state, row.step = state, row.step if step is None else step
         if state in _ENDED and not self.live:
             self._say(f"{name}: {self._ended(self.rows[name])}")
 

@@ -15,17 +15,17 @@ a pass over it runs (`SHARED`).
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from tunefork.errors import RecipeError, StoreError, nearest
 from tunefork.recipe import Method, Recipe, SweepSection
 from tunefork.recipe_file import absolute, load, parse, read_fields
 from tunefork.registry.names import check_names
+from tunefork.registry.run import write_atomically
 from tunefork.yaml_text import Loader
 
 SHARED = (
@@ -45,9 +45,10 @@ _OWN = ("name", "publish", "tags")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,79}")
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(BaseModel):
     """One adapter to train."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     recipe: Recipe
@@ -56,6 +57,9 @@ class Entry:
     publish: str | None = None
     """The name in the store."""
     tags: tuple[str, ...] = ()
+
+
+_ENTRIES = TypeAdapter(list[Entry])
 
 
 class _Head(BaseModel):
@@ -77,13 +81,29 @@ def load_many(path: Path, prefix: str | None = None) -> list[Entry]:
         raise RecipeError(f"{path}: names no adapter to train")
     if prefix is not None:
         entries = [
-            e if e.publish else Entry(e.name, e.recipe, e.where, f"{prefix}/{e.name.lower()}")
+            e if e.publish else e.model_copy(update={"publish": f"{prefix}/{e.name.lower()}"})
             for e in entries
         ]
     errors = [*_repeated(entries), *_unshared(entries), *_unnamed(entries)]
     if errors:
         raise RecipeError("\n".join(errors))
     return entries
+
+
+def save_entries(entries: Sequence[Entry], file: Path) -> None:
+    """Write what was asked for, resolved, to go on from without the file it came from."""
+    write_atomically(file, _ENTRIES.dump_json(list(entries), indent=1).decode() + "\n")
+
+
+def load_entries(file: Path) -> list[Entry]:
+    """Read what `save_entries` wrote. Raises RecipeError."""
+    try:
+        return _ENTRIES.validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise RecipeError(
+            f"{file}: does not say what was begun; give the file of entries again, with --out "
+            f"{file.parent}"
+        ) from error
 
 
 def _folder(path: Path) -> list[Entry]:
@@ -93,7 +113,7 @@ def _folder(path: Path) -> list[Entry]:
     found, errors = [], []
     for file in files:
         try:
-            found.append(Entry(file.stem, _plain(load(file)), str(file)))
+            found.append(Entry(name=file.stem, recipe=_plain(load(file)), where=str(file)))
         except RecipeError as error:
             errors.append(str(error))
     if errors:
@@ -153,7 +173,13 @@ def _entry(entry: Any, shared: dict[str, Any], path: Path, where: str) -> Entry:
         is_mapping = isinstance(fields, dict) and isinstance(old, dict | None)
         merged[section] = {**(old or {}), **fields} if is_mapping else fields
     recipe = parse(merged, where=f"{where} ({head.name})")
-    return Entry(head.name, _plain(recipe), where, head.publish, tuple(head.tags))
+    return Entry(
+        name=head.name,
+        recipe=_plain(recipe),
+        where=where,
+        publish=head.publish,
+        tags=tuple(head.tags),
+    )
 
 
 def _plain(recipe: Recipe) -> Recipe:
