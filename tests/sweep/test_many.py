@@ -108,11 +108,11 @@ def test_an_adapter_that_cannot_be_published_is_kept_and_said(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Store, "publish", full)
-    result = _train(entries, tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "publish", full)
+        result = _train(entries, tmp_path / "out")
     assert [e.status for e in result.entries] == ["ok"] * 3 and result.has_failed
     assert (result.entries[0].error or "").startswith("trained, but not published")
-    monkeypatch.undo()
     assert _train(entries, tmp_path / "out").entries[0].published == "customers/acme:v1"
 
 

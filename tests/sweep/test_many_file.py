@@ -31,7 +31,7 @@ def test_an_entry_beats_the_shared_recipe_field_by_field(tmp_path: Path) -> None
             {
                 "name": "acme",
                 "data": {"train": "acme.jsonl"},
-                "publish": "x/acme",
+                "publish": "x/a",
                 "tags": ["prod"],
             },
             {"name": "bolt", "lora": {"rank": 8}, "train": {"max_steps": 3}},
@@ -82,7 +82,7 @@ A, B = {"name": "a"}, {"name": "b"}
         ),
         ([A | {"lora": {"rnk": 1}}], r":10 \(a\): lora.rnk: unknown key; did you mean"),
         ([{"lora": {"rank": 1}}], ":10: name: Field required"),
-        ([A, A], ":11: name: a is taken by .*:10"),
+        ([A, dict(A)], ":11: name: a is taken by .*:10"),
         ([{"name": "../a"}], ":10: name: must be 1 to 80"),
         ([A | {"publish": "UP"}], ":10: publish: 'UP' is no name"),
         ([A | {"tags": ["prod"]}], ":10: tags: belong to a version"),
