@@ -18,8 +18,8 @@ import yaml
 
 from tunefork.plan.fits import Fit, MemoryFit, TimeFit
 from tunefork.plan.method import Case, one_pass_seconds
+from tunefork.plan.passes import Shape
 from tunefork.plan.short_run import WARM_UP
-from tunefork.plan.step import Shape
 from tunefork.plan.time import update_seconds
 
 FITS = Path(__file__).parent.parent / "src/tunefork/plan/fits.yaml"

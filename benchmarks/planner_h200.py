@@ -201,7 +201,7 @@ def build_of(case: Case) -> Any:
     """How the planner describes the case's model."""
     import torch
 
-    from tunefork.plan.step import Build
+    from tunefork.plan.built import Build
     from tunefork.recipe import FullSection, LoraSection, Method
 
     return Build(
@@ -282,8 +282,8 @@ def runs(raw: Path) -> list[Any]:
     from tunefork.plan.catalogue import load_catalogue
     from tunefork.plan.device import target_of
     from tunefork.plan.method import Case as Planned
+    from tunefork.plan.passes import Shape
     from tunefork.plan.shape import count_params
-    from tunefork.plan.step import Shape
 
     target = target_of(load_catalogue().machine(["h200"]))
     found = []

@@ -44,6 +44,8 @@ Schedule = Literal["cosine", "linear", "constant"]
 
 Checkpointing = Literal["none", "selective", "full", "offload"]
 """How activations are kept for the backward pass (`train.activation_checkpointing`)."""
+CheckpointingChoice = Literal["auto", "none", "selective", "full", "offload"]
+"""The same, or left to the plan."""
 Compile = Literal["auto", "always", "never"]
 """Whether layers are compiled (`train.compile`)."""
 
@@ -356,11 +358,15 @@ class TrainSection(Section):
     nothing chooses it but you. Made for Hopper GPUs and later; a CPU computes it slowly. `auto`:
     bf16 on a GPU and on a CPU with bf16 instructions, else fp32."""
 
-    activation_checkpointing: Checkpointing = "none"
+    activation_checkpointing: CheckpointingChoice = "auto"
     """What is kept for the backward pass. `none`: every activation. `full` (or true): each layer's
     input, and the layer runs again. `offload`: those inputs too wait in host memory, copied beside
     the computation. `selective`: the results of large products; the rest is made again (needs
-    `compile`; without it, as `full`). The gradients are the same."""
+    `compile`; without it, as `full`). The gradients are the same. `auto`: the plan picks, for each
+    method, the fastest (none, selective, full, offload, in this order) that fits in the free memory
+    of the GPU at the high end of the plan's interval; on a CPU `none`, or `full` where that does
+    not fit in its memory; `full` on a GPU for a model that cannot be planned. run.json says what it
+    was, and a stopped run goes on with the same."""
 
     compile: Compile = "auto"
     """Compile the layers (torch.compile) and, where launching a pass's kernels takes longer than
@@ -436,6 +442,12 @@ class TrainSection(Section):
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb", "trackio"], ...] = ()
     """Where the figures of each step go beside events.jsonl. Each is an extra (`pip install
     'tunefork[mlflow]'`) and finds its server in its own environment variables."""
+
+    @property
+    def checkpointing(self) -> Checkpointing:
+        """`activation_checkpointing`; an `auto` that no plan has settled keeps everything."""
+        chosen = self.activation_checkpointing
+        return "none" if chosen == "auto" else chosen
 
     @field_validator("activation_checkpointing", mode="before")
     @classmethod

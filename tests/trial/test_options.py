@@ -11,7 +11,9 @@ from peft import AutoPeftModelForCausalLM
 from tunefork.errors import ModelError
 from tunefork.model.load import load_config, load_model, load_tokenizer
 from tunefork.model.tokens import TokenHead
-from tunefork.plan.step import Build, Shape, trace_step
+from tunefork.plan.built import Build
+from tunefork.plan.passes import Shape
+from tunefork.plan.step import trace_step
 from tunefork.recipe import Method, ModelSection, Recipe
 from tunefork.registry.opening import open_model
 from tunefork.train.adamw_lora import LoraAdamW

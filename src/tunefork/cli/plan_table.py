@@ -98,6 +98,7 @@ _ROWS: dict[str, Callable[[MethodPlan], str]] = {
         f"  {part} at the peak": _part(part)
         for part in ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
     },
+    "activation checkpointing": lambda method: method.activation_checkpointing,
     "parameters trained": lambda method: (
         f"{count_text(method.trainable_params)} "
         f"({share_text(method.trainable_params / method.total_params, 2)})"

@@ -24,6 +24,7 @@ from tunefork.evaluate.evaluate import pad_id
 from tunefork.evaluate.loss import loss_columns
 from tunefork.model.device import pick_device, pick_dtype
 from tunefork.model.load import load_tokenizer
+from tunefork.plan.auto import settle
 from tunefork.recipe import Method, Recipe
 from tunefork.registry.run import write_atomically
 from tunefork.train.method import load_for_training, plan_steps, train_method
@@ -111,10 +112,11 @@ class _Bench:
         chosen = epoch_order(len(rest), seed, 0)
         chosen = chosen[: max(1, round(recipe.compare.search_share * len(data.train)))]
         device = pick_device()
+        examples = [rest[i] for i in chosen]
         return cls(
-            recipe=recipe,
+            recipe=settle(recipe, method, examples).recipe,
             method=method,
-            examples=[rest[i] for i in chosen],
+            examples=examples,
             validation=validation,
             pad_id=pad_id(tokenizer),
             device=device,

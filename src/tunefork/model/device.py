@@ -90,6 +90,12 @@ def used_bytes(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def available_bytes(device: torch.device) -> int:
+    """Of a GPU's memory, what this process's tensors could still take: its context is there."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
 def describe(device: torch.device) -> dict[str, str | int]:
     """Name, threads and memory of `device`, for a run's record."""
     if device.type == "cuda":

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from tunefork.plan.device import Trust
 from tunefork.plan.fits import MemoryFit
+from tunefork.plan.one_pass import Step
 from tunefork.plan.schema import Interval, Part, Phase, PhaseName
-from tunefork.plan.step import Step
 
 _SHARDED: tuple[Part, ...] = ("weights", "gradients", "optimizer")
 

@@ -5,11 +5,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tunefork.plan.batches import Batches
+from tunefork.plan.built import Build
 from tunefork.plan.device import Target
 from tunefork.plan.memory import Memory, measure
+from tunefork.plan.one_pass import Step
+from tunefork.plan.passes import Shape
 from tunefork.plan.schema import MethodPlan, PhaseName
 from tunefork.plan.shape import num_layers
-from tunefork.plan.step import Build, Shape, Step, trace_step
+from tunefork.plan.step import trace_step
 from tunefork.plan.time import pass_seconds, update_seconds
 from tunefork.plan.trace import Work
 from tunefork.recipe import Method
@@ -38,10 +41,14 @@ class Case:
 
     def memory(self, shape: Shape) -> Memory:
         """On each device."""
+        return self.memory_of(self.step(shape))
+
+    def memory_of(self, step: Step) -> Memory:
+        """Of a step that was traced, or made from one that was."""
         # A GPU gets its 4-bit layers one by one; on a CPU both forms lie in the same memory.
         is_in_place = self.target.kind == "cpu" and self.made.method is Method.QLORA
         return measure(
-            self.step(shape),
+            step,
             self.target.fit.memory,
             self.target.trust,
             shards=self.target.count,
@@ -71,6 +78,7 @@ def plan_method(case: Case, batches: Batches, *, has_limits: bool = True) -> Met
         fits=fits,
         may_fit=memory.process.low <= target.memory_bytes,
         margin_bytes=round(target.memory_bytes - memory.process.high),
+        activation_checkpointing=case.made.checkpointing,
         total_params=case.total_params,
         trainable_params=step.trained,
         peak_tensor_bytes=memory.tensors,
@@ -163,7 +171,7 @@ def artifact_bytes(case: Case, step: Step) -> int:
 
 def largest_rows_tokens(case: Case, shape: Shape) -> int | None:
     """Most tokens of a pass that fits, in rows of `shape`'s length; None where one row does not."""
-    if not _fits_without_passes(case, shape):
+    if not fits_without_passes(case, shape):
         return None
     rows = _largest(case, lambda rows: _of_rows(shape, rows), shape.rows, 2 * shape.rows, least=1)
     return None if rows is None else rows * shape.length
@@ -183,7 +191,7 @@ def _of_rows(shape: Shape, rows: int) -> Shape:
 
 def largest_length(case: Case, shape: Shape) -> int | None:
     """Longest single example that fits; None where none of 128 tokens does."""
-    if not _fits_without_passes(case, shape):
+    if not fits_without_passes(case, shape):
         return None
     share = shape.supervised / (shape.rows * shape.length)
 
@@ -195,7 +203,7 @@ def largest_length(case: Case, shape: Shape) -> int | None:
     return longest if longest is None or context is None else min(longest, context)
 
 
-def _fits_without_passes(case: Case, shape: Shape) -> bool:
+def fits_without_passes(case: Case, shape: Shape) -> bool:
     """Whether the phases fit that take the same whatever the batch."""
     memory = case.memory(shape)
     most = max(memory.phases[name].tensor_bytes for name in _WITHOUT_PASSES)

@@ -21,7 +21,8 @@ from tunefork.model.build import build
 from tunefork.model.device import context_bytes
 from tunefork.model.fused import fuse
 from tunefork.plan.batches import shape_of
-from tunefork.plan.step import Build, Shape
+from tunefork.plan.built import Build
+from tunefork.plan.passes import Shape
 from tunefork.recipe import DataSection, ModelSection, Recipe, TrainSection
 from tunefork.train.engine import prepare
 from tunefork.train.loop import StepRecord, train

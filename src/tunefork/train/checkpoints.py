@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -50,6 +51,26 @@ class Found:
     def read(self) -> State:
         """Its state, in host memory."""
         return checkpoint.read(self.folder, self.facts)
+
+
+def last_setting(folder: Path) -> dict[str, Value]:
+    """The setting of the newest checkpoint in `folder` that can be read; {} where there is none.
+
+    What a recipe leaves to the program (`auto`) is settled once, when the run begins: it goes on as
+    it was begun.
+    """
+    for found in _newest_first(folder):
+        with suppress(CheckpointError):
+            return checkpoint.read_setting(found)
+    return {}
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, whole or not."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if checkpoint.step_of(path) is not None]
+    return sorted(found, key=lambda path: checkpoint.step_of(path) or 0, reverse=True)
 
 
 @dataclass(slots=True)
@@ -205,11 +226,7 @@ class Checkpoints:
                 checkpoint.discard(folder)
 
     def _all(self) -> list[Path]:
-        """Newest first, whole or not."""
-        if not self.folder.is_dir():
-            return []
-        found = [path for path in self.folder.iterdir() if checkpoint.step_of(path) is not None]
-        return sorted(found, key=lambda path: checkpoint.step_of(path) or 0, reverse=True)
+        return _newest_first(self.folder)
 
     def _join(self) -> None:
         if self._writer is not None:

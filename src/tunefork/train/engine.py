@@ -58,7 +58,7 @@ def base_form(
         dtype=dtype,
         wants_fp8=wants_fp8,
         is_dora=recipe.lora.dora,
-        checkpointing=recipe.train.activation_checkpointing,
+        checkpointing=recipe.train.checkpointing,
     )
 
 
@@ -97,7 +97,7 @@ def prepare(
 
     Raises ModelError where the recipe asks for checkpointing that the architecture has not.
     """
-    checkpointing = recipe.train.activation_checkpointing
+    checkpointing = recipe.train.checkpointing
     is_compiled = compiles(recipe.train.compile, model.device.type, num_steps)
     prepare_layers(model, checkpointing, compiles=is_compiled)
     head = find_head(model)

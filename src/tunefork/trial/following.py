@@ -39,6 +39,8 @@ class Following:
 
     log: EventLog
     say: Callable[[str], None]
+    settled: str | None = None
+    """What the recipe left to the program (`auto`), and what it came to."""
     trackers: list[TrackerThread] = field(default_factory=list)
     tokens: int = 0
     since: float = field(default_factory=time.perf_counter)
@@ -54,7 +56,9 @@ class Following:
         start: Found | None,
     ) -> None:
         """Training is about to begin, or to go on from `start`; opens the trackers."""
-        self.log.state("preparing")
+        if self.settled is not None and start is None and recipe.train.checkpointing != "none":
+            self.say(self.settled)  # it costs time
+        self.log.state("preparing", self.settled)
         if start is not None:
             self._resumed(start.facts.step, start.folder.name, "it was stopped")
         elif read_steps(folder / EVENTS):

@@ -95,6 +95,7 @@ def begin_record(
         supervised_tokens=0 if result is None else result.supervised_tokens,
         train_s=0.0 if result is None else result.seconds,
         tokens_per_s=None if result is None else result.tokens / result.seconds,
+        activation_checkpointing=None if method is None else recipe.train.checkpointing,
         peak_memory_bytes=None if result is None else result.peak_memory_bytes,
         memory_kind="cuda_allocated" if device.type == "cuda" else "resident",
         evaluate_s=0.0,

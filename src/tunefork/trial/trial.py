@@ -22,6 +22,7 @@ from tunefork.model.load import (
     load_model,
     load_tokenizer,
 )
+from tunefork.plan.auto import settle
 from tunefork.plan.gate import predict
 from tunefork.recipe import Method, Recipe
 from tunefork.recipe_file import anchor
@@ -129,7 +130,11 @@ def _run(
         record = begin_record(recipe, None, identity, seed=seed)
     else:
         assert learning_rate is not None
-        prediction = predict(recipe, method, held_back(data, recipe)[0])
+        examples = held_back(data, recipe)[0]
+        settled = settle(recipe, method, examples, folder / CHECKPOINTS)
+        recipe = settled.recipe
+        told.settled = settled.why
+        prediction = predict(recipe, method, examples)
         with failure_recorded(
             recipe, method, identity, folder, seed=seed, learning_rate=learning_rate
         ):
