@@ -99,6 +99,7 @@ def padded(batch: MicroBatch, size: Size) -> MicroBatch:
             torch.cat([columns, at % size.length]),
         ),
         labels=_filled(batch.labels, filling, IGNORED),
+        slots=batch.slots and batch.slots.lengthened(size.rows * size.length, filling),
     )
 
 

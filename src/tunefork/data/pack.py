@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from tunefork.data.example import Encoded
+from tunefork.data.slots import Slots
 
 IGNORED = -100
 """Target of a position after which nothing supervised follows."""
@@ -81,6 +82,8 @@ class MicroBatch:
     """(S,) int64, the targets at the supervised places. -100 at places that only fill up a batch of
     fixed size (`bucket.py`): no loss, no gradient."""
     segments: Segments
+    slots: Slots | None = None
+    """Where many adapters share the pass."""
 
     def to(self, device: torch.device) -> Self:
         """The same on `device`."""
@@ -93,6 +96,7 @@ class MicroBatch:
             (rows.to(device), columns.to(device)),
             self.labels.to(device),
             self.segments.to(device),
+            None if self.slots is None else self.slots.to(device),
         )
 
 
@@ -112,7 +116,7 @@ def pack(
     """
     lengths = [len(example.input_ids) for example in examples]
     return [
-        _lay_out(examples, rows, width, pad_id)
+        lay_out(examples, rows, width, pad_id)
         for rows, width in arrange(
             lengths, max_tokens=max_tokens, packing=packing, row_length=row_length
         )
@@ -131,7 +135,7 @@ def arrange(
             f"an example has {longest} tokens, more than max_tokens ({max_tokens}) or row_length "
             f"({row_length})"
         )
-    rows = _fill_rows(lengths, row_length) if packing else [[at] for at in range(len(lengths))]
+    rows = fill_rows(lengths, row_length) if packing else [[at] for at in range(len(lengths))]
     used = [sum(lengths[at] for at in row) for row in rows]
     fullest_first = sorted(range(len(rows)), key=lambda row: -used[row])
     batches = []
@@ -143,7 +147,7 @@ def arrange(
     return batches
 
 
-def _fill_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+def fill_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     """Indices of the examples of each row: evenly filled, in few rows."""
     longest_first = sorted(range(len(lengths)), key=lambda at: -lengths[at])
     num_rows = -(-sum(lengths) // row_length)
@@ -162,9 +166,10 @@ def _fill_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
         num_rows += -(-num_rows // 50)  # by 2 %, so that a large set is not tried row by row
 
 
-def _lay_out(
+def lay_out(
     examples: Sequence[Encoded], rows: Sequence[Sequence[int]], width: int, pad_id: int
 ) -> MicroBatch:
+    """`rows` of `width` tokens, each the examples of these indices."""
     shape = (len(rows), width)
     input_ids = torch.full(shape, pad_id)
     position_ids = torch.zeros(shape, dtype=torch.int64)

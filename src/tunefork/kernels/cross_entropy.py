@@ -84,6 +84,37 @@ def linear_cross_entropy_sum(hidden_sd: Tensor, weight_vd: Tensor, targets_s: Te
     return apply(hidden_sd, weight_vd, targets_s)
 
 
+class _TokenCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_sd: Tensor, weight_vd: Tensor, targets_s: Tensor) -> Tensor:
+        d_hidden_sd = torch.empty_like(hidden_sd) if ctx.needs_input_grad[0] else None
+        losses_s = hidden_sd.new_empty(hidden_sd.shape[0], dtype=torch.float32)
+        for chunk, logits_cv, work_cv in _chunks(hidden_sd, weight_vd):
+            torch.mm(hidden_sd[chunk], weight_vd.t(), out=logits_cv)
+            losses_s[chunk] = _to_gradient_(logits_cv, work_cv, targets_s[chunk])
+            if d_hidden_sd is not None:
+                torch.mm(logits_cv, weight_vd, out=d_hidden_sd[chunk])
+        ctx.save_for_backward(d_hidden_sd)
+        return losses_s
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_losses_s: Tensor) -> tuple[Tensor | None, ...]:
+        [d_hidden_sd] = ctx.saved_tensors
+        if d_hidden_sd is not None:
+            d_hidden_sd = d_hidden_sd * d_losses_s[:, None].to(d_hidden_sd.dtype)
+        return d_hidden_sd, None, None
+
+
+def linear_cross_entropy_each(hidden_sd: Tensor, weight_vd: Tensor, targets_s: Tensor) -> Tensor:
+    """-log softmax(W h)[target] for each token: (S,), fp32, nats, with a gradient to h alone.
+
+    A token's loss and gradient hang on no other token. Arguments as for `linear_cross_entropy_sum`.
+    """
+    apply: Callable[..., Tensor] = _TokenCrossEntropy.apply
+    return apply(hidden_sd, weight_vd, targets_s)
+
+
 @torch.no_grad()
 def linear_cross_entropy(hidden_sd: Tensor, weight_vd: Tensor, targets_s: Tensor) -> Tensor:
     """-log softmax(W h)[target] for each token: (S,), fp32, nats, without a gradient."""

@@ -1,9 +1,12 @@
 """The definitions: every operation that has a hand-written backward, in plain PyTorch.
 
 The fast versions (`lora.py`, `dora.py`, `cross_entropy.py`) have the same signatures and are tested
-against these. Shape legend: S tokens, D features in, O features out, R rank, V vocabulary; a
+against these, and so are `bank.py` and `bank_tokens.py`, which hold a bank's matrices as their
+hardware wants them. Shape legend: S tokens, D features in, O features out, R rank, V vocabulary; a
 leading `...` stands for any batch dimensions.
 """
+
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +27,30 @@ def lora_linear(
     """
     delta = F.linear(F.linear(x_d, lora_a_rd.to(x_d.dtype)), lora_b_or.to(x_d.dtype))
     return F.linear(x_d, weight_od, bias_o) + scale * delta
+
+
+def bank_linear(
+    x_sd: Tensor,
+    weight_od: Tensor,
+    bias_o: Tensor | None,
+    slot_s: Tensor,
+    lora_a: Sequence[Tensor | None],
+    lora_b: Sequence[Tensor | None],
+    scales: Sequence[float],
+) -> Tensor:
+    """y_s = W x_s + bias + scale_g * B_g A_g x_s with g the slot of token s: many in one pass.
+
+    `slot_s` (S,) names each token's adapter, -1 none. A_g (R_g, D) and B_g (O, R_g) are None where
+    adapter g has no delta on this layer. A token's result hangs on no other adapter's values: what
+    is not finite stays with the tokens of the adapter that holds it, and so do gradients.
+    """
+    y_so = F.linear(x_sd, weight_od, bias_o)
+    for slot, (a_rd, b_or, scale) in enumerate(zip(lora_a, lora_b, scales, strict=True)):
+        if a_rd is not None and b_or is not None:
+            [mine] = (slot_s == slot).nonzero(as_tuple=True)
+            u = F.linear(x_sd[mine], a_rd.to(x_sd.dtype))
+            y_so = y_so.index_add(0, mine, F.linear(u, b_or.to(x_sd.dtype)), alpha=scale)
+    return y_so
 
 
 def dora_linear(

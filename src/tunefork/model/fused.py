@@ -6,7 +6,8 @@ those are is not read from a list of names: a few tokens go through a twin of th
 device, and layers that are given the very same tensor one after the other belong together.
 
 The layers stay where they are in the model, with their A and B: saving, resuming and the optimiser
-do not know of this. Only their forward pass and the storage of their frozen weights change.
+do not know of this. Only their forward pass and the storage of their frozen weights change. One
+delta rides in the product itself; the many of a `BankLinear` (`bank_linear.py`) are added to it.
 
 Shape legend as in `kernels/fp8.py`.
 """
@@ -25,6 +26,7 @@ from tunefork.kernels import fp8
 from tunefork.kernels.layout import Layout, Products, Storage
 from tunefork.kernels.lora_group import is_widened, lora_group, with_room, write_delta
 from tunefork.kernels.quantized import dequantize_nf4_tensors, nf4_tensors
+from tunefork.model.bank_linear import BankLinear, deltas
 from tunefork.model.linear import LoraLinear, Nf4Linear
 
 
@@ -45,6 +47,9 @@ class FusedGroup(nn.Module):
         bases: list[Any] = [_base(member) for member in members]
         # With dropout a delta's input is not the base's, so it stays a product of its own.
         self.deltas = [m for m in members if isinstance(m, LoraLinear) and m.dropout == 0.0]
+        self.banks = {
+            at: m for at, m in enumerate(members) if isinstance(m, BankLinear) and m.dropout == 0.0
+        }
         self.features_in: int = bases[0].in_features
         self.layout = Layout(
             storage,
@@ -82,7 +87,19 @@ class FusedGroup(nn.Module):
         lora_a = [member.lora_a for member in self.deltas]
         lora_b = [member.lora_b for member in self.deltas]
         product = fp8.fp8_lora if self.layout.products == "fp8" else lora_group
-        return product(x_d, self.layout, self.weights, lora_a, lora_b)
+        outputs = product(x_d, self.layout, self.weights, lora_a, lora_b)
+        return self._with_banks(x_d, outputs) if self.banks else outputs
+
+    def _with_banks(self, x_d: Tensor, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What a bank adds is no part of the product: its slots share no scale and no operand."""
+        banks = {at: bank for at, bank in self.banks.items() if sum(bank.ranks)}
+        if not banks or next(iter(banks.values())).routing.mode == "none":
+            return outputs
+        found = deltas(list(banks.values()), x_d.reshape(-1, x_d.shape[-1]))
+        whole = list(outputs)
+        for at, delta in zip(banks, found, strict=True):
+            whole[at] = whole[at] + delta.view_as(whole[at])
+        return tuple(whole)
 
     def write_delta(self) -> None:
         """Take over A and B as they are now; due before a forward pass after a change of theirs."""
@@ -149,9 +166,9 @@ def fuse(
         group = FusedGroup(members, storage, products, device)
         _check_finite(group, paths)
         for index, (path, member) in enumerate(zip(paths, members, strict=True)):
-            if isinstance(member, LoraLinear):
+            if isinstance(member, LoraLinear | BankLinear):
                 member.base = FusedLinear(group, index, _base(member).bias)
-                member.base_adds_delta = member in group.deltas
+                member.base_adds_delta = member in group.deltas or index in group.banks
             else:
                 parent, _, name = path.rpartition(".")
                 fused = FusedLinear(group, index, _base(member).bias)
@@ -191,7 +208,7 @@ def _owner(model: PreTrainedModel, path: str) -> nn.Module:
 
 
 def _base(member: nn.Module) -> Any:
-    return member.base if isinstance(member, LoraLinear) else member
+    return member.base if isinstance(member, LoraLinear | BankLinear) else member
 
 
 def _write_delta(group: FusedGroup, *_: Any) -> None:
@@ -239,10 +256,12 @@ def _frozen_linear_paths(model: PreTrainedModel) -> list[str]:
     head = model.get_output_embeddings()
     of_head = set() if head is None else set(head.modules())  # its own too, with trained rows
     for path, module in model.named_modules():
-        if isinstance(module, LoraLinear):
+        if isinstance(module, LoraLinear | BankLinear):
             within += (path + ".base",)
         is_frozen = isinstance(module, nn.Linear) and not module.weight.requires_grad
-        if isinstance(module, LoraLinear | Nf4Linear) or (is_frozen and module not in of_head):
+        if isinstance(module, LoraLinear | BankLinear | Nf4Linear) or (
+            is_frozen and module not in of_head
+        ):
             paths.append(path)
     return [path for path in paths if path not in within]
 

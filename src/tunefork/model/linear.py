@@ -1,8 +1,9 @@
 """The one linear layer: a frozen base weight and a low-rank delta over it.
 
 Full fine-tuning is a plain `nn.Linear` with no delta; LoRA is `LoraLinear` over an `nn.Linear`;
-QLoRA is `LoraLinear` over an `Nf4Linear`. A base only has to hand out its weight when asked
-(`materialize`), so the layer and its kernel do not know how it is stored.
+QLoRA is `LoraLinear` over an `Nf4Linear`. Many adapters at once are a `BankLinear` over either
+(`bank_linear.py`). A base only has to hand out its weight when asked (`materialize`), so the layer
+and its kernel do not know how it is stored.
 
 Shape legend: D features in, O features out, R rank.
 """
@@ -58,6 +59,12 @@ class Nf4Linear(nn.Module):
         return frozen_linear(x_d, self.materialize, self.bias)
 
 
+def first_a(rank: int, features_in: int, generator: torch.Generator | None) -> Tensor:
+    """What A (R, D) starts as, fp32. Drawn on the CPU: a seed gives the same on every device."""
+    bound = 1 / math.sqrt(features_in)
+    return torch.empty(rank, features_in).uniform_(-bound, bound, generator=generator)
+
+
 class LoraLinear(nn.Module):
     """y = W x + bias + scale * B A dropout(x): W frozen, A (R, D) and B (O, R) trained in fp32.
 
@@ -80,10 +87,7 @@ class LoraLinear(nn.Module):
         self.base_adds_delta = False
         """The base is a layer of a fused group (`model/fused.py`), which computes the delta too."""
         device = base.codes.device if isinstance(base, Nf4Linear) else base.weight.device
-        bound = 1 / math.sqrt(base.in_features)
-        # Drawn on the CPU, so that a seed gives the same adapter on every device.
-        a_rd = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
-        self.lora_a = nn.Parameter(a_rd.to(device))
+        self.lora_a = nn.Parameter(first_a(rank, base.in_features, generator).to(device))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
 
     def materialize(self) -> Tensor:

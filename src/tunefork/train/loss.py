@@ -18,7 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tunefork.data.pack import IGNORED, MicroBatch
-from tunefork.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_sum
+from tunefork.kernels.cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_each,
+    linear_cross_entropy_sum,
+)
 from tunefork.model.head import Head
 
 
@@ -34,6 +38,28 @@ def loss_sum(model: PreTrainedModel, head: Head, batch: MicroBatch) -> Tensor:
         return linear_cross_entropy_sum(hidden_sd, head.weight, batch.labels)
     logits_sv = head.logits(model, *inputs, batch.supervised, segments=segments)
     return F.cross_entropy(logits_sv.float(), batch.labels, ignore_index=IGNORED, reduction="sum")
+
+
+def slot_losses(model: PreTrainedModel, head: Head, batch: MicroBatch, counts_g: Tensor) -> Tensor:
+    """Each adapter's summed loss over its own count: (G,), fp32, nats, with a gradient.
+
+    `batch.slots` says which tokens are whose, `counts_g` how many supervised tokens each adapter's
+    optimiser step has. No sum, forwards or backwards, reaches over two adapters.
+    """
+    assert batch.slots is not None
+    losses_s = _each(model, head, batch)
+    shares_s = losses_s / counts_g[batch.slots.supervised]
+    return torch.zeros_like(counts_g).index_add(0, batch.slots.supervised, shares_s)
+
+
+def _each(model: PreTrainedModel, head: Head, batch: MicroBatch) -> Tensor:
+    inputs = (batch.input_ids, batch.position_ids)
+    segments = batch.segments if head.takes_segments else None
+    if head.is_plain:
+        hidden_sd = head.hidden(model, *inputs, segments=segments)[batch.supervised]
+        return linear_cross_entropy_each(hidden_sd, head.weight, batch.labels)
+    logits_sv = head.logits(model, *inputs, batch.supervised, segments=segments)
+    return F.cross_entropy(logits_sv.float(), batch.labels, ignore_index=IGNORED, reduction="none")
 
 
 @torch.no_grad()

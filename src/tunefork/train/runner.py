@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 
 from tunefork.data.bucket import Size, padded, size_of
 from tunefork.data.pack import MicroBatch
+from tunefork.model.bank import Bank
 from tunefork.model.head import Head
-from tunefork.train.loss import loss_sum
+from tunefork.train.loss import loss_sum, slot_losses
 from tunefork.train.out_of_memory import Remedies, phase
 
 MOST_TOKENS = 16384
@@ -43,11 +44,11 @@ class _Graph:
     divisor: Tensor
     loss: Tensor
 
-    def replay(self, batch: MicroBatch, divisor: float) -> Tensor:
+    def replay(self, batch: MicroBatch, divisor: Tensor) -> Tensor:
         """The pass for `batch`, which is on the CPU; gradients are added."""
         for ours, theirs in zip(_inputs(self.batch), _inputs(batch), strict=True):
             ours.copy_(theirs, non_blocking=True)
-        self.divisor.fill_(divisor)
+        self.divisor.copy_(divisor, non_blocking=True)
         self.graph.replay()
         return self.loss.clone()  # the next replay writes there
 
@@ -64,7 +65,10 @@ class Laid:
 
 
 class Runner:
-    """Runs passes of one model. `pads` fills batches up to few sizes, `captures` replays them."""
+    """Runs passes of one model. `pads` fills batches up to few sizes, `captures` replays them.
+
+    With a `bank` each pass is of many adapters, and their losses are kept apart.
+    """
 
     def __init__(
         self,
@@ -74,8 +78,9 @@ class Runner:
         pads: bool = False,
         captures: bool = False,
         remedies: Remedies | None = None,
+        bank: Bank | None = None,
     ) -> None:
-        self.model, self.head, self.remedies = model, head, remedies
+        self.model, self.head, self.remedies, self.bank = model, head, remedies, bank
         self.pads, self.captures = pads or captures, captures
         self.graphs: dict[Size, _Graph] = {}
         self.seen: set[Size] = set()
@@ -91,26 +96,35 @@ class Runner:
         size = size_of(batch)
         return Laid(padded(batch, size), num_supervised, size)
 
-    def loss(self, laid: Laid, supervised: int, where: str) -> Tensor:
-        """Summed loss of a micro-batch over `supervised`: (), fp32, without a gradient.
+    def loss(self, laid: Laid, supervised: int | Tensor, where: str) -> Tensor:
+        """Summed loss of a micro-batch over `supervised`: fp32, without a gradient.
 
-        Its gradient is added to the parameters'. Raises NoMemoryError, which `where` is part of.
+        () for one number; (G,) where `supervised` (G,) has one for each slot of the bank. The
+        gradient is added to the parameters'. Raises NoMemoryError, which `where` is part of.
         """
         batch, size = laid.batch, laid.size
+        divisor = torch.as_tensor(supervised, dtype=torch.float32)
         if self.gradients:  # a launched pass would make others beside them
             self._attach_gradients()
         if size is not None:
             if size not in self.graphs and size in self.seen and self._may_capture(size):
                 self._try_capture(size, batch)
             if size in self.graphs:
-                return self.graphs[size].replay(batch, supervised)
+                return self.graphs[size].replay(batch, divisor)
             self.seen.add(size)
-        divisor = torch.full((), float(supervised), device=self.model.device)
+        divisor = divisor.to(self.model.device, non_blocking=True)
         with phase("forward", self.remedies, where):
-            loss = loss_sum(self.model, self.head, batch.to(self.model.device)) / divisor
+            loss = self._loss(batch.to(self.model.device), divisor)
         with phase("backward", self.remedies, where):
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.sum().backward()  # type: ignore[no-untyped-call]
         return loss.detach()
+
+    def _loss(self, batch: MicroBatch, divisor: Tensor) -> Tensor:
+        if self.bank is None:
+            return loss_sum(self.model, self.head, batch) / divisor
+        assert batch.slots is not None
+        self.bank.route_segments(batch.slots.bounds, batch.slots.ends)
+        return slot_losses(self.model, self.head, batch, divisor)
 
     def drop_graphs(self) -> None:
         """Give back what captured passes keep: where memory is short, that is a pass's own."""
@@ -122,7 +136,9 @@ class Runner:
             return False
         if size.rows * size.length > MOST_TOKENS:
             return False
-        if sum(p.numel() * p.element_size() for p in self.trained) > _MOST_GRADIENT_BYTES:
+        # A bank's gradients are there all the time anyway.
+        gradient_bytes = sum(p.numel() * p.element_size() for p in self.trained)
+        if self.bank is None and gradient_bytes > _MOST_GRADIENT_BYTES:
             return False
         if self.graphs:  # they share one pool
             return size.rows * size.length <= max(g.rows * g.length for g in self.graphs)
@@ -172,15 +188,15 @@ class Runner:
         device = self.model.device
         self._attach_gradients()
         static = batch.to(device)
-        divisor = torch.ones((), device=device)
+        divisor = torch.ones(_divisors(batch), device=device)
         if self.stream is None:
             self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()  # what is free goes to the graph's pool
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else None
         with torch.cuda.graph(graph, pool=pool, stream=self.stream):
-            loss = loss_sum(self.model, self.head, static) / divisor
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = self._loss(static, divisor)
+            loss.sum().backward()  # type: ignore[no-untyped-call]
         return _Graph(graph, static, divisor, loss.detach())
 
 
@@ -191,4 +207,10 @@ def _inputs(batch: MicroBatch) -> tuple[Tensor, ...]:
         *batch.supervised,
         batch.labels,
         batch.segments.starts,
+        *(() if batch.slots is None else (batch.slots.ends, batch.slots.supervised)),
     )
+
+
+def _divisors(batch: MicroBatch) -> tuple[int, ...]:
+    """Shape of what a pass's loss is divided by."""
+    return () if batch.slots is None else (len(batch.slots.ends),)

@@ -1,0 +1,232 @@
+"""Many LoRA adapters over one base in one pass, for training: tokens lie in segments by adapter.
+
+What a bank adds to a frozen base's product is `scale_g * B_g A_g x` for the tokens of adapter g
+(`reference.bank_linear`); the product itself is whatever form the base has. Two ways:
+
+    add_segments   a loop over the segments, each with its own two small products, added in place:
+                   a CPU, where a call costs little, and fp32
+    grouped        one grouped GEMM down for all adapters (and for all layers that read this input),
+                   one up for each layer, two of each for the gradients: a GPU in bf16. Segment ends
+                   are a tensor, so a captured pass serves every division of its tokens
+
+No product reaches over a segment's end, and nothing is multiplied by zero to leave it out: an
+adapter whose values are not finite spoils its own tokens alone. No scale is shared either.
+
+Adapters of several ranks lie in one matrix: slot g has `ranks[g]` rows of A (Q, D) and as many of
+B transposed (Q, O), in the order of slots. The grouped form pads them to the largest rank, made a
+multiple of 16 (tensor cores' step, and TMA's 16-byte strides), as it rounds them to bf16; its
+products over the padding are zeros beside a base that is 64 times as wide.
+
+Shape legend: S tokens, D features in, O features out, G slots, Q rows of all slots, R rank (padded
+where there is one R for all).
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_STEP = 16
+
+Bounds = tuple[tuple[int, int], ...]
+"""First and last token (exclusive) of each slot."""
+
+
+def spans(ranks: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last row (exclusive) of each slot among the Q."""
+    ends = list(accumulate(ranks))
+    return [(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
+
+
+class _AddSegments(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y_so: Tensor,
+        x_sd: Tensor,
+        rows_a_qd: Tensor,
+        rows_b_qo: Tensor,
+        ranks: tuple[int, ...],
+        bounds: Bounds,
+        scales: tuple[float, ...],
+    ) -> Tensor:
+        parts = []
+        for (first, last), (start, end), scale in zip(bounds, spans(ranks), scales, strict=True):
+            if first == last or start == end:
+                continue
+            u = x_sd[first:last] @ rows_a_qd[start:end].to(x_sd.dtype).t()
+            y_so[first:last].addmm_(u, rows_b_qo[start:end].to(x_sd.dtype), alpha=scale)
+            parts.append((first, last, start, end, scale, u))
+        ctx.mark_dirty(y_so)
+        ctx.save_for_backward(x_sd, rows_a_qd, rows_b_qo, *(part[-1] for part in parts))
+        ctx.parts = [part[:-1] for part in parts]
+        return y_so
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_so: Tensor) -> tuple[Tensor | None, ...]:
+        x_sd, rows_a_qd, rows_b_qo, *us = ctx.saved_tensors
+        needs_x, needs_rows = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+        # Zero where a slot has no tokens or no rows here.
+        dx_sd = torch.zeros_like(x_sd) if needs_x else None
+        da_qd = torch.zeros_like(rows_a_qd) if needs_rows else None
+        db_qo = torch.zeros_like(rows_b_qo) if needs_rows else None
+        for (first, last, start, end, scale), u in zip(ctx.parts, us, strict=True):
+            dy = dy_so[first:last]
+            du = (dy @ rows_b_qo[start:end].to(x_sd.dtype).t()).mul_(scale)
+            if da_qd is not None and db_qo is not None:
+                da_qd[start:end] = du.t() @ x_sd[first:last]
+                db_qo[start:end] = u.t() @ dy
+                db_qo[start:end].mul_(scale)
+            if dx_sd is not None:
+                torch.mm(du, rows_a_qd[start:end].to(x_sd.dtype), out=dx_sd[first:last])
+        return dy_so, dx_sd, da_qd, db_qo, None, None, None
+
+
+def add_segments(
+    y_so: Tensor,
+    x_sd: Tensor,
+    rows_a_qd: Tensor,
+    rows_b_qo: Tensor,
+    ranks: tuple[int, ...],
+    bounds: Bounds,
+    scales: tuple[float, ...],
+) -> Tensor:
+    """y += scale_g * B_g A_g x over each slot's tokens, in place; returns y.
+
+    x (S, D) and y (S, O) share a dtype; the rows may be wider and get gradients in their own.
+    Tokens in none of `bounds` are left as they are.
+    """
+    apply: Callable[..., Tensor] = _AddSegments.apply
+    return apply(y_so, x_sd, rows_a_qd, rows_b_qo, ranks, bounds, scales)
+
+
+class Padded(NamedTuple):
+    """How one layer's rows become the grouped products' operand (G, R, ...), and back."""
+
+    rank: int
+    """R, the same for all layers of one product."""
+    scale_q: Tensor
+    """(Q,) fp32: of each row's slot. A carries it, so that no product has to."""
+    at_p: Tensor
+    """(G * R,) int64, the row that lies there; -1 for padding."""
+    back_q: Tensor
+    """(Q,) int64, where each row lies."""
+
+    @classmethod
+    def of(cls, ranks: Sequence[int], rank: int, scales: Sequence[float], device: Any) -> "Padded":
+        """For slots of these `ranks`, none above `rank`, and these `scales`."""
+        at, back, scale = [-1] * (len(ranks) * rank), [], []
+        for slot, (start, end) in enumerate(spans(ranks)):
+            for row in range(start, end):
+                back.append(slot * rank + row - start)
+                at[back[-1]] = row
+                scale.append(scales[slot])
+        return cls(
+            rank,
+            torch.tensor(scale, dtype=torch.float32, device=device),
+            torch.tensor(at, dtype=torch.int64, device=device),
+            torch.tensor(back, dtype=torch.int64, device=device),
+        )
+
+
+def padded_rank(ranks: Sequence[int]) -> int:
+    """The rank to which the grouped form pads slots of these ranks."""
+    return max(_STEP, -(-max(ranks) // _STEP) * _STEP)
+
+
+def _stack(rows: Tensor, at_p: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+    """(Q, N) rows as (G, R, N). Padding is zero whatever lies elsewhere."""
+    rows = rows.to(dtype)
+    if len(at_p) != len(rows):  # else every slot has R rows
+        rows = torch.where((at_p >= 0)[:, None], rows[at_p.clamp_min(0)], 0)
+    return rows.view(-1, rank, rows.shape[1])
+
+
+def _unstack(stack_grn: Tensor, back_q: Tensor) -> Tensor:
+    """(G, R, N) as (Q, N) in fp32."""
+    flat = stack_grn.reshape(-1, stack_grn.shape[2])
+    return (flat if len(back_q) == len(flat) else flat[back_q]).float()
+
+
+class _Grouped(torch.autograd.Function):
+    # Tensors one by one: torch.compile follows no lists of them into a Function.
+    @staticmethod
+    def forward(
+        ctx: Any, rank: int, x_sd: Tensor, ends_g: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        layers = _by_layer(tensors)
+        a_gkd = _joined_a(layers, rank, x_sd.dtype)
+        u_sk = torch._grouped_mm(x_sd, a_gkd.transpose(1, 2), offs=ends_g)
+        deltas = []
+        for index, (_, rows_b, _, at_p, _) in enumerate(layers):
+            u = u_sk[:, index * rank : (index + 1) * rank]
+            b_gro = _stack(rows_b, at_p, rank, x_sd.dtype)
+            deltas.append(torch._grouped_mm(u, b_gro, offs=ends_g))
+        ctx.save_for_backward(x_sd, u_sk, ends_g, *tensors)
+        ctx.rank = rank
+        return tuple(deltas)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        rank = ctx.rank
+        x_sd, u_sk, ends_g, *tensors = ctx.saved_tensors
+        layers = _by_layer(tensors)
+        du, db = [], []
+        for index, (dy, layer) in enumerate(zip(dys, layers, strict=True)):
+            _, rows_b, _, at_p, back_q = layer
+            dy = dy.contiguous()
+            b_gro = _stack(rows_b, at_p, rank, dy.dtype)
+            du.append(torch._grouped_mm(dy, b_gro.transpose(1, 2), offs=ends_g))
+            u = u_sk[:, index * rank : (index + 1) * rank]
+            db.append(_unstack(torch._grouped_mm(u.t(), dy, offs=ends_g), back_q))
+        du_sk = torch.cat(du, dim=1) if len(du) > 1 else du[0]
+        da_gkd = torch._grouped_mm(du_sk.t(), x_sd, offs=ends_g)
+        gradients: list[Tensor | None] = []
+        for index, (_, _, scale_q, _, back_q) in enumerate(layers):
+            da = _unstack(da_gkd[:, index * rank : (index + 1) * rank], back_q)
+            gradients += [da * scale_q[:, None], db[index], None, None, None]
+        dx_sd = None
+        if ctx.needs_input_grad[1]:
+            dx_sd = torch._grouped_mm(du_sk, _joined_a(layers, rank, x_sd.dtype), offs=ends_g)
+        return None, dx_sd, None, *gradients
+
+
+def _by_layer(tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """rows_a, rows_b, scale_q, at_p, back_q of each layer."""
+    return [tuple(tensors[start : start + 5]) for start in range(0, len(tensors), 5)]
+
+
+def _joined_a(layers: Sequence[tuple[Tensor, ...]], rank: int, dtype: torch.dtype) -> Tensor:
+    """scale * A of all layers, (G, layers * R, D)."""
+    parts = [
+        _stack(rows_a * scale_q[:, None], at_p, rank, dtype)
+        for rows_a, _, scale_q, at_p, _ in layers
+    ]
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def grouped(
+    x_sd: Tensor,
+    ends_g: Tensor,
+    rows_a: Sequence[Tensor],
+    rows_b: Sequence[Tensor],
+    padded: Sequence[Padded],
+) -> tuple[Tensor, ...]:
+    """scale_g * B_g A_g x of each of several layers with one input: (S, O_i) each, in x's dtype.
+
+    x (S, D) is bf16; the rows (Q_i, D) and (Q_i, O_i) fp32, as are their gradients. `ends_g` (G,)
+    int32, ascending, are the tokens before which each slot ends; the last must be S, as what lies
+    behind it is not written. A slot may have no tokens. D and O_i are multiples of 8.
+    """
+    apply: Callable[..., tuple[Tensor, ...]] = _Grouped.apply
+    tensors = [
+        tensor
+        for a, b, p in zip(rows_a, rows_b, padded, strict=True)
+        for tensor in (a, b, p.scale_q, p.at_p, p.back_q)
+    ]
+    return apply(padded[0].rank, x_sd, ends_g, *tensors)

@@ -1,0 +1,290 @@
+"""The slots of a model's bank of deltas: filled, replaced, emptied, read out, told their tokens.
+
+A rank sweep and many customers' adapters train in the slots of one pass (`add_bank`), and a server
+reads them token by token (`add_serving_bank`). The layer is `BankLinear` (`bank_linear.py`).
+
+A slot can be filled, replaced and emptied without touching a bit of the others'. An empty slot is
+zeros, which train to zeros: their gradients are.
+
+Shape legend as in `bank_linear.py`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tunefork.errors import AdapterError, ModelError
+from tunefork.kernels.bank import Bounds, padded_rank
+from tunefork.model.bank_linear import BankLinear, Routing
+from tunefork.model.build import check_lora, linear_paths, lora_scale, replace
+from tunefork.model.linear import Nf4Linear, first_a
+from tunefork.recipe import LoraSection
+
+Deltas = Mapping[str, tuple[Tensor, Tensor, float]]
+"""Path of a layer -> A (R, D), B (O, R), scale."""
+
+
+@dataclass(frozen=True, slots=True)
+class BankAdapter:
+    """An adapter that is trained in a bank: what it would be alone."""
+
+    lora: LoraSection
+    seed: int
+
+
+@dataclass(slots=True)
+class Bank:
+    """The slots of a model's `layers`, by path, in module order. After `fuse`, call `to`."""
+
+    model: PreTrainedModel
+    """With the bank on it."""
+    skeleton: PreTrainedModel
+    """The base as it was loaded, without values."""
+    layers: dict[str, BankLinear]
+    routing: Routing
+    held: list[dict[str, int]] = field(default_factory=list)
+    """Of each slot: the rank that its adapter has on each layer it has a delta on."""
+
+    @property
+    def num_slots(self) -> int:
+        """G"""
+        return len(self.held)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the slots lie."""
+        return self.routing.ends_g.device
+
+    def to(self, device: torch.device) -> None:
+        """Follow the model to `device`; due after `fuse`, which moves it."""
+        self.model.to(device)
+        self.routing.ends_g = self.routing.ends_g.to(device)
+        self.routing.rates_g = self.routing.rates_g.to(device)
+        self._pad()
+
+    def fits(self, slot: int, lora: LoraSection) -> bool:
+        """Whether an adapter of these settings has room in `slot`."""
+        paths = check_bank_lora(self.skeleton, lora)
+        return all(p in self.layers and self.layers[p].ranks[slot] >= lora.rank for p in paths)
+
+    def resize(self, loras: Sequence[LoraSection | None]) -> None:
+        """Slots just as large as these need, all empty; None: none of its own.
+
+        Raises ModelError for a target that no adapter of the bank was announced with.
+        """
+        held = [{} if x is None else dict.fromkeys(self._paths(x), x.rank) for x in loras]
+        self.routing.scales[:] = [1.0] * len(held)
+        self.routing.ends_g = torch.zeros(len(held), dtype=torch.int32, device=self.device)
+        self.routing.rates_g = torch.zeros(len(held), device=self.device)
+        for path, layer in self.layers.items():
+            layer.resize([ranks.get(path, 0) for ranks in held])
+        self.held = [{} for _ in held]
+        self._pad()
+
+    def start(self, slot: int, adapter: BankAdapter) -> None:
+        """Fill `slot` with an untrained adapter, value for value what `model.build` makes alone."""
+        generator = torch.Generator().manual_seed(adapter.seed)
+        lora, found = adapter.lora, {}
+        for path in self._paths(lora):
+            layer = self.layers[path]
+            a_rd = first_a(lora.rank, layer.in_features, generator)
+            found[path] = (a_rd, torch.zeros(layer.out_features, lora.rank))
+        self.put(slot, found, scale=lora_scale(lora), dropout=lora.dropout)
+
+    @torch.no_grad()
+    def put(
+        self,
+        slot: int,
+        matrices: Mapping[str, tuple[Tensor, Tensor]],
+        *,
+        scale: float,
+        dropout: float = 0.0,
+    ) -> None:
+        """Fill `slot` with A (R, D) and B (O, R) by path, to be trained on or read."""
+        if dropout and not any(layer.dropout for layer in self.layers.values()):
+            raise ModelError(
+                "lora.dropout: this group was begun without dropout; an adapter with it needs a "
+                "group that was begun with one"
+            )
+        self._write(slot, {path: (a, b) for path, (a, b) in matrices.items()})
+        self.routing.scales[slot] = scale
+        self.routing.rates_g[slot] = dropout
+        self._pad()
+
+    def load(self, slot: int, found: Deltas) -> None:
+        """Fill `slot` of a serving bank. Other slots may be read meanwhile.
+
+        Raises AdapterError, before anything is changed, for what has no room here, and for values
+        that are not finite: they would reach other adapters' tokens.
+        """
+        scaled = {}
+        for path, (a_rd, b_or, scale) in found.items():
+            if not bool(a_rd.isfinite().all() & b_or.isfinite().all()):
+                raise AdapterError(f"{path}: the adapter has values that are not finite there")
+            scaled[path] = (a_rd.float() * scale, b_or)
+        self._write(slot, scaled)
+
+    @torch.no_grad()
+    def clear(self, slot: int) -> None:
+        """Empty `slot`."""
+        for layer in self.layers.values():
+            for rows in layer.own(slot):
+                rows.zero_()
+        self.held[slot] = {}
+
+    def adapter(self, slot: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """A (R, D) and B (O, R) of the adapter in `slot`, by path; views, not copies."""
+        found = {}
+        for path, rank in self.held[slot].items():
+            a_rd, b_ro = self.layers[path].own(slot)
+            found[path] = (a_rd.detach()[:rank], b_ro.detach()[:rank].t())
+        return found
+
+    def route_segments(self, bounds: Bounds, ends_g: Tensor | None = None) -> None:
+        """Tokens lie in segments by slot, those of the next passes; `ends_g` on the device."""
+        self.routing.bounds, self.routing.mode = bounds, "segments"
+        if ends_g is None:
+            ends_g = torch.tensor([last for _, last in bounds], dtype=torch.int32)
+        self.routing.ends_g.copy_(ends_g, non_blocking=True)
+
+    def route_tokens(self, index_s: Tensor) -> None:
+        """Each token's slot, or -1, is read from `index_s` (S,) whenever a pass runs."""
+        self.routing.index_s, self.routing.mode = index_s, "tokens"
+
+    def route_none(self) -> None:
+        """Every token sees the base alone."""
+        self.routing.mode = "none"
+
+    @contextmanager
+    def only(self, slot: int) -> Iterator[None]:
+        """Within, the model is its base with the adapter in `slot`."""
+        before = self.routing.mode
+        self.routing.mode, self.routing.slot = "one", slot
+        try:
+            yield
+        finally:
+            self.routing.mode = before
+
+    def _paths(self, lora: LoraSection) -> list[str]:
+        paths = check_bank_lora(self.skeleton, lora)
+        if missing := [path for path in paths if path not in self.layers]:
+            raise ModelError(
+                f"lora.targets: {missing[0]} has no deltas in this group; start a group anew that "
+                "is told of all its adapters' targets"
+            )
+        return paths
+
+    @torch.no_grad()
+    def _write(self, slot: int, found: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        for path, (a_rd, b_or) in found.items():
+            layer = self.layers.get(path)
+            if layer is None:
+                raise AdapterError(f"{path}: no layer of this bank is called so")
+            rank, room = a_rd.shape[0], layer.ranks[slot]
+            wanted = ((rank, layer.in_features), (layer.out_features, rank))
+            if rank > room or (tuple(a_rd.shape), tuple(b_or.shape)) != wanted:
+                raise AdapterError(
+                    f"{path}: A {tuple(a_rd.shape)} and B {tuple(b_or.shape)} do not fit slot "
+                    f"{slot}, which has rank {room} and {wanted}"
+                )
+        for path, layer in self.layers.items():
+            own_a, own_b = layer.own(slot)
+            rank = 0
+            if path in found:
+                a_rd, b_or = found[path]
+                rank = a_rd.shape[0]
+                own_a[:rank].copy_(a_rd, non_blocking=True)
+                own_b[:rank].copy_(b_or.t(), non_blocking=True)
+            own_a[rank:].zero_()
+            own_b[rank:].zero_()
+        self.held[slot] = {path: a_rd.shape[0] for path, (a_rd, _) in found.items()}
+
+    def _pad(self) -> None:
+        rank = padded_rank([max(layer.ranks, default=0) for layer in self.layers.values()])
+        for layer in self.layers.values():
+            layer.pad(rank)
+
+
+def check_bank_lora(model: PreTrainedModel, lora: LoraSection) -> list[str]:
+    """Paths that `lora` adapts; raises ModelError for what a bank cannot share a pass with."""
+    if lora.dora:
+        raise ModelError(
+            "lora.dora: DoRA scales whole rows of the base's product, which adapters in one pass "
+            "share; train it alone (tunefork train)"
+        )
+    if lora.modules_to_save:
+        raise ModelError(
+            f"lora.modules_to_save: {lora.modules_to_save[0]} would be trained whole, and adapters "
+            "in one pass share it; train this adapter alone (tunefork train)"
+        )
+    return check_lora(model, lora)
+
+
+def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Its modules as they were loaded, without values: where later adapters' targets are found."""
+    with torch.device("meta"):
+        return type(model)(model.config)
+
+
+def _routing(model: PreTrainedModel, slots: int) -> Routing:
+    device: Any = next(model.parameters()).device
+    return Routing(
+        torch.zeros(slots, dtype=torch.int32, device=device),
+        [1.0] * slots,
+        torch.zeros(slots, device=device),
+    )
+
+
+def add_bank(
+    model: PreTrainedModel,
+    adapters: Sequence[BankAdapter],
+    *,
+    announced: Sequence[LoraSection] = (),
+) -> Bank:
+    """Freeze `model` and give it a slot for each of `adapters`, untrained; in place.
+
+    `announced` are settings of adapters that may take a slot later: the layers they target get room
+    for deltas too. Raises ModelError as `check_bank_lora` does.
+    """
+    loras = [adapter.lora for adapter in adapters]
+    targets = [set(check_bank_lora(model, lora)) for lora in (*loras, *announced)]
+    dropout = max(lora.dropout for lora in (*loras, *announced))
+    model.requires_grad_(False)
+    routing, layers = _routing(model, len(adapters)), {}
+    for path in linear_paths(model):
+        if any(path in own for own in targets):
+            ranks = [x.rank if path in own else 0 for x, own in zip(loras, targets, strict=False)]
+            base = model.get_submodule(path)
+            assert isinstance(base, nn.Linear | Nf4Linear)
+            layers[path] = BankLinear(base, ranks, routing, dropout=dropout)
+    for path, layer in layers.items():
+        replace(model, path, layer)
+    bank = Bank(model, skeleton_of(model), layers, routing, [{} for _ in adapters])
+    for slot, adapter in enumerate(adapters):
+        bank.start(slot, adapter)
+    return bank
+
+
+def add_serving_bank(
+    model: PreTrainedModel, *, slots: int, rank: int, dtype: torch.dtype | None = None
+) -> Bank:
+    """Give every linear layer of `model` but the head empty slots of `rank`, to be read; in place.
+
+    `dtype` is the deltas', by default the model's.
+    """
+    model.requires_grad_(False)
+    routing, layers = _routing(model, slots), {}
+    for path in linear_paths(model):
+        base = model.get_submodule(path)
+        assert isinstance(base, nn.Linear | Nf4Linear)
+        layers[path] = BankLinear(
+            base, [rank] * slots, routing, dtype=dtype or model.dtype, is_trained=False
+        )
+    for path, layer in layers.items():
+        replace(model, path, layer)
+    return Bank(model, skeleton_of(model), layers, routing, [{} for _ in range(slots)])

@@ -1,0 +1,162 @@
+"""A linear layer with many deltas: each token is told which is its own.
+
+`LoraLinear` is a base and one delta; `BankLinear` is the same base and N of them, in slots. The
+base is whatever it is for one delta: an `nn.Linear`, an `Nf4Linear`, or a layer of a fused group
+(`fused.py`), which then adds the bank's deltas to its one product. What belongs to all layers
+(which tokens are whose) is one `Routing` that they share; `bank.py` fills the slots.
+
+Shape legend: S tokens, D features in, O features out, G slots, Q rows of all slots, R rank.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunefork.kernels.bank import Bounds, Padded, add_segments, grouped, spans
+from tunefork.kernels.bank_tokens import bank_tokens
+from tunefork.model.linear import FrozenBase, Nf4Linear
+
+
+@dataclass(slots=True)
+class Routing:
+    """Which tokens are whose, for all layers of a bank."""
+
+    ends_g: Tensor
+    """(G,) int32 on the device: before which token each slot ends. It stays where it is."""
+    scales: list[float]
+    """Of each slot."""
+    rates_g: Tensor
+    """(G,) fp32 on the device: each slot's dropout."""
+    mode: Literal["none", "segments", "one", "tokens"] = "none"
+    bounds: Bounds = ()
+    """`ends_g` as the host knows it, with each slot's start; mode "segments"."""
+    slot: int = 0
+    """Whose every token is; mode "one"."""
+    index_s: Tensor | None = None
+    """(S,) each token's slot, -1 for none; mode "tokens"."""
+
+
+class BankLinear(nn.Module):
+    """y = W x + bias + scale_g * B_g A_g dropout_g(x) with g each token's slot: W frozen.
+
+    Slot g has `ranks[g]` rows of `rows_a` (Q, D) and of `rows_b` (Q, O), its B transposed.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear | Nf4Linear,
+        ranks: Sequence[int],
+        routing: Routing,
+        *,
+        dtype: torch.dtype = torch.float32,
+        dropout: float = 0.0,
+        is_trained: bool = True,
+    ) -> None:
+        super().__init__()
+        self.base: nn.Linear | FrozenBase = base
+        self.routing, self.dtype = routing, dtype
+        self.dropout = dropout
+        """The most of any slot; 0: none ever draws, and the deltas' input is the base's."""
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.base_adds_delta = False
+        """The base is a layer of a fused group, which computes the deltas too."""
+        self.is_trained = is_trained
+        self.resize(ranks)
+
+    def resize(self, ranks: Sequence[int]) -> None:
+        """Room for slots of these ranks, all empty."""
+        self.ranks, device = tuple(ranks), self.routing.ends_g.device
+        rows = sum(ranks)
+        self.rows_a = nn.Parameter(
+            torch.zeros(rows, self.in_features, dtype=self.dtype, device=device), self.is_trained
+        )
+        self.rows_b = nn.Parameter(
+            torch.zeros(rows, self.out_features, dtype=self.dtype, device=device), self.is_trained
+        )
+        self.padded: Padded | None = None
+
+    def own(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Views of a slot's A (R, D) and B transposed (R, O), in the graph of their rows."""
+        start, end = spans(self.ranks)[slot]
+        return self.rows_a[start:end], self.rows_b[start:end]
+
+    def pad(self, rank: int) -> None:
+        """Write down how the grouped product takes the rows; due after each change of a slot."""
+        scales, device = self.routing.scales, self.rows_a.device
+        self.padded = Padded.of(self.ranks, rank, scales, device)
+
+    def materialize(self) -> Tensor:
+        """The base's weight, (O, D), without deltas."""
+        return self.base.weight if isinstance(self.base, nn.Linear) else self.base.materialize()
+
+    def forward(self, x_d: Tensor) -> Tensor:
+        """(..., D) -> (..., O) in x_d's dtype."""
+        if self.base_adds_delta:
+            return self.base(x_d)
+        y_o: Tensor = self.base(x_d)
+        routing = self.routing
+        if routing.mode == "none" or not sum(self.ranks):
+            return y_o
+        x_sd = self.dropped(x_d.reshape(-1, x_d.shape[-1]))
+        y_so = y_o.view(-1, y_o.shape[-1])
+        if routing.mode == "segments" and isinstance(self.base, nn.Linear | Nf4Linear):
+            scales = tuple(routing.scales)
+            y_so = add_segments(
+                y_so, x_sd, self.rows_a, self.rows_b, self.ranks, routing.bounds, scales
+            )
+        else:
+            y_so = y_so + deltas([self], x_sd)[0]
+        return y_so.view(y_o.shape)
+
+    def dropped(self, x_sd: Tensor) -> Tensor:
+        """x with each slot's dropout, while training; drawn for all tokens at once."""
+        routing = self.routing
+        if not (self.dropout and self.training and routing.mode in ("segments", "one")):
+            return x_sd
+        if routing.mode == "one":
+            rate_s1 = routing.rates_g[routing.slot]
+        else:
+            at_s = torch.arange(x_sd.shape[0], device=x_sd.device)
+            slot_s = torch.bucketize(at_s, routing.ends_g, right=True)
+            rate_s1 = routing.rates_g[slot_s.clamp_max(len(routing.rates_g) - 1)][:, None]
+        is_kept = torch.rand_like(x_sd, dtype=torch.float32) >= rate_s1
+        return torch.where(is_kept, x_sd / (1 - rate_s1).to(x_sd.dtype), 0)
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"ranks={self.ranks}"
+
+
+def deltas(layers: Sequence[BankLinear], x_sd: Tensor) -> tuple[Tensor, ...]:
+    """What the bank adds to each of several layers with the input x (S, D): (S, O_i)."""
+    routing = layers[0].routing
+    match routing.mode:
+        case "segments":
+            padded = [layer.padded for layer in layers if layer.padded is not None]
+            rows_a, rows_b = [la.rows_a for la in layers], [la.rows_b for la in layers]
+            return grouped(x_sd, routing.ends_g, rows_a, rows_b, padded)
+        case "one":
+            return tuple(_delta_of_one(layer, x_sd) for layer in layers)
+        case "tokens":
+            assert routing.index_s is not None
+            return tuple(
+                bank_tokens(
+                    x_sd,
+                    routing.index_s,
+                    layer.rows_a.view(len(layer.ranks), -1, layer.in_features),
+                    layer.rows_b.view(len(layer.ranks), -1, layer.out_features),
+                )
+                for layer in layers
+            )
+        case "none":
+            return tuple(x_sd.new_zeros(x_sd.shape[0], la.out_features) for la in layers)
+
+
+def _delta_of_one(layer: BankLinear, x_sd: Tensor) -> Tensor:
+    a_rd, b_ro = layer.own(layer.routing.slot)
+    u_sr = F.linear(x_sd, a_rd.to(x_sd.dtype))
+    return layer.routing.scales[layer.routing.slot] * (u_sr @ b_ro.to(x_sd.dtype))
