@@ -89,6 +89,12 @@ class SoloGroup:
         )
         return Stepped(name, StepRecord(number, alone.done.tokens, loss, rate, norm))
 
+    def sync(self) -> Sequence[Stepped]:
+        return ()
+
+    def order(self) -> list[str]:
+        return list(self.alone)
+
     def state(self, name: str) -> State:
         alone = self.alone[name]
         return capture(alone.model, alone.optimizer, alone.done)

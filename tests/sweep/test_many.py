@@ -52,7 +52,8 @@ def _train(entries: Sequence[Entry], out: Path, group: SoloGroup | None = None) 
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
+    found: dict[str, torch.Tensor] = load_file(folder / "adapter" / "adapter_model.safetensors")
+    return found
 
 
 def test_each_is_trained_as_alone_and_published(entries: list[Entry], tmp_path: Path) -> None:

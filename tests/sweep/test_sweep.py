@@ -53,7 +53,8 @@ def _sweep(recipe: Recipe, out: Path, group: SoloGroup | None = None) -> SweepRe
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / ADAPTER / "adapter_model.safetensors")
+    found: dict[str, torch.Tensor] = load_file(folder / ADAPTER / "adapter_model.safetensors")
+    return found
 
 
 def test_each_variant_is_a_run_as_train_would_leave_it(make: Make, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tunefork.cli.arguments import AsJson
+from tunefork.cli.arguments import AsJson, IgnorePlan
 
 
 def train_many(
@@ -32,6 +32,7 @@ def train_many(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on in a stopped folder, given as FILE.")
     ] = False,
+    ignore_plan: IgnorePlan = False,
     as_json: AsJson = False,
 ) -> None:
     """Train many adapters over one base in one pass, each on its own data.
@@ -50,7 +51,13 @@ def train_many(
         raise BadInputError("--resume: goes on with what was begun; give the folder alone")
     folder = file if resume else out or Path("runs") / file.stem
     entries = load_entries(file / ENTRIES) if resume else load_many(file, publish)
-    result = run(entries, folder, together=together, say=lambda line: typer.echo(line, err=True))
+    result = run(
+        entries,
+        folder,
+        together=together,
+        ignore_plan=ignore_plan,
+        say=lambda line: typer.echo(line, err=True),
+    )
     if as_json:
         typer.echo((folder / RESULT).read_text(encoding="utf-8"))
     else:

@@ -1,10 +1,188 @@
-"""The group that a fleet trains."""
+"""The group that a fleet trains: one base with a bank of deltas (`train/together.py`).
 
-from collections.abc import Sequence
+The base is loaded when the first member comes in: a fleet that is done loads nothing.
+"""
 
-from tunefork.recipe import Recipe
-from tunefork.sweep.group import Group, Member
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from tunefork.data.isolation import check_packing
+from tunefork.errors import DivergedError
+from tunefork.evaluate.evaluate import pad_id
+from tunefork.model.bank import Bank, BankAdapter, add_bank
+from tunefork.model.build import quantize_nf4
+from tunefork.model.device import pick_device, pick_dtype, reset_peak
+from tunefork.model.fused import fuse
+from tunefork.model.load import load_model, load_tokenizer
+from tunefork.recipe import Method, Recipe
+from tunefork.sweep.group import Member, Stepped
+from tunefork.train import deterministic, together
+from tunefork.train.engine import base_form, prepare
+from tunefork.train.guard import check_weights
+from tunefork.train.member import (
+    MemberEvent,
+    MemberFailed,
+    MemberStep,
+    MemberWarned,
+    member_of,
+)
+from tunefork.train.out_of_memory import Remedies, phase
+from tunefork.train.state import State
 
 
-def open_group(recipe: Recipe, members: Sequence[Member]) -> Group:
-    raise NotImplementedError
+def open_group(recipe: Recipe, members: Sequence[Member]) -> "BankGroup":
+    """A group over the base of `recipe` for `members`, who need not all be in at one time."""
+    return BankGroup(recipe, members, load_tokenizer(recipe.model))
+
+
+def load_bank(recipe: Recipe, adapters: Sequence[BankAdapter], announced: Sequence[Member]) -> Bank:
+    """The recipe's base in the form that training keeps it in, with a slot for each adapter."""
+    deterministic.prepare(recipe.train.deterministic)
+    device = pick_device()
+    dtype = pick_dtype(recipe.train.precision, device)
+    model = load_model(recipe.model, dtype=dtype, device=device, in_host_memory=True)
+    form = base_form(recipe, recipe.method, device=device, dtype=dtype)
+    # An FP8 base is quantised group by group on its way from the host to the device.
+    at = torch.device("cpu") if form is not None and form.storage != "nf4" else device
+    if recipe.method is Method.QLORA:
+        quantize_nf4(model, at)
+    else:
+        model.to(at)
+    bank = add_bank(model, adapters, announced=[member.recipe.lora for member in announced])
+    if form is not None:
+        fuse(model, form.storage, form.products, device)
+    bank.to(device)
+    check_weights(model, recipe.model.id)
+    if recipe.train.packing:
+        bank.route_none()
+        check_packing(model)
+    return bank
+
+
+@dataclass(slots=True)
+class BankGroup:
+    """`group.Group` over a bank."""
+
+    recipe: Recipe
+    """Of the base and of how passes run."""
+    members: Sequence[Member]
+    """All that may come in."""
+    tokenizer: Any
+    inner: together.Group | None = None
+    _first: list[tuple[together.Member, State | None]] = field(default_factory=list)
+    _stops: dict[str, Callable[[int], bool]] = field(default_factory=dict)
+    _launched: dict[str, int] = field(default_factory=dict)
+
+    def add(self, member: Member, start: State | None) -> None:
+        """Take a member in; those of before the first pass start the group together."""
+        own = member_of(
+            member.recipe,
+            member.examples,
+            name=member.name,
+            learning_rate=member.learning_rate,
+            seed=member.recipe.train.seed,
+        )
+        self._launched[member.name] = 0 if start is None else start.progress.step
+        self._stops[member.name] = _stops_of(member)
+        if self.inner is None:
+            self._first.append((own, start))
+        else:
+            self.inner.add(own, start)
+
+    def remove(self, name: str) -> None:
+        """Free a member's slot."""
+        self._opened().remove(name)
+        del self._launched[name], self._stops[name]
+
+    def step(self) -> list[Stepped]:
+        """One optimiser step of every member."""
+        group = self._opened()
+        with deterministic.deterministic(self.recipe.train.deterministic):
+            events = group.step()
+            is_stop = False
+            for name in self._launched:
+                self._launched[name] += 1
+                is_stop |= self._stops[name](self._launched[name])
+            if is_stop:  # its figures are wanted before anything else is launched
+                events += group.drain()
+        return self._told(events)
+
+    def sync(self) -> list[Stepped]:
+        """Wait for what was launched."""
+        return [] if self.inner is None else self._told(self.inner.drain())
+
+    def state(self, name: str) -> State:
+        """A member as if it had trained alone."""
+        return self._opened().state(name)
+
+    def order(self) -> list[str]:
+        """Names in the order of their slots, which the order of sums follows."""
+        return self._opened().live
+
+    @contextmanager
+    def only(self, name: str) -> Iterator[PreTrainedModel]:
+        """The base with one member's deltas."""
+        group = self._opened()
+        with group.only(name):
+            yield group.model
+
+    def _opened(self) -> together.Group:
+        if self.inner is None:
+            adapters = [BankAdapter(own.lora, own.seed) for own, _ in self._first]
+            with phase("load", self._remedies()):
+                bank = load_bank(self.recipe, adapters, self.members)
+            train = self.recipe.train
+            reset_peak(bank.device)
+            self.inner = together.Group(
+                bank,
+                [own for own, _ in self._first],
+                together.GroupSettings(
+                    micro_batch_tokens=train.micro_batch_tokens,
+                    packing=train.packing,
+                    pad_id=pad_id(self.tokenizer),
+                    on_out_of_memory=train.on_out_of_memory,
+                ),
+                runner=prepare(
+                    bank.model,
+                    self.recipe,
+                    num_steps=max(member.num_steps for member in self.members),
+                    remedies=self._remedies(),
+                    bank=bank,
+                ),
+                starts={own.name: start for own, start in self._first if start is not None},
+            )
+            self._first = []
+        return self.inner
+
+    def _remedies(self) -> Remedies:
+        return Remedies.of(self.recipe, self.recipe.method)
+
+    def _told(self, events: Sequence[MemberEvent]) -> list[Stepped]:
+        found = []
+        for event in events:
+            match event:
+                case MemberStep(name, record):
+                    found.append(Stepped(name, record))
+                case MemberWarned(name, _, message):
+                    found.append(Stepped(name, None, warning=message))
+                case MemberFailed(name, _, reason):
+                    self._launched.pop(name, None)
+                    self._stops.pop(name, None)
+                    found.append(Stepped(name, None, DivergedError(reason)))
+        return found
+
+
+def _stops_of(member: Member) -> Callable[[int], bool]:
+    """Whether something follows on a step of `member`: a validation, a rung, its end."""
+    every = member.recipe.train.validate_every_steps if member.validation else None
+
+    def is_stop(step: int) -> bool:
+        is_end = step in member.rungs or step >= member.num_steps
+        return is_end or (every is not None and step % every == 0)
+
+    return is_stop

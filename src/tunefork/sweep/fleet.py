@@ -23,6 +23,7 @@ from tunefork.sweep.halving import mean_loss
 from tunefork.sweep.live import LiveView
 from tunefork.sweep.rungs import Rungs
 from tunefork.sweep.seat import Bench, Seat
+from tunefork.train.events import Warned
 from tunefork.train.interrupt import Interrupt
 
 MOMENT = "moment.json"
@@ -85,6 +86,8 @@ class Fleet:
     _moment: dict[str, int] = field(default_factory=dict)
     _saved: float = field(default_factory=time.monotonic)
     _passes: int = 0
+    _unspent: float = 0.0
+    """Seconds of passes whose steps are not told yet."""
 
     def run(self, members: Sequence[Member]) -> dict[str, Outcome]:
         """Train `members` in order, as many at a time as there is room for.
@@ -158,32 +161,47 @@ class Fleet:
         return True
 
     def _pass(self) -> None:
-        """One pass, and what follows from it."""
-        start, before = time.perf_counter(), {n: s.progress.tokens for n, s in self._seats.items()}
-        stepped = self.group.step()
+        """A step of each, and what follows from it; the states are saved where that is due."""
+        start = time.perf_counter()
+        has_left = self._take(self.group.step(), start)
+        self._passes += 1
+        every_s, every = self.saving.every_s, self.saving.every_passes
+        is_due = every_s is not None and time.monotonic() - self._saved >= every_s
+        is_due |= every is not None and self._passes % every == 0
+        if is_due or (has_left and self._is_small()):
+            self._take(self.group.sync(), time.perf_counter())
+            self._save()
+        self.view.tick()
+
+    def _take(self, stepped: Sequence[Stepped], start: float) -> bool:
+        """Hear of steps, whose passes began at `start`; returns whether a member left."""
+        before = {name: seat.progress.tokens for name, seat in self._seats.items()}
         for each in stepped:
             if each.record is not None:
                 self._seats[each.name].on_step(each.record)
                 self.view.on_step(each.name, each.record)
-        seconds = time.perf_counter() - start
+        self._unspent += time.perf_counter() - start
         seen = {n: self._seats[n].progress.tokens - tokens for n, tokens in before.items()}
         total = sum(seen.values())
-        for name, tokens in seen.items():
-            self._seats[name].spend(seconds * tokens / total if total else seconds / len(seen))
-        left = [each for each in stepped if self._settle(each)]
-        self._passes += 1
-        self._save_if_due(has_left=bool(left))
-        self.view.tick()
+        if total:
+            for name, tokens in seen.items():
+                self._seats[name].spend(self._unspent * tokens / total)
+            self._unspent = 0.0
+        return any([self._settle(each) for each in stepped])
 
     def _settle(self, each: Stepped) -> bool:
         """What a member's step leads to; returns whether it left the group."""
         seat = self._seats[each.name]
-        member, step = seat.member, seat.progress.step
+        member = seat.member
+        if each.warning is not None:
+            seat.told.on_event(Warned(code="loss_spike", message=each.warning))
+            return False
         if each.error is not None:
             del self._seats[each.name]
             self._fail(member, seat, each.error)
             return True
-        every = member.recipe.train.validate_every_steps
+        assert each.record is not None
+        step, every = each.record.step, member.recipe.train.validate_every_steps
         is_last, is_rung = step >= member.num_steps, step in member.rungs
         if member.validation and (is_rung or is_last or (every and step % every == 0)):
             columns = seat.validate(self.group)
@@ -252,6 +270,7 @@ class Fleet:
 
     def _interrupt(self) -> None:
         """All that are in leave what they learnt; the rest is as it was."""
+        self._take(self.group.sync(), time.perf_counter())
         self._save()
         for name, seat in list(self._seats.items()):
             self._end(seat.member, Outcome("interrupted", seat.interrupt(self.group)))
@@ -265,18 +284,14 @@ class Fleet:
         self.view.on_state(member.name, outcome.status, steps)
         self.on_done(member, outcome)
 
-    def _save_if_due(self, *, has_left: bool) -> None:
-        every_s, every = self.saving.every_s, self.saving.every_passes
-        is_due = every_s is not None and time.monotonic() - self._saved >= every_s
-        is_due |= every is not None and self._passes % every == 0
-        if self._seats and (is_due or (has_left and self._is_small())):
-            self._save()
-
     def _save(self) -> None:
-        """The state of all that are in, at one moment."""
+        """The state of all that are in, at one moment; nothing they launched is left untold."""
+        if not self._seats:
+            return
         for seat in self._seats.values():
             seat.save(self.group)
-        moment = {name: seat.progress.step for name, seat in self._seats.items()}
+        order = [name for name in self.group.order() if name in self._seats]
+        moment = {name: self._seats[name].progress.step for name in order}
         write_atomically(self.folder / MOMENT, json.dumps(moment))
         self._saved = time.monotonic()
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from tunefork.data.example import Encoded
 from tunefork.data.loader import Data
-from tunefork.recipe import Recipe
+from tunefork.recipe import Checkpointing, Recipe
 from tunefork.train.loop import StepRecord
 from tunefork.train.state import State
 
@@ -21,7 +21,7 @@ class Member:
 
     name: str
     recipe: Recipe
-    """Its own, resolved: `tunefork train` takes it as it is."""
+    """Its own: `tunefork train` takes it as it is."""
     folder: Path
     """Its run folder."""
     data: Data
@@ -32,6 +32,16 @@ class Member:
     num_steps: int
     rungs: tuple[int, ...] = ()
     """Steps after which it waits for a decision."""
+    checkpointing: Checkpointing = "none"
+    """What `train.activation_checkpointing: auto` comes to in its group."""
+
+    @property
+    def settled(self) -> Recipe:
+        """The recipe with nothing left open: what checkpoints are of."""
+        if self.recipe.train.activation_checkpointing != "auto":
+            return self.recipe
+        update = {"activation_checkpointing": self.checkpointing}
+        return self.recipe.model_copy(update={"train": self.recipe.train.model_copy(update=update)})
 
     @property
     def learning_rate(self) -> float:
@@ -41,11 +51,12 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """A member took an optimiser step, or failed at it and is out of the group."""
+    """A member took an optimiser step, or failed at it and is out of the group, or is odd."""
 
     name: str
     record: StepRecord | None
     error: Exception | None = None
+    warning: str | None = None
 
 
 class Group(Protocol):
@@ -58,7 +69,18 @@ class Group(Protocol):
         """Let a member go; what it learnt is gone unless its state was taken."""
 
     def step(self) -> Sequence[Stepped]:
-        """One pass. Members whose last micro-batch of a step was in it took that step."""
+        """One optimiser step of each member; what is not known yet is told by the next call.
+
+        A step on which something of its member's follows (a validation, a rung, its end) is told
+        at once.
+        """
+
+    def sync(self) -> Sequence[Stepped]:
+        """What is not told yet."""
+        return ()
+
+    def order(self) -> list[str]:
+        """Names in the order that the bits of a pass follow from."""
 
     def state(self, name: str) -> State:
         """A member between two steps, in host memory, as if it had trained alone."""

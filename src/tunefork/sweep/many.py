@@ -7,6 +7,7 @@ done.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, Self
@@ -29,7 +30,7 @@ from tunefork.sweep.group import Group, Member
 from tunefork.sweep.live import LiveView
 from tunefork.sweep.many_file import Entry, save_entries
 from tunefork.sweep.members import alone, refuse
-from tunefork.sweep.room import room_for
+from tunefork.sweep.room import plan_room
 from tunefork.sweep.seat import Bench
 from tunefork.trial.check import check_recipe
 
@@ -84,6 +85,7 @@ def train_many(
     out: Path,
     *,
     together: int | None = None,
+    ignore_plan: bool = False,
     say: Callable[[str], None] = print,
     make_group: Callable[[Recipe, Sequence[Member]], Group] = open_group,
 ) -> ManyResult:
@@ -100,15 +102,18 @@ def train_many(
         ledger = _Ledger(out, entries, say)
         identity, tokenizer = identify(first.model), load_tokenizer(first.model)
         members = ledger.members()
+        room = plan_room(members, cap=together, say=say, ignore_plan=ignore_plan)
+        kind = room.recipe.train.checkpointing
+        members = [replace(member, checkpointing=kind) for member in members]
         bench = Bench(identity, tokenizer, pick_device(), say)
         view = LiveView({m.name: m.num_steps for m in members}, every_s=first.train.log_every_s)
         with view:
             fleet = Fleet(
                 out,
-                make_group(first, members),
+                make_group(room.recipe, members),
                 bench,
                 view,
-                room_for(first, members, cap=together, say=say),
+                room.has,
                 Saving.of(first),
                 on_done=ledger.ended,
             )

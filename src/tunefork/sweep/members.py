@@ -123,9 +123,10 @@ def refuse(recipe: Recipe, where: str = "") -> None:
             lambda: f"train.keep: best is for a run alone; leave it out, or {alone}",
         ),
         (
-            recipe.train.on_loss_spike == "rollback",
+            recipe.train.on_loss_spike != "warn",
             lambda: (
-                f"train.on_loss_spike: rollback is for a run alone; set warn or stop, or {alone}"
+                f"train.on_loss_spike: {recipe.train.on_loss_spike} is for a run alone; leave "
+                f"it out, or {alone}"
             ),
         ),
     ]

@@ -92,7 +92,7 @@ class Bench:
         return open_checkpoints(
             member.folder / CHECKPOINTS,
             member.examples,
-            member.recipe,
+            member.settled,
             member.recipe.method,
             base_sha256=self.identity.of_model(),
             learning_rate=member.learning_rate,
@@ -103,7 +103,7 @@ class Bench:
 
     def leave(self, member: Member, state: State, status: str) -> RunRecord:
         """Save what a member has learnt: its artefact and its record."""
-        recipe, done = member.recipe, state.progress
+        recipe, done = member.settled, state.progress
         result = TrainResult(
             status="ok" if status == "ok" else "interrupted",
             steps=[],
@@ -242,7 +242,7 @@ class Seat:
 
     def fail(self, error: Exception) -> RunRecord:
         """Record that `error` ended it; the others are untouched."""
-        member, recipe = self.member, self.member.recipe
+        member, recipe = self.member, self.member.settled
         try:
             with self.stack:
                 raise error

@@ -5,6 +5,7 @@ same command goes on where it was stopped or killed, and a folder that is finish
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tunefork.errors import TuneforkError
@@ -26,7 +27,7 @@ from tunefork.sweep.live import LiveView
 from tunefork.sweep.members import Shelf, members_of, refuse
 from tunefork.sweep.report import write_report
 from tunefork.sweep.result import RESULT, SweepResult
-from tunefork.sweep.room import room_for
+from tunefork.sweep.room import plan_room
 from tunefork.sweep.rungs import FOLDER as RUNGS
 from tunefork.sweep.rungs import Rungs
 from tunefork.sweep.seat import Bench
@@ -67,7 +68,9 @@ def sweep(
         _base(recipe, out, say, identity=identity)
         rungs = _rungs(recipe, found, out)
         bench = Bench(identity, tokenizer, pick_device(), say)
-        outcomes, together = _train(recipe, out, list(members.values()), bench, rungs, make_group)
+        outcomes, together = _train(
+            recipe, out, list(members.values()), bench, rungs, make_group, ignore_plan=ignore_plan
+        )
         if any(outcome.status == "interrupted" for outcome in outcomes.values()):
             raise KeyboardInterrupt
         result = assemble(
@@ -125,17 +128,21 @@ def _train(
     bench: Bench,
     rungs: Rungs | None,
     make_group: Callable[[Recipe, Sequence[Member]], Group],
+    *,
+    ignore_plan: bool,
 ) -> tuple[dict[str, Outcome], int]:
     """How each member ended, and how many trained at one time at most."""
-    has_room = room_for(recipe, members, cap=recipe.sweep.together, say=bench.say)
+    room = plan_room(members, cap=recipe.sweep.together, say=bench.say, ignore_plan=ignore_plan)
+    kind = room.recipe.train.checkpointing
+    members = [replace(member, checkpointing=kind) for member in members]
     view = LiveView({m.name: m.num_steps for m in members}, every_s=recipe.train.log_every_s)
     with view:
         fleet = Fleet(
             out,
-            make_group(recipe, members),
+            make_group(room.recipe, members),
             bench,
             view,
-            has_room,
+            room.has,
             Saving.of(recipe),
             rungs,
         )
