@@ -119,18 +119,13 @@ class Padded(NamedTuple):
     @classmethod
     def of(cls, ranks: Sequence[int], rank: int, scales: Sequence[float], device: Any) -> "Padded":
         """For slots of these `ranks`, none above `rank`, and these `scales`."""
-        at, back, scale = [-1] * (len(ranks) * rank), [], []
+        at_gr = torch.full((len(ranks), rank), -1)
         for slot, (start, end) in enumerate(spans(ranks)):
-            for row in range(start, end):
-                back.append(slot * rank + row - start)
-                at[back[-1]] = row
-                scale.append(scales[slot])
-        return cls(
-            rank,
-            torch.tensor(scale, dtype=torch.float32, device=device),
-            torch.tensor(at, dtype=torch.int64, device=device),
-            torch.tensor(back, dtype=torch.int64, device=device),
-        )
+            at_gr[slot, : end - start] = torch.arange(start, end)
+        at_p = at_gr.flatten()
+        scale_q = torch.tensor(scales).float().repeat_interleave(torch.tensor(ranks))
+        back_q = (at_p >= 0).nonzero(as_tuple=True)[0]
+        return cls(rank, scale_q.to(device), at_p.to(device), back_q.to(device))
 
 
 def padded_rank(ranks: Sequence[int]) -> int:

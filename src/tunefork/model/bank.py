@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunefork.errors import AdapterError, ModelError
-from tunefork.kernels.bank import Bounds, padded_rank
+from tunefork.kernels.bank import Bounds, Padded, padded_rank, spans
 from tunefork.model.bank_linear import BankLinear, Routing
 from tunefork.model.build import check_lora, linear_paths, lora_scale, replace
 from tunefork.model.linear import Nf4Linear, first_a
@@ -111,10 +111,13 @@ class Bank:
                 "lora.dropout: this group was begun without dropout; an adapter with it needs a "
                 "group that was begun with one"
             )
-        self._write(slot, {path: (a, b) for path, (a, b) in matrices.items()})
+        self._write(slot, matrices)
         self.routing.scales[slot] = scale
         self.routing.rates_g[slot] = dropout
-        self._pad()
+        # In place: a captured pass reads it where it lies.
+        for ranks, padded in {la.ranks: la.padded for la in self.layers.values()}.items():
+            assert padded is not None
+            padded.scale_q[slice(*spans(ranks)[slot])] = scale
 
     def load(self, slot: int, found: Deltas) -> None:
         """Fill `slot` of a serving bank. Other slots may be read meanwhile.
@@ -206,8 +209,10 @@ class Bank:
 
     def _pad(self) -> None:
         rank = padded_rank([max(layer.ranks, default=0) for layer in self.layers.values()])
+        kinds = {layer.ranks for layer in self.layers.values()}
+        made = {x: Padded.of(x, rank, self.routing.scales, self.device) for x in kinds}
         for layer in self.layers.values():
-            layer.pad(rank)
+            layer.padded = made[layer.ranks]
 
 
 def check_bank_lora(model: PreTrainedModel, lora: LoraSection) -> list[str]:
@@ -265,6 +270,7 @@ def add_bank(
     for path, layer in layers.items():
         replace(model, path, layer)
     bank = Bank(model, skeleton_of(model), layers, routing, [{} for _ in adapters])
+    bank.to(routing.ends_g.device)
     for slot, adapter in enumerate(adapters):
         bank.start(slot, adapter)
     return bank
@@ -287,4 +293,6 @@ def add_serving_bank(
         )
     for path, layer in layers.items():
         replace(model, path, layer)
-    return Bank(model, skeleton_of(model), layers, routing, [{} for _ in range(slots)])
+    bank = Bank(model, skeleton_of(model), layers, routing, [{} for _ in range(slots)])
+    bank.to(routing.ends_g.device)
+    return bank

@@ -78,16 +78,12 @@ class BankLinear(nn.Module):
             torch.zeros(rows, self.out_features, dtype=self.dtype, device=device), self.is_trained
         )
         self.padded: Padded | None = None
+        """How the grouped product takes the rows; layers of the same ranks have one."""
 
     def own(self, slot: int) -> tuple[Tensor, Tensor]:
         """Views of a slot's A (R, D) and B transposed (R, O), in the graph of their rows."""
         start, end = spans(self.ranks)[slot]
         return self.rows_a[start:end], self.rows_b[start:end]
-
-    def pad(self, rank: int) -> None:
-        """Write down how the grouped product takes the rows; due after each change of a slot."""
-        scales, device = self.routing.scales, self.rows_a.device
-        self.padded = Padded.of(self.ranks, rank, scales, device)
 
     def materialize(self) -> Tensor:
         """The base's weight, (O, D), without deltas."""

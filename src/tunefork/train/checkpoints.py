@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -156,22 +157,31 @@ class Checkpoints:
 
         Raises CheckpointError where it, or the one before it, cannot be written.
         """
+        state = capture(model, optimizer, progress, copy=False)
+        device = next(model.parameters()).device
+        is_copied = device.type != "cpu" or state.num_bytes() <= _COPIED_ON_CPU_BYTES
+        copied = partial(capture, model, optimizer, progress) if is_copied else None
+        self._save(state, copied, wait=wait)
+
+    def save_state(self, state: State, *, wait: bool) -> None:
+        """`save` of a state that is nobody else's, in host memory."""
+        self._save(state, lambda: state, wait=wait)
+
+    def _save(self, state: State, copied: Callable[[], State] | None, *, wait: bool) -> None:
+        """`copied` is what a thread may write while the run goes on; None: nothing."""
         self._join()
         self.check()
         self._began = time.monotonic()
-        state = capture(model, optimizer, progress, copy=False)
         if not state.is_sound():  # a run could not go on from it, and it would push sound ones out
             self.say(
-                f"warning: step {progress.step}: weights are not finite; no checkpoint is made"
+                f"warning: step {state.progress.step}: weights are not finite; no checkpoint is "
+                "made"
             )
             return
-        device = next(model.parameters()).device
-        is_copied = device.type != "cpu" or state.num_bytes() <= _COPIED_ON_CPU_BYTES
-        if wait or not is_copied or self.policy.every_steps is not None:
+        if wait or copied is None or self.policy.every_steps is not None:
             self._write(state)
             return
-        state = capture(model, optimizer, progress)
-        self._writer = threading.Thread(target=self._write_aside, args=(state,))
+        self._writer = threading.Thread(target=self._write_aside, args=(copied(),))
         self._writer.start()
 
     def put(self, state: State) -> None:

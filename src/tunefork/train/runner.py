@@ -84,9 +84,9 @@ class Runner:
         self.pads, self.captures = pads or captures, captures
         self.graphs: dict[Size, _Graph] = {}
         self.seen: set[Size] = set()
-        self.trained = [p for p in model.parameters() if p.requires_grad]
         self.gradients: list[Tensor] = []
         self.stream: Any = None
+        self.renew()
 
     def lay_out(self, batch: MicroBatch) -> Laid:
         """`batch`, from the CPU, in the shape that its pass will have."""
@@ -130,6 +130,12 @@ class Runner:
         """Give back what captured passes keep: where memory is short, that is a pass's own."""
         self.graphs.clear()
         self.gradients = []
+
+    def renew(self) -> None:
+        """Take over the model's parameters as they are now: others than before, or moved."""
+        self.drop_graphs()
+        self.seen.clear()
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
 
     def _may_capture(self, size: Size) -> bool:
         if not self.captures or len(self.graphs) >= _MOST_GRAPHS:

@@ -96,7 +96,7 @@ def capture(
     """
     tensors = {WEIGHTS + name: value.detach() for name, value in _trained(model).items()}
     tensors |= {OPTIMIZER + key: value for key, value in optimizer.state_tensors().items()}
-    tensors |= {RANDOM + key: value for key, value in _random_states(model).items()}
+    tensors |= {RANDOM + key: value for key, value in random_states_of(model).items()}
     if copy:
         tensors = {name: value.to("cpu", copy=True) for name, value in tensors.items()}
     return State(progress, tensors)
@@ -157,7 +157,8 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _random_states(model: nn.Module) -> dict[str, Tensor]:
+def random_states_of(model: nn.Module) -> dict[str, Tensor]:
+    """Of PyTorch's global generators, by device."""
     states = {"cpu": torch.get_rng_state()}
     if _device(model).type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(_device(model))
@@ -166,7 +167,7 @@ def _random_states(model: nn.Module) -> dict[str, Tensor]:
 
 def _check_random(found: Mapping[str, Tensor], model: nn.Module) -> None:
     """Raise CheckpointError unless `found` is what generators of the run's devices can take."""
-    own = _random_states(model)
+    own = random_states_of(model)
     check_layout(
         found, {name: (v.dtype, tuple(v.shape)) for name, v in own.items()}, "random states"
     )
