@@ -22,8 +22,9 @@ from tunefork.model.load import load_model, load_tokenizer
 from tunefork.recipe import Method, Recipe
 from tunefork.sweep.group import Member, Stepped
 from tunefork.train import deterministic, together
-from tunefork.train.engine import base_form, prepare
+from tunefork.train.engine import base_form
 from tunefork.train.guard import check_weights
+from tunefork.train.member import Member as GroupMember
 from tunefork.train.member import (
     MemberEvent,
     MemberFailed,
@@ -74,7 +75,7 @@ class BankGroup:
     """All that may come in."""
     tokenizer: Any
     inner: together.Group | None = None
-    _first: list[tuple[together.Member, State | None]] = field(default_factory=list)
+    _first: list[tuple[GroupMember, State | None]] = field(default_factory=list)
     _stops: dict[str, Callable[[int], bool]] = field(default_factory=dict)
     _launched: dict[str, int] = field(default_factory=dict)
 
@@ -146,13 +147,6 @@ class BankGroup:
                     packing=train.packing,
                     pad_id=pad_id(self.tokenizer),
                     on_out_of_memory=train.on_out_of_memory,
-                ),
-                runner=prepare(
-                    bank.model,
-                    self.recipe,
-                    num_steps=max(member.num_steps for member in self.members),
-                    remedies=self._remedies(),
-                    bank=bank,
                 ),
                 starts={own.name: start for own, start in self._first if start is not None},
             )

@@ -187,7 +187,8 @@ class Fleet:
             for name, tokens in seen.items():
                 self._seats[name].spend(self._unspent * tokens / total)
             self._unspent = 0.0
-        return any([self._settle(each) for each in stepped])
+        left = [each for each in stepped if self._settle(each)]
+        return bool(left)
 
     def _settle(self, each: Stepped) -> bool:
         """What a member's step leads to; returns whether it left the group."""

@@ -225,7 +225,7 @@ class Seat:
         state = self.state(group)
         self.state_bytes = state.num_bytes()
         if state.progress.step:
-            self.checkpoints.put(state)
+            self.checkpoints.save_state(state, wait=True)
 
     def park(self, group: Group) -> None:
         """Leave the group for now, the state saved."""

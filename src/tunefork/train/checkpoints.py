@@ -184,16 +184,6 @@ class Checkpoints:
         self._writer = threading.Thread(target=self._write_aside, args=(copied(),))
         self._writer.start()
 
-    def put(self, state: State) -> None:
-        """`save` of a state that is in host memory already, at once: a member's of a group."""
-        self._join()
-        self.check()
-        self._began = time.monotonic()
-        if not state.is_sound():
-            self.say(f"warning: step {state.progress.step}: weights are not finite")
-            return
-        self._write(state)
-
     def check(self) -> None:
         """Raise what went wrong in the background, once."""
         error, self._error = self._error, None
