@@ -1,30 +1,19 @@
 """A member of a group against the same adapter trained alone; what one can do to the others."""
 
-from collections.abc import Sequence
-from dataclasses import replace
-
 import pytest
-import torch
 
 from tests.train.groups import (
-    SETTINGS,
     alone,
-    distance,
     group_of,
-    member,
     members,
     records,
     run,
     weights,
 )
-from tunefork.data.example import Encoded
-from tunefork.train.member import MemberDone, MemberFailed
-from tunefork.train.state import State
+from tunefork.train.member import MemberDone
 
 
-@pytest.mark.parametrize(
-    "num_steps", [10, pytest.param(50, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("num_steps", [10, pytest.param(50, marks=pytest.mark.slow)])
 def test_each_of_eight_ends_as_it_does_alone(num_steps: int) -> None:
     """Issue 7: per tensor ||dW_group - dW_solo|| / ||dW_solo|| <= 1e-4 after 50 steps, losses to
     1e-5; ranks 1 to 64, other rates, schedules, decays, clipping, data, targets, lengths."""

@@ -19,7 +19,7 @@ from tunefork.model.build import quantize_nf4
 from tunefork.model.device import pick_device, pick_dtype, reset_peak
 from tunefork.model.fused import fuse
 from tunefork.model.load import load_model, load_tokenizer
-from tunefork.recipe import Method, Recipe
+from tunefork.recipe import LoraSection, Method, Recipe
 from tunefork.sweep.group import Member, Stepped
 from tunefork.train import deterministic, together
 from tunefork.train.engine import base_form
@@ -41,7 +41,9 @@ def open_group(recipe: Recipe, members: Sequence[Member]) -> "BankGroup":
     return BankGroup(recipe, members, load_tokenizer(recipe.model))
 
 
-def load_bank(recipe: Recipe, adapters: Sequence[BankAdapter], announced: Sequence[Member]) -> Bank:
+def load_bank(
+    recipe: Recipe, adapters: Sequence[BankAdapter], announced: Sequence[LoraSection]
+) -> Bank:
     """The recipe's base in the form that training keeps it in, with a slot for each adapter."""
     deterministic.prepare(recipe.train.deterministic)
     device = pick_device()
@@ -54,7 +56,7 @@ def load_bank(recipe: Recipe, adapters: Sequence[BankAdapter], announced: Sequen
         quantize_nf4(model, at)
     else:
         model.to(at)
-    bank = add_bank(model, adapters, announced=[member.recipe.lora for member in announced])
+    bank = add_bank(model, adapters, announced=announced)
     if form is not None:
         fuse(model, form.storage, form.products, device)
     bank.to(device)
@@ -136,7 +138,8 @@ class BankGroup:
         if self.inner is None:
             adapters = [BankAdapter(own.lora, own.seed) for own, _ in self._first]
             with phase("load", self._remedies()):
-                bank = load_bank(self.recipe, adapters, self.members)
+                loras = [member.recipe.lora for member in self.members]
+                bank = load_bank(self.recipe, adapters, loras)
             train = self.recipe.train
             reset_peak(bank.device)
             self.inner = together.Group(
