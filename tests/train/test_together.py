@@ -1,16 +1,32 @@
 """A member of a group against the same adapter trained alone; what one can do to the others."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
+import torch
 
 from tests.train.groups import (
+    SETTINGS,
     alone,
+    base,
+    distance,
     group_of,
+    member,
     members,
     records,
     run,
     weights,
 )
-from tunefork.train.member import MemberDone
+from tests.train.test_loss import examples
+from tunefork.data.example import Encoded
+from tunefork.data.pack import pack
+from tunefork.model.build import build
+from tunefork.recipe import Method
+from tunefork.train.loss import token_losses
+from tunefork.train.member import MemberDone, MemberFailed
+from tunefork.train.state import State, restore_weights
+from tunefork.train.together_losses import group_losses
 
 
 @pytest.mark.parametrize("num_steps", [10, pytest.param(50, marks=pytest.mark.slow)])
@@ -38,3 +54,152 @@ def test_each_of_eight_ends_as_it_does_alone(num_steps: int) -> None:
             assert (end[name] - value).norm() <= 1e-4 * moved.norm(), (one.name, name)
     assert [e.name for e in events if isinstance(e, MemberDone)] != [one.name for one in chosen]
     assert {e.name for e in events if isinstance(e, MemberDone)} == {one.name for one in chosen}
+
+
+class _Broken(Sequence[Encoded]):
+    """Examples of which one cannot be read."""
+
+    def __init__(self, inner: Sequence[Encoded], at: int) -> None:
+        self.inner, self.at = inner, at
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, at: int) -> Encoded:  # type: ignore[override]
+        if at == self.at:
+            raise OSError("a secret row")
+        return self.inner[at]
+
+
+def _same_bits(left: State, right: State) -> bool:
+    return left.progress.losses == right.progress.losses and all(
+        torch.equal(value, right.tensors[name])
+        for name, value in left.tensors.items()
+        if not name.startswith("random/")
+    )
+
+
+def test_one_that_diverges_changes_no_bit_of_the_others() -> None:
+    healthy = members(8, range(5))
+    sick = list(healthy)
+    rates = list(healthy[2].learning_rates)
+    rates[2] = 1e38  # the update overflows; the step after it is not finite
+    sick[2] = replace(healthy[2], learning_rates=rates)
+    group, expected = group_of(sick), group_of(healthy)
+    events = run(group)
+    run(expected)
+    [failed] = [e for e in events if isinstance(e, MemberFailed)]
+    assert failed.name == "member-2" and "step 4: the loss is nan" in failed.reason
+    assert "row " in failed.reason and "learning_rate" in failed.reason
+    assert len(records(events, "member-2")) == 3
+    assert group.state("member-2").progress.step == 3
+    for one in healthy:
+        if one.name != "member-2":
+            assert _same_bits(group.state(one.name), expected.state(one.name)), one.name
+            assert records(events, one.name)[-1].step == len(one.steps)
+
+
+def test_one_whose_data_cannot_be_read_is_named_without_its_text() -> None:
+    same_lengths = [
+        replace(
+            m,
+            examples=[
+                replace(e, input_ids=e.input_ids[:5], supervised=e.supervised[:5] | True)
+                for e in m.examples
+            ],
+        )
+        for m in members(6, range(3))
+    ]
+    broken = list(same_lengths)
+    at = same_lengths[1].steps[2][0]
+    broken[1] = replace(same_lengths[1], examples=_Broken(same_lengths[1].examples, at))
+    group, expected = group_of(broken), group_of(same_lengths)
+    events = run(group)
+    run(expected)
+    [failed] = [e for e in events if isinstance(e, MemberFailed)]
+    assert failed.name == "member-1" and failed.step == 3
+    assert "OSError" in failed.reason and "secret" not in failed.reason
+    for name in ("member-0", "member-2"):
+        assert _same_bits(group.state(name), expected.state(name))
+
+
+def test_leaving_and_joining_leaves_the_others_as_they_would_be() -> None:
+    """One is removed half way, another takes its slot, a third needs a new shape."""
+    first = members(9, (2, 3, 6))
+    small, large = member(1, 6), member(7, 5)
+    group = group_of(first, announced=[small.lora, large.lora])
+    events = run(group, 3)
+    left = group.remove("member-3")
+    events += run(group, 1)
+    group.add(replace(small, lora=member(3, 9).lora))  # what fits a free slot reuses it
+    assert group.slot_of("member-1") == 1 and group.bank.num_slots == 3
+    rows = [layer.rows_a for layer in group.bank.layers.values()]
+    events += run(group, 1)
+    group.add(large)
+    assert group.bank.num_slots == 4
+    assert all(
+        layer.rows_a is not old for layer, old in zip(group.bank.layers.values(), rows, strict=True)
+    )
+    events += run(group)
+    assert not group.live
+    assert left.progress.step == 3
+    assert distance(left, alone(member(3, 9), stop_after=3).state) < 1e-4
+    for one in (first[0], first[2], replace(small, lora=member(3, 9).lora), large):
+        solo = alone(one)
+        assert distance(group.state(one.name), solo.state) < 1e-4, one.name
+        losses = [r.loss for r in records(events, one.name)]
+        assert losses == pytest.approx([r.loss for r in solo.records], rel=1e-4)
+
+
+def test_a_failed_slot_is_taken_by_the_next() -> None:
+    sick, healthy, late = member(2, 6), member(0, 6), member(2, 6)
+    group = group_of([replace(sick, learning_rates=[1e38] * 6), healthy])
+    run(group, 2)
+    assert group.live == ["member-0"]
+    group.add(replace(late, name="late"))
+    assert group.slot_of("late") == 0
+    run(group)
+    assert distance(group.state("late"), alone(late).state) < 1e-4
+    assert distance(group.state("member-0"), alone(healthy).state) < 1e-4
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_how_a_step_is_cut_changes_no_gradient(packing: bool) -> None:
+    chosen = members(4, (0, 3, 5))
+    whole = group_of(chosen)
+    cut = group_of(chosen, replace(SETTINGS, micro_batch_tokens=40, packing=packing))
+    run(whole)
+    run(cut)
+    for one in chosen:
+        assert distance(cut.state(one.name), whole.state(one.name)) < 1e-4
+
+
+def test_a_member_acts_alone_on_the_shared_base() -> None:
+    group = group_of(members(3, (0, 3)))
+    run(group)
+    ids = torch.arange(3, 19)[None]
+    with group.only("member-3"):
+        assert not group.model.training
+        found = group.model(input_ids=ids).logits
+    assert group.model.training
+    model = base().eval()
+    build(model, Method.LORA, member(3, 3).lora, seed=0)
+    restore_weights(group.state("member-3"), model)
+    torch.testing.assert_close(found, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_losses_of_several_members_are_those_of_each(packing: bool) -> None:
+    group = group_of(members(4, (0, 3, 5)), replace(SETTINGS, micro_batch_tokens=70))
+    run(group)
+    asked = examples((9, 17, 4, 12, 30, 6), seed=77)
+    found = group_losses(group, ["member-5", "member-0"], asked)
+    assert list(found) == ["member-5", "member-0"]
+    for name, (sums, counts) in found.items():
+        for at, example in enumerate(asked):
+            [batch] = pack([example], max_tokens=64, packing=packing)
+            with group.only(name):
+                each = token_losses(group.model, group.runner.head, batch)
+            assert int(counts[at]) == len(each)
+            assert float(sums[at]) == pytest.approx(float(each.sum()), rel=1e-5)
+    assert group.model.training

@@ -60,6 +60,12 @@ class Bank:
         """Where the slots lie."""
         return self.routing.ends_g.device
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether every layer's base is a group's, whose deltas are grouped products."""
+        plain = (nn.Linear, Nf4Linear)
+        return not any(isinstance(layer.base, plain) for layer in self.layers.values())
+
     def to(self, device: torch.device) -> None:
         """Follow the model to `device`; due after `fuse`, which moves it."""
         self.model.to(device)
