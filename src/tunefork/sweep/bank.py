@@ -8,63 +8,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
-from tunefork.data.isolation import check_packing
 from tunefork.errors import DivergedError
 from tunefork.evaluate.evaluate import pad_id
-from tunefork.model.bank import Bank, BankAdapter, add_bank
-from tunefork.model.build import quantize_nf4
+from tunefork.model.bank import BankAdapter
 from tunefork.model.device import pick_device, pick_dtype, reset_peak
-from tunefork.model.fused import fuse
-from tunefork.model.load import load_model, load_tokenizer
-from tunefork.recipe import LoraSection, Method, Recipe
+from tunefork.model.load import load_tokenizer
+from tunefork.recipe import Recipe
 from tunefork.sweep.group import Member, Stepped
 from tunefork.train import deterministic, together
-from tunefork.train.engine import base_form
-from tunefork.train.guard import check_weights
 from tunefork.train.member import Member as GroupMember
-from tunefork.train.member import (
-    MemberEvent,
-    MemberFailed,
-    MemberStep,
-    MemberWarned,
-    member_of,
-)
+from tunefork.train.member import MemberEvent, MemberFailed, MemberStep, MemberWarned, member_of
 from tunefork.train.out_of_memory import Remedies, phase
 from tunefork.train.state import State
+from tunefork.train.together_build import group_of, load_for_group
 
 
 def open_group(recipe: Recipe, members: Sequence[Member]) -> "BankGroup":
     """A group over the base of `recipe` for `members`, who need not all be in at one time."""
     return BankGroup(recipe, members, load_tokenizer(recipe.model))
-
-
-def load_bank(
-    recipe: Recipe, adapters: Sequence[BankAdapter], announced: Sequence[LoraSection]
-) -> Bank:
-    """The recipe's base in the form that training keeps it in, with a slot for each adapter."""
-    deterministic.prepare(recipe.train.deterministic)
-    device = pick_device()
-    dtype = pick_dtype(recipe.train.precision, device)
-    model = load_model(recipe.model, dtype=dtype, device=device, in_host_memory=True)
-    form = base_form(recipe, recipe.method, device=device, dtype=dtype)
-    # An FP8 base is quantised group by group on its way from the host to the device.
-    at = torch.device("cpu") if form is not None and form.storage != "nf4" else device
-    if recipe.method is Method.QLORA:
-        quantize_nf4(model, at)
-    else:
-        model.to(at)
-    bank = add_bank(model, adapters, announced=announced)
-    if form is not None:
-        fuse(model, form.storage, form.products, device)
-    bank.to(device)
-    check_weights(model, recipe.model.id)
-    if recipe.train.packing:
-        bank.route_none()
-        check_packing(model)
-    return bank
 
 
 @dataclass(slots=True)
@@ -137,27 +100,26 @@ class BankGroup:
     def _opened(self) -> together.Group:
         if self.inner is None:
             adapters = [BankAdapter(own.lora, own.seed) for own, _ in self._first]
-            with phase("load", self._remedies()):
-                loras = [member.recipe.lora for member in self.members]
-                bank = load_bank(self.recipe, adapters, loras)
-            train = self.recipe.train
+            device, recipe = pick_device(), self.recipe
+            with phase("load", Remedies.of(recipe, recipe.method)):
+                bank = load_for_group(
+                    recipe,
+                    recipe.method,
+                    adapters,
+                    dtype=pick_dtype(recipe.train.precision, device),
+                    device=device,
+                    announced=[member.recipe.lora for member in self.members],
+                )
             reset_peak(bank.device)
-            self.inner = together.Group(
+            self.inner = group_of(
                 bank,
                 [own for own, _ in self._first],
-                together.GroupSettings(
-                    micro_batch_tokens=train.micro_batch_tokens,
-                    packing=train.packing,
-                    pad_id=pad_id(self.tokenizer),
-                    on_out_of_memory=train.on_out_of_memory,
-                ),
+                recipe,
+                pad_id=pad_id(self.tokenizer),
                 starts={own.name: start for own, start in self._first if start is not None},
             )
             self._first = []
         return self.inner
-
-    def _remedies(self) -> Remedies:
-        return Remedies.of(self.recipe, self.recipe.method)
 
     def _told(self, events: Sequence[MemberEvent]) -> list[Stepped]:
         found = []
