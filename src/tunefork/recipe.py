@@ -427,7 +427,8 @@ class TrainSection(Section):
     batch of the evaluation and one save, so that a lack of memory or disk shows in the first
     minute. Costs two micro-batches, one update, one evaluation batch and one save, and changes no
     bit of the run. Runs of fewer than 64 micro-batches are not rehearsed: it would
-    be more than a sixteenth of them."""
+    be more than a sixteenth of them. Adapters that train
+    together (`sweep`, `train-many`) are not rehearsed: how many there are is the plan's choice."""
 
     on_out_of_memory: Literal["error", "shrink"] = "error"
     """What a forward or backward pass without memory leads to. `error`: the run stops and names the

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from tunefork.recipe import Recipe
 from tunefork.recipe_file import load
 from tunefork.registry.run import read_record
+from tunefork.sweep.bank import BankGroup
+from tunefork.sweep.group import Stepped
 from tunefork.sweep.result import SweepResult
 from tunefork.sweep.sweep import sweep
 from tunefork.trial.trial import train_run
@@ -63,3 +65,50 @@ def test_variants_that_come_and_go_end_as_alone(
         theirs = _weights(tmp_path / variant.name)
         for name, ours in _weights(folder).items():
             assert (ours - theirs[name]).norm() <= 1e-4 * theirs[name].norm(), name
+
+
+def test_killed_a_group_goes_on_bit_for_bit(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(
+        train={"max_steps": 4, "batch_size": 2, "epochs": 4, "checkpoint_every_steps": 1},
+        lora={"dropout": 0.1},
+        sweep={"rank": [2, 5, 3], "seed": [0, 1], "validation_share": 0.3},
+    )
+    _sweep(recipe, tmp_path / "whole")
+    step, passes = BankGroup.step, list[int]()
+
+    def dying(self: BankGroup) -> list[Stepped]:
+        passes.append(1)
+        if len(passes) == 3:
+            raise SystemExit
+        return step(self)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(BankGroup, "step", dying)
+        _sweep(recipe, tmp_path / "killed")
+    result = _sweep(recipe, tmp_path / "killed")
+    for variant in result.variants:
+        ours, theirs = (_weights(tmp_path / at / variant.folder) for at in ("killed", "whole"))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), variant.name
+
+
+def test_a_loss_that_is_not_finite_ends_its_variant_alone(
+    make_recipe: Make, tmp_path: Path
+) -> None:
+    def found(*rates: float) -> tuple[SweepResult, Path]:
+        sweeping = {"learning_rate": list(rates), "validation_share": 0.3}
+        out = tmp_path / str(rates[-1])
+        return _sweep(
+            make_recipe(train={"max_steps": 3, "batch_size": 2}, sweep=sweeping), out
+        ), out
+
+    (failing, at), (whole, beside) = found(1e-4, 1e-3, 1e30), found(1e-4, 1e-3, 1e-2)
+    assert [v.status for v in failing.variants] == ["ok", "ok", "failed"]
+    last = failing.variants[-1]
+    assert "the loss is" in (last.error or "") and "train.learning_rate" in (last.error or "")
+    record = read_record(at / last.folder)
+    assert record is not None and record.status == "failed"
+    for one, other in zip(failing.variants[:2], whole.variants[:2], strict=True):
+        ours, theirs = _weights(at / one.folder), _weights(beside / other.folder)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)

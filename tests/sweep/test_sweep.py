@@ -153,9 +153,9 @@ def test_what_is_dropped_does_not_depend_on_how_many_train_at_a_time(
     make: Make, tmp_path: Path
 ) -> None:
     found = []
-    for together in (1, 3, None):
+    for together in (1, 3):
         sweeping = {
-            "rank": [2, 4, 8],
+            "rank": [2, 4],
             "learning_rate": [1e-4, 1e-2],
             "halving": {"within": "all", "rungs": 2},
             "validation_share": 0.3,
@@ -163,8 +163,8 @@ def test_what_is_dropped_does_not_depend_on_how_many_train_at_a_time(
         }
         result = _sweep(make(sweep=sweeping), tmp_path / str(together))
         found.append([(v.name, v.status, v.num_steps) for v in result.variants])
-    assert found[0] == found[1] == found[2]
-    assert [status for _, status, _ in found[0]].count("ok") == 2
+    assert found[0] == found[1]
+    assert [status for _, status, _ in found[0]].count("ok") == 1
 
 
 def test_one_that_fails_leaves_the_others_untouched(make: Make, tmp_path: Path) -> None:

@@ -163,7 +163,9 @@ class Fleet:
     def _pass(self) -> None:
         """A step of each, and what follows from it; the states are saved where that is due."""
         start = time.perf_counter()
-        has_left = self._take(self.group.step(), start)
+        stepped = self.group.step()
+        self.bench.meter.note()
+        has_left = self._take(stepped, start)
         self._passes += 1
         every_s, every = self.saving.every_s, self.saving.every_passes
         is_due = every_s is not None and time.monotonic() - self._saved >= every_s

@@ -15,7 +15,6 @@ from typing import Literal, Self
 from pydantic import Field
 
 from tunefork.errors import BadInputError, StoreError, TuneforkError
-from tunefork.model.device import pick_device
 from tunefork.model.fingerprint import identify
 from tunefork.model.load import load_tokenizer
 from tunefork.page.estimate import Count, Estimate, Part, Quantity
@@ -105,7 +104,7 @@ def train_many(
         room = plan_room(members, cap=together, say=say, ignore_plan=ignore_plan)
         kind = room.recipe.train.checkpointing
         members = [replace(member, checkpointing=kind) for member in members]
-        bench = Bench(identity, tokenizer, pick_device(), say)
+        bench = Bench.of(identity, tokenizer, say)
         view = LiveView({m.name: m.num_steps for m in members}, every_s=first.train.log_every_s)
         with view:
             fleet = Fleet(

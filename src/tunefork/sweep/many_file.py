@@ -37,6 +37,11 @@ SHARED = (
     ("train", "deterministic"),
     ("train", "packing"),
     ("train", "micro_batch_tokens"),
+    ("train", "on_out_of_memory"),
+    ("train", "checkpoint_every_s"),
+    ("train", "checkpoint_every_steps"),
+    ("train", "preemption_file"),
+    ("train", "log_every_s"),
 )
 """Fields that one pass over one base has one of."""
 

@@ -26,12 +26,20 @@ class Shelf:
     tokenizer: Any
     _read: dict[str, Data] = field(default_factory=dict)
 
+    def put(self, recipe: Recipe, data: Data) -> None:
+        """Of a recipe whose data was read before."""
+        self._read[_key(recipe)] = data
+
     def data(self, recipe: Recipe) -> Data:
         """The recipe's, read at its first use. Raises DataError."""
-        key = f"{recipe.data.model_dump_json()} {recipe.data_seed}"
+        key = _key(recipe)
         if key not in self._read:
-            self._read[key] = load_data(recipe, self.tokenizer, is_checked=True)
+            self._read[key] = load_data(recipe, self.tokenizer)
         return self._read[key]
+
+
+def _key(recipe: Recipe) -> str:
+    return f"{recipe.data.model_dump_json()} {recipe.data_seed}"
 
 
 def members_of(recipe: Recipe, found: Sequence[Variant], out: Path, shelf: Shelf) -> list[Member]:

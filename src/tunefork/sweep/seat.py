@@ -8,14 +8,14 @@ import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from tunefork.evaluate.evaluate import evaluate, pad_id, save_columns
 from tunefork.evaluate.loss import loss_columns
 from tunefork.evaluate.statistics import Columns
-from tunefork.model.device import peak_bytes, process_bytes
+from tunefork.model.device import forget_peak, peak_bytes, pick_device, process_bytes
 from tunefork.model.identity import Identity
 from tunefork.registry.claim import Claim, claimed
 from tunefork.registry.run import RunRecord, read_record
@@ -37,6 +37,22 @@ VALIDATION = "validation.npz"
 """One value a validation example, at the last validation."""
 
 
+@dataclass(slots=True)
+class PeakMeter:
+    """The most memory that passes took; what evaluates between them does not count."""
+
+    device: torch.device
+    bytes: int = 0
+
+    def note(self) -> None:
+        """A pass is over."""
+        self.bytes = max(self.bytes, peak_bytes(self.device))
+
+    def forget(self) -> None:
+        """Something else took memory since."""
+        forget_peak(self.device)
+
+
 @dataclass(frozen=True, slots=True)
 class Bench:
     """What all members of a fleet share beside the base."""
@@ -46,6 +62,13 @@ class Bench:
     tokenizer: Any
     device: torch.device
     say: Callable[[str], None]
+    meter: PeakMeter
+
+    @classmethod
+    def of(cls, identity: Identity, tokenizer: Any, say: Callable[[str], None]) -> Self:
+        """On this machine."""
+        device = pick_device()
+        return cls(identity, tokenizer, device, say, PeakMeter(device))
 
     def done(self, member: Member) -> RunRecord | None:
         """The record of a member that was trained and evaluated before.
@@ -114,7 +137,7 @@ class Bench:
             tokens=done.tokens,
             supervised_tokens=done.supervised_tokens,
             seconds=max(done.seconds, 1e-9),
-            peak_memory_bytes=peak_bytes(self.device),
+            peak_memory_bytes=self.meter.bytes,
             process_bytes=process_bytes(self.device),
         )
         record = begin_record(
@@ -214,6 +237,7 @@ class Seat:
             self.told.log.state("evaluating")
             with group.only(member.name) as model:
                 evaluation = evaluate(model, self.bench.tokenizer, member.data, member.recipe)
+            self.bench.meter.forget()
             record = finish(evaluation, member.recipe, record, member.folder)
             self.told.log.state("finished")
         if member.recipe.train.checkpoints_when_done == "remove":

@@ -11,7 +11,6 @@ from pathlib import Path
 from tunefork.errors import TuneforkError
 from tunefork.evaluate.evaluate import check_primary_metric
 from tunefork.model.build import check_method
-from tunefork.model.device import pick_device
 from tunefork.model.fingerprint import identify
 from tunefork.model.identity import Identity
 from tunefork.model.load import load_skeleton, load_tokenizer
@@ -27,12 +26,12 @@ from tunefork.sweep.live import LiveView
 from tunefork.sweep.members import Shelf, members_of, refuse
 from tunefork.sweep.report import write_report
 from tunefork.sweep.result import RESULT, SweepResult
-from tunefork.sweep.room import plan_room
+from tunefork.sweep.room import Room, plan_room
 from tunefork.sweep.rungs import FOLDER as RUNGS
 from tunefork.sweep.rungs import Rungs
 from tunefork.sweep.seat import Bench
 from tunefork.sweep.variants import Variant, variants
-from tunefork.trial.check import check_recipe
+from tunefork.trial.check import check_recipe, check_servers
 from tunefork.trial.record import check_base
 from tunefork.trial.trial import run_trial
 
@@ -58,19 +57,22 @@ def sweep(
     found = variants(recipe)
     refuse(recipe)
     largest = max(found, key=lambda variant: variant.recipe.lora.rank).recipe
-    data = check_recipe(largest, (recipe.method,), say, ignore_plan=ignore_plan)
+    data = check_recipe(largest, (recipe.method,), say, ignore_plan=True)  # the group has a plan
     check_primary_metric(recipe, data)
     _check_deltas(recipe, found)
     tokenizer = load_tokenizer(recipe.model)
-    members = {m.name: m for m in members_of(recipe, found, out.resolve(), Shelf(tokenizer))}
+    shelf = Shelf(tokenizer)
+    shelf.put(largest, data)
+    members = {m.name: m for m in members_of(recipe, found, out.resolve(), shelf)}
+    room = plan_room(
+        list(members.values()), cap=recipe.sweep.together, say=say, ignore_plan=ignore_plan
+    )
     with claimed(out, recipe, Claim(verb="sweep", data_sha256=data.fingerprint())):
         identity = identify(recipe.model)
         _base(recipe, out, say, identity=identity)
         rungs = _rungs(recipe, found, out)
-        bench = Bench(identity, tokenizer, pick_device(), say)
-        outcomes, together = _train(
-            recipe, out, list(members.values()), bench, rungs, make_group, ignore_plan=ignore_plan
-        )
+        bench = Bench.of(identity, tokenizer, say)
+        outcomes, together = _train(recipe, out, members, bench, rungs, room, make_group)
         if any(outcome.status == "interrupted" for outcome in outcomes.values()):
             raise KeyboardInterrupt
         result = assemble(
@@ -92,10 +94,11 @@ def sweep(
 
 
 def _check_deltas(recipe: Recipe, found: Sequence[Variant]) -> None:
-    """Raise ModelError where a variant's rank or targets do not suit the model."""
+    """Raise BadInputError where a variant's deltas do not suit the model, or `lora.serve_with`."""
     skeleton = load_skeleton(recipe.model)
-    for lora in {variant.recipe.lora: None for variant in found}:
-        check_method(skeleton, recipe.method, lora)
+    for variant in {variant.recipe.lora: variant for variant in found}.values():
+        check_method(skeleton, recipe.method, variant.recipe.lora)
+        check_servers(variant.recipe)
 
 
 def _base(recipe: Recipe, out: Path, say: Callable[[str], None], *, identity: Identity) -> None:
@@ -124,27 +127,25 @@ def _rungs(recipe: Recipe, found: Sequence[Variant], out: Path) -> Rungs | None:
 def _train(
     recipe: Recipe,
     out: Path,
-    members: list[Member],
+    members: dict[str, Member],
     bench: Bench,
     rungs: Rungs | None,
+    room: Room,
     make_group: Callable[[Recipe, Sequence[Member]], Group],
-    *,
-    ignore_plan: bool,
 ) -> tuple[dict[str, Outcome], int]:
     """How each member ended, and how many trained at one time at most."""
-    room = plan_room(members, cap=recipe.sweep.together, say=bench.say, ignore_plan=ignore_plan)
     kind = room.recipe.train.checkpointing
-    members = [replace(member, checkpointing=kind) for member in members]
-    view = LiveView({m.name: m.num_steps for m in members}, every_s=recipe.train.log_every_s)
+    settled = [replace(member, checkpointing=kind) for member in members.values()]
+    view = LiveView({m.name: m.num_steps for m in settled}, every_s=recipe.train.log_every_s)
     with view:
         fleet = Fleet(
             out,
-            make_group(room.recipe, members),
+            make_group(room.recipe, settled),
             bench,
             view,
             room.has,
             Saving.of(recipe),
             rungs,
         )
-        outcomes = fleet.run(members)
+        outcomes = fleet.run(settled)
     return outcomes, max(fleet.most, 1)
