@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tunefork.recipe import Recipe
     from tunefork.registry.opening import Opened
     from tunefork.registry.run import RunRecord
-    from tunefork.sweep.many import ManyResult
+    from tunefork.sweep.many_result import ManyResult
     from tunefork.sweep.result import SweepResult
 
 __all__ = [

@@ -18,9 +18,10 @@ from tunefork.recipe import Recipe
 from tunefork.recipe_file import load
 from tunefork.registry.run import read_record
 from tunefork.registry.store import Store
+from tunefork.sweep.entries import Entry
 from tunefork.sweep.group import Stepped
-from tunefork.sweep.many import RESULT, ManyResult, train_many
-from tunefork.sweep.many_file import Entry
+from tunefork.sweep.many import train_many
+from tunefork.sweep.many_result import RESULT, ManyResult
 from tunefork.trial.trial import train_run
 
 Make = Callable[..., Recipe]

@@ -4,9 +4,10 @@ import pytest
 
 from tests.sweep.fabricated import JUDGE, RATES, runs
 from tunefork.recipe import HalvingSection
-from tunefork.sweep.effects import knob_effects, rank_effect, rate_effect, recommend
+from tunefork.sweep.effects import knob_effects, rank_effect, rate_effect
 from tunefork.sweep.halving import decide, rung_steps
 from tunefork.sweep.ranking import Run, choose, configurations
+from tunefork.sweep.recommend import recommend
 from tunefork.sweep.summary import rank_sentence, rate_sentence
 
 
@@ -72,11 +73,10 @@ def test_the_smallest_rank_that_is_not_worse_is_recommended() -> None:
     for loss_of, rank in ((_flat, 1), (_steep, 16)):
         found = runs(loss_of)
         chosen = choose(found) or ""
-        ranked = configurations(found, JUDGE, chosen)
-        assert recommend(found, ranked, JUDGE, chosen).rank == rank
+        assert recommend(found, JUDGE, chosen).rank == rank
     noisy = runs(lambda rank, rate: 1.0 - rank / 1000, seeds=(0,), size=30, noise=0.5)
     chosen = choose(noisy) or ""
-    advice = recommend(noisy, configurations(noisy, JUDGE, chosen), JUDGE, chosen)
+    advice = recommend(noisy, JUDGE, chosen)
     assert advice.rank == 1 and ("not told apart" in advice.reason or "lowest" in advice.reason)
 
 

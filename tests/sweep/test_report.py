@@ -7,9 +7,10 @@ import pytest
 from tests.page.parser import Page
 from tests.sweep.fabricated import JUDGE, RATES, runs
 from tunefork.page.estimate import Estimate
-from tunefork.sweep.effects import knob_effects, rank_effect, rate_effect, recommend
+from tunefork.sweep.effects import knob_effects, rank_effect, rate_effect
 from tunefork.sweep.markdown import sweep_markdown
 from tunefork.sweep.ranking import choose, configurations
+from tunefork.sweep.recommend import recommend
 from tunefork.sweep.report import report_html
 from tunefork.sweep.result import SweepResult
 from tunefork.sweep.table import print_sweep
@@ -36,7 +37,7 @@ def fabricate(**options: Any) -> SweepResult:
         variants=tuple(run.result for run in found),
         configurations=tuple(ranked),
         chosen=chosen,
-        recommended=None if chosen is None else recommend(found, ranked, JUDGE, chosen),
+        recommended=None if chosen is None else recommend(found, JUDGE, chosen),
         rank_effect=None if chosen is None else rank_effect(found, JUDGE, chosen),
         rate_effect=None if chosen is None else rate_effect(found, JUDGE),
         knobs=tuple(knob_effects(found, JUDGE)),

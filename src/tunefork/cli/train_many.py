@@ -42,9 +42,10 @@ def train_many(
     was added to the file since is trained too.
     """
     from tunefork.errors import BadInputError
-    from tunefork.sweep.many import ENTRIES, RESULT
+    from tunefork.sweep.many import ENTRIES
     from tunefork.sweep.many import train_many as run
     from tunefork.sweep.many_file import load_entries, load_many
+    from tunefork.sweep.many_result import RESULT
     from tunefork.sweep.many_table import print_many
 
     if resume and (out is not None or publish is not None):

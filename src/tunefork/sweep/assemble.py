@@ -12,11 +12,12 @@ from tunefork.recipe import Method, Metric, Recipe
 from tunefork.recipe_file import relative
 from tunefork.registry.provenance import now, versions
 from tunefork.registry.run import COLUMNS, RunRecord, read_record
-from tunefork.sweep.effects import knob_effects, rank_effect, rate_effect, recommend
+from tunefork.sweep.effects import knob_effects, rank_effect, rate_effect
 from tunefork.sweep.fleet import Outcome
 from tunefork.sweep.group import Member
 from tunefork.sweep.halving import Ranked, mean_loss
 from tunefork.sweep.ranking import Judge, Run, as_estimate, choose, configurations
+from tunefork.sweep.recommend import recommend
 from tunefork.sweep.result import Rung, SweepResult, VariantResult
 from tunefork.sweep.rungs import Rungs
 from tunefork.sweep.seat import VALIDATION
@@ -66,7 +67,7 @@ def assemble(
         variants=tuple(run.result for run in runs),
         configurations=tuple(ranked),
         chosen=chosen,
-        recommended=None if chosen is None else recommend(runs, ranked, judge, chosen),
+        recommended=None if chosen is None else recommend(runs, judge, chosen),
         rank_effect=None if chosen is None else rank_effect(runs, judge, chosen),
         rate_effect=None if chosen is None else rate_effect(runs, judge),
         knobs=tuple(knob_effects(runs, judge)),

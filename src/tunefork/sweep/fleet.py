@@ -7,29 +7,24 @@ state of all that are in is saved at one moment, which `moment.json` names once 
 disk: what was killed goes on from there, each member at the step that the others' go with.
 """
 
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from tunefork.errors import TuneforkError
-from tunefork.recipe import Recipe
-from tunefork.registry.run import RunRecord, read_record, write_atomically
+from tunefork.registry.run import RunRecord, read_record
+from tunefork.sweep.bench import Bench
 from tunefork.sweep.group import Group, Member, Stepped
 from tunefork.sweep.halving import mean_loss
 from tunefork.sweep.live import LiveView
+from tunefork.sweep.moments import Moments
 from tunefork.sweep.rungs import Rungs
-from tunefork.sweep.seat import Bench, Seat
+from tunefork.sweep.seat import Seat
 from tunefork.train.events import Warned
 from tunefork.train.interrupt import Interrupt
-
-MOMENT = "moment.json"
-
-_ALWAYS_SAVED_BYTES = 2**28
-"""States up to this size are saved whenever a member leaves, so that a kill costs no exactness."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,37 +38,17 @@ class Outcome:
     """Its share of the time of the passes that it took part in."""
 
 
-@dataclass(frozen=True, slots=True)
-class Saving:
-    """When the states of all are saved."""
-
-    every_s: float | None = None
-    every_passes: int | None = None
-    preemption_file: Path | None = None
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> Self:
-        """As the recipe's checkpoints, steps being passes."""
-        train, file = recipe.train, recipe.train.preemption_file
-        return cls(
-            train.checkpoint_every_s,
-            train.checkpoint_every_steps,
-            None if file is None else Path(file).expanduser(),
-        )
-
-
 @dataclass(slots=True)
 class Fleet:
     """One group's members, from the first to the last."""
 
-    folder: Path
-    """Where `moment.json` lies."""
     group: Group
     bench: Bench
     view: LiveView
     has_room: Callable[[Sequence[Member], Member], bool]
     """Whether a member fits beside those that are in."""
-    saving: Saving
+    moments: Moments
+    preemption_file: Path | None = None
     rungs: Rungs | None = None
     on_done: Callable[[Member, Outcome], None] = lambda member, outcome: None
     """Told of each member at its end."""
@@ -84,8 +59,7 @@ class Fleet:
     _queue: deque[Member] = field(default_factory=deque)
     _parked: dict[str, Member] = field(default_factory=dict)
     _moment: dict[str, int] = field(default_factory=dict)
-    _saved: float = field(default_factory=time.monotonic)
-    _passes: int = 0
+    _is_stopping: bool = False
     _unspent: float = 0.0
     """Seconds of passes whose steps are not told yet."""
 
@@ -96,25 +70,24 @@ class Fleet:
         `tunefork train` does, and every one that is not at its end is "interrupted". Raises what is
         no member's own fault (a full disk, a lack of memory).
         """
-        if (file := self.folder / MOMENT).is_file():
-            self._moment = json.loads(file.read_text(encoding="utf-8"))
+        self._moment = self.moments.read()
         # Those that were in come first, in their order: the passes go on as they would have.
         place = {name: at for at, name in enumerate(self._moment)}
         self._queue.extend(sorted(members, key=lambda member: place.get(member.name, len(place))))
-        with Interrupt(self.saving.preemption_file) as interrupt:
+        with Interrupt(self.preemption_file) as interrupt:
             try:
                 while self._queue or self._seats:
                     self._admit()
                     if self._seats:
                         self._pass()
-                    if interrupt.requested:
+                    if interrupt.requested or self._is_stopping:
                         self._interrupt()
-                        break
+                        return self.outcomes
             except BaseException as error:
                 for seat in self._seats.values():
                     seat.stack.__exit__(type(error), error, error.__traceback__)
                 raise
-        (self.folder / MOMENT).unlink(missing_ok=True)
+        self.moments.clear()
         return self.outcomes
 
     def _admit(self) -> None:
@@ -136,7 +109,7 @@ class Fleet:
         at_most = self._moment.get(member.name)
         if self.rungs is not None and (passed := self.rungs.count(member.name)):
             at_most = max(at_most or 0, member.rungs[passed - 1])
-        seat = self.bench.seat(member, at_most=at_most)
+        seat = Seat.open(self.bench, member, at_most=at_most)
         try:
             self.group.add(member, seat.begin())
         except TuneforkError as error:
@@ -166,11 +139,7 @@ class Fleet:
         stepped = self.group.step()
         self.bench.meter.note()
         has_left = self._take(stepped, start)
-        self._passes += 1
-        every_s, every = self.saving.every_s, self.saving.every_passes
-        is_due = every_s is not None and time.monotonic() - self._saved >= every_s
-        is_due |= every is not None and self._passes % every == 0
-        if is_due or (has_left and self._is_small()):
+        if self.moments.is_due(has_left=has_left, state_bytes=self._state_bytes()):
             self._take(self.group.sync(), time.perf_counter())
             self._save()
         self.view.tick()
@@ -256,6 +225,9 @@ class Fleet:
         del self._seats[member.name]
         try:
             record = seat.finish(self.group)
+        except KeyboardInterrupt:  # its own state is saved; the others leave theirs
+            self._is_stopping = True
+            self._end(member, Outcome("interrupted", None))
         except TuneforkError as error:
             self._end(member, Outcome("failed", None, str(error)))
         else:
@@ -294,9 +266,7 @@ class Fleet:
         for seat in self._seats.values():
             seat.save(self.group)
         order = [name for name in self.group.order() if name in self._seats]
-        moment = {name: self._seats[name].progress.step for name in order}
-        write_atomically(self.folder / MOMENT, json.dumps(moment))
-        self._saved = time.monotonic()
+        self.moments.write({name: self._seats[name].progress.step for name in order})
 
-    def _is_small(self) -> bool:
-        return sum(seat.state_bytes for seat in self._seats.values()) <= _ALWAYS_SAVED_BYTES
+    def _state_bytes(self) -> int:
+        return sum(seat.state_bytes for seat in self._seats.values())

@@ -10,73 +10,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, Self
-
-from pydantic import Field
 
 from tunefork.errors import BadInputError, StoreError, TuneforkError
 from tunefork.model.fingerprint import identify
 from tunefork.model.load import load_tokenizer
-from tunefork.page.estimate import Count, Estimate, Part, Quantity
-from tunefork.recipe import Metric, Recipe
+from tunefork.page.estimate import Estimate
+from tunefork.recipe import Recipe
 from tunefork.registry.claim import held
 from tunefork.registry.provenance import now
-from tunefork.registry.run import read_json, write_atomically
+from tunefork.registry.run import write_atomically
 from tunefork.registry.store import Store
 from tunefork.sweep.bank import open_group
-from tunefork.sweep.fleet import Fleet, Outcome, Saving
+from tunefork.sweep.bench import Bench
+from tunefork.sweep.entries import Entry
+from tunefork.sweep.fleet import Fleet, Outcome
 from tunefork.sweep.group import Group, Member
 from tunefork.sweep.live import LiveView
-from tunefork.sweep.many_file import Entry, save_entries
+from tunefork.sweep.many_file import save_entries
+from tunefork.sweep.many_result import RESULT, EntryResult, ManyResult
 from tunefork.sweep.members import alone, refuse
+from tunefork.sweep.moments import Moments, preemption_file
 from tunefork.sweep.room import plan_room
-from tunefork.sweep.seat import Bench
 from tunefork.trial.check import check_recipe
 
-RESULT = "many.json"
 ENTRIES = "entries.json"
 """What was asked for, resolved: `--resume` goes on from it."""
-
-
-class EntryResult(Part):
-    """How one adapter ended."""
-
-    name: str
-    where: str
-    """file:line of its entry."""
-    status: Literal["ok", "failed", "interrupted"]
-    folder: str
-    """Its run folder, within that of all."""
-    num_steps: Count = 0
-    tokens: Count = 0
-    train_s: Quantity = 0.0
-    """Its share, by tokens, of the time of the passes it took part in."""
-    metrics: dict[Metric, Estimate] = Field(default_factory=dict)
-    published: str | None = None
-    """NAME:vN in the store."""
-    error: str | None = None
-    """Why it failed, or why it could not be published."""
-
-
-class ManyResult(Part):
-    """`many.json`: written anew whenever an adapter ends."""
-
-    schema_version: Literal[1] = 1
-    tunefork_version: str
-    created: str
-    """ISO 8601, UTC."""
-    entries: tuple[EntryResult, ...]
-    """In the order of the file; those that have not ended yet are missing."""
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether an adapter failed, or could not be published."""
-        return any(entry.error is not None for entry in self.entries)
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read `path`. Raises RunFolderError."""
-        return read_json(cls, path, "is not of this version of tunefork's train-many; remove it")
 
 
 def train_many(
@@ -108,12 +66,12 @@ def train_many(
         view = LiveView({m.name: m.num_steps for m in members}, every_s=first.train.log_every_s)
         with view:
             fleet = Fleet(
-                out,
                 make_group(room.recipe, members),
                 bench,
                 view,
                 room.has,
-                Saving.of(first),
+                Moments.of(out, first),
+                preemption_file(first),
                 on_done=ledger.ended,
             )
             outcomes = fleet.run(members)

@@ -13,55 +13,22 @@ Paths are relative to the file that they stand in. All adapters share one base a
 a pass over it runs (`SHARED`).
 """
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from tunefork.errors import RecipeError, StoreError, nearest
-from tunefork.recipe import Method, Recipe, SweepSection
+from tunefork.errors import RecipeError, nearest
+from tunefork.recipe import Recipe, SweepSection
 from tunefork.recipe_file import absolute, load, parse, read_fields
-from tunefork.registry.names import check_names
 from tunefork.registry.run import write_atomically
+from tunefork.sweep.entries import Entry, check_entries
 from tunefork.yaml_text import Loader
-
-SHARED = (
-    ("model",),
-    ("method",),
-    ("train", "precision"),
-    ("train", "activation_checkpointing"),
-    ("train", "compile"),
-    ("train", "deterministic"),
-    ("train", "packing"),
-    ("train", "micro_batch_tokens"),
-    ("train", "on_out_of_memory"),
-    ("train", "checkpoint_every_s"),
-    ("train", "checkpoint_every_steps"),
-    ("train", "preemption_file"),
-    ("train", "log_every_s"),
-)
-"""Fields that one pass over one base has one of."""
 
 _SECTIONS = [name for name in Recipe.model_fields if name not in ("model", "method", "sweep")]
 _OWN = ("name", "publish", "tags")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,79}")
-
-
-class Entry(BaseModel):
-    """One adapter to train."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    recipe: Recipe
-    where: str
-    """file:line, or the recipe file."""
-    publish: str | None = None
-    """The name in the store."""
-    tags: tuple[str, ...] = ()
 
 
 _ENTRIES = TypeAdapter(list[Entry])
@@ -89,9 +56,7 @@ def load_many(path: Path, prefix: str | None = None) -> list[Entry]:
             e if e.publish else e.model_copy(update={"publish": f"{prefix}/{e.name.lower()}"})
             for e in entries
         ]
-    errors = [*_repeated(entries), *_unshared(entries), *_unnamed(entries)]
-    if errors:
-        raise RecipeError("\n".join(errors))
+    check_entries(entries)
     return entries
 
 
@@ -202,58 +167,3 @@ def _lines(path: Path) -> list[int]:
         if key.value == "adapters":
             return [node.start_mark.line + 1 for node in value.value]
     return []
-
-
-def _repeated(entries: Sequence[Entry]) -> Iterator[str]:
-    seen: dict[str, str] = {}
-    published: dict[str, str] = {}
-    for entry in entries:
-        if entry.name in seen:
-            yield f"{entry.where}: name: {entry.name} is taken by {seen[entry.name]}"
-        seen.setdefault(entry.name, entry.where)
-        if entry.publish is not None:
-            if entry.publish in published:
-                taken = published[entry.publish]
-                yield f"{entry.where}: publish: {entry.publish} is taken by {taken}"
-            published.setdefault(entry.publish, entry.where)
-
-
-def _unshared(entries: Sequence[Entry]) -> Iterator[str]:
-    first = entries[0]
-    if first.recipe.method is Method.FULL:
-        yield (
-            f"{first.where}: method: full trains every weight of the base, which then cannot be "
-            "shared; use lora or qlora, or `tunefork train` for each"
-        )
-    for entry in entries[1:]:
-        for field in SHARED:
-            own, other = _at(entry.recipe, field), _at(first.recipe, field)
-            if own != other:
-                shown = [getattr(value, "id", value) for value in (own, other)]
-                yield (
-                    f"{entry.where}: {'.'.join(field)}: {shown[0]}, but {first.where} has "
-                    f"{shown[1]}; adapters that train together have one"
-                )
-
-
-def _unnamed(entries: Sequence[Entry]) -> Iterator[str]:
-    for entry in entries:
-        if not _NAME.fullmatch(entry.name):
-            yield (
-                f"{entry.where}: name: must be 1 to 80 of letters, digits, '.', '_', '+' and '-', "
-                "beginning with a letter or digit: it becomes a folder"
-            )
-        if entry.publish is not None:
-            try:
-                check_names(entry.publish, entry.tags)
-            except StoreError as error:
-                yield f"{entry.where}: publish: {error}"
-        elif entry.tags:
-            yield f"{entry.where}: tags: belong to a version in the store; give publish too"
-
-
-def _at(recipe: Recipe, field: tuple[str, ...]) -> Any:
-    value: Any = recipe
-    for name in field:
-        value = getattr(value, name)
-    return value

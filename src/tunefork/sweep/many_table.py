@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tunefork.page.units import METRIC_NAMES, figure_text, seconds_text
-from tunefork.sweep.many import ManyResult
+from tunefork.sweep.many_result import ManyResult
 
 
 def print_many(result: ManyResult, folder: Path, console: Console | None = None) -> None:

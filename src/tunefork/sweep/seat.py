@@ -5,160 +5,29 @@ All of it is what one run of `tunefork train` has (`trial/`); only the passes ar
 
 import math
 import shutil
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
-
-import torch
+from typing import Self
 
 from tunefork.evaluate.evaluate import evaluate, pad_id, save_columns
 from tunefork.evaluate.loss import loss_columns
 from tunefork.evaluate.statistics import Columns
-from tunefork.model.device import forget_peak, peak_bytes, pick_device, process_bytes
-from tunefork.model.identity import Identity
 from tunefork.registry.claim import Claim, claimed
 from tunefork.registry.run import RunRecord, read_record
+from tunefork.sweep.bench import Bench
 from tunefork.sweep.group import Group, Member
 from tunefork.sweep.halving import mean_loss
-from tunefork.sweep.leave import shell
 from tunefork.train.checkpoints import FOLDER as CHECKPOINTS
 from tunefork.train.checkpoints import Checkpoints, Found
 from tunefork.train.events import Validated
-from tunefork.train.loop import StepRecord, TrainResult
-from tunefork.train.method import open_checkpoints
-from tunefork.train.state import WEIGHTS, Progress, State
-from tunefork.trial.artifact import save
+from tunefork.train.loop import StepRecord
+from tunefork.train.state import Progress, State
 from tunefork.trial.following import Following, following
-from tunefork.trial.record import begin_record, check_base, finish
+from tunefork.trial.record import check_base, finish
 from tunefork.trial.training import may_begin, record_failure
 
 VALIDATION = "validation.npz"
 """One value a validation example, at the last validation."""
-
-
-@dataclass(slots=True)
-class PeakMeter:
-    """The most memory that passes took; what evaluates between them does not count."""
-
-    device: torch.device
-    bytes: int = 0
-
-    def note(self) -> None:
-        """A pass is over."""
-        self.bytes = max(self.bytes, peak_bytes(self.device))
-
-    def forget(self) -> None:
-        """Something else took memory since."""
-        forget_peak(self.device)
-
-
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """What all members of a fleet share beside the base."""
-
-    identity: Identity
-    """Of the base."""
-    tokenizer: Any
-    device: torch.device
-    say: Callable[[str], None]
-    meter: PeakMeter
-
-    @classmethod
-    def of(cls, identity: Identity, tokenizer: Any, say: Callable[[str], None]) -> Self:
-        """On this machine."""
-        device = pick_device()
-        return cls(identity, tokenizer, device, say, PeakMeter(device))
-
-    def done(self, member: Member) -> RunRecord | None:
-        """The record of a member that was trained and evaluated before.
-
-        Raises IdentityError where the base has changed since.
-        """
-        record = read_record(member.folder)
-        if record is None or record.status != "ok":
-            return None
-        check_base(record, self.identity, member.folder)
-        return record
-
-    def seat(self, member: Member, *, at_most: int | None) -> "Seat":
-        """A member about to train, from its newest checkpoint (of at most so many steps) on."""
-        recipe, rate = member.recipe, member.learning_rate
-        stack = ExitStack()
-        try:
-            claim = Claim(verb="train", data_sha256=member.data.fingerprint())
-            stack.enter_context(claimed(member.folder, recipe, claim))
-            told = stack.enter_context(following(member.folder, self._say_of(member)))
-            checkpoints = self.checkpoints(member)
-            checkpoints.on_written = told.on_written
-            stack.enter_context(checkpoints)
-            start = checkpoints.newest(at_most)
-            record = read_record(member.folder)
-            if record is not None:
-                check_base(record, self.identity, member.folder)
-            may_begin(member.folder, start, told.say)
-            told.begin_training(
-                member.folder,
-                recipe,
-                recipe.method,
-                seed=recipe.train.seed,
-                learning_rate=rate,
-                start=start,
-            )
-        except BaseException:
-            stack.close()
-            raise
-        return Seat(member, self, stack, told, checkpoints, start)
-
-    def checkpoints(self, member: Member) -> Checkpoints:
-        """A member's own, as those of a run of it alone."""
-        return open_checkpoints(
-            member.folder / CHECKPOINTS,
-            member.examples,
-            member.settled,
-            member.recipe.method,
-            base_sha256=self.identity.of_model(),
-            learning_rate=member.learning_rate,
-            seed=member.recipe.train.seed,
-            device=self.device,
-            say=self._say_of(member),
-        )
-
-    def leave(self, member: Member, state: State, status: str) -> RunRecord:
-        """Save what a member has learnt: its artefact and its record."""
-        recipe, done = member.settled, state.progress
-        result = TrainResult(
-            status="ok" if status == "ok" else "interrupted",
-            steps=[],
-            is_asked_to_stop=False,
-            num_steps=done.step,
-            kept_step=done.step,
-            validation_loss=done.best_loss,
-            tokens=done.tokens,
-            supervised_tokens=done.supervised_tokens,
-            seconds=max(done.seconds, 1e-9),
-            peak_memory_bytes=self.meter.bytes,
-            process_bytes=process_bytes(self.device),
-        )
-        record = begin_record(
-            recipe,
-            recipe.method,
-            self.identity,
-            seed=recipe.train.seed,
-            learning_rate=member.learning_rate,
-            result=result,
-        )
-        weights = {
-            name.removeprefix(WEIGHTS): value
-            for name, value in state.tensors.items()
-            if name.startswith(WEIGHTS)
-        }
-        model = shell(recipe, weights)
-        sha256 = member.data.fingerprint()
-        return save(model, self.tokenizer, recipe, record, member.folder, sha256)
-
-    def _say_of(self, member: Member) -> Callable[[str], None]:
-        return lambda line: self.say(f"{member.name}: {line}")
 
 
 @dataclass(slots=True)
@@ -178,6 +47,36 @@ class Seat:
     def __post_init__(self) -> None:
         if self.start is not None:
             self.progress = self.start.facts.progress()
+
+    @classmethod
+    def open(cls, bench: Bench, member: Member, *, at_most: int | None) -> Self:
+        """A member about to train, from its newest checkpoint (of at most so many steps) on."""
+        recipe, rate = member.recipe, member.learning_rate
+        stack = ExitStack()
+        try:
+            claim = Claim(verb="train", data_sha256=member.data.fingerprint())
+            stack.enter_context(claimed(member.folder, recipe, claim))
+            told = stack.enter_context(following(member.folder, bench.say_of(member)))
+            checkpoints = bench.checkpoints(member)
+            checkpoints.on_written = told.on_written
+            stack.enter_context(checkpoints)
+            start = checkpoints.newest(at_most)
+            record = read_record(member.folder)
+            if record is not None:
+                check_base(record, bench.identity, member.folder)
+            may_begin(member.folder, start, told.say)
+            told.begin_training(
+                member.folder,
+                recipe,
+                recipe.method,
+                seed=recipe.train.seed,
+                learning_rate=rate,
+                start=start,
+            )
+        except BaseException:
+            stack.close()
+            raise
+        return cls(member, bench, stack, told, checkpoints, start)
 
     def begin(self) -> State | None:
         """Training begins; returns the state to go on from."""

@@ -20,16 +20,17 @@ from tunefork.registry.claim import Claim, claimed
 from tunefork.registry.run import read_record
 from tunefork.sweep.assemble import assemble
 from tunefork.sweep.bank import open_group
-from tunefork.sweep.fleet import Fleet, Outcome, Saving
+from tunefork.sweep.bench import Bench
+from tunefork.sweep.fleet import Fleet, Outcome
 from tunefork.sweep.group import Group, Member
 from tunefork.sweep.live import LiveView
 from tunefork.sweep.members import Shelf, members_of, refuse
+from tunefork.sweep.moments import Moments, preemption_file
 from tunefork.sweep.report import write_report
 from tunefork.sweep.result import RESULT, SweepResult
 from tunefork.sweep.room import Room, plan_room
 from tunefork.sweep.rungs import FOLDER as RUNGS
 from tunefork.sweep.rungs import Rungs
-from tunefork.sweep.seat import Bench
 from tunefork.sweep.variants import Variant, variants
 from tunefork.trial.check import check_recipe, check_servers
 from tunefork.trial.record import check_base
@@ -139,12 +140,12 @@ def _train(
     view = LiveView({m.name: m.num_steps for m in settled}, every_s=recipe.train.log_every_s)
     with view:
         fleet = Fleet(
-            out,
             make_group(room.recipe, settled),
             bench,
             view,
             room.has,
-            Saving.of(recipe),
+            Moments.of(out, recipe),
+            preemption_file(recipe),
             rungs,
         )
         outcomes = fleet.run(settled)
