@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tests.page.parser import Page
 from tests.sweep.fabricated import JUDGE, RATES, runs
@@ -76,7 +77,7 @@ def test_the_page_and_the_markdown_say_the_same(capsys: pytest.CaptureFixture[st
     result = fabricate()
     page = Page(report_html(result)).text.replace("\N{NO-BREAK SPACE}", " ")
     markdown = sweep_markdown(result, "tunefork sweep x.yaml")
-    print_sweep(result, None)
+    print_sweep(result, None, Console(width=200))
     said = capsys.readouterr().out
     for words in (
         "Recommended: rank 16 (r16-lr0.001)",
@@ -87,8 +88,16 @@ def test_the_page_and_the_markdown_say_the_same(capsys: pytest.CaptureFixture[st
     ):
         assert words in page and words in markdown and words in said, words
     assert "    tunefork sweep x.yaml" in markdown
-    rows = [line for line in markdown.splitlines() if line.startswith("| 1 |")]
-    assert len(rows) == 1 and "r16-lr0.001" in rows[0] and "chosen" in rows[0]
+    rows = [line for line in markdown.splitlines() if line.startswith("| 1 | r16")]
+    assert len(rows) == 1 and "| r16-lr0.001 |" in rows[0] and "| chosen |" in rows[0]
+
+
+def test_a_narrow_terminal_goes_without_some_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    print_sweep(fabricate(), None, Console(width=100))
+    table = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert "against the chosen" in table[0] and "parameters" not in table[0]
+    assert len(table) == 6  # a line a configuration, the head, the base
+    assert "r16-lr0.001" in table[1] and "1.0" in table[1]
 
 
 def test_figures_of_ranks_costs_and_rates_are_there() -> None:

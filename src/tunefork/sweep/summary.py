@@ -47,7 +47,7 @@ def rank_sentence(effect: RankEffect, metric: Metric, margin: float) -> str:
     name = METRIC_NAMES[metric]
     said = (
         f"each at its own best setting, rank {effect.best} (lowest validation loss) against rank "
-        f"{effect.worst} (highest): {gain_text(metric, effect.spread)} of {name}"
+        f"{effect.worst} (highest): {gain_text(metric, effect.spread)} of {name}, above 0 is better"
     )
     if effect.is_within_margin:
         verdict = f"Rank did not matter within the margin of {difference_text(metric, margin)}"

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from tunefork.page.units import METRIC_NAMES, count_text, figure_text, gain_text, seconds_text
@@ -116,8 +117,28 @@ def print_sweep(result: SweepResult, report: Path | None, console: Console | Non
         console.print(f"Report: {report}", highlight=False, markup=False)
 
 
+_DISPENSABLE = ("loss", "exact match", "ROUGE-L", "seeds", "forgetting", "time", "parameters")
+"""Columns that a narrow terminal goes without, the first first; the page has them."""
+
+
 def _print(console: Console, heads: list[str], rows: Rows) -> None:
-    table = Table(*heads, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
+    left_out = [at for name in _DISPENSABLE for at, head in enumerate(heads) if head == name]
+    shown = list(range(len(heads)))
+    table = _table(heads, rows, shown)
+    unbounded = console.options.update(max_width=10_000)
+    while left_out and Measurement.get(console, unbounded, table).maximum > console.width:
+        if (at := left_out.pop(0)) != _PRIMARY:
+            shown.remove(at)
+        table = _table(heads, rows, shown)
     console.print(table, highlight=False, markup=False)
+
+
+_PRIMARY = 3
+"""Column of the metric that decides."""
+
+
+def _table(heads: list[str], rows: Rows, shown: list[int]) -> Table:
+    table = Table(*(heads[at] for at in shown), box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(row[at] for at in shown))
+    return table
