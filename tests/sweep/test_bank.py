@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from tunefork.recipe import Recipe
 from tunefork.recipe_file import load
 from tunefork.registry.run import read_record
 from tunefork.sweep.bank import BankGroup
-from tunefork.sweep.group import Stepped
 from tunefork.sweep.result import SweepResult
+from tunefork.sweep.seat import Seat
 from tunefork.sweep.sweep import sweep
 from tunefork.trial.trial import train_run
 
@@ -67,25 +68,33 @@ def test_variants_that_come_and_go_end_as_alone(
             assert (ours - theirs[name]).norm() <= 1e-4 * theirs[name].norm(), name
 
 
+@pytest.mark.parametrize("amidst_saving", [False, True])
 def test_killed_a_group_goes_on_bit_for_bit(
-    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amidst_saving: bool
 ) -> None:
+    """Also where some have saved a later step than others: `moment.json` says which go together."""
     recipe = make_recipe(
         train={"max_steps": 4, "batch_size": 2, "epochs": 4, "checkpoint_every_steps": 1},
         lora={"dropout": 0.1},
-        sweep={"rank": [2, 5, 3], "seed": [0, 1], "validation_share": 0.3},
+        sweep={"rank": [2, 5, 3], "validation_share": 0.3},
     )
     _sweep(recipe, tmp_path / "whole")
-    step, passes = BankGroup.step, list[int]()
+    calls = list[int]()
 
-    def dying(self: BankGroup) -> list[Stepped]:
-        passes.append(1)
-        if len(passes) == 3:
-            raise SystemExit
-        return step(self)
+    def dying(method: Callable[..., Any], at: int) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            calls.append(1)
+            if len(calls) == at:
+                raise SystemExit
+            return method(*arguments)
+
+        return call
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(BankGroup, "step", dying)
+        if amidst_saving:  # of the second moment, after two of three
+            patched.setattr(Seat, "save", dying(Seat.save, 6))
+        else:
+            patched.setattr(BankGroup, "step", dying(BankGroup.step, 3))
         _sweep(recipe, tmp_path / "killed")
     result = _sweep(recipe, tmp_path / "killed")
     for variant in result.variants:

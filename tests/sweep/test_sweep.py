@@ -58,8 +58,12 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_each_variant_is_a_run_as_train_would_leave_it(make: Make, tmp_path: Path) -> None:
-    result = _sweep(make(evaluate={"forgetting": "general"}), tmp_path / "sweep")
+    (tmp_path / "general.txt").write_text("\n\n".join(f"It was said {n} times." for n in range(12)))
+    recipe = make(evaluate={"forgetting": str(tmp_path / "general.txt")})
+    result = _sweep(recipe, tmp_path / "sweep")
     assert [v.status for v in result.variants] == ["ok"] * 4
+    assert all(v.forgetting is not None and v.forgetting.value for v in result.variants)
+    assert all(c.forgetting is not None for c in result.configurations)
     folder = tmp_path / "sweep" / "variants" / "r4-lr1e-3"
     alone = train_run(load(folder / "recipe.yaml"), tmp_path / "alone", say=lambda line: None)
     record = read_record(folder)
