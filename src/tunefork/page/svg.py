@@ -13,16 +13,18 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from tunefork.compare.comparison import Trained
-
 INK, QUIET, RULE, BAND = "#010101", "#020202", "#030303", "#040404"
-COLOURS: dict[Trained, str] = {"lora": "#050505", "qlora": "#060606", "full": "#070707"}
+COLOURS = {"lora": "#050505", "qlora": "#060606", "full": "#070707"}
+"""Of the methods."""
+SERIES = ("#080808", "#090909", "#0a0a0a", "#0b0b0b", "#0c0c0c", "#0d0d0d")
+"""Of an ordered series (the ranks of a sweep), from low to high."""
 VARIABLES = {
     INK: "var(--ink)",
     QUIET: "var(--quiet)",
     RULE: "var(--rule)",
     BAND: "var(--band)",
     **{colour: f"var(--{arm})" for arm, colour in COLOURS.items()},
+    **{colour: f"var(--series-{at})" for at, colour in enumerate(SERIES, start=1)},
 }
 """Placeholder colour -> the page's variable."""
 

@@ -11,17 +11,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tunefork.compare.artifact import save
-from tunefork.compare.check import check_recipe, check_tokens
-from tunefork.compare.following import Following, following
-from tunefork.compare.record import (
-    begin_record,
-    check_base,
-    finish,
-    metric_intervals,
-    with_prediction,
-)
-from tunefork.compare.training import failure_recorded, held_back, train
 from tunefork.data.example import Encoded
 from tunefork.data.loader import load_data
 from tunefork.evaluate.evaluate import (
@@ -49,6 +38,17 @@ from tunefork.train.checkpoints import FOLDER as CHECKPOINTS
 from tunefork.train.out_of_memory import Remedies, phase
 from tunefork.train.precision import settle_precision
 from tunefork.train.precision_choice import PrecisionChoice
+from tunefork.trial.artifact import save
+from tunefork.trial.check import check_recipe, check_tokens
+from tunefork.trial.following import Following, following
+from tunefork.trial.record import (
+    begin_record,
+    check_base,
+    finish,
+    metric_intervals,
+    with_prediction,
+)
+from tunefork.trial.training import failure_recorded, held_back, train
 
 
 def train_run(

@@ -5,9 +5,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tunefork.compare.artifact import write_artifact
-from tunefork.compare.following import Following, failure
-from tunefork.compare.record import begin_record
 from tunefork.data.example import Encoded
 from tunefork.data.loader import Data, validation_split
 from tunefork.errors import BadInputError, RunFolderError
@@ -20,6 +17,7 @@ from tunefork.model.identity import Identity
 from tunefork.recipe import Method, Recipe
 from tunefork.registry.run import (
     RECORD,
+    RunRecord,
     folder_bytes,
     read_record,
     write_record,
@@ -38,6 +36,9 @@ from tunefork.train.out_of_memory import Remedies, phase
 from tunefork.train.progress import TrainProgress
 from tunefork.train.rehearsal import Rehearsal, Stage
 from tunefork.train.state import Progress
+from tunefork.trial.artifact import write_artifact
+from tunefork.trial.following import Following, failure
+from tunefork.trial.record import begin_record
 
 
 @contextmanager
@@ -59,17 +60,35 @@ def failure_recorded(
     except BadInputError:
         raise
     except Exception as error:
-        steps = read_steps(folder / EVENTS)
-        record = begin_record(recipe, method, identity, seed=seed, learning_rate=learning_rate)
-        failed = {
-            "status": "failed",
-            "error": failure(error),
-            "num_steps": steps[-1].step if steps else 0,
-            "tokens": steps[-1].tokens if steps else 0,
-        }
-        with suppress(OSError):  # a full disk: events.jsonl and the exit status say it
-            write_record(folder, record.model_copy(update=failed))
+        record_failure(
+            error, recipe, method, identity, folder, seed=seed, learning_rate=learning_rate
+        )
         raise
+
+
+def record_failure(
+    error: Exception,
+    recipe: Recipe,
+    method: Method,
+    identity: Identity,
+    folder: Path,
+    *,
+    seed: int,
+    learning_rate: float,
+) -> RunRecord:
+    """Say in run.json, and in the record returned, that `error` ended the training."""
+    steps = read_steps(folder / EVENTS)
+    record = begin_record(recipe, method, identity, seed=seed, learning_rate=learning_rate)
+    failed = {
+        "status": "failed",
+        "error": failure(error),
+        "num_steps": steps[-1].step if steps else 0,
+        "tokens": steps[-1].tokens if steps else 0,
+    }
+    record = record.model_copy(update=failed)
+    with suppress(OSError):  # a full disk: events.jsonl and the exit status say it
+        write_record(folder, record)
+    return record
 
 
 def train(
@@ -101,7 +120,7 @@ def train(
     )
     checkpoints.on_written = told.on_written
     start = checkpoints.newest()
-    _may_begin(folder, start, told.say)
+    may_begin(folder, start, told.say)
     told.begin_training(folder, recipe, method, seed=seed, learning_rate=learning_rate, start=start)
     with phase("load", Remedies.of(recipe, method)):
         model = load_for_training(
@@ -151,7 +170,7 @@ def held_back(data: Data, recipe: Recipe) -> tuple[list[Encoded], list[Encoded]]
     return validation_split(
         data.train,
         recipe.train.validation_share,
-        recipe.train.seed,
+        recipe.data_seed,
         "leave train.validate_every_steps out",
     )
 
@@ -186,7 +205,7 @@ def _state_bytes_a_value(recipe: Recipe, method: Method, weight_bytes: int) -> i
     return weight_bytes + moments + (4 if has_copy else 0)
 
 
-def _may_begin(folder: Path, start: Found | None, say: Callable[[str], None]) -> None:
+def may_begin(folder: Path, start: Found | None, say: Callable[[str], None]) -> None:
     """Say what is gone on with; raise RunFolderError rather than train over what was learnt."""
     record = read_record(folder)
     if start is not None:

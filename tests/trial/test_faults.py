@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.compare.conftest import rows
-from tunefork.compare.trial import train_run
+from tests.recipes import rows
 from tunefork.errors import DivergedError, NoMemoryError, NoRoomError, RunFolderError
 from tunefork.model.load import load_model
 from tunefork.recipe import Method, Recipe
@@ -24,6 +23,7 @@ from tunefork.train.events import (
     read_events,
     read_steps,
 )
+from tunefork.trial.trial import train_run
 
 Make = Callable[..., Recipe]
 SECRET = "confidential"

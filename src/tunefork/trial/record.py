@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-from tunefork.compare.artifact import write_run_card
 from tunefork.evaluate.evaluate import Evaluation, save_columns
 from tunefork.evaluate.statistics import estimate
 from tunefork.model.device import describe, pick_device
@@ -17,6 +16,7 @@ from tunefork.registry.provenance import now, read_provenance, versions, write_p
 from tunefork.registry.run import COLUMNS, RunRecord, write_record
 from tunefork.train.loop import TrainResult
 from tunefork.train.precision_choice import PrecisionChoice
+from tunefork.trial.artifact import write_run_card
 
 
 def check_base(record: RunRecord, found: Identity, folder: Path) -> None:

@@ -61,7 +61,7 @@ def check_recipe(
 def _check_method(skeleton: PreTrainedModel, recipe: Recipe, method: Method) -> None:
     check_method(skeleton, method, recipe.lora, adds_tokens=bool(recipe.model.add_tokens))
     if method is not Method.FULL:
-        _check_servers(recipe)
+        check_servers(recipe)
     if method is not Method.FULL or recipe.full.weights != "bf16":
         return
     precision = recipe.train.precision
@@ -73,7 +73,7 @@ def _check_method(skeleton: PreTrainedModel, recipe: Recipe, method: Method) -> 
         )
 
 
-def _check_servers(recipe: Recipe) -> None:
+def check_servers(recipe: Recipe) -> None:
     """Raise RecipeError where a server of `lora.serve_with` would not take the adapter."""
     for name in recipe.lora.serve_with:
         if found := servers.complaints(adapter_settings(recipe.lora), name):

@@ -4,7 +4,7 @@ Sizes are decimal (1 GB = 10^9 bytes). Scores that are shares are written in per
 differences in points, so that "1 % below" cannot be read in two ways.
 """
 
-from tunefork.compare.comparison import Estimate
+from tunefork.page.estimate import Estimate
 from tunefork.recipe import Metric
 
 METRIC_NAMES: dict[Metric, str] = {
@@ -103,6 +103,12 @@ def difference_number(metric: Metric, value: float, *, signed: bool = False) -> 
     if metric in SHARES:
         return f"{100 * value:{sign}.1f}"
     return f"{value:{sign}.{_DECIMALS[metric]}f}" if abs(value) < 1000 else f"{value:{sign}.4g}"
+
+
+def gain_text(metric: Metric, gain: Estimate) -> str:
+    """A difference with its interval: `+1.2 points (+0.3 to +2.1)`"""
+    low, high = (difference_number(metric, x, signed=True) for x in (gain.low, gain.high))
+    return f"{difference_text(metric, gain.value, signed=True)} ({low} to {high})"
 
 
 def sentence(text: str) -> str:

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-import tunefork.compare.artifact as artifact
-import tunefork.compare.training as training
-import tunefork.compare.trial as trial
+import tunefork.trial.artifact as artifact
+import tunefork.trial.training as training
+import tunefork.trial.trial as trial
 from tests.folders import save_model
-from tunefork.compare.trial import run_trial, train_run
 from tunefork.errors import IdentityError, ModelError, RunFolderError, TuneforkError
 from tunefork.model.fingerprint import identify
 from tunefork.recipe import Method, Recipe
@@ -27,6 +26,7 @@ from tunefork.registry.run import ADAPTER, COLUMNS, read_record
 from tunefork.train.events import EVENTS, read_steps
 from tunefork.train.loop import StepRecord
 from tunefork.train.progress import TrainProgress
+from tunefork.trial.trial import run_trial, train_run
 
 Make = Callable[..., Recipe]
 

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, OPTCon
 
 from tests.folders import save_model, save_tokenizer
 from tests.tiny import CONFIGS
-from tunefork.compare.check import check_recipe
-from tunefork.compare.trial import train_run
 from tunefork.errors import BadInputError, ModelError, RecipeError
 from tunefork.recipe import Method, Recipe
+from tunefork.trial.check import check_recipe
+from tunefork.trial.trial import train_run
 
 Make = Callable[..., Recipe]
 SIZE: dict[str, Any] = {
@@ -45,8 +45,8 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("tunefork.compare.training.load_for_training", fail)
-    monkeypatch.setattr("tunefork.compare.trial.load_model", fail)
+    monkeypatch.setattr("tunefork.trial.training.load_for_training", fail)
+    monkeypatch.setattr("tunefork.trial.trial.load_model", fail)
 
 
 def test_a_sound_recipe_has_no_warnings(make_recipe: Make) -> None:
@@ -94,7 +94,7 @@ def test_bf16_weights_need_bf16_precision(
     assert _check(recipe, Method.LORA) == []
     assert _check(make_recipe(full={"weights": "bf16"}, train={"precision": "bf16"})) == []
     recipe = make_recipe(full={"weights": "bf16"}, train={"precision": "auto"})
-    monkeypatch.setattr("tunefork.compare.check.pick_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr("tunefork.trial.check.pick_dtype", lambda *_: torch.float32)
     with pytest.raises(RecipeError, match=r"precision: auto, which is fp32 on this machine"):
         _check(recipe, Method.FULL)
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 
-from tunefork.compare.trial import train_run
 from tunefork.errors import ModelError
 from tunefork.model.load import load_config, load_model, load_tokenizer
 from tunefork.model.tokens import TokenHead
@@ -20,6 +19,7 @@ from tunefork.registry.opening import open_model
 from tunefork.train.adamw_lora import LoraAdamW
 from tunefork.train.method import load_for_training, make_optimizer
 from tunefork.train.optim import ShadowAdamW
+from tunefork.trial.trial import train_run
 
 Make = Callable[..., Recipe]
 CPU = torch.device("cpu")

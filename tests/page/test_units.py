@@ -1,7 +1,7 @@
 import pytest
 
-from tunefork.compare.comparison import Estimate
-from tunefork.compare.units import (
+from tunefork.page.estimate import Estimate
+from tunefork.page.units import (
     bytes_text,
     count_text,
     difference_text,
