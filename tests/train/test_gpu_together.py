@@ -52,7 +52,7 @@ def test_grouped_products_are_the_definitions() -> None:
     x, a, b = (t.requires_grad_() for t in _operands())
     slots = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS) * 8).cuda()
     dy = torch.randn(len(x), OUT, device="cuda").bfloat16()
-    found = []
+    found: list[list[Tensor]] = []
     for is_ours in (True, False):
         x.grad = a.grad = b.grad = None
         if is_ours:
