@@ -53,37 +53,43 @@ class _AddSegments(torch.autograd.Function):
         bounds: Bounds,
         scales: tuple[float, ...],
     ) -> Tensor:
-        parts = []
+        parts, saved = [], []
         for (first, last), (start, end), scale in zip(bounds, spans(ranks), scales, strict=True):
             if first == last or start == end:
                 continue
-            u = x_sd[first:last] @ rows_a_qd[start:end].to(x_sd.dtype).t()
-            y_so[first:last].addmm_(u, rows_b_qo[start:end].to(x_sd.dtype), alpha=scale)
-            parts.append((first, last, start, end, scale, u))
+            a, b = rows_a_qd[start:end].to(x_sd.dtype), rows_b_qo[start:end].to(x_sd.dtype)
+            u = x_sd[first:last] @ a.t()
+            y_so[first:last].addmm_(u, b, alpha=scale)
+            parts.append((first, last, start, end, scale))
+            saved += [a, b, u]
         ctx.mark_dirty(y_so)
-        ctx.save_for_backward(x_sd, rows_a_qd, rows_b_qo, *(part[-1] for part in parts))
-        ctx.parts = [part[:-1] for part in parts]
+        ctx.save_for_backward(x_sd, *saved)
+        ctx.parts = parts
+        ctx.rows = [(rows.shape, rows.dtype) for rows in (rows_a_qd, rows_b_qo)]
         return y_so
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_so: Tensor) -> tuple[Tensor | None, ...]:
-        x_sd, rows_a_qd, rows_b_qo, *us = ctx.saved_tensors
-        needs_x, needs_rows = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+        x_sd, *saved = ctx.saved_tensors
+        has_x, has_rows = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
         # Zero where a slot has no tokens or no rows here.
-        dx_sd = torch.zeros_like(x_sd) if needs_x else None
-        da_qd = torch.zeros_like(rows_a_qd) if needs_rows else None
-        db_qo = torch.zeros_like(rows_b_qo) if needs_rows else None
-        for (first, last, start, end, scale), u in zip(ctx.parts, us, strict=True):
+        tokens = sum(last - first for first, last, *_ in ctx.parts)
+        rows = sum(end - start for _, _, start, end, _ in ctx.parts)
+        new = torch.empty if rows == ctx.rows[0][0][0] else torch.zeros
+        da_qd, db_qo = (new(shape, dtype=kind, device=x_sd.device) for shape, kind in ctx.rows)
+        dx_sd = torch.empty_like(x_sd) if tokens == len(x_sd) else torch.zeros_like(x_sd)
+        for at, (first, last, start, end, scale) in enumerate(ctx.parts):
+            a, b, u = saved[3 * at : 3 * at + 3]
             dy = dy_so[first:last]
-            du = (dy @ rows_b_qo[start:end].to(x_sd.dtype).t()).mul_(scale)
-            if da_qd is not None and db_qo is not None:
+            du = (dy @ b.t()).mul_(scale)
+            if has_rows:
                 da_qd[start:end] = du.t() @ x_sd[first:last]
-                db_qo[start:end] = u.t() @ dy
-                db_qo[start:end].mul_(scale)
-            if dx_sd is not None:
-                torch.mm(du, rows_a_qd[start:end].to(x_sd.dtype), out=dx_sd[first:last])
-        return dy_so, dx_sd, da_qd, db_qo, None, None, None
+                db_qo[start:end] = (u * scale).t() @ dy
+            if has_x:
+                torch.mm(du, a, out=dx_sd[first:last])
+        gradients = (da_qd, db_qo) if has_rows else (None, None)
+        return dy_so, dx_sd if has_x else None, *gradients, None, None, None
 
 
 def add_segments(
