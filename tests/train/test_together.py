@@ -22,6 +22,7 @@ from tests.train.groups import (
 from tests.train.test_loss import examples
 from tunefork.data.example import Encoded
 from tunefork.data.pack import pack
+from tunefork.errors import NoMemoryError
 from tunefork.model.attention import NAME, register
 from tunefork.model.bank import BankAdapter, add_bank
 from tunefork.model.build import build
@@ -29,7 +30,7 @@ from tunefork.model.head import find_head
 from tunefork.recipe import Method
 from tunefork.train.loss import token_losses
 from tunefork.train.member import MemberDone, MemberFailed
-from tunefork.train.runner import Runner
+from tunefork.train.runner import Laid, Runner
 from tunefork.train.state import State, restore_weights
 from tunefork.train.together import Group
 from tunefork.train.together_losses import group_losses
@@ -241,3 +242,34 @@ def _in_segments() -> PreTrainedModel:
     model = base()
     model.set_attn_implementation(NAME)
     return model
+
+
+class _Cramped(Runner):
+    """Has room for passes of 50 tokens, and spoils the gradients of larger ones."""
+
+    def loss(self, laid: Laid, supervised: int | torch.Tensor, where: str) -> torch.Tensor:
+        if laid.batch.input_ids.numel() > 50:
+            for parameter in self.trained:
+                assert parameter.grad is not None
+                parameter.grad.fill_(7.0)
+            raise NoMemoryError(where)
+        return super().loss(laid, supervised, where)
+
+
+def test_a_step_without_memory_is_taken_again_in_smaller_passes() -> None:
+    chosen = members(3, (0, 3))
+    expected = group_of(chosen)
+    run(expected)
+    for wish in ("shrink", "error"):
+        bank = add_bank(base(), [BankAdapter(m.lora, m.seed) for m in chosen])
+        runner = _Cramped(bank.model, find_head(bank.model), bank=bank)
+        settings = replace(SETTINGS, on_out_of_memory=wish)
+        group = Group(bank, chosen, settings, runner=runner)
+        if wish == "error":
+            with pytest.raises(NoMemoryError, match="group's pass"):
+                run(group)
+            return
+        run(group)
+        assert group.limit <= 50 < SETTINGS.micro_batch_tokens
+        for one in chosen:
+            assert distance(group.state(one.name), expected.state(one.name)) < 1e-4

@@ -112,6 +112,7 @@ def prepare(
     is_compiled = compiles(recipe.train.compile, model.device.type, num_steps)
     if bank is not None:
         is_compiled &= bank.is_fused  # the loop over segments knows their ends
+    if bank is not None and is_compiled:
         # Even and uneven segments, a bank that was cut anew: more forms than one adapter has.
         torch._dynamo.config.recompile_limit = _BANK_FORMS
     prepare_layers(model, checkpointing, compiles=is_compiled)
