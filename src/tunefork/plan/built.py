@@ -18,7 +18,7 @@ from tunefork.model.head import Head
 from tunefork.model.linear import Nf4Linear
 from tunefork.model.tokens import TokenHead
 from tunefork.plan.attention import NAME
-from tunefork.plan.compiled import takes_segments
+from tunefork.plan.capture import takes_segments
 from tunefork.plan.optimizer import state_bytes
 from tunefork.plan.shape import on_meta
 from tunefork.recipe import Checkpointing, FullSection, LoraSection, Method

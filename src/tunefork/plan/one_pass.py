@@ -14,7 +14,8 @@ from tunefork.kernels.compiled import standing_for_gpu
 from tunefork.model.layers import decoder_layers, prepare_layers
 from tunefork.plan.attention import Setting, install
 from tunefork.plan.built import Build, Built, built, weights
-from tunefork.plan.compiled import EmptyShelf, Layer, Replay
+from tunefork.plan.capture import Layer
+from tunefork.plan.compiled import EmptyShelf, Replay
 from tunefork.plan.optimizer import Update, keeps_gradients, update
 from tunefork.plan.passes import Shape, batch_of
 from tunefork.plan.schema import Part

@@ -9,7 +9,7 @@ from typing import Any
 
 from tunefork.plan.attention import Setting, install
 from tunefork.plan.built import Build, built
-from tunefork.plan.compiled import Layer, capture
+from tunefork.plan.capture import Layer, capture
 from tunefork.plan.one_pass import Step, trace_pass
 from tunefork.plan.optimizer import Update, state_bytes, update
 from tunefork.plan.passes import Shape
