@@ -36,7 +36,7 @@ def fastest_that_fits(case: Case, shape: Shape) -> Case:
     A kind that the architecture has no form of is passed over. Raises BadInputError where even
     `none` cannot be planned.
     """
-    kinds, least, is_hopeless = kinds_of(case.made), case, False
+    kinds, least, is_hopeless = kinds_of(case.made, case.target), case, False
     for made in kinds:
         tried = replace(case, made=made)
         if is_hopeless and made is not kinds[-1]:
@@ -55,11 +55,13 @@ def fastest_that_fits(case: Case, shape: Shape) -> Case:
     return least
 
 
-def kinds_of(made: Build) -> list[Build]:
-    """`made` with each kind of checkpointing that a run on its device has, the fastest first."""
+def kinds_of(made: Build, target: Target) -> list[Build]:
+    """`made` with each kind of checkpointing that a run on `target` has, the fastest first."""
     kinds: list[Checkpointing] = ["none", "selective", "full", "offload"]
-    if not made.is_compiled:
-        kinds.remove("selective")  # is the same as full then
+    if not (made.is_compiled and target.is_here):
+        # Not compiled it is the same as full; compiled, what it keeps is the compiler's choice,
+        # another one by torch 2.11 and 2.13, of which only this machine's is known.
+        kinds.remove("selective")
     if made.device == "cpu":
         kinds.remove("offload")  # would put away what it saves where it was
     return [replace(made, checkpointing=kind) for kind in kinds]

@@ -44,6 +44,8 @@ class Target:
     fit: Fit
     trust: Trust
     note: str
+    is_here: bool = False
+    """It is the machine that plans, with the PyTorch that would train."""
 
 
 def target_of(machine: Machine) -> Target:
@@ -83,6 +85,7 @@ def here(
     device = pick_device()
     name = str(describe(device)["name"])
     target = _cpu() if device.type == "cpu" else _gpu(catalogue, name, describe(device))
+    target = replace(target, is_here=True)
     if usd_per_hour is not None:
         target = replace(target, usd_per_hour=usd_per_hour)
     if not is_corrected:

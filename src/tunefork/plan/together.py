@@ -180,7 +180,7 @@ def _groups(
                 for n, lora in zip(params, variants, strict=True)
             ),
         )
-        for kind in (kinds_of(made) if is_left else [made])
+        for kind in (kinds_of(made, target) if is_left else [made])
     ]
 
 
