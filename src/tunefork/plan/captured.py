@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-import tunefork
 from tunefork.home import home
 from tunefork.plan.built import Build
 from tunefork.plan.capture import Layer
@@ -87,7 +86,7 @@ def _versions() -> tuple[str, ...]:
         with suppress(PackageNotFoundError):
             found.append(f"{package} {version(package)}")
     digest = hashlib.sha256()
-    root = Path(tunefork.__file__).parent
+    root = Path(__file__).parent.parent
     for source in _SOURCES:
         path = root / source
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
