@@ -145,7 +145,7 @@ def test_a_run_on_a_cpu_keeps_everything_where_that_fits(
     assert settled.recipe.train.activation_checkpointing == "none"
     assert settled.why is not None and "auto is none: " in settled.why
     target = replace(here(load_catalogue()), memory_bytes=2**20)
-    monkeypatch.setattr(auto, "here", lambda *_: target)
+    monkeypatch.setattr(auto, "free_here", lambda *_: target)
     settled = auto.settle(recipe, Method.LORA, EXAMPLES)
     assert settled.recipe.train.activation_checkpointing == "full"
     assert settled.why is not None and "nothing keeps less" in settled.why
@@ -178,7 +178,6 @@ def test_a_model_that_cannot_be_planned_gets_what_is_safe(
     kinds = []
     for device in ("cpu", "cuda"):
         monkeypatch.setattr(auto, "pick_device", lambda at=device: torch.device(at))
-        monkeypatch.setattr(auto, "_free", lambda target, _: target)
         settled = auto.settle(recipe, Method.LORA, EXAMPLES)
         kinds.append(settled.recipe.train.activation_checkpointing)
     assert kinds == ["none", "full"]

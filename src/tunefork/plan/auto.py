@@ -11,15 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-import torch
-
 from tunefork.data.example import Encoded
 from tunefork.errors import BadInputError
-from tunefork.model.device import available_bytes, pick_device
+from tunefork.model.device import pick_device
 from tunefork.plan.batches import batches_of_data
 from tunefork.plan.built import Build
 from tunefork.plan.catalogue import load_catalogue
-from tunefork.plan.device import Target, dtype_for, here
+from tunefork.plan.device import Target, dtype_for, free_here
 from tunefork.plan.method import Case, fits_without_passes
 from tunefork.plan.passes import Shape
 from tunefork.plan.shape import config_for, count_params
@@ -104,7 +102,7 @@ def _planned(recipe: Recipe, method: Method, examples: Sequence[Encoded]) -> tup
     """The kind, and why it is."""
     device = pick_device()
     try:
-        target = _free(here(load_catalogue()), device)
+        target = free_here(load_catalogue())
         batches = batches_of_data(examples, recipe, seed=recipe.train.seed)
         made = Build(
             method=method,
@@ -126,11 +124,3 @@ def _planned(recipe: Recipe, method: Method, examples: Sequence[Encoded]) -> tup
     figures = f"{most / _GIB:.1f} GiB at most, of {target.memory_bytes / _GIB:.1f} GiB"
     more = "" if most <= target.memory_bytes else ", and nothing keeps less"
     return case.made.checkpointing, figures + more
-
-
-def _free(target: Target, device: torch.device) -> Target:
-    """With the memory of `device` that no other process has."""
-    if device.type == "cpu":
-        return target  # what is free there now says little: caches are given up when asked for
-    free = available_bytes(device) + round(target.fit.memory.context_bytes)
-    return replace(target, memory_bytes=min(target.memory_bytes, free))
