@@ -24,7 +24,8 @@ def _inputs(tokens: int, seed: int) -> Tensor:
 
 
 def _weight() -> Tensor:
-    return (torch.randn(OUT, D, generator=torch.Generator().manual_seed(9)) * D**-0.5).bfloat16()
+    drawn: Tensor = torch.randn(OUT, D, generator=torch.Generator().manual_seed(9)) * D**-0.5
+    return drawn.bfloat16()
 
 
 def _error(actual: Tensor, truth: Tensor) -> float:
@@ -80,7 +81,7 @@ def test_the_input_gradient_is_that_of_an_uncorrected_base() -> None:
     quantized = fp8.quantize_weight([_weight()], layout)
     x = _inputs(8, seed=3).requires_grad_()
     upstream = torch.randn(8, OUT, generator=torch.Generator().manual_seed(4)).bfloat16()
-    gradients = []
+    gradients = list[Tensor]()
     for _ in range(2):
         [y] = fp8.fp8_lora(x, layout, quantized.tensors(), [], [])
         gradients += torch.autograd.grad(y, x, upstream)

@@ -25,6 +25,7 @@ from tunefork.registry.provenance import read_provenance
 from tunefork.registry.run import ADAPTER, COLUMNS, read_record
 from tunefork.train.events import EVENTS, read_steps
 from tunefork.train.loop import StepRecord
+from tunefork.train.method import load_for_training
 from tunefork.train.precision import Settled
 from tunefork.train.precision_choice import Agreement, BatchAgreement, PrecisionChoice
 from tunefork.train.progress import TrainProgress
@@ -180,7 +181,6 @@ def test_what_auto_came_to_is_recorded_told_and_trained_in(
     agreement = Agreement(batches=(batch,), agrees=True, why="they agree", seconds=1.0)
     choice = PrecisionChoice(precision="fp8", why="they agree", agreement=agreement)
     built: list[str] = []
-    real = training.load_for_training
 
     def as_on_a_gpu(recipe: Recipe, *_: object, **__: object) -> Settled:
         train = recipe.train.model_copy(update={"precision": "fp8"})
@@ -189,7 +189,7 @@ def test_what_auto_came_to_is_recorded_told_and_trained_in(
     def noted(recipe: Recipe, *args: Any, **kwargs: Any) -> Any:
         built.append(recipe.train.precision)
         assert kwargs["examples"]  # FP8 products are corrected for
-        return real(recipe, *args, **kwargs)
+        return load_for_training(recipe, *args, **kwargs)
 
     monkeypatch.setattr(trial, "settle_precision", as_on_a_gpu)
     monkeypatch.setattr(training, "load_for_training", noted)

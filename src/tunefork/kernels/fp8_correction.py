@@ -62,14 +62,17 @@ def main_directions(x_sd: Tensor, count: int) -> Tensor:
     v_dn: Tensor = torch.linalg.qr(start).Q
     for _ in range(_ITERATIONS):
         v_dn = torch.linalg.qr(x_sd.t() @ (x_sd @ v_dn)).Q
-    return F.pad(v_dn, (0, count - v_dn.shape[1]))
+    padded: Tensor = F.pad(v_dn, (0, count - v_dn.shape[1]))
+    return padded
 
 
 def main_channels(x_sd: Tensor, energy_d: Tensor, count: int) -> Tensor:
     """(k,): the inputs whose rounding weighs most; `energy_d` are their columns' sums of squares. k
     is `count`, or D if that is less."""
     share_sd = x_sd.float() / x_sd.float().norm(dim=1, keepdim=True).clamp(min=1e-30)
-    return (energy_d * share_sd.square().sum(0)).topk(min(count, len(energy_d))).indices
+    weighed_d = energy_d * share_sd.square().sum(0)
+    index_k: Tensor = weighed_d.topk(min(count, len(energy_d))).indices
+    return index_k
 
 
 @torch.no_grad()
