@@ -6,6 +6,7 @@ import typer
 
 from tunefork.cli.adapters import adapters
 from tunefork.cli.advise import advise
+from tunefork.cli.bench_serve import bench_serve
 from tunefork.cli.chat import chat
 from tunefork.cli.compare import compare
 from tunefork.cli.data import data
@@ -15,6 +16,7 @@ from tunefork.cli.merge import merge
 from tunefork.cli.plan import plan
 from tunefork.cli.recipe import recipe
 from tunefork.cli.runs import runs
+from tunefork.cli.serve import serve
 from tunefork.cli.sweep import sweep
 from tunefork.cli.train import train
 from tunefork.cli.train_many import train_many
@@ -30,8 +32,10 @@ app = typer.Typer(
 for verb in (advise, plan, compare, sweep, train, evaluate, chat, runs, merge, export):
     app.command()(verb)
 app.add_typer(adapters, name="adapters")
+app.add_typer(serve, name="serve")
 app.command(name="train-many")(train_many)
 app.command(name="verify-resume")(verify_resume)
+app.command(name="bench-serve")(bench_serve)
 app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")
 

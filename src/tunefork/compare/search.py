@@ -154,7 +154,12 @@ class _Bench:
         """Train on the first `count` examples at `rate`, from the base again, and validate."""
         seed = self.recipe.train.seed
         model = load_for_training(
-            self.recipe, self.method, dtype=self.dtype, device=self.device, seed=seed
+            self.recipe,
+            self.method,
+            dtype=self.dtype,
+            device=self.device,
+            seed=seed,
+            examples=self.examples,
         )
         num_steps = len(plan_steps(self.recipe, count, seed=seed))
         label = f"{self.method}: search {rate:g}"

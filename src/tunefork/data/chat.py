@@ -63,6 +63,10 @@ class Renderer:
             raise DataError(f"messages: {refusal}") from refusal
         return self._rendered_bos + ids
 
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of a plain text that is to be written on: as one is trained, but not closed."""
+        return [*self._bos_ids, *self._tokenize([text])[0]]
+
     def encode(self, example: Example) -> Encoded:
         """Ids of the example up to its last supervised token; raises DataError naming its row."""
         encoded = self.attempt(example)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from tunefork.errors import AdapterError, ModelError
 from tunefork.kernels.bank import Bounds, Padded, padded_rank, spans
+from tunefork.kernels.bank_stretches import Layout
 from tunefork.model.bank_linear import BankLinear, Routing
 from tunefork.model.build import check_lora, linear_paths, lora_scale, replace
 from tunefork.model.linear import Nf4Linear, first_a
@@ -121,9 +122,8 @@ class Bank:
         self.routing.scales[slot] = scale
         self.routing.rates_g[slot] = dropout
         # In place: a captured pass reads it where it lies.
-        for ranks, padded in {la.ranks: la.padded for la in self.layers.values()}.items():
-            assert padded is not None
-            padded.scale_q[slice(*spans(ranks)[slot])] = scale
+        for ranks, kind in {la.ranks: la.kind for la in self.layers.values()}.items():
+            self.routing.padded[kind].scale_q[slice(*spans(ranks)[slot])] = scale
 
     def load(self, slot: int, found: Deltas) -> None:
         """Fill `slot` of a serving bank. Other slots may be read meanwhile.
@@ -164,6 +164,10 @@ class Bank:
     def route_tokens(self, index_s: Tensor) -> None:
         """Each token's slot, or -1, is read from `index_s` (S,) whenever a pass runs."""
         self.routing.index_s, self.routing.mode = index_s, "tokens"
+
+    def route_stretches(self, layout: Layout) -> None:
+        """The next pass's tokens are whose the host says: a bank on a CPU that is only read."""
+        self.routing.layout, self.routing.mode = layout, "stretches"
 
     def route_none(self) -> None:
         """Every token sees the base alone."""
@@ -215,10 +219,11 @@ class Bank:
 
     def _pad(self) -> None:
         rank = padded_rank([max(layer.ranks, default=0) for layer in self.layers.values()])
-        kinds = {layer.ranks for layer in self.layers.values()}
-        made = {x: Padded.of(x, rank, self.routing.scales, self.device) for x in kinds}
+        kinds = list(dict.fromkeys(layer.ranks for layer in self.layers.values()))
+        scales = self.routing.scales
+        self.routing.padded[:] = [Padded.of(x, rank, scales, self.device) for x in kinds]
         for layer in self.layers.values():
-            layer.padded = made[layer.ranks]
+            layer.kind = kinds.index(layer.ranks)
 
 
 def check_bank_lora(model: PreTrainedModel, lora: LoraSection) -> list[str]:

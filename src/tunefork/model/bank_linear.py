@@ -9,7 +9,7 @@ Shape legend: S tokens, D features in, O features out, G slots, Q rows of all sl
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunefork.kernels.bank import Bounds, Padded, add_segments, grouped, spans
+from tunefork.kernels.bank_stretches import Layout, add_stretches
 from tunefork.kernels.bank_tokens import bank_tokens
 from tunefork.model.linear import FrozenBase, Nf4Linear
 
@@ -31,13 +32,17 @@ class Routing:
     """Of each slot."""
     rates_g: Tensor
     """(G,) fp32 on the device: each slot's dropout."""
-    mode: Literal["none", "segments", "one", "tokens"] = "none"
+    padded: list[Padded] = field(default_factory=list)
+    """How rows lie in the grouped product, of each kind of layer: those of the same ranks."""
+    mode: Literal["none", "segments", "one", "tokens", "stretches"] = "none"
     bounds: Bounds = ()
     """`ends_g` as the host knows it, with each slot's start; mode "segments"."""
     slot: int = 0
     """Whose every token is; mode "one"."""
     index_s: Tensor | None = None
     """(S,) each token's slot, -1 for none; mode "tokens"."""
+    layout: Layout | None = None
+    """What the host knows of a pass that is only read from; mode "stretches"."""
 
 
 class BankLinear(nn.Module):
@@ -77,13 +82,18 @@ class BankLinear(nn.Module):
         self.rows_b = nn.Parameter(
             torch.zeros(rows, self.out_features, dtype=self.dtype, device=device), self.is_trained
         )
-        self.padded: Padded | None = None
-        """How the grouped product takes the rows; layers of the same ranks have one."""
+        self.kind = 0
+        """Which of `routing.padded` says how its rows lie in the grouped product."""
 
     def own(self, slot: int) -> tuple[Tensor, Tensor]:
         """Views of a slot's A (R, D) and B transposed (R, O), in the graph of their rows."""
         start, end = spans(self.ranks)[slot]
         return self.rows_a[start:end], self.rows_b[start:end]
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """`rows_a` and `rows_b`."""
+        return self.rows_a, self.rows_b
 
     def materialize(self) -> Tensor:
         """The base's weight, (O, D), without deltas."""
@@ -99,6 +109,10 @@ class BankLinear(nn.Module):
             return y_o
         x_sd = self.dropped(x_d.reshape(-1, x_d.shape[-1]))
         y_so = y_o.view(-1, y_o.shape[-1])
+        if routing.layout is not None and routing.mode == "stretches":
+            slots = len(self.ranks)
+            a_nrd, b_nro = (rows.view(slots, -1, rows.shape[1]) for rows in self.rows)
+            return add_stretches(y_so, x_sd, a_nrd, b_nro, routing.layout).view(y_o.shape)
         if routing.mode == "segments" and isinstance(self.base, nn.Linear | Nf4Linear):
             scales = tuple(routing.scales)
             y_so = add_segments(
@@ -132,9 +146,9 @@ def deltas(layers: Sequence[BankLinear], x_sd: Tensor) -> tuple[Tensor, ...]:
     routing = layers[0].routing
     match routing.mode:
         case "segments":
-            padded = [layer.padded for layer in layers if layer.padded is not None]
             rows_a, rows_b = [la.rows_a for la in layers], [la.rows_b for la in layers]
-            return grouped(x_sd, routing.ends_g, rows_a, rows_b, padded)
+            kinds = [layer.kind for layer in layers]
+            return grouped(x_sd, routing.ends_g, rows_a, rows_b, kinds, routing.padded)
         case "one":
             return tuple(_delta_of_one(layer, x_sd) for layer in layers)
         case "tokens":
@@ -148,6 +162,8 @@ def deltas(layers: Sequence[BankLinear], x_sd: Tensor) -> tuple[Tensor, ...]:
                 )
                 for layer in layers
             )
+        case "stretches":
+            raise ValueError("stretches are for layers that are no part of a fused group")
         case "none":
             return tuple(x_sd.new_zeros(x_sd.shape[0], la.out_features) for la in layers)
 

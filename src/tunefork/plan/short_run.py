@@ -76,7 +76,7 @@ def short_run(
     build(model, made.method, made.lora, seed=0)
     if made.form is not None:
         fuse(model, made.form.storage, made.form.products, device)
-    examples, steps = _examples(lengths, config.get_text_config().vocab_size)
+    examples, steps = examples_of(lengths, config.get_text_config().vocab_size)
     recipe = _recipe(made)
     optimizer = make_optimizer(model, recipe, made.method, seed=0)
     runner = prepare(model, recipe, num_steps=len(steps))
@@ -140,9 +140,10 @@ def _recipe(made: Build) -> Recipe:
     )
 
 
-def _examples(
+def examples_of(
     lengths: Sequence[Sequence[int]], vocabulary: int
 ) -> tuple[list[Encoded], list[list[int]]]:
+    """Random examples of these lengths, and which of them each step takes."""
     draw = np.random.default_rng(0)
     examples: list[Encoded] = []
     steps = []

@@ -36,6 +36,11 @@ def trace_step(config: Any, made: Build, shape: Shape, *, evaluates: bool = Fals
     return _TRACED[key]
 
 
+def keep(config: Any, made: Build, shape: Shape, step: Step) -> None:
+    """Take `step`, traced elsewhere, for what `trace_step` would find: by another PyTorch, say."""
+    _TRACED[config.to_json_string(), made, shape] = step
+
+
 def _with_optimizer(step: Step, config: Any, made: Build) -> Step:
     """`step` with the optimiser of `made.full` in the place of the one that was traced."""
     low, high = depths(config)

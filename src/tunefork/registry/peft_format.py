@@ -43,6 +43,7 @@ __all__ = [
     "WEIGHTS",
     "adapter_settings",
     "base_section",
+    "check_fits",
     "load_adapter",
     "read_config",
     "save_adapter",
@@ -64,7 +65,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> bool:
     targets = peft_targets.find(model, config, folder)
     num_tokens = model.get_input_embeddings().num_embeddings
     has_grown = _grow(model, targets, header, file)
-    _check_header(header, _expected(model, config, targets), file)
+    check_header(header, expected_shapes(model, config, targets), file)
     tensors = {k.removeprefix(PREFIX): t for k, t in read_tensors(file, header).items()}
     _check_alive(model, tensors, targets, file, num_tokens)
     model.requires_grad_(False)
@@ -73,6 +74,17 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> bool:
     _put_rows(model, targets, tensors)
     model.requires_grad_(False)
     return has_grown
+
+
+def check_fits(model: PreTrainedModel, folder: Path) -> Targets:
+    """What `load_adapter` would change of `model`, which may lie on the meta device.
+
+    Reads the file's header alone. Raises AdapterError where keys or shapes do not fit.
+    """
+    config, header = read_config(folder), read_header(folder / WEIGHTS)
+    targets = peft_targets.find(model, config, folder)
+    check_header(header, expected_shapes(model, config, targets), folder / WEIGHTS)
+    return targets
 
 
 def _grow(model: PreTrainedModel, targets: Targets, header: dict[str, Entry], file: Path) -> bool:
@@ -98,7 +110,7 @@ def _grow(model: PreTrainedModel, targets: Targets, header: dict[str, Entry], fi
     return True
 
 
-def _expected(
+def expected_shapes(
     model: PreTrainedModel, config: AdapterConfig, targets: Targets
 ) -> dict[str, tuple[int, ...]]:
     """Key -> shape of every tensor that the adapter must hold, and no other."""
@@ -119,7 +131,7 @@ def _expected(
     return {PREFIX + key: shape for key, shape in shapes.items()}
 
 
-def _check_header(
+def check_header(
     header: dict[str, Entry], expected: dict[str, tuple[int, ...]], file: Path
 ) -> None:
     """Raise AdapterError unless the file holds just the tensors that the base asks for."""

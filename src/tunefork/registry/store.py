@@ -24,7 +24,7 @@ from tunefork.home import home
 from tunefork.registry import rows
 from tunefork.registry.database import FILE, as_store_error, connect, writing
 from tunefork.registry.holds import Hold, owners
-from tunefork.registry.intake import check_safetensors, incoming, opened
+from tunefork.registry.intake import ADAPTER_CONFIG, check_safetensors, incoming, opened
 from tunefork.registry.lineage import Lineage, read_lineage
 from tunefork.registry.locks import hold_file, take_hold, together
 from tunefork.registry.names import check_name, check_names, check_tag
@@ -160,6 +160,16 @@ class Store:
         """The version that is meant (`registry/names.py`); raises StoreError if there is none."""
         with self.guarded():
             return self._find(reference)
+
+    def adapters_of(self, weights_sha256: str) -> list[Version]:
+        """All versions that are adapters over the base with these weights, in their order."""
+        with self.guarded():
+            found = self.database.execute(
+                f"{rows.SELECT} WHERE b.weights_sha256 = ? AND EXISTS (SELECT 1 FROM files f "
+                "WHERE f.version_id = v.id AND f.path = ?) ORDER BY v.name, v.number",
+                (weights_sha256, ADAPTER_CONFIG),
+            )
+            return [self._version(row) for row in found]
 
     def list(self, name: str | None = None) -> list[Version]:
         """All versions, or those of `name` and of the names below it, in their order."""

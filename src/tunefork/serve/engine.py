@@ -111,6 +111,10 @@ class Capabilities:
     """Largest rank of an adapter; None: any."""
     sampling: frozenset[str] = frozenset()
     """Names of `Sampling`'s fields that are honoured."""
+    max_requests: int = 64
+    """Answers computed at the same time; the gateway's queue hands over no more."""
+    adapter_kinds: frozenset[str] = frozenset()
+    """Beyond plain LoRA on linear layers: `dora`, `modules_to_save`, `token_rows`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +153,9 @@ class Engine(Protocol):
 
         Closing the iterator (`aclose`, a cancelled task) cancels the request and frees what it
         held, at the latest before the engine's next step. Raises EngineBusyError where no more
-        fits into the queue, EngineError where this request failed (others go on), and
-        EngineDeadError where the engine as a whole did.
+        fits into the queue, BadInputError where the request cannot be honoured (a schema that no
+        grammar can be made of), EngineError where it failed (others go on), and EngineDeadError
+        where the engine as a whole did.
         """
 
     async def prefetch(self, adapter: ServedAdapter) -> None:

@@ -29,6 +29,7 @@ from tunefork.train.events import (
     read_steps,
 )
 from tunefork.train.loop import StepRecord
+from tunefork.train.precision_choice import PrecisionChoice
 from tunefork.train.rehearsal import Rehearsal
 from tunefork.train.trackers import TrackerThread, open_trackers
 
@@ -44,6 +45,15 @@ class Following:
     trackers: list[TrackerThread] = field(default_factory=list)
     tokens: int = 0
     since: float = field(default_factory=time.perf_counter)
+
+    def precision_settled(self, choice: PrecisionChoice | None) -> None:
+        """What `train.precision: auto` came to; said where finding it took time."""
+        if choice is None:
+            return
+        told = f"train.precision: auto is {choice.precision}: {choice.why}"
+        self.log.state("preparing", told)
+        if choice.agreement is not None:
+            self.say(told)
 
     def begin_training(
         self,

@@ -15,6 +15,7 @@ from tunefork.registry.history import remember_run
 from tunefork.registry.provenance import now, read_provenance, versions, write_provenance
 from tunefork.registry.run import COLUMNS, RunRecord, write_record
 from tunefork.train.loop import TrainResult
+from tunefork.train.precision_choice import PrecisionChoice
 from tunefork.trial.artifact import write_run_card
 
 
@@ -74,6 +75,7 @@ def begin_record(
     seed: int,
     learning_rate: float | None = None,
     result: TrainResult | None = None,
+    precision: PrecisionChoice | None = None,
 ) -> RunRecord:
     """What is known before anything is saved or evaluated; no `result`: the untrained base."""
     device = pick_device()
@@ -83,6 +85,7 @@ def begin_record(
         method=method,
         seed=seed,
         learning_rate=learning_rate,
+        precision=precision,
         model_id=recipe.model.id,
         model_revision=recipe.model.revision,
         identity=identity,

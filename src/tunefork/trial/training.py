@@ -123,7 +123,9 @@ def train(
     may_begin(folder, start, told.say)
     told.begin_training(folder, recipe, method, seed=seed, learning_rate=learning_rate, start=start)
     with phase("load", Remedies.of(recipe, method)):
-        model = load_for_training(recipe, method, dtype=dtype, device=device, seed=seed)
+        model = load_for_training(
+            recipe, method, dtype=dtype, device=device, seed=seed, examples=examples
+        )
     done = start.facts.progress() if start else Progress()
     num_steps = len(plan_steps(recipe, len(examples), seed=seed))
     every_s = recipe.train.log_every_s

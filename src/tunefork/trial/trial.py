@@ -8,12 +8,14 @@ the same call goes on from the newest checkpoint.
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tunefork.data.example import Encoded
 from tunefork.data.loader import load_data
 from tunefork.evaluate.evaluate import (
     evaluate,
+    pad_id,
     plan_evaluation,
 )
 from tunefork.model.device import pick_device, pick_dtype
@@ -34,6 +36,8 @@ from tunefork.registry.run import (
 )
 from tunefork.train.checkpoints import FOLDER as CHECKPOINTS
 from tunefork.train.out_of_memory import Remedies, phase
+from tunefork.train.precision import settle_precision
+from tunefork.train.precision_choice import PrecisionChoice
 from tunefork.trial.artifact import save
 from tunefork.trial.check import check_recipe, check_tokens
 from tunefork.trial.following import Following, following
@@ -131,9 +135,16 @@ def _run(
     else:
         assert learning_rate is not None
         examples = held_back(data, recipe)[0]
-        settled = settle(recipe, method, examples, folder / CHECKPOINTS)
-        recipe = settled.recipe
-        told.settled = settled.why
+        recipe, precision = _settle(
+            recipe,
+            method,
+            examples,
+            pad_id(tokenizer),
+            folder,
+            told,
+            seed=seed,
+            learning_rate=learning_rate,
+        )
         prediction = predict(recipe, method, examples)
         with failure_recorded(
             recipe, method, identity, folder, seed=seed, learning_rate=learning_rate
@@ -152,7 +163,13 @@ def _run(
         if result.status == "interrupted" and not keep_interrupted:
             raise KeyboardInterrupt
         record = begin_record(
-            recipe, method, identity, seed=seed, learning_rate=learning_rate, result=result
+            recipe,
+            method,
+            identity,
+            seed=seed,
+            learning_rate=learning_rate,
+            result=result,
+            precision=precision,
         )
         if prediction is not None:
             record = with_prediction(record, prediction, result)
@@ -169,6 +186,36 @@ def _run(
     with phase("evaluation", None if method is None else Remedies.of(recipe, method)):
         evaluation = evaluate(model, tokenizer, data, recipe)
     return finish(evaluation, recipe, record, folder)
+
+
+def _settle(
+    recipe: Recipe,
+    method: Method,
+    examples: Sequence[Encoded],
+    pad: int,
+    folder: Path,
+    told: Following,
+    *,
+    seed: int,
+    learning_rate: float,
+) -> tuple[Recipe, PrecisionChoice | None]:
+    """The recipe with what it left to the program (`auto`) settled, in the run's precision first:
+    what fits depends on it."""
+    chosen = settle_precision(
+        recipe,
+        method,
+        examples,
+        learning_rate=learning_rate,
+        seed=seed,
+        pad_id=pad,
+        device=pick_device(),
+        folder=folder,
+        checkpoints=folder / CHECKPOINTS,
+    )
+    told.precision_settled(chosen.choice)
+    settled = settle(chosen.recipe, method, examples, folder / CHECKPOINTS)
+    told.settled = settled.why
+    return settled.recipe, chosen.choice
 
 
 def evaluate_target(

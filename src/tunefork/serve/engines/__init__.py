@@ -1,0 +1,1 @@
+"""What answers requests behind the gateway."""

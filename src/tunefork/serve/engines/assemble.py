@@ -1,0 +1,156 @@
+"""From settings to what the engine's loop runs: the base, its slots, its cache, its passes."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import psutil
+import torch
+
+from tunefork.errors import ModelError
+from tunefork.export.dense import merge_deltas
+from tunefork.model.bank import add_serving_bank
+from tunefork.model.build import quantize_nf4
+from tunefork.model.device import pick_device, pick_dtype
+from tunefork.model.load import load_model, load_tokenizer
+from tunefork.registry.peft_format import load_adapter
+from tunefork.serve.engine import ServedAdapter
+from tunefork.serve.engines.adapter_file import read_adapter
+from tunefork.serve.engines.cache import Cache, bytes_a_token, layer_shapes, takes_flash
+from tunefork.serve.engines.core import Core, Parcel
+from tunefork.serve.engines.embedded_settings import EmbeddedSettings
+from tunefork.serve.engines.grammar import Grammars, is_available
+from tunefork.serve.engines.passes import Passes
+from tunefork.serve.engines.slots import BankSlots
+from tunefork.serve.engines.tiers import Tiers
+from tunefork.serve.settings import ServeSettings
+
+_GPU_SHARE = 0.85
+"""Of free GPU memory for the cache; passes need the rest."""
+_CPU_CACHE_BYTES = 4 * 2**30
+_MOST_CACHE_TOKENS = {"cuda": 1 << 20, "cpu": 1 << 17}
+_PREFILL_TOKENS = {"cuda": 2048, "cpu": 256}
+
+
+@dataclass(slots=True)
+class Assembled:
+    """A loaded engine."""
+
+    core: Core
+    tokenizer: Any
+    grammars: Grammars | None
+    model: Any
+    max_model_len: int
+    vocabulary: int
+    info: dict[str, Any]
+
+
+def assemble(
+    settings: ServeSettings,
+    post: Callable[[list[Parcel]], None],
+    merged: ServedAdapter | None = None,
+) -> Assembled:
+    """Load everything. `merged`: the base takes this adapter's place, and has no slots.
+
+    Raises TuneforkError.
+    """
+    ours = settings.embedded
+    device = pick_device() if ours.device == "auto" else torch.device(ours.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(
+            f"embedded.device: {ours.device}: there is no CUDA device; set cpu or auto"
+        )
+    dtype = pick_dtype(ours.dtype, device)
+    tokenizer = load_tokenizer(settings.base)
+    is_nf4 = ours.base_storage == "nf4"
+    model = load_model(settings.base, dtype=dtype, device=device, in_host_memory=is_nf4)
+    if merged is not None:
+        load_adapter(model, merged.folder)
+        merge_deltas(model, dtype)
+    if is_nf4:
+        quantize_nf4(model, device)
+    model.eval().requires_grad_(False)
+    bank = None
+    if merged is None:
+        # Beside bf16 on a CPU, fp32 is the quicker one (`kernels/bank_stretches.py`).
+        wide = torch.float32 if device.type == "cpu" else dtype
+        bank = add_serving_bank(model, slots=ours.slots, rank=ours.max_rank, dtype=wide)
+    slots = None if bank is None else BankSlots(bank)
+    layers = layer_shapes(model)
+    own_limit = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 8192)
+    cache_tokens = _cache_tokens(ours, bytes_a_token(layers, dtype), own_limit, device)
+    max_model_len = min(ours.max_model_len or own_limit, own_limit, cache_tokens - 64)
+    cache = Cache(layers, cache_tokens, dtype, device)
+    prefill_tokens = ours.prefill_tokens or _PREFILL_TOKENS[device.type]
+    flash = takes_flash(layers, dtype, device)
+    passes = Passes(
+        model,
+        _ignore if slots is None else slots.route,
+        max_tokens=prefill_tokens,
+        max_rows=ours.max_requests,
+        max_model_len=max_model_len,
+        flash=flash,
+        graphs=flash and ours.cuda_graphs,
+    )
+    make_tiers = None
+    if bank is not None and slots is not None:
+        read = partial(
+            read_adapter,
+            skeleton=bank.skeleton,
+            max_rank=ours.max_rank,
+            pin=device.type == "cuda",
+        )
+        make_tiers = partial(_tiers, slots, read, ours.host_memory_bytes)
+    core = Core(
+        passes,
+        cache,
+        tokenizer,
+        post,
+        make_tiers,
+        max_requests=ours.max_requests,
+        prefill_tokens=prefill_tokens,
+    )
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    grammars = Grammars(tokenizer, vocabulary) if is_available() else None
+    info = {
+        "engine": "embedded",
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "base_storage": ours.base_storage,
+        "attention": "flash" if flash else "sdpa",
+        "cuda_graphs": passes.graphs,
+        "torch": torch.__version__,
+    }
+    return Assembled(core, tokenizer, grammars, model, max_model_len, vocabulary, info)
+
+
+def _tiers(slots: BankSlots, read: Any, host_memory_bytes: int, wake: Callable[[], None]) -> Tiers:
+    return Tiers(slots, read, host_memory_bytes=host_memory_bytes, wake=wake, clock=time.monotonic)
+
+
+def _ignore(*_: Any) -> None:
+    """There are no slots to choose among."""
+
+
+def _cache_tokens(
+    settings: EmbeddedSettings, token_bytes: int, own_limit: int, device: torch.device
+) -> int:
+    if settings.cache_tokens is not None:
+        return settings.cache_tokens
+    longest = min(settings.max_model_len or own_limit, own_limit)
+    most = min(_MOST_CACHE_TOKENS[device.type], settings.max_requests * longest + 64)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        room = int(_GPU_SHARE * (free + unused))
+    else:
+        room = min(_CPU_CACHE_BYTES, psutil.virtual_memory().available // 2)
+    tokens = min(most, room // token_bytes)
+    if tokens < 256:
+        raise ModelError(
+            f"embedded.cache_tokens: {device} has room for {tokens} tokens beside the base; use a "
+            "device with more memory, fewer slots or base_storage: nf4"
+        )
+    return tokens

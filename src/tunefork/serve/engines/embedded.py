@@ -1,0 +1,233 @@
+"""The embedded engine: transformers' model with many adapters, continuous batching, one thread.
+
+The event loop only hands requests over and takes pieces back; everything that computes is in the
+engine's own thread (`core.py`), and adapters are read by others (`tiers.py`).
+
+Why not transformers' own continuous batching (5.17 to 5.24): its sampling parameters, seeds, logit
+changes and log probabilities are one for all requests, its prefix blocks are shared by tokens alone
+(so between adapters), its batches carry nothing more for a token, such as an adapter's index, and
+its interfaces are private and differ between these versions. What is used of it is what is stable:
+the models, with the attention interface through which they compute.
+"""
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Mapping
+from threading import Thread
+from typing import Any
+
+import torch
+
+from tunefork.errors import BadInputError, EngineBusyError, EngineDeadError, TuneforkError
+from tunefork.serve.engine import (
+    Capabilities,
+    EngineRequest,
+    EngineState,
+    Piece,
+    ServedAdapter,
+)
+from tunefork.serve.engines.assemble import Assembled, assemble
+from tunefork.serve.engines.core import Parcel
+from tunefork.serve.engines.grammar import KINDS, Matcher, is_available
+from tunefork.serve.engines.sequence import open_sequence
+from tunefork.serve.settings import ServeSettings
+
+_SAMPLING = frozenset(
+    ["max_tokens", "temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty", "logit_bias", "stop", "stop_ids", "ignore_eos", "logprobs", "grammar"]
+)
+
+
+class _Stream:
+    """Pieces of one answer on their way to whoever reads them. Event loop only."""
+
+    def __init__(self) -> None:
+        self.items: list[Piece | TuneforkError] = []
+        self.something = asyncio.Event()
+
+    def put(self, item: Piece | TuneforkError) -> None:
+        self.items.append(item)
+        self.something.set()
+
+    async def take(self) -> Piece:
+        """All that has come since, as one piece. Raises what the request ended with."""
+        await self.something.wait()
+        self.something.clear()
+        items, self.items = self.items, []
+        pieces = [item for item in items if isinstance(item, Piece)]
+        for item in items:
+            if isinstance(item, TuneforkError):
+                raise item
+        return pieces[0] if len(pieces) == 1 else _joined(pieces)
+
+
+def _joined(pieces: list[Piece]) -> Piece:
+    return Piece(
+        "".join(piece.text for piece in pieces),
+        tuple(token for piece in pieces for token in piece.token_ids),
+        tuple(logprob for piece in pieces for logprob in piece.logprobs),
+        pieces[-1].finish_reason,
+    )
+
+
+class EmbeddedEngine:
+    """An `Engine` in this process. `merged`: a replica with this adapter in its base's weights."""
+
+    def __init__(self, settings: ServeSettings, merged: ServedAdapter | None = None) -> None:
+        self.settings, self.merged = settings, merged
+        self.capabilities = self._capabilities(settings.embedded.max_model_len or 0)
+        self._parts: Assembled | None = None
+        self._thread: Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._death: EngineDeadError | None = None
+        self._num_open = 0
+
+    async def start(self) -> None:
+        """Load the base and get ready. Raises TuneforkError."""
+        await self.stop()
+        self._loop, self._death = asyncio.get_running_loop(), None
+        self._parts = await asyncio.to_thread(assemble, self.settings, self._post, self.merged)
+        self.capabilities = self._capabilities(self._parts.max_model_len)
+        self._thread = Thread(target=self._run, args=(self._parts,), name="tunefork-engine")
+        self._thread.daemon = True
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Cancel what runs and give back all memory; idempotent."""
+        parts, self._parts = self._parts, None
+        if parts is None:
+            return
+        core = parts.core
+
+        def end() -> None:
+            core.is_stopping = True
+
+        core.tell(end)
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+        self._thread = None
+        core.cache.close()
+        is_cuda = core.passes.device.type == "cuda"
+        del parts, core
+        gc.collect()
+        if is_cuda:
+            torch.cuda.empty_cache()
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[Piece]:
+        """See `Engine.generate`."""
+        parts = self._alive()
+        self._check(request, parts)
+        limit = self.settings.embedded.max_requests + self.settings.embedded.max_queued
+        if self._num_open >= limit:
+            raise EngineBusyError(f"{self._num_open} requests are open; at most {limit} may be")
+        stream, core, is_over = _Stream(), parts.core, False
+        self._num_open += 1
+        try:
+            matcher = await self._matcher(request, parts)
+            now = asyncio.get_running_loop().time()
+            answer = open_sequence(request, stream, now, parts.tokenizer, matcher)
+            core.tell(lambda: core.add(answer))
+            if self._death is not None:
+                raise self._death
+            while not is_over:
+                try:
+                    piece = await stream.take()
+                except TuneforkError:
+                    is_over = True
+                    raise
+                is_over = piece.finish_reason is not None
+                yield piece
+        finally:
+            self._num_open -= 1
+            if not is_over:
+                core.tell(lambda: core.cancel(request.id))
+
+    async def prefetch(self, adapter: ServedAdapter) -> None:
+        """Bring `adapter` into host memory while its request waits in the gateway's queue."""
+        tiers = self._alive().core.tiers
+        if tiers is not None:
+            self._alive().core.tell(lambda: tiers.bring(adapter) and None)
+
+    async def forget(self, adapter_id: str) -> None:
+        """Drop it from every tier once no request uses it."""
+        tiers = self._alive().core.tiers
+        if tiers is not None:
+            self._alive().core.tell(lambda: tiers.forget(adapter_id))
+
+    async def pin(self, adapter: ServedAdapter, pinned: bool) -> None:
+        """Keep it in a slot, or no longer."""
+        tiers = self._alive().core.tiers
+        if tiers is not None:
+            self._alive().core.tell(lambda: tiers.pin(adapter, pinned))
+
+    def state(self) -> EngineState:
+        """As of the last pass."""
+        if self._parts is None or self._death is not None:
+            return EngineState(healthy=False)
+        return self._parts.core.state
+
+    def info(self) -> Mapping[str, Any]:
+        """Shown by /health and in the logs."""
+        return {"engine": "embedded"} if self._parts is None else self._parts.info
+
+    def _capabilities(self, max_model_len: int) -> Capabilities:
+        ours = self.settings.embedded
+        return Capabilities(
+            max_model_len=max_model_len,
+            max_logprobs=20,
+            grammars=KINDS if is_available() else frozenset(),
+            max_rank=ours.max_rank,
+            sampling=_SAMPLING,
+            max_requests=ours.max_requests,
+        )
+
+    def _run(self, parts: Assembled) -> None:
+        """The engine's thread."""
+        death: EngineDeadError | None = None
+        try:
+            parts.core.run()
+        except Exception as error:  # whatever it was: the gateway starts the engine again
+            death = EngineDeadError(f"the engine stopped: {type(error).__name__}: {error}"[:500])
+            death.__cause__ = error
+            self._death = death
+        parts.core.close(death)
+
+    def _alive(self) -> Assembled:
+        if self._death is not None:
+            raise self._death
+        if self._parts is None:
+            raise EngineDeadError("the engine is not started")
+        return self._parts
+
+    def _check(self, request: EngineRequest, parts: Assembled) -> None:
+        length, wanted = len(request.prompt_ids), request.sampling.max_tokens
+        if length < 1 or wanted < 1 or length + wanted > parts.max_model_len:
+            raise BadInputError(
+                f"{length} tokens of prompt and {wanted} of answer; this engine takes at least one "
+                f"of each, and at most {parts.max_model_len} together"
+            )
+        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < parts.vocabulary:
+            raise BadInputError(f"a token id of the prompt is none of {parts.vocabulary} tokens")
+        bias = request.sampling.logit_bias
+        if bias and not 0 <= min(bias) <= max(bias) < parts.vocabulary:
+            raise BadInputError(f"logit_bias: a token id is none of {parts.vocabulary} tokens")
+
+    async def _matcher(self, request: EngineRequest, parts: Assembled) -> Matcher | None:
+        grammar = request.sampling.grammar
+        if grammar is None:
+            return None
+        if parts.grammars is None:
+            raise BadInputError("this engine has no grammars; install tunefork[grammar]")
+        return await asyncio.to_thread(parts.grammars.matcher, grammar)
+
+    def _post(self, parcels: list[Parcel]) -> None:
+        """From the engine's thread to the event loop."""
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(_deliver, parcels)
+        except RuntimeError:
+            return  # the loop is closed: nobody is left to read
+
+
+def _deliver(parcels: list[Parcel]) -> None:
+    for stream, item in parcels:
+        stream.put(item)

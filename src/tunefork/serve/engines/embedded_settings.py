@@ -1,0 +1,53 @@
+"""What can be set of the embedded engine."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tunefork.recipe import PositiveInt, Section
+
+
+class EmbeddedSettings(Section):
+    """The embedded engine."""
+
+    device: Annotated[str, Field(pattern=r"auto|cpu|cuda(:\d+)?")] = "auto"
+    """`auto`: the first CUDA device, else the CPU."""
+
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of weights, activations and the cache. auto: bf16 where the device multiplies it quickly."""
+
+    base_storage: Literal["dense", "nf4"] = "dense"
+    """`nf4`: linear layers in 4 bits, as QLoRA trains. An adapter that was trained over NF4 answers
+    best over NF4."""
+
+    slots: PositiveInt = 8
+    """Adapters that can be computed with at the same time. Each takes memory for `max_rank`."""
+
+    max_rank: PositiveInt = 64
+    """Largest rank of an adapter; a slot is as large as it."""
+
+    host_memory_bytes: Annotated[int, Field(ge=0)] = 2 * 2**30
+    """For adapters that wait in host memory, pinned where there is a GPU; older ones are dropped."""
+
+    max_requests: PositiveInt = 64
+    """Answers computed at the same time."""
+
+    max_queued: PositiveInt = 1024
+    """Answers that wait within the engine (for an adapter, a slot, room in the cache)."""
+
+    max_model_len: PositiveInt | None = None
+    """Most tokens of prompt and answer together. None: the model's own, at most `cache_tokens`."""
+
+    cache_tokens: PositiveInt | None = None
+    """Tokens whose keys and values fit into the cache. None: what 85 % of a GPU's free memory
+    holds, at most 2^20; on a CPU 4 GiB, at most 2^17."""
+
+    prefill_tokens: PositiveInt | None = None
+    """Most prompt tokens of one pass: more is quicker for a prompt, and holds others up for longer.
+    None: 2048 on a GPU, 256 on a CPU."""
+
+    cuda_graphs: bool = True
+    """Replay a decoding pass as a CUDA graph, one for each of a few numbers of rows."""
+
+    compile: bool = False
+    """Compile the decoder layers of decoding passes (torch.compile, GPU): slower to start."""

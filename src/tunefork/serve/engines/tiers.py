@@ -1,0 +1,281 @@
+"""Adapters on their way from the disk through host memory into slots, and out again.
+
+    disk -> host memory    read and checked by a thread; the least recently used is dropped first
+    host memory -> slot    copied by a thread, on a stream of its own; the least recently used slot
+                           that no running request computes with is taken
+
+Nobody waits for a load but the requests that asked for it. Slots are granted in the order in which
+adapters were first wanted. Where requests keep every slot in use, the one held longest takes no new
+requests any more once another adapter has waited for `PATIENCE_S`: it empties, and goes over. So an
+adapter in demand cannot keep the others out, and no slot lies idle meanwhile.
+
+All but `load` runs in the engine's thread.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from tunefork.errors import EngineError, TuneforkError
+from tunefork.registry.peft_deltas import Deltas
+from tunefork.serve.engine import ServedAdapter
+from tunefork.serve.engines.adapter_file import HostAdapter
+
+PATIENCE_S = 0.5
+
+
+class Slots(Protocol):
+    """Where adapters are computed with."""
+
+    num_slots: int
+
+    def load(self, slot: int, deltas: Deltas) -> None:
+        """Put an adapter into a slot that nobody computes with; returns when it is there."""
+
+    def clear(self, slot: int) -> None:
+        """Forget what is in `slot`."""
+
+
+class _Stage(Enum):
+    READING = "reading"
+    HOST = "host"
+    MOVING = "moving"
+    IN_SLOT = "in slot"
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """An adapter that is on its way or there."""
+
+    adapter: ServedAdapter
+    stage: _Stage
+    host: HostAdapter | None = None
+    slot: int | None = None
+    granted: float = 0.0
+    """When it got its slot."""
+    users: int = 0
+    """Running requests."""
+    is_checked: bool = False
+    """It was seen to change the logits."""
+    is_pinned: bool = False
+    is_draining: bool = False
+    is_forgotten: bool = False
+
+
+class Tiers:
+    """Who is where. `wake` is called from threads when something has arrived."""
+
+    def __init__(
+        self,
+        slots: Slots,
+        read: Callable[[ServedAdapter], HostAdapter],
+        *,
+        host_memory_bytes: int,
+        wake: Callable[[], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.slots, self.read, self.wake, self.clock = slots, read, wake, clock
+        self.host_memory_bytes = host_memory_bytes
+        self.entries: OrderedDict[str, Entry] = OrderedDict()  # least recently used first
+        self.wanted: OrderedDict[str, float] = OrderedDict()
+        """Adapters that a slot is wanted for, and since when."""
+        self.failures: dict[str, TuneforkError] = {}
+        self.free = deque(range(slots.num_slots))
+        self.loads, self.evictions, self.load_seconds = 0, 0, 0.0
+        self._arrived: deque[tuple[Entry, HostAdapter | TuneforkError | None, float]] = deque()
+        self._threads = ThreadPoolExecutor(2, "tunefork-adapters")
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Ids in slots."""
+        return tuple(i for i, entry in self.entries.items() if entry.stage is _Stage.IN_SLOT)
+
+    @property
+    def in_host_memory(self) -> tuple[str, ...]:
+        """Ids in host memory, those in slots too."""
+        return tuple(i for i, entry in self.entries.items() if entry.host is not None)
+
+    def ready(self, adapter: ServedAdapter) -> Entry | None:
+        """The adapter's entry if it can be computed with now; else it is brought nearer.
+
+        Raises the TuneforkError that its load ended with.
+        """
+        failure = self.failures.get(adapter.id)
+        if failure is not None:
+            raise failure
+        entry = self.bring(adapter)
+        if entry.stage is _Stage.IN_SLOT and not entry.is_draining:
+            return entry
+        self.wanted.setdefault(adapter.id, self.clock())
+        return None
+
+    def bring(self, adapter: ServedAdapter) -> Entry:
+        """Begin to read the adapter, unless it is there."""
+        entry = self.entries.get(adapter.id)
+        if entry is None:
+            entry = self.entries[adapter.id] = Entry(adapter, _Stage.READING)
+            self._threads.submit(self._load, entry)
+        self.entries.move_to_end(adapter.id)
+        return entry
+
+    def enter(self, entry: Entry) -> int:
+        """A request begins to compute with it; its slot."""
+        assert entry.slot is not None
+        entry.users += 1
+        return entry.slot
+
+    def leave(self, adapter_id: str) -> None:
+        """A request that had entered is over."""
+        entry = self.entries[adapter_id]
+        entry.users -= 1
+
+    def pin(self, adapter: ServedAdapter, pinned: bool) -> None:
+        """Keep it in a slot from now on, or no longer."""
+        if pinned:
+            entry = self.bring(adapter)
+            entry.is_pinned, entry.is_forgotten = True, False
+            if entry.stage is not _Stage.IN_SLOT:
+                self.wanted.setdefault(adapter.id, self.clock())
+        elif adapter.id in self.entries:
+            self.entries[adapter.id].is_pinned = False
+
+    def forget(self, adapter_id: str) -> None:
+        """Drop it from every tier once no request uses it."""
+        self.failures.pop(adapter_id, None)
+        if adapter_id in self.entries:
+            entry = self.entries[adapter_id]
+            entry.is_forgotten, entry.is_pinned = True, False
+
+    def fail(self, entry: Entry, error: TuneforkError) -> None:
+        """It turned out to be of no use: those who wait for it are told."""
+        self.failures[entry.adapter.id] = error
+        self._drop(entry)
+
+    def advance(self, waiting: set[str]) -> None:
+        """Take in what has arrived and grant slots; `waiting`: ids that queued requests name."""
+        while self._arrived:
+            self._take_in(*self._arrived.popleft())
+        for entry in [entry for entry in self.entries.values() if entry.is_forgotten]:
+            if not entry.users and entry.adapter.id not in waiting:
+                self._drop(entry)
+        for adapter_id in [i for i in self.failures if i not in waiting]:
+            del self.failures[adapter_id]
+        for adapter_id in list(self.wanted):
+            entry = self.entries.get(adapter_id)
+            if entry is None or not (adapter_id in waiting or entry.is_pinned):
+                del self.wanted[adapter_id]
+        self._grant()
+        self._trim_host()
+
+    def close(self) -> None:
+        """Stop loading, and forget everything."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for entry in list(self.entries.values()):
+            self._drop(entry)
+        self.wanted.clear()
+        self.failures.clear()
+
+    def _grant(self) -> None:
+        """Slots for those that want one, in their order, as far as there are any."""
+        draining = sum(entry.is_draining for entry in self.entries.values())
+        now = self.clock()
+        for adapter_id, since in list(self.wanted.items()):
+            entry = self.entries[adapter_id]
+            if entry.stage is _Stage.IN_SLOT and not entry.is_draining:
+                del self.wanted[adapter_id]
+            if entry.stage is not _Stage.HOST:
+                continue
+            if not self.free and not self._evict_one():
+                if draining == 0 and now - since > PATIENCE_S:
+                    self._drain_one()
+                draining = max(0, draining - 1)
+                continue
+            entry.slot, entry.stage, entry.granted = self.free.popleft(), _Stage.MOVING, now
+            del self.wanted[adapter_id]
+            self._threads.submit(self._load, entry)
+
+    def _evict_one(self) -> bool:
+        """Free the slot of the least recently used adapter that nobody computes with."""
+        for entry in self.entries.values():
+            if entry.stage is _Stage.IN_SLOT and not entry.users and not entry.is_pinned:
+                self._leave_slot(entry)
+                self.evictions += 1
+                return True
+        return False
+
+    def _drain_one(self) -> None:
+        held = [
+            entry
+            for entry in self.entries.values()
+            if entry.stage is _Stage.IN_SLOT and not entry.is_pinned and not entry.is_draining
+        ]
+        if held:
+            min(held, key=lambda entry: entry.granted).is_draining = True
+
+    def _leave_slot(self, entry: Entry) -> None:
+        assert entry.slot is not None
+        self.slots.clear(entry.slot)
+        self.free.append(entry.slot)
+        entry.slot, entry.is_draining = None, False
+        if entry.host is None:
+            del self.entries[entry.adapter.id]
+        else:
+            entry.stage = _Stage.HOST
+
+    def _drop(self, entry: Entry) -> None:
+        if entry.stage in (_Stage.READING, _Stage.MOVING):
+            entry.is_forgotten = True  # a thread is at it; it is dropped when that is done
+            return
+        entry.host = None
+        if entry.slot is not None:
+            self._leave_slot(entry)
+        self.entries.pop(entry.adapter.id, None)
+        self.wanted.pop(entry.adapter.id, None)
+
+    def _trim_host(self) -> None:
+        held = sum(entry.host.num_bytes for entry in self.entries.values() if entry.host)
+        for entry in list(self.entries.values()):
+            if held <= self.host_memory_bytes:
+                return
+            is_on_its_way = entry.stage is _Stage.MOVING or entry.adapter.id in self.wanted
+            if entry.host is None or is_on_its_way:
+                continue
+            held -= entry.host.num_bytes
+            entry.host = None
+            if entry.stage is _Stage.HOST:
+                del self.entries[entry.adapter.id]
+
+    def _take_in(
+        self, entry: Entry, found: HostAdapter | TuneforkError | None, seconds: float
+    ) -> None:
+        """What a thread has done with `entry`."""
+        self.load_seconds += seconds
+        if isinstance(found, TuneforkError):
+            self.failures[entry.adapter.id] = found
+            entry.stage = _Stage.HOST
+            self._drop(entry)
+        elif entry.stage is _Stage.READING:
+            entry.host, entry.stage = found, _Stage.HOST
+        else:
+            entry.stage = _Stage.IN_SLOT
+            self.loads += 1
+
+    def _load(self, entry: Entry) -> None:
+        """In a thread: one step from the disk to the slot."""
+        began = self.clock()
+        found: HostAdapter | TuneforkError | None = None
+        try:
+            if entry.stage is _Stage.READING:
+                found = self.read(entry.adapter)
+            else:
+                assert entry.slot is not None and entry.host is not None
+                self.slots.load(entry.slot, entry.host.deltas)
+        except TuneforkError as error:
+            found = error
+        except (OSError, RuntimeError, MemoryError) as error:
+            found = EngineError(f"{entry.adapter.id}: cannot be loaded: {type(error).__name__}")
+        self._arrived.append((entry, found, self.clock() - began))
+        self.wake()

@@ -1,0 +1,281 @@
+"""The server without its HTTP: who may ask what, which model answers, and whether it is up.
+
+It is `starting` until base and engine are there, then `ready`; `failed` while an engine that died
+is started again; `draining` once it is told to stop. Only when ready does it take requests.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from tunefork.errors import StoreError
+from tunefork.serve.adapters import Adapters, Lease
+from tunefork.serve.api.errors import ApiError, no_such_model, unavailable
+from tunefork.serve.base import ServedBase, load_base
+from tunefork.serve.checks import Checks
+from tunefork.serve.engine import Engine, ServedAdapter
+from tunefork.serve.fair import FairQueue
+from tunefork.serve.ledger import Ledger
+from tunefork.serve.metrics import Metrics, Snapshot
+from tunefork.serve.parts import Parts
+from tunefork.serve.prompts import Prompts
+from tunefork.serve.quotas import Quotas
+from tunefork.serve.settings import ServeSettings
+from tunefork.serve.standing import Pins, Replicas
+from tunefork.serve.tenants import LOCAL, Accounts, Tenant, read_accounts
+
+State = Literal["starting", "ready", "failed", "draining"]
+_LOOK_S = 1.0
+"""How often keys, the engine's health and what is held are looked at."""
+_MOST_BACK_OFF_S = 60.0
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whose request it is."""
+
+    tenant: Tenant
+    key_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a request's `model` came to."""
+
+    name: str
+    """The base's name, or the exact version."""
+    engine: Engine
+    adapter: ServedAdapter | None
+    prompts: Prompts
+    lease: Lease | None
+
+    def release(self) -> None:
+        """No answer came of it."""
+        if self.lease is not None:
+            self.lease.release()
+
+
+class Gateway:
+    """One base, one engine, and whoever asks them; lives in one event loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: ServeSettings,
+        replicate: Callable[[ServedAdapter], Engine],
+    ) -> None:
+        self.engine, self.settings = engine, settings
+        self.state: State = "starting"
+        self.failure: BaseException | None = None
+        """Why it never became ready."""
+        self.on_failure: Callable[[], None] = lambda: None
+        self.on_ready: Callable[[], None] = lambda: None
+        self.threads = ThreadPoolExecutor(4, thread_name_prefix="render")
+        """For what would keep the event loop: large inputs are parsed and tokenised there."""
+        self.began = int(time.time())
+        """Seconds since 1970."""
+        self._base: ServedBase | None = None
+        self._adapters: Adapters | None = None
+        self._parts: Parts | None = None
+        self._ledger: Ledger | None = None
+        self._replicas = Replicas(replicate)
+        self._pins = Pins(engine, settings.pin)
+        self._accounts = Accounts({}, {})
+        self.is_open = settings.is_loopback
+        """No key is demanded."""
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        """Start, in the background: /health answers meanwhile."""
+        self._task = asyncio.create_task(self._live())
+
+    def drain(self) -> None:
+        """Take no more requests; those that run go on."""
+        self.state = "draining"
+
+    async def stop(self) -> None:
+        """Give everything back. Answers that still run are cancelled and recorded."""
+        self.drain()
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+        if self._parts is not None:
+            await self._parts.settle()
+        self._pins.release()
+        await self._replicas.stop()
+        await self.engine.stop()
+        if self._adapters is not None:
+            await self._adapters.close()
+        if self._ledger is not None:
+            self._ledger.close()
+        self.threads.shutdown(cancel_futures=True)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it ever was ready."""
+        return self._parts is not None
+
+    @property
+    def base(self) -> ServedBase:
+        """Once ready."""
+        assert self._base is not None
+        return self._base
+
+    @property
+    def adapters(self) -> Adapters:
+        """Once ready."""
+        assert self._adapters is not None
+        return self._adapters
+
+    @property
+    def parts(self) -> Parts:
+        """Once ready."""
+        assert self._parts is not None
+        return self._parts
+
+    def admit(self, headers: Mapping[str, str]) -> Caller:
+        """Who asks, counted. Raises ApiError: 503 while not ready, 401, 429."""
+        if self.state != "ready":
+            raise not_ready(self.state)
+        caller = self.identify(headers)
+        try:
+            self.parts.quotas.admit_request(caller.tenant)
+        except ApiError:
+            self.parts.metrics.refused(caller.tenant.name, "requests")
+            raise
+        return caller
+
+    def identify(self, headers: Mapping[str, str]) -> Caller:
+        """Who asks. Raises ApiError (401)."""
+        if self.is_open:
+            return Caller(LOCAL, None)
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        found = self._accounts.find(key.strip()) if scheme.lower() == "bearer" else None
+        if found is None:
+            raise ApiError(
+                401,
+                "No valid API key was given; send one as Authorization: Bearer KEY",
+                code="invalid_api_key",
+            )
+        return Caller(*found)
+
+    def is_operator(self, headers: Mapping[str, str]) -> bool:
+        """Whether an operator asks."""
+        try:
+            return self.identify(headers).tenant.is_operator
+        except ApiError:
+            return False
+
+    async def target(self, model: str, tenant: Tenant) -> Target:
+        """What answers for `model`. Raises ApiError (404, 400)."""
+        if model == self.base.name:
+            if not tenant.has_base:
+                raise no_such_model()
+            return Target(model, self.engine, None, self.base.prompts, None)
+        lease = await self.adapters.lease(model, tenant)
+        adapter, prompts = lease.checked.adapter, lease.checked.prompts
+        if (replica := self._replicas.find(adapter.id)) is not None:
+            return Target(adapter.id, replica, None, prompts, lease)
+        return Target(adapter.id, self.engine, adapter, prompts, lease)
+
+    async def in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run what is not quick beside the event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.threads, partial(function, *arguments))
+
+    async def _live(self) -> None:
+        try:
+            await self._start()
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            self.failure, self.state = error, "failed"
+            self.on_failure()
+            return
+        if self.state == "starting":
+            self.state = "ready"
+            self.on_ready()
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            try:
+                await self._look()
+            except StoreError as error:
+                logger.error("%s", error)
+            except Exception as error:  # of the engine: the next look finds it dead
+                logger.error("what is to be done every second failed", exc_info=error)
+
+    async def _start(self) -> None:
+        settings = self.settings
+        ledger = self._ledger = await self.in_thread(Ledger, settings.accounts_file)
+        await self._read_accounts()
+        base: ServedBase
+        base, _ = await asyncio.gather(
+            self.in_thread(load_base, settings.base, settings.base_name), self.engine.start()
+        )
+        self._base = base
+        capabilities = self.engine.capabilities
+        is_single = str(self.engine.info().get("dtype", "")).endswith("float32")
+        checks = Checks(base, capabilities, 4 if is_single else 2)
+        self._adapters = Adapters(self.engine, checks, base.identity.weights_sha256)
+        await self._replicas.start(settings.merge, self._adapters)
+        await self._pins.start(self._adapters)
+        places = capabilities.max_requests + self._replicas.places()
+        queue = FairQueue(places, settings.max_queued, settings.max_queued_per_tenant)
+        metrics = Metrics(settings.max_metric_adapters, places=capabilities.max_requests)
+        metrics.watch(self._snapshot)
+        self._parts = Parts(queue, Quotas(ledger), ledger, metrics)
+        logger.info("serving %s: %s", base.name, dict(self.engine.info()))
+
+    async def _look(self) -> None:
+        await self._read_accounts()
+        if not self.engine.state().healthy:
+            await self._restart()
+            return
+        await self._pins.follow(self.adapters)
+        await self.adapters.sweep(self.settings.hold_idle_s)
+
+    async def _read_accounts(self) -> None:
+        self._accounts = await self.in_thread(read_accounts, self.settings.accounts_file)
+        if self._accounts.tenants:  # and it never opens again while it runs
+            self.is_open = False
+
+    async def _restart(self) -> None:
+        """The engine died: start it again, and again, at longer and longer intervals."""
+        wait_s = 1.0
+        while self.state != "draining":
+            self.state = "failed"
+            logger.error("the engine died; it is started again")
+            try:
+                await self.engine.stop()
+                await self.engine.start()
+            except Exception as error:
+                logger.error("the engine cannot be started: %s", error)
+                await asyncio.sleep(wait_s)
+                wait_s = min(_MOST_BACK_OFF_S, 2 * wait_s)
+                continue
+            await self._pins.again()
+            if self.state == "failed":
+                self.state = "ready"
+            return
+
+    def _snapshot(self) -> Snapshot:
+        queue = self.parts.queue
+        waiting = queue.waiting_by_tenant()
+        return self.engine.state(), waiting, queue.running, self.adapters.in_use()
+
+
+def not_ready(state: State) -> ApiError:
+    """Why no request is taken."""
+    if state == "starting":
+        return unavailable("starting", "The model is being loaded; try again", 5.0)
+    if state == "draining":
+        return unavailable("draining", "The server is about to stop; try another", 5.0)
+    return unavailable("engine_failed", "The engine is being started again; try again", 5.0)

@@ -1,0 +1,102 @@
+"""Adapters that the operator has given a place of their own: in a slot, or in an engine.
+
+A pinned one stays in a slot, and follows its tag. A merged one (`--merge`) has an engine more, with
+the adapter added into its base's weights; that is one exact version, and a tag that moves on leaves
+it for the adapters' engine, as does a replica that died.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+
+from tunefork.errors import BadInputError
+from tunefork.serve.adapters import Adapters, Lease
+from tunefork.serve.api.errors import ApiError
+from tunefork.serve.engine import Engine, ServedAdapter
+from tunefork.serve.tenants import LOCAL
+
+logger = logging.getLogger(__name__)
+
+
+class Replicas:
+    """Engines with one adapter merged; from one event loop."""
+
+    def __init__(self, make: Callable[[ServedAdapter], Engine]) -> None:
+        self._make = make
+        self._engines: dict[str, tuple[Engine, Lease]] = {}
+
+    async def start(self, names: Sequence[str], adapters: Adapters) -> None:
+        """An engine for each of `names`. Raises BadInputError where one cannot be served."""
+        for name in names:
+            lease = await _lease(name, adapters, "merge")
+            version = lease.checked.adapter
+            if version.id in self._engines:
+                lease.release()
+                continue
+            engine = self._make(version)
+            self._engines[version.id] = (engine, lease)
+            await engine.start()
+
+    def find(self, version: str) -> Engine | None:
+        """The engine of `version`, if it has one that answers."""
+        engine, _ = self._engines.get(version, (None, None))
+        return engine if engine is not None and engine.state().healthy else None
+
+    def places(self) -> int:
+        """Answers that they compute at the same time."""
+        return sum(engine.capabilities.max_requests for engine, _ in self._engines.values())
+
+    async def stop(self) -> None:
+        """End them all."""
+        for engine, lease in self._engines.values():
+            lease.release()
+            await engine.stop()
+        self._engines.clear()
+
+
+class Pins:
+    """Adapters that stay in slots."""
+
+    def __init__(self, engine: Engine, names: Sequence[str]) -> None:
+        self._engine, self._names = engine, names
+        self._leases: dict[str, Lease] = {}
+
+    async def start(self, adapters: Adapters) -> None:
+        """Pin all. Raises BadInputError where one cannot be served."""
+        for name in self._names:
+            await self._pin(name, await _lease(name, adapters, "pin"))
+
+    async def follow(self, adapters: Adapters) -> None:
+        """Where a tag has moved, pin the new version in place of the old one."""
+        for name in self._names:
+            try:
+                await self._pin(name, await adapters.lease(name, LOCAL))
+            except ApiError as error:
+                logger.warning("pin: %s: %s; the version before stays", name, error.message)
+
+    def release(self) -> None:
+        """Hold none of them any longer."""
+        for lease in self._leases.values():
+            lease.release()
+
+    async def again(self) -> None:
+        """The engine was started anew: it knows of none."""
+        for lease in self._leases.values():
+            await self._engine.pin(lease.checked.adapter, True)
+
+    async def _pin(self, name: str, lease: Lease) -> None:
+        before = self._leases.get(name)
+        if before is not None and before.checked.adapter.id == lease.checked.adapter.id:
+            lease.release()
+            return
+        await self._engine.pin(lease.checked.adapter, True)
+        self._leases[name] = lease
+        if before is not None:
+            await self._engine.pin(before.checked.adapter, False)
+            before.release()
+
+
+async def _lease(name: str, adapters: Adapters, option: str) -> Lease:
+    try:
+        return await adapters.lease(name, LOCAL, is_merged=option == "merge")
+    except ApiError as error:
+        raise BadInputError(f"{option}: {name}: {error.message}") from error

@@ -1,0 +1,92 @@
+"""Engines over tiny bases, and adapters for them made by the PEFT library."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from tests.folders import save_model
+from tunefork.recipe import ModelSection
+from tunefork.serve.engine import EngineRequest, Piece, Sampling, ServedAdapter
+from tunefork.serve.engines.embedded import EmbeddedEngine
+from tunefork.serve.settings import ServeSettings
+
+
+def save_adapter(model: Any, folder: Path, *, rank: int, seed: int) -> ServedAdapter:
+    """A PEFT adapter that changes what `model` says; `model` comes back as it was."""
+    torch.manual_seed(seed)
+    targets = "all-linear" if seed % 2 else ["q_proj", "v_proj", "down_proj"]
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+    wrapped = get_peft_model(model, config)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter) / parameter.shape[1] ** 0.5
+    wrapped.save_pretrained(folder)
+    wrapped.unload()
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    return ServedAdapter(f"{folder.name}:v1", folder, rank, 0)
+
+
+def base_folder(folder: Path, name: str = "llama") -> Any:
+    """Save a tiny base with a tokenizer; returns the model."""
+    return save_model(folder, name)
+
+
+def settings(base: Path, **embedded: Any) -> ServeSettings:
+    """Of an engine on the CPU in fp32."""
+    fields = {"device": "cpu", "dtype": "fp32", "slots": 4, "max_rank": 64, "cache_tokens": 8192}
+    return ServeSettings(base=ModelSection(id=str(base)), embedded=fields | embedded)
+
+
+def greedy(model: Any, adapter: ServedAdapter | None, prompt: Sequence[int], new: int) -> list[int]:
+    """What PEFT's `generate` says."""
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter.folder).eval()
+    ids = torch.tensor([list(prompt)])
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    if adapter is not None:
+        base = model.unload()
+        if hasattr(base, "peft_config"):
+            del base.peft_config
+    return [int(token) for token in out[0, len(prompt) :]]
+
+
+def request(
+    name: str,
+    prompt: Sequence[int],
+    adapter: ServedAdapter | None = None,
+    *,
+    tenant: str = "",
+    deadline: float | None = None,
+    **sampling: Any,
+) -> EngineRequest:
+    """Greedy unless told otherwise."""
+    options = {"max_tokens": 8, "temperature": 0.0} | sampling
+    return EngineRequest(name, tuple(prompt), Sampling(**options), adapter, tenant, deadline)
+
+
+async def answer(engine: EmbeddedEngine, wanted: EngineRequest) -> Piece:
+    """All pieces as one."""
+    pieces = [piece async for piece in engine.generate(wanted)]
+    return Piece(
+        "".join(piece.text for piece in pieces),
+        tuple(token for piece in pieces for token in piece.token_ids),
+        tuple(logprob for piece in pieces for logprob in piece.logprobs),
+        pieces[-1].finish_reason,
+    )
+
+
+async def answers(engine: EmbeddedEngine, wanted: Sequence[EngineRequest]) -> list[Piece]:
+    """Of all requests at once."""
+    return list(await asyncio.gather(*(answer(engine, one) for one in wanted)))

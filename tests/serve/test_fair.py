@@ -1,0 +1,112 @@
+"""Tenants that always want more get equal shares, by tokens; idle capacity is nobody's."""
+
+import asyncio
+from collections import Counter
+
+import pytest
+
+from tunefork.serve.fair import FairQueue, QueueFullError, Turn
+
+
+def _queue(running: int = 1, waiting: int = 100, per_tenant: int = 100) -> FairQueue:
+    return FairQueue(running, waiting, per_tenant)
+
+
+def _enter(queue: FairQueue, tenant: str, *tokens: int, weight: float = 1.0) -> list[Turn]:
+    return queue.enter(tenant, weight, list(tokens) or [1])
+
+
+Wants = dict[str, tuple[int, int, float]]
+
+
+def _serve(
+    queue: FairQueue, wants: Wants, rounds: int, turns: dict[Turn, str] | None = None
+) -> Counter[str]:
+    """Tokens served when each tenant (prompt, answer, weight) always has two requests waiting."""
+    served: Counter[str] = Counter()
+    turns = {} if turns is None else turns
+
+    def refill() -> None:
+        for tenant, (prompt, _, weight) in wants.items():
+            while queue.waiting_by_tenant().get(tenant, 0) < 2:
+                turns[queue.enter(tenant, weight, [prompt])[0]] = tenant
+
+    for _ in range(rounds):
+        refill()
+        turn = next(turn for turn in turns if turn.granted.done())
+        tenant = turns.pop(turn)
+        prompt, answer, _ = wants[tenant]
+        turn.charge(answer)
+        served[tenant] += prompt + 2 * answer
+        turn.leave()
+    return served
+
+
+def test_shares_are_equal_whatever_the_lengths() -> None:
+    async def run() -> None:
+        served = _serve(_queue(), {"long": (100, 200, 1.0), "short": (5, 10, 1.0)}, 2000)
+        assert served["long"] == pytest.approx(served["short"], rel=0.05)
+
+    asyncio.run(run())
+
+
+def test_a_weight_of_two_gets_two_shares() -> None:
+    async def run() -> None:
+        served = _serve(_queue(), {"two": (10, 10, 2.0), "one": (10, 10, 1.0)}, 1000)
+        assert served["two"] == pytest.approx(2 * served["one"], rel=0.05)
+
+    asyncio.run(run())
+
+
+def test_nobody_saves_up_service() -> None:
+    async def run() -> None:
+        queue = _queue()
+        turns: dict[Turn, str] = {}
+        _serve(queue, {"busy": (10, 50, 1.0)}, 200, turns)
+        served = _serve(queue, {"busy": (10, 50, 1.0), "new": (10, 50, 1.0)}, 200, turns)
+        assert served["new"] == pytest.approx(served["busy"], rel=0.05)
+
+    asyncio.run(run())
+
+
+def test_one_tenant_alone_has_all_the_room() -> None:
+    async def run() -> None:
+        queue = _queue(running=3)
+        turns = _enter(queue, "a", 1, 1, 1, 1)
+        assert [turn.granted.done() for turn in turns] == [True, True, True, False]
+        turns[0].leave()
+        assert turns[3].granted.done() and queue.running == 3
+        for turn in turns:
+            turn.leave()
+            turn.leave()
+        assert (queue.running, queue.waiting) == (0, 0)
+
+    asyncio.run(run())
+
+
+def test_one_that_gives_up_waiting_leaves_no_gap() -> None:
+    async def run() -> None:
+        queue = _queue()
+        first, second, third = _enter(queue, "a", 1, 1, 1)
+        second.leave()
+        first.leave()
+        assert third.granted.done() and not second.granted.done()
+        third.leave()
+        assert (queue.running, queue.waiting) == (0, 0)
+
+    asyncio.run(run())
+
+
+def test_a_full_queue_takes_all_or_nothing_and_says_when() -> None:
+    async def run() -> None:
+        queue = _queue(running=1, waiting=3, per_tenant=2)
+        _enter(queue, "a", 1, 1)
+        with pytest.raises(QueueFullError) as full:
+            _enter(queue, "a", 1, 1)  # of two only one would fit into its lane
+        assert 1.0 <= full.value.retry_after <= 60.0
+        assert queue.waiting == 1
+        _enter(queue, "b", 1, 1)
+        with pytest.raises(QueueFullError):
+            _enter(queue, "c", 1)
+
+    asyncio.run(run())

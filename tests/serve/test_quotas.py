@@ -1,0 +1,143 @@
+"""Limits hold, are told with the time to wait, and the month's survives a restart."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serve.fake_engine import FakeEngine
+from tests.serve.servers import serving
+from tunefork.serve import quotas as quotas_module
+from tunefork.serve.api.errors import ApiError
+from tunefork.serve.ledger import Ledger, month, read_usage
+from tunefork.serve.quotas import Quotas
+from tunefork.serve.settings import ServeSettings
+from tunefork.serve.tenants import Tenant, add_key
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(quotas_module, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def quotas(tmp_path: Path) -> Any:
+    ledger = Ledger(tmp_path / "serve.sqlite")
+    yield Quotas(ledger)
+    ledger.close()
+
+
+def test_requests_a_minute(quotas: Quotas, clock: Clock) -> None:
+    tenant = Tenant("a", requests_per_minute=6)
+    for _ in range(6):
+        quotas.admit_request(tenant)
+    with pytest.raises(ApiError) as refused:
+        quotas.admit_request(tenant)
+    assert refused.value.status == 429 and refused.value.retry_after == pytest.approx(10)
+    clock.now += 10
+    quotas.admit_request(tenant)
+    with pytest.raises(ApiError):
+        quotas.admit_request(tenant)
+    quotas.admit_request(Tenant("b", requests_per_minute=6))
+    quotas.admit_request(Tenant("c"))
+
+
+def test_tokens_that_were_too_many_are_waited_for(quotas: Quotas, clock: Clock) -> None:
+    tenant = Tenant("a", tokens_per_minute=60)
+    spent = 0
+    while clock.now < 3600:
+        try:
+            quotas.admit_tokens(tenant)
+        except ApiError as refused:
+            assert refused.retry_after is not None
+            clock.now += refused.retry_after + 0.01
+            continue
+        quotas.spend(tenant, 100)
+        spent += 100
+    assert 3600 <= spent <= 3600 + 60 + 100
+
+
+def test_the_month_is_never_passed(quotas: Quotas) -> None:
+    tenant = Tenant("a", tokens_per_month=100)
+    quotas.reserve(tenant, 60)
+    with pytest.raises(ApiError) as refused:
+        quotas.reserve(tenant, 41)
+    assert refused.value.code == "insufficient_quota"
+    quotas.reserve(tenant, 40)
+    quotas.release(tenant, 60)
+    assert quotas.left_this_month(tenant) == 60
+
+
+def _ask(running: Any, key: str, **fields: Any) -> httpx.Response:
+    answer: httpx.Response = running.ask(key, **fields)
+    return answer
+
+
+def test_quotas_hold_over_http_and_over_a_restart(settings: ServeSettings) -> None:
+    key = add_key(settings.accounts_file, Tenant("a", tokens_per_month=100))
+    with serving(FakeEngine(), settings) as running:
+        assert _ask(running, key).json()["usage"]["total_tokens"] == 45
+        refused = _ask(running, key, max_tokens=40)
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "insufficient_quota"
+        assert int(refused.headers["retry-after"]) > 0
+    with serving(FakeEngine(), settings) as running:
+        cut = _ask(running, key, ignore_eos=True)  # nobody said how long: what the month has left
+        assert cut.json()["usage"]["total_tokens"] == 55
+        assert _ask(running, key, max_tokens=1).status_code == 429
+    assert (
+        sum(row.prompt_tokens + row.completion_tokens for row in read_usage(settings.accounts_file))
+        == 100
+    )
+
+
+def test_rates_hold_over_http(settings: ServeSettings) -> None:
+    slow = add_key(settings.accounts_file, Tenant("a", requests_per_minute=2))
+    small = add_key(settings.accounts_file, Tenant("b", tokens_per_minute=30))
+    with serving(FakeEngine(), settings) as running:
+        assert [_ask(running, slow).status_code for _ in range(3)] == [200, 200, 429]
+        assert [_ask(running, small).status_code for _ in range(2)] == [200, 429]
+        refused = _ask(running, small)
+        assert refused.json()["error"]["type"] == "tokens"
+        assert 28 <= int(refused.headers["retry-after"]) <= 33
+
+
+def test_what_was_told_complete_survives_a_kill(tmp_path: Path) -> None:
+    file = tmp_path / "serve.sqlite"
+    code = f"""
+import asyncio, os
+from pathlib import Path
+from tunefork.serve.ledger import Ledger, Usage
+async def main():
+    ledger = Ledger(Path({str(file)!r}))
+    async def one(i):
+        await ledger.record(Usage(f"r{{i}}", "{month()}-26T00:00:00", "a", None, "chat.completions",
+                                  "m", None, "ok", 1, 2, 3, 0.1, 0.2))
+        os.write(1, b"x")
+    tasks = [asyncio.create_task(one(i)) for i in range(200)]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    os.kill(os.getpid(), 9)
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == -9, done.stderr
+    (row,) = read_usage(file)
+    assert row.requests >= len(done.stdout) > 0
+    ledger = Ledger(file)
+    assert ledger.used_this_month("a") == 5 * row.requests
+    ledger.close()

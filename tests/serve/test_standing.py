@@ -1,0 +1,127 @@
+"""Pinned adapters stay and follow their tag; a merged one has an engine more."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.serve.fake_engine import ALL, FakeEngine
+from tests.serve.servers import eventually, serving
+from tunefork.errors import BadInputError
+from tunefork.registry.store import Store
+from tunefork.serve.choose import make_replica
+from tunefork.serve.engine import ServedAdapter
+from tunefork.serve.heat import Heat
+from tunefork.serve.metrics import OTHER, Metrics
+from tunefork.serve.settings import ServeSettings
+
+
+def test_a_pin_follows_its_tag(settings: ServeSettings, adapter: Path) -> None:
+    engine = FakeEngine()
+    with Store.open() as store:
+        store.publish(adapter, "acme", tags=("prod",))
+        with serving(engine, settings.model_copy(update={"pin": ("acme:prod",)})):
+            assert engine.pinned == {"acme:v1"} and len(store.show("acme:v1").holds) == 1
+            store.publish(adapter, "acme", tags=("prod",))
+            eventually(lambda: engine.pinned == {"acme:v2"})
+            eventually(lambda: store.show("acme:v1").holds == ())
+        assert store.show("acme:v2").holds == ()
+
+
+def test_pins_are_told_to_an_engine_that_was_started_again(
+    settings: ServeSettings, adapter: Path
+) -> None:
+    engine = FakeEngine()
+    with Store.open() as store:
+        store.publish(adapter, "acme")
+    with serving(engine, settings.model_copy(update={"pin": ("acme",)})):
+        engine.pinned.clear()
+        engine.die()
+        eventually(lambda: engine.pinned == {"acme:v1"})
+
+
+def test_a_merged_version_is_answered_by_its_replica(
+    settings: ServeSettings, adapter: Path
+) -> None:
+    main, replica = FakeEngine(), FakeEngine()
+    made: list[ServedAdapter] = []
+
+    def replicate(version: ServedAdapter) -> FakeEngine:
+        made.append(version)
+        return replica
+
+    with Store.open() as store:
+        store.publish(adapter, "acme", tags=("prod",))
+        merged = settings.model_copy(update={"merge": ("acme:prod", "acme:v1")})
+        with serving(main, merged, replicate=replicate) as running:
+            assert [version.id for version in made] == ["acme:v1"] and replica.starts == 1
+            answer = running.ask(model="acme")
+            assert answer.json()["model"] == "acme:v1"
+            assert [seen.adapter for seen in replica.seen] == [None] and not main.seen
+            store.publish(adapter, "acme", tags=("prod",))
+            assert running.ask(model="acme:prod").json()["model"] == "acme:v2"
+            replica.die()
+            assert running.ask(model="acme:v1").status_code == 200
+            assert [seen.adapter.id for seen in main.seen if seen.adapter] == ["acme:v2", "acme:v1"]
+        assert replica.stops == 1
+        assert store.show("acme:v1").holds == ()
+
+
+def test_a_merged_one_may_be_of_any_rank(settings: ServeSettings, adapter: Path) -> None:
+    small = replace(ALL, max_rank=2)
+    with Store.open() as store:
+        store.publish(adapter, "acme")
+    merged = settings.model_copy(update={"merge": ("acme",)})
+    engine = FakeEngine(capabilities=small)
+    with serving(engine, merged, replicate=lambda _: FakeEngine()) as running:
+        assert running.ask(model="acme").status_code == 200
+    with serving(engine, settings) as running:
+        assert running.ask(model="acme").status_code == 400
+
+
+@pytest.mark.parametrize("option", ["merge", "pin"])
+def test_what_cannot_be_served_is_said_at_the_start(settings: ServeSettings, option: str) -> None:
+    wanted = settings.model_copy(update={option: ("nobody",)})
+    with serving(FakeEngine(), wanted) as running:
+        eventually(lambda: running.gateway.failure is not None)
+        assert isinstance(running.gateway.failure, BadInputError)
+        assert str(running.gateway.failure).startswith(f"{option}: nobody: ")
+        with running.http() as http:
+            assert http.get("/health").status_code == 503
+            assert http.get("/metrics").status_code == 503
+
+
+def test_vllm_has_no_replicas(settings: ServeSettings, tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match="no merged replicas"):
+        make_replica(
+            settings.model_copy(update={"engine": "vllm"}), ServedAdapter("a:v1", tmp_path, 1, 1)
+        )
+
+
+def test_heat_is_the_mean_number_of_running_answers() -> None:
+    heat = Heat()
+    for second in range(3600):
+        heat.add("busy", 4.0, float(second))  # four that run all the time
+    heat.add("once", 10.0, 3599.0)
+    running = heat.mean_running(3600.0)
+    assert running["busy"] == pytest.approx(4.0, rel=0.02)
+    assert running["once"] < 0.05
+    assert heat.mean_running(3600.0 + 3600.0)["busy"] < 0.01
+
+
+def test_only_so_many_adapters_are_told_apart() -> None:
+    metrics = Metrics(2, places=8)
+    for number in range(5):
+        metrics.ended(
+            "a",
+            f"x{number}:v1",
+            "ok",
+            prompt_tokens=1,
+            completion_tokens=2,
+            choices=1,
+            first_token_s=0.1,
+            total_s=0.2,
+        )
+    text = metrics.text().decode()
+    assert 'model="x1"' in text and 'model="x2"' not in text
+    assert f'tunefork_prompt_tokens_total{{model="{OTHER}",tenant="a"}} 3.0' in text
