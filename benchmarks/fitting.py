@@ -1,7 +1,7 @@
 """Fit the planner's constants to measured short runs; what `benchmarks/planner_*.py` share.
 
 Memory: the workspace is what is measured beyond the traced tensors (median), and what the allocator
-holds without using it is linear in three traced sizes (least squares on relative errors). Time: the
+holds without using it is linear in four traced sizes (least squares on relative errors). Time: the
 factors of `plan.time`, by a pattern search over their logarithms, with a robust loss on that
 of predicted over measured, drawn towards plain roofline values where the runs say little.
 """
@@ -18,8 +18,8 @@ import yaml
 
 from tunefork.plan.fits import Fit, MemoryFit, TimeFit
 from tunefork.plan.method import Case, one_pass_seconds
+from tunefork.plan.passes import Shape
 from tunefork.plan.short_run import WARM_UP
-from tunefork.plan.step import Shape
 from tunefork.plan.time import update_seconds
 
 FITS = Path(__file__).parent.parent / "src/tunefork/plan/fits.yaml"

@@ -28,13 +28,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.fitting import Run, fit_memory, fit_time, write_fit
 from benchmarks.results import write
 from tunefork.model.device import describe, pick_dtype
+from tunefork.plan.built import Build
 from tunefork.plan.catalogue import load_catalogue
 from tunefork.plan.device import here
 from tunefork.plan.fits import fit_for, installed, minor
 from tunefork.plan.method import Case
+from tunefork.plan.passes import Shape
 from tunefork.plan.shape import config_for, count_params
 from tunefork.plan.short_run import WARM_UP, short_run
-from tunefork.plan.step import Build, Shape
 from tunefork.plan.time import Rates
 from tunefork.recipe import FullSection, LoraSection, Method
 

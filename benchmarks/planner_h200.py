@@ -1,102 +1,49 @@
 """The planner beside what runs really take: peak tensor memory, process memory, time of a step.
 
-Each case is a real training run (random weights, random tokens, every token supervised) by the code
-that `tunefork train` runs. A third of the cases, chosen by a salted hash of their names, and one
-whole model size are held out from the fit. The list of them is a file, `planner_h200_held_out.txt`,
-committed before the grid was measured; `fit` refuses a list that differs from the hash's.
+Each case (`planner_cases.py`) is a real training run, with random weights and tokens and every
+token supervised, by the code that `tunefork train` runs.
 
-    python benchmarks/planner_h200.py hold-out                    writes that list
-    python benchmarks/planner_h200.py measure --out RAW.jsonl     on the GPU, about 8 minutes
+    python benchmarks/planner_h200.py hold-out                    writes the list of those held out
+    python benchmarks/planner_h200.py measure --out RAW.jsonl     on the GPU, 5 to 8 minutes
     python benchmarks/planner_h200.py fit RAW.jsonl               anywhere: fits, writes the results
+
+`measure` appends a line a case as it goes, and goes on with what is missing when called again.
+First it compiles all cases side by side, on models of two layers, into PyTorch's cache on the disk,
+and plans each one there, with the very PyTorch that will run it; then it runs one after the other.
 
 `fit` writes src/tunefork/plan/fits.yaml (what the planner uses) and results/planner_h200.json.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
-import re
+import queue
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.planner_cases import (
+    CASES,
+    HELD_OUT_FILE,
+    SHAPES,
+    Case,
+    build_of,
+    config,
+    held_out,
+    lengths,
+    read_case,
+)
 
-def _llama(
-    width: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **more: Any
-) -> dict[str, Any]:
-    return {
-        "model_type": "llama",
-        "hidden_size": width,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocabulary,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 8192,
-        **more,
-    }
-
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "135m": _llama(576, 1536, 30, 9, 3, 49_152),
-    "360m": _llama(960, 2560, 32, 15, 5, 49_152),
-    "0.6b": _llama(1024, 3072, 28, 16, 8, 151_936, model_type="qwen3", head_dim=128),
-    "1b": _llama(2048, 8192, 16, 32, 8, 128_256),
-    "8b": _llama(4096, 14_336, 32, 32, 8, 128_256, tie_word_embeddings=False),
-    "1.7b": _llama(2048, 6144, 28, 16, 8, 151_936, model_type="qwen3", head_dim=128),
-    "3b": _llama(3072, 8192, 28, 24, 8, 128_256),
-}
-"""SmolLM2-135M and -360M, Qwen3-0.6B, Llama-3.2-1B, Llama-3.1-8B, Qwen3-1.7B, Llama-3.2-3B, in the
-order in which they are measured."""
-
-HELD_OUT_SHAPE = "1.7b"
-"""A size that no run had been measured of when the model of time and memory was settled."""
-SALT = "tunefork planner, third grid"
-HELD_OUT_FILE = Path(__file__).with_name("planner_h200_held_out.txt")
-
-CASES = [
-    "135m-lora-16x768",
-    "135m-qlora-12x1024-packed-eager",
-    "360m-lora-8x1024-fp8-full",
-    "360m-full-8x512-8bit-eager",
-    "0.6b-lora-8x768-eager",
-    "0.6b-lora-4x1024-packed",
-    "1b-lora-8x1024",
-    "1b-lora-8x1024-fp8-selective",
-    "1b-lora-4x4096-full-eager",
-    "1b-qlora-8x768-fp8-offload",
-    "1b-full-8x768-eager",
-    "1.7b-lora-4x1536-fp8",
-    "1.7b-lora-8x1536-full-eager",
-    "1.7b-qlora-8x1024-full",
-    "1.7b-full-4x2048-adamwbf16-full",
-    "3b-lora-8x1024-offload",
-    "3b-lora-2x4096-packed-full-eager",
-    "3b-qlora-2x2048-eager",
-    "3b-full-4x2048-bf16-full-eager",
-    "8b-lora-8x2048",
-    "8b-lora-8x2048-fp8",
-    "8b-lora-8x2048-fp8-full",
-    "8b-lora-8x2048-fp8-offload",
-    "8b-lora-4x1536-r64-fp8-selective",
-    "8b-lora-8x64-fp8",
-    "8b-lora-2x2048-eager",
-    "8b-lora-4x2048-fp8-full-eager",
-    "8b-qlora-8x2048-fp8-offload",
-    "8b-qlora-4x2048-full-eager",
-    "8b-full-4x2048-bf16-8bit-full-eager",
-]
-"""Compiled, and captured where the engine would, unless the name ends in `eager`."""
 FIRST_GRID: dict[str, float] = {
     "gemm": 1.145,
     "gemm_fp8": 1.52,
@@ -120,103 +67,21 @@ FIRST_GRID: dict[str, float] = {
 }
 """What the first grid's 24 runs were fitted to (2026-11-25): where this fit starts and what it is
 drawn to. FP8 products, compiled layers and captured passes: four runs of an 8B shape beforehand."""
-CHECKPOINTING = ("selective", "full", "offload")
-OPTIMIZERS = {"8bit": "adamw_8bit", "adamwbf16": "adamw_bf16"}
-WARM_UP = 3
-TIMED, TIMED_SMALL = 8, 20
-"""Steps whose median is the figure; more where the host sets the pace, for its steps scatter."""
-_SMALL = ("135m", "360m", "0.6b")
+_SIDE_BY_SIDE = 8
+"""Processes that compile at the same time."""
+_MOST_S = {"prepare": 150.0, "run": 100.0}
+"""For one case."""
+_SHARE_TO_PREPARE = 0.4
+"""Of the time given: what is not compiled by then is compiled in its own run."""
+_ENVIRONMENT = {
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    "TORCHINDUCTOR_CACHE_DIR": "/tmp/planner_h200_cache",
+    "TORCHINDUCTOR_COMPILE_THREADS": "2",
+    "PYTHONHASHSEED": "0",  # for one graph to have one key in every process
+}
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One run."""
-
-    name: str
-    shape: str
-    method: str
-    rows: int
-    length: int
-    rank: int
-    checkpointing: str
-    compiled: bool
-    fp8: bool
-    packed: bool
-    """Examples of many lengths share rows."""
-    weights: str
-    optimizer: str
-
-    @property
-    def held_out(self) -> bool:
-        """Chosen before anything was measured."""
-        digest = hashlib.sha256(f"{SALT}: {self.name}".encode()).digest()
-        return self.shape == HELD_OUT_SHAPE or digest[0] % 3 == 0
-
-
-def read_case(name: str) -> Case:
-    """The run that a name stands for."""
-    shape, method, size, *options = name.split("-")
-    rows, length = size.split("x")
-    ranks = [int(option[1:]) for option in options if re.fullmatch(r"r\d+", option)]
-    return Case(
-        name=name,
-        shape=shape,
-        method=method,
-        rows=int(rows),
-        length=int(length),
-        rank=ranks[0] if ranks else 16,
-        checkpointing=next((o for o in options if o in CHECKPOINTING), "none"),
-        compiled="eager" not in options,
-        fp8="fp8" in options,
-        packed="packed" in options,
-        weights="bf16" if {"bf16", "adamwbf16"} & set(options) else "fp32",
-        optimizer=next((kind for name, kind in OPTIMIZERS.items() if name in options), "adamw"),
-    )
-
-
-def config(shape: str) -> Any:
-    """The transformers configuration of a shape."""
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(**SHAPES[shape])
-
-
-def lengths(case: Case) -> list[list[int]]:
-    """Tokens of each step's examples."""
-    import numpy as np
-
-    draw = np.random.default_rng(0)
-    steps = []
-    is_small = case.shape in _SMALL or case.rows * case.length <= 1024
-    for _ in range(WARM_UP + (TIMED_SMALL if is_small else TIMED)):
-        if case.packed:
-            drawn = draw.integers(case.length // 8, case.length // 2, 4 * case.rows)
-            steps.append(drawn[np.cumsum(drawn) < 0.85 * case.rows * case.length].tolist())
-        else:
-            steps.append([case.length] * case.rows)
-    return steps
-
-
-def build_of(case: Case) -> Any:
-    """How the planner describes the case's model."""
-    import torch
-
-    from tunefork.plan.step import Build
-    from tunefork.recipe import FullSection, LoraSection, Method
-
-    return Build(
-        method=Method(case.method),
-        lora=LoraSection(rank=case.rank),
-        full=FullSection(weights=case.weights, optimizer=case.optimizer),  # type: ignore[arg-type]
-        dtype=torch.bfloat16,
-        checkpointing=case.checkpointing,  # type: ignore[arg-type]
-        device="cuda",
-        wants_fp8=case.fp8,
-        is_compiled=case.compiled,
-    )
-
-
-def measure_one(case: Case) -> dict[str, Any]:
+def run_case(case: Case) -> dict[str, Any]:
     """Train and report."""
     import torch
     import transformers
@@ -224,80 +89,253 @@ def measure_one(case: Case) -> dict[str, Any]:
     from tunefork.plan.host import operation_seconds
     from tunefork.plan.short_run import short_run
 
-    host_s = operation_seconds(torch.device("cuda", 0))
+    device = torch.device(DEVICE)
+    host_s = operation_seconds(device)
     measured = short_run(
         config(case.shape),
         build_of(case),
         lengths(case),
         micro_batch_tokens=case.rows * case.length,
         packing=case.packed,
-        device=torch.device("cuda", 0),
+        device=device,
     )
+    is_cuda = device.type == "cuda"
     return {
         "case": case.name,
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if is_cuda else "cpu",
         **asdict(measured),
-        "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "reserved_bytes": torch.cuda.max_memory_reserved() if is_cuda else None,
         "host_operation_s": host_s,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
 
 
+DEVICE = os.environ.get("PLANNER_DEVICE", "cuda:0")
+"""On a CPU the script can be tried, with small `--cases` (135m-lora-2x64)."""
+
+
+def prepare_case(case: Case) -> dict[str, Any]:
+    """Compile what the case's layers are, and plan the case."""
+    import torch
+
+    from tunefork.plan.shape import at_depth
+    from tunefork.plan.short_run import WARM_UP, short_run
+
+    started = time.perf_counter()
+    made = build_of(case)
+    if case.compiled:
+        short_run(
+            at_depth(config(case.shape), 2),
+            made,
+            lengths(case)[: WARM_UP + 1],
+            micro_batch_tokens=case.rows * case.length,
+            packing=case.packed,
+            device=torch.device(DEVICE),
+        )
+    compiled_s = time.perf_counter() - started
+    steps = _planned(case)
+    seconds = time.perf_counter() - started
+    return {"case": case.name, "compiled_s": compiled_s, "prepared_s": seconds, "planned": steps}
+
+
+def _planned(case: Case) -> list[dict[str, Any]]:
+    """What the planner traces for each shape of pass that the case has."""
+    from tunefork.data.pack import pack
+    from tunefork.plan.batches import shape_of
+    from tunefork.plan.short_run import examples_of
+    from tunefork.plan.step import trace_step
+
+    whole = config(case.shape)
+    examples, steps = examples_of(lengths(case), whole.get_text_config().vocab_size)
+    batches = [
+        batch
+        for step in steps
+        for batch in pack(
+            [examples[at] for at in step],
+            max_tokens=case.rows * case.length,
+            packing=case.packed,
+        )
+    ]
+    shapes = dict.fromkeys(shape_of(batch) for batch in batches)
+    made = build_of(case)
+    return [
+        {"shape": asdict(shape), "step": asdict(trace_step(whole, made, shape))} for shape in shapes
+    ]
+
+
 def measure(out: Path, names: list[str], seconds: float) -> None:
-    """Run the cases, those of one shape in one process, and append a line for each to `out`."""
+    """Prepare the cases, run them one after the other, and append a line for each to `out`."""
     deadline = time.monotonic() + seconds
-    environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     with out.open("a", encoding="utf-8") as stream:
-        for shape in SHAPES:
-            of_shape = [name for name in names if read_case(name).shape == shape]
-            if not of_shape:
-                continue
-            command = [sys.executable, __file__, "one", *of_shape]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith("{"):
-                    stream.write(line)
-                    stream.flush()
-                    _say(json.loads(line))
-                if time.monotonic() > deadline:
-                    process.kill()
-                    print("out of time", flush=True)
-                    return
-            process.wait()
+
+        def tell(row: dict[str, Any]) -> None:
+            stream.write(json.dumps(row) + "\n")
+            stream.flush()
+            _say(row)
+
+        _prepare(names, time.monotonic() + _SHARE_TO_PREPARE * seconds, tell)
+        waiting = None
+        groups = [[n for n in names if read_case(n).shape == shape] for shape in SHAPES]
+        groups = [group for group in groups if group]
+        for group, after in zip(groups, [*groups[1:], None], strict=True):
+            worker = waiting or _Worker("run", group)
+            waiting = _Worker("run", after) if after else None  # imports meanwhile
+            if not worker.finish(deadline, tell):
+                print("out of time", flush=True)
+                if waiting:
+                    waiting.end()
+                return
+
+
+def _prepare(names: list[str], deadline: float, tell: Any) -> None:
+    """All cases, several at a time, those that take longest to compile first."""
+    left = queue.Queue[str]()
+    order = sorted(names, key=lambda n: (not read_case(n).compiled, "fp8" not in n, "8b" not in n))
+    for name in order:
+        left.put(name)
+    lock = threading.Lock()
+
+    def told(row: dict[str, Any]) -> None:
+        with lock:
+            tell(row)
+
+    def work() -> None:
+        while time.monotonic() < deadline:
+            try:
+                name = left.get_nowait()
+            except queue.Empty:
+                return
+            _Worker("prepare", [name]).finish(deadline, told)
+
+    threads = [threading.Thread(target=work) for _ in range(_SIDE_BY_SIDE)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+class _Worker:
+    """A process that does cases one after the other, once it is told to go."""
+
+    def __init__(self, verb: str, names: list[str]) -> None:
+        self.verb, self.left = verb, list(names)
+        self.process = self._start()
+
+    def _start(self) -> Any:
+        command = [sys.executable, __file__, self.verb, *self.left]
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | _ENVIRONMENT,
+        )
+
+    def finish(self, deadline: float, tell: Any) -> bool:
+        """Tell each case's row; False where time ran out. A case that ends its process, or hangs,
+        is told as an error, and the rest go on in another process."""
+        while self.left:
+            with _lines(self.process) as lines:
+                self.process.stdin.write("go\n")
+                self.process.stdin.flush()
+                ended = self._read(lines, deadline, tell)
+            self.end()
+            if ended is None:
+                return False
+            if self.left:
+                tell({"case": self.left.pop(0), "error": f"{self.verb}: {ended}"})
+            if self.left:
+                self.process = self._start()
+        self.end()
+        return True
+
+    def _read(self, lines: Any, deadline: float, tell: Any) -> str | None:
+        """Rows until the process ends: how it ended, or None where time ran out."""
+        while True:
+            most = _MOST_S[self.verb]
+            try:
+                line = lines.get(timeout=max(0.1, min(most, deadline - time.monotonic())))
+            except queue.Empty:
+                return None if time.monotonic() >= deadline else f"took longer than {most:g} s"
+            if line is None:
+                return f"its process ended with status {self.process.wait()}"
+            if line.startswith("{"):
+                row = json.loads(line)
+                self.left.remove(row["case"])
+                tell(row)
+
+    def end(self) -> None:
+        """Let nothing of it go on."""
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def _lines(process: Any) -> Iterator[Any]:
+    """A queue of what the process prints; None once it has ended."""
+    found = queue.Queue[Any]()
+
+    def read() -> None:
+        for line in process.stdout:
+            found.put(line)
+        found.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    yield found
+
+
+def work_on(verb: str, names: list[str]) -> None:
+    """In a worker's process: import, wait to be told, then print a row a case."""
+    import tunefork.plan.plan
+    import tunefork.plan.short_run  # noqa: F401
+
+    sys.stdin.readline()
+    for name in names:
+        try:
+            row = (prepare_case if verb == "prepare" else run_case)(read_case(name))
+        except Exception as error:  # one case that fails leaves the others' results standing
+            row = {"case": name, "error": f"{verb}: {type(error).__name__}: {error}"[:300]}
+        print(json.dumps(row), flush=True)
 
 
 def _say(row: dict[str, Any]) -> None:
     if "error" in row:
-        print(f"{row['case']:34s} {row['error']}", flush=True)
-        return
-    tensor, reserved = row["tensor_bytes"] / 2**30, row["reserved_bytes"] / 2**30
-    sizes = f"{tensor:7.2f} GiB {reserved:7.2f} reserved"
-    print(f"{row['case']:34s} {sizes} {row['step_s']:.4f} s {row['step_s_spread']}", flush=True)
+        said = row["error"]
+    elif "planned" in row:
+        said = f"prepared in {row['prepared_s']:.0f} s, {row['compiled_s']:.0f} of them compiling"
+    else:
+        tensor, reserved = row["tensor_bytes"] or 0, row["reserved_bytes"] or 0
+        sizes = f"{tensor / 2**30:7.2f} GiB {reserved / 2**30:7.2f} reserved"
+        said = f"{sizes} {row['step_s']:.4f} s {row['step_s_spread']}"
+    print(f"{time.strftime('%X')} {row['case']:34s} {said}", flush=True)
 
 
 def runs(raw: Path) -> list[Any]:
-    """The measured runs, ready to be predicted."""
+    """The measured runs, ready to be predicted, by what was traced where they ran."""
     from benchmarks.fitting import Run
+    from tunefork.plan import step as tracing
     from tunefork.plan.catalogue import load_catalogue
     from tunefork.plan.device import target_of
     from tunefork.plan.method import Case as Planned
+    from tunefork.plan.passes import Shape
     from tunefork.plan.shape import count_params
-    from tunefork.plan.step import Shape
 
     target = target_of(load_catalogue().machine(["h200"]))
+    measured, planned = read_raw(raw)
     found = []
-    for line in raw.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for name, row in measured.items():
         if "error" in row:
             continue
-        case = read_case(row["case"])
-        made = config(case.shape)
+        case = read_case(name)
+        made, whole = build_of(case), config(case.shape)
+        for there in planned.get(name, []):
+            shape = Shape(**there["shape"])
+            tracing.keep(whole, made, shape, step_from(there["step"]))
         found.append(
             Run(
                 name=case.name,
                 is_held_out=case.held_out,
-                case=Planned(made, count_params(made), build_of(case), target),
+                case=Planned(whole, count_params(whole), made, target),
                 steps=[[Shape(**shape) for shape in step] for step in row["shapes"]],
                 tensor_bytes=row["tensor_bytes"],
                 process_bytes=row["process_bytes"],
@@ -308,17 +346,47 @@ def runs(raw: Path) -> list[Any]:
     return found
 
 
+def read_raw(raw: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The last row of each case's run, and what was planned of each; a run beats an error."""
+    measured: dict[str, Any] = {}
+    planned: dict[str, Any] = {}
+    for line in raw.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        name = row["case"]
+        if "planned" in row:
+            planned[name] = row["planned"]
+        elif "error" not in row or "error" in measured.get(name, {"error": ""}):
+            measured[name] = row
+    order = [name for name in CASES if name in measured]
+    return {name: measured[name] for name in order}, planned
+
+
+def step_from(fields: dict[str, Any]) -> Any:
+    """A `Step` from its fields as JSON holds them."""
+    from tunefork.plan.one_pass import Step
+    from tunefork.plan.optimizer import Update
+    from tunefork.plan.trace import Peak, Work
+
+    found = dict(fields)
+    found["peaks"] = {name: Peak(**peak) for name, peak in fields["peaks"].items()}
+    found["work"] = {kind: Work(**done) for kind, done in fields["work"].items()}
+    found["evaluation"] = fields["evaluation"] and Peak(**fields["evaluation"])
+    found["update"] = Update(**fields["update"])
+    return Step(**found)
+
+
 def fit(raw: Path) -> None:
     """Fit on the cases that are not held out, judge on those that are, write both files."""
     from benchmarks.fitting import fit_memory, fit_time, write_fit
     from benchmarks.results import write
     from tunefork.plan.fits import fit_for, installed, minor
 
-    if HELD_OUT_FILE.read_text(encoding="utf-8").split() != _held_out():
+    if HELD_OUT_FILE.read_text(encoding="utf-8").split() != held_out():
         raise SystemExit(f"{HELD_OUT_FILE.name} is not the list that the names' hash chooses")
+    lines, _ = read_raw(raw)
+    first = next(row for row in lines.values() if "error" not in row)
     measured = [run.traced() for run in runs(raw)]
-    lines = [json.loads(line) for line in raw.read_text(encoding="utf-8").splitlines()]
-    software = replace(installed("cuda"), torch=minor(lines[0]["versions"]["torch"]))
+    software = replace(installed("cuda"), torch=minor(first["versions"]["torch"]))
     start = fit_for("h200", software).fit
     found = start.model_copy(
         update={
@@ -340,7 +408,7 @@ def fit(raw: Path) -> None:
         }
     )
     write_fit(found)
-    first, by_case = lines[0], {line["case"]: line for line in lines}
+    judged = {row["case"]: row for row in rows}
     kept = (
         "step_s_spread",
         "steps_s",
@@ -350,16 +418,20 @@ def fit(raw: Path) -> None:
         "losses",
         "error",
     )
-    raws = [{k: line[k] for k in ("case", *kept) if k in line} for line in lines]
-    judged = {row["case"]: row for row in rows}
     file = write(
         "planner_h200",
-        [judged.get(case, {}) | raw_row for case, raw_row in zip(by_case, raws, strict=True)],
+        [
+            judged.get(name, {"case": name, "held_out": read_case(name).held_out})
+            | {key: line[key] for key in kept if key in line}
+            for name, line in lines.items()
+        ],
         device=first["device"],
         command="python benchmarks/planner_h200.py measure; python benchmarks/planner_h200.py fit",
         versions=first["versions"],
     )
+    missing = [name for name in CASES if name not in judged]
     print(f"worst of {len(held)} held out: {worst_held}; of all {len(rows)}: {worst}; {file}")
+    print(f"not measured: {', '.join(missing) or 'none'}")
 
 
 def _worst(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -396,38 +468,24 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     measuring = verbs.add_parser("measure")
     measuring.add_argument("--out", type=Path, required=True)
-    measuring.add_argument("--seconds", type=float, default=570.0)
+    measuring.add_argument("--seconds", type=float, default=540.0)
     measuring.add_argument("--cases", nargs="*", default=CASES)
     verbs.add_parser("hold-out")
-    verbs.add_parser("one").add_argument("names", nargs="+")
+    for verb in ("prepare", "run"):
+        verbs.add_parser(verb).add_argument("names", nargs="+")
     verbs.add_parser("fit").add_argument("raw", type=Path)
     options = parser.parse_args()
-    if options.verb == "one":
-        for name in options.names:
-            try:
-                row = measure_one(read_case(name))
-            except Exception as error:  # one case that fails leaves the others' results standing
-                row = {"case": name, "error": f"{type(error).__name__}: {error}"[:300]}
-            print(json.dumps(row), flush=True)
-    elif options.verb == "hold-out":
-        HELD_OUT_FILE.write_text("\n".join(_held_out()) + "\n", encoding="utf-8")
-    elif options.verb == "measure":
-        done = set(_done(options.out))
-        measure(options.out, [name for name in options.cases if name not in done], options.seconds)
-    else:
-        fit(options.raw)
-
-
-def _held_out() -> list[str]:
-    """Names of the cases that no fit sees."""
-    return [name for name in CASES if read_case(name).held_out]
-
-
-def _done(raw: Path) -> Iterator[str]:
-    if raw.exists():
-        for line in raw.read_text(encoding="utf-8").splitlines():
-            if "error" not in (row := json.loads(line)):
-                yield row["case"]
+    match options.verb:
+        case "prepare" | "run":
+            work_on(options.verb, options.names)
+        case "hold-out":
+            HELD_OUT_FILE.write_text("\n".join(held_out()) + "\n", encoding="utf-8")
+        case "measure":
+            done = read_raw(options.out)[0] if options.out.exists() else {}
+            left = [n for n in options.cases if "error" in done.get(n, {"error": ""})]
+            measure(options.out, left, options.seconds)
+        case _:
+            fit(options.raw)
 
 
 if __name__ == "__main__":

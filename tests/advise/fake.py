@@ -95,6 +95,7 @@ class FakePlanner:
             fits=high <= memory,
             may_fit=low <= memory,
             margin_bytes=int(memory - high),
+            activation_checkpointing="full",
             total_params=int(self.params),
             trainable_params=int(self.params) if name == "full" else delta,
             peak_tensor_bytes=Interval(low=low, mid=peak, high=high),

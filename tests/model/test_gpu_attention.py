@@ -291,8 +291,9 @@ def test_compiled_layers(name: str) -> None:
         with torch.compiler.set_stance("force_eager"):
             eager = _gradients(model, replace(head, takes_segments=False), batch)
         _assert_alike(compiled, eager)
-    # Rows of one segment (512) have code of their own; each of the two is made at most twice.
-    assert counters["stats"]["unique_graphs"] <= 4
+    # Rows of one segment (512) have code of their own; each of the two is made at most twice,
+    # for either layer: here each is compiled by itself.
+    assert counters["stats"]["unique_graphs"] <= 8
     torch._dynamo.reset()
 
 

@@ -13,10 +13,12 @@ from tunefork.data.pack import pack
 from tunefork.model.layers import decoder_layers
 from tunefork.plan import step as steps
 from tunefork.plan.batches import shape_of
+from tunefork.plan.built import Build, built
 from tunefork.plan.compiled import capture
+from tunefork.plan.passes import Shape
 from tunefork.plan.program import TOKENS, program_of
 from tunefork.plan.shape import at_depth, config_for
-from tunefork.plan.step import Build, Shape, trace_step
+from tunefork.plan.step import trace_step
 from tunefork.recipe import Checkpointing, FullSection, LoraSection, Method
 
 GIB = 2**30
@@ -109,11 +111,11 @@ def test_only_what_is_read_by_a_product_or_leaves_is_held() -> None:
 
 
 def test_capturing_leaves_the_model_as_it_was() -> None:
-    built = steps._built(at_depth(CONFIG, 4), _build())
-    layers = capture(built.model, "none")
+    there = built(at_depth(CONFIG, 4), _build())
+    layers = capture(there.model, "none")
     assert layers is not None and len(layers) == 4 and layers[0] == layers[3]
-    assert all("forward" not in vars(layer) for layer in decoder_layers(built.model))
-    assert all(p.grad is None for p in built.model.parameters())
+    assert all("forward" not in vars(layer) for layer in decoder_layers(there.model))
+    assert all(p.grad is None for p in there.model.parameters())
 
 
 @pytest.mark.parametrize("lengths", [[128, 128], [40, 90, 33, 7], [64, 64]])

@@ -7,8 +7,10 @@ import torch
 
 from tests.tiny import CONFIGS, tiny_model
 from tunefork.model.build import build
+from tunefork.plan.built import Build
 from tunefork.plan.optimizer import state_bytes, update
-from tunefork.plan.step import Build, Shape, trace_step
+from tunefork.plan.passes import Shape
+from tunefork.plan.step import trace_step
 from tunefork.recipe import DataSection, FullSection, LoraSection, Method, ModelSection, Recipe
 from tunefork.train.adamw_lora import LoraAdamW
 from tunefork.train.method import make_optimizer

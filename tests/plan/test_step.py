@@ -13,8 +13,11 @@ from tunefork.data.pack import MicroBatch, Segments
 from tunefork.model.head import Head
 from tunefork.model.layers import prepare_layers
 from tunefork.plan.attention import NAME, Setting, install
+from tunefork.plan.built import Build
+from tunefork.plan.one_pass import Step
+from tunefork.plan.passes import Shape
 from tunefork.plan.shape import count_params, depths, lora_params, on_meta
-from tunefork.plan.step import Build, Shape, Step, trace_step
+from tunefork.plan.step import trace_step
 from tunefork.plan.trace import Trace
 from tunefork.recipe import FullSection, LoraSection, Method
 from tunefork.train.loss import loss_sum

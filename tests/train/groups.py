@@ -58,7 +58,7 @@ def member(at: int, num_steps: int, **changes: Any) -> Member:
     """The member number `at`: its own data, order, length, rate, decay and schedule."""
     own = examples(tuple(5 + (7 * i + 3 * at) % 20 for i in range(12)), seed=at)
     count = num_steps - (at % 3) * (num_steps // 10)
-    fields = {
+    fields: dict[str, Any] = {
         "name": f"member-{at}",
         "lora": LORAS[at],
         "seed": 10 + at,

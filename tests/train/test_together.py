@@ -18,16 +18,18 @@ from tests.train.groups import (
     run,
     weights,
 )
+from tests.train.test_loss import examples
 from tunefork.data.example import Encoded
+from tunefork.data.pack import pack
 from tunefork.model.build import build
 from tunefork.recipe import Method
+from tunefork.train.loss import token_losses
 from tunefork.train.member import MemberDone, MemberFailed
 from tunefork.train.state import State, restore_weights
+from tunefork.train.together_losses import group_losses
 
 
-@pytest.mark.parametrize(
-    "num_steps", [10, pytest.param(50, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("num_steps", [10, pytest.param(50, marks=pytest.mark.slow)])
 def test_each_of_eight_ends_as_it_does_alone(num_steps: int) -> None:
     """Issue 7: per tensor ||dW_group - dW_solo|| / ||dW_solo|| <= 1e-4 after 50 steps, losses to
     1e-5; ranks 1 to 64, other rates, schedules, decays, clipping, data, targets, lengths."""
@@ -99,7 +101,13 @@ def test_one_that_diverges_changes_no_bit_of_the_others() -> None:
 
 def test_one_whose_data_cannot_be_read_is_named_without_its_text() -> None:
     same_lengths = [
-        replace(m, examples=[replace(e, input_ids=e.input_ids[:5], supervised=e.supervised[:5] | True) for e in m.examples])
+        replace(
+            m,
+            examples=[
+                replace(e, input_ids=e.input_ids[:5], supervised=e.supervised[:5] | True)
+                for e in m.examples
+            ],
+        )
         for m in members(6, range(3))
     ]
     broken = list(same_lengths)
@@ -116,7 +124,7 @@ def test_one_whose_data_cannot_be_read_is_named_without_its_text() -> None:
 
 
 def test_leaving_and_joining_leaves_the_others_as_they_would_be() -> None:
-    """Early stopping: one is removed half way, another takes its slot, a third needs a new shape."""
+    """One is removed half way, another takes its slot, a third needs a new shape."""
     first = members(9, (2, 3, 6))
     small, large = member(1, 6), member(7, 5)
     group = group_of(first, announced=[small.lora, large.lora])
@@ -129,7 +137,9 @@ def test_leaving_and_joining_leaves_the_others_as_they_would_be() -> None:
     events += run(group, 1)
     group.add(large)
     assert group.bank.num_slots == 4
-    assert all(layer.rows_a is not old for layer, old in zip(group.bank.layers.values(), rows, strict=True))
+    assert all(
+        layer.rows_a is not old for layer, old in zip(group.bank.layers.values(), rows, strict=True)
+    )
     events += run(group)
     assert not group.live
     assert left.progress.step == 3
@@ -176,3 +186,20 @@ def test_a_member_acts_alone_on_the_shared_base() -> None:
     build(model, Method.LORA, member(3, 3).lora, seed=0)
     restore_weights(group.state("member-3"), model)
     torch.testing.assert_close(found, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_losses_of_several_members_are_those_of_each(packing: bool) -> None:
+    group = group_of(members(4, (0, 3, 5)), replace(SETTINGS, micro_batch_tokens=70))
+    run(group)
+    asked = examples((9, 17, 4, 12, 30, 6), seed=77)
+    found = group_losses(group, ["member-5", "member-0"], asked)
+    assert list(found) == ["member-5", "member-0"]
+    for name, (sums, counts) in found.items():
+        for at, example in enumerate(asked):
+            [batch] = pack([example], max_tokens=64, packing=packing)
+            with group.only(name):
+                each = token_losses(group.model, group.runner.head, batch)
+            assert int(counts[at]) == len(each)
+            assert float(sums[at]) == pytest.approx(float(each.sum()), rel=1e-5)
+    assert group.model.training

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.table import Table
 
-from tunefork.compare.units import bytes_text, count_text, seconds_text, share_text, usd_text
+from tunefork.page.units import bytes_text, count_text, seconds_text, share_text, usd_text
 from tunefork.plan.schema import Interval, MethodPlan, Plan
 
 _NAMES = {"lora": "LoRA", "qlora": "QLoRA", "full": "full"}
@@ -98,6 +98,7 @@ _ROWS: dict[str, Callable[[MethodPlan], str]] = {
         f"  {part} at the peak": _part(part)
         for part in ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
     },
+    "activation checkpointing": lambda method: method.activation_checkpointing,
     "parameters trained": lambda method: (
         f"{count_text(method.trainable_params)} "
         f"({share_text(method.trainable_params / method.total_params, 2)})"

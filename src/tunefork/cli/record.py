@@ -24,7 +24,12 @@ def print_record(record: RunRecord, folder: Path, console: Console) -> None:
             f"{record.method}: {record.status}, {record.num_steps} steps, "
             f"{record.tokens:,} tokens in {duration(record.train_s)} "
             f"({record.tokens_per_s:,.0f} tokens/s), "
-            f"peak {record.peak_memory_bytes / 2**30:.2f} GiB",
+            f"peak {record.peak_memory_bytes / 2**30:.2f} GiB"
+            + (
+                f", activation checkpointing: {kept}"
+                if (kept := record.activation_checkpointing)
+                else ""
+            ),
             highlight=False,
         )
     if record.predicted_memory_bytes is not None and record.predicted_step_s is not None:

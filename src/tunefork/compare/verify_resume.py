@@ -19,6 +19,7 @@ from tunefork.evaluate.evaluate import pad_id
 from tunefork.model.device import pick_device, pick_dtype
 from tunefork.model.fingerprint import identify
 from tunefork.model.load import load_tokenizer
+from tunefork.plan.auto import settle
 from tunefork.recipe import Recipe
 from tunefork.recipe_file import dump, load
 from tunefork.registry.run import RECIPE, write_atomically
@@ -51,6 +52,7 @@ def verify_resume(
     Raises BadInputError where the recipe has fewer steps, TuneforkError where a run fails.
     """
     data = load_data(recipe, load_tokenizer(recipe.model))
+    recipe = settle(recipe, recipe.method, data.train).recipe
     available = len(plan_steps(recipe, len(data.train), seed=recipe.train.seed))
     if available < 2 * steps:
         raise RecipeError(

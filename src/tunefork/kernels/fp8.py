@@ -29,17 +29,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tunefork.kernels.compiled import compiled_on_cuda, is_on_gpu
+from tunefork.kernels.e4m3 import (
+    E4M3,
+    LARGEST,
+    LOW,
+    as_codes,
+    joined,
+    quantize_rows,
+    row_scale,
+    split,
+)
+from tunefork.kernels.fp8_correction import Correction, correction
 from tunefork.kernels.layout import Layout
 from tunefork.kernels.quantized import dequantize_nf4_tensors
-
-E4M3 = torch.float8_e4m3fn
-LARGEST = 448.0
-"""e4m3's largest value."""
-
-_LOW = 16.0
-"""The low part is kept times this, so that it lies where e4m3 has all its bits: high's rounding
-error is at most 2**-4 of high."""
-
 
 _LEAST_SCALE = 2.0**-8
 """Of a weight's row, in units of its largest. The delta's columns lie over the same scales: with
@@ -48,14 +50,8 @@ one of its own, a row of zeros (a pruned one) would take them, and then x, out o
 
 def _weight_scales(weights: Sequence[Tensor]) -> Tensor:
     """(O, 1), fp32, of weights (O_i, D): what takes a row's largest magnitude to 448, or more."""
-    scale_o1 = torch.cat([_row_scale(weight) for weight in weights])
+    scale_o1 = torch.cat([row_scale(weight) for weight in weights])
     return torch.maximum(scale_o1, scale_o1.amax() * _LEAST_SCALE)
-
-
-def _codes(x_sd: Tensor, scale_s1: Tensor) -> Tensor:
-    # Times the inverse: a GPU's division takes longer than the memory does. A largest value that
-    # comes out a hair above 448 is rounded to it.
-    return (x_sd.float() * scale_s1.reciprocal()).to(E4M3)
 
 
 def scaled_mm(a_mk: Tensor, b_nk: Tensor, scale_m1: Tensor, scale_1n: Tensor) -> Tensor:
@@ -85,6 +81,8 @@ class Fp8Weight:
     scale_1o: Tensor
     balance: Tensor
     """() fp32, a power of two, at least 1: taken from B and given to u where B would overflow."""
+    probe_cd: Tensor
+    """(C, D) bf16: what reads x for the spare columns (`fp8_correction.py`); zeros until then."""
     codes_dp: Tensor | None
     """(D, O + P): the same weight transposed and quantised along its columns, for the input's
     gradient. None where it is made from the first copy each time."""
@@ -94,7 +92,7 @@ class Fp8Weight:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All that there are, in order."""
-        forward = (self.codes_op, self.scale_1o, self.balance)
+        forward = (self.codes_op, self.scale_1o, self.balance, self.probe_cd)
         kept = (*forward, self.codes_dp, self.scale_1d, self.balance_d)
         return tuple(tensor for tensor in kept if tensor is not None)
 
@@ -102,26 +100,56 @@ class Fp8Weight:
 @torch.no_grad()
 def quantize_weight(weights: Sequence[Tensor], layout: Layout) -> Fp8Weight:
     """`weights` (O_i, D), one a layer, in e4m3, with room for their deltas, zero until written."""
-    width = layout.width
 
-    def widened(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def widened(parts: Sequence[Tensor], width: int) -> tuple[Tensor, Tensor]:
         first = parts[0]
         rows, columns = sum(part.shape[0] for part in parts), first.shape[1]
         room = torch.zeros(rows, columns + width, dtype=torch.uint8, device=first.device)
         scale_o1, start = _weight_scales(parts), 0
         for part in parts:  # one at a time: the fp32 form of a layer is four times its codes
             end = start + len(part)
-            codes = _codes(part, scale_o1[start:end])
+            codes = as_codes(part, scale_o1[start:end])
             room[start:end, :columns] = codes.view(torch.uint8)
             start = end
         return room.view(E4M3), scale_o1.t().contiguous()
 
-    codes_op, scale_1o = widened(weights)
+    codes_op, scale_1o = widened(weights, layout.width)
     balance = torch.ones((), device=codes_op.device)
+    probe_cd = torch.zeros(
+        layout.spare, weights[0].shape[1], dtype=torch.bfloat16, device=codes_op.device
+    )
+    forward = (codes_op, scale_1o, balance, probe_cd)
     if layout.storage == "fp8":
-        return Fp8Weight(codes_op, scale_1o, balance, None, None, None)
-    codes_dp, scale_1d = widened([torch.cat([w.t() for w in weights], dim=1)])
-    return Fp8Weight(codes_op, scale_1o, balance, codes_dp, scale_1d, balance.clone())
+        return Fp8Weight(*forward, None, None, None)
+    turned = [torch.cat([w.t() for w in weights], dim=1)]
+    codes_dp, scale_1d = widened(turned, layout.back_width)
+    return Fp8Weight(*forward, codes_dp, scale_1d, balance.clone())
+
+
+@torch.no_grad()
+def correct(weight: Fp8Weight, x_sd: Tensor, weights: Sequence[Tensor], layout: Layout) -> None:
+    """Fill the spare columns for inputs like `x_sd`; `weights` are what was quantised."""
+    size = x_sd.shape[1]
+    found = correction(x_sd, weights, weight.codes_op[:, :size], weight.scale_1o.t(), layout.spare)
+    bytes_op = weight.codes_op.view(torch.uint8)
+    bytes_op[:, size + 3 * layout.rank :] = found.columns_oc.view(torch.uint8)
+    weight.probe_cd.copy_(found.probe_cd)
+
+
+def no_correction(layout: Layout, features_in: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The bytes of a `Correction`'s columns, and its probe, that correct nothing: for NF4."""
+    columns = torch.zeros(sum(layout.sizes), layout.spare, dtype=torch.uint8, device=device)
+    probe = torch.zeros(layout.spare, features_in, dtype=torch.bfloat16, device=device)
+    return columns, probe
+
+
+@torch.no_grad()
+def nf4_correction(x_sd: Tensor, weights: Sequence[Tensor], layout: Layout) -> Correction:
+    """The same for an NF4 base, whose e4m3 form is made anew each time."""
+    size = x_sd.shape[1]
+    weight_od = dequantize_nf4_tensors(weights, layout.sizes, size, torch.bfloat16)
+    codes_od, scale_o1 = _quantize_nf4(layout, weights, size)
+    return correction(x_sd, [weight_od], codes_od, scale_o1, layout.spare)
 
 
 @torch.no_grad()
@@ -132,18 +160,17 @@ def write_delta(
 
     `lora_a` (R_i, D) and `lora_b` (O_i, R_i) are those of the layers that have a delta, in order.
     """
-    _put(
-        _b_columns(tuple(lora_b), weight.scale_1o, layout), weight.codes_op, weight.balance, layout
-    )
+    found = _b_columns(tuple(lora_b), weight.scale_1o, layout)
+    _put(found, weight.codes_op, weight.balance, layout.width)
     if weight.codes_dp is not None and weight.scale_1d is not None:
         found = _a_columns(tuple(lora_a), weight.scale_1d)
-        _put(found, weight.codes_dp, weight.balance_d, layout)
+        _put(found, weight.codes_dp, weight.balance_d, layout.back_width)
 
 
-def _put(found: tuple[Tensor, Tensor], codes: Tensor, balance: Any, layout: Layout) -> None:
+def _put(found: tuple[Tensor, Tensor], codes: Tensor, balance: Any, width: int) -> None:
     columns, new_balance = found
     balance.copy_(new_balance)
-    start = codes.shape[1] - layout.width
+    start = codes.shape[1] - width
     codes.view(torch.uint8)[:, start : start + columns.shape[1]] = columns
 
 
@@ -154,7 +181,7 @@ def _b_columns(
     """The bytes of B's columns (O, 3R), and the balance."""
     b_or = _diagonal(lora_b, layout) * layout.scale / scale_1o.t()
     balance = _balance(b_or)
-    return _bytes(_right(b_or / balance)), balance
+    return joined(_right(b_or / balance)), balance
 
 
 @compiled_on_cuda(dynamic=False)
@@ -162,7 +189,7 @@ def _a_columns(lora_a: tuple[Tensor, ...], scale_1d: Tensor) -> tuple[Tensor, Te
     """The bytes of A's columns (D, 3R), and the balance."""
     a_dr = torch.cat(lora_a).float().t() / scale_1d.t()
     balance = _balance(a_dr)
-    return _bytes(_right(a_dr / balance)), balance
+    return joined(_right(a_dr / balance)), balance
 
 
 def _balance(delta: Tensor) -> Tensor:
@@ -184,69 +211,34 @@ def _diagonal(lora_b: Sequence[Tensor], layout: Layout) -> Tensor:
     return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 
-def _row_scale(x_sd: Tensor) -> Tensor:
-    return x_sd.abs().amax(-1, keepdim=True).float().clamp(min=1e-30) / LARGEST
-
-
-def _split(wide: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 as high + low / 16, both in e4m3; beyond its range it saturates."""
-    wide = wide.clamp(-LARGEST, LARGEST)
-    high = wide.to(E4M3)
-    return high, ((wide - high.float()) * _LOW).to(E4M3)
-
-
 def _right(wide: Tensor) -> list[Tensor]:
     """The right operand's columns of the delta: high | high / 16 | low."""
-    high, low = _split(wide)
-    return [high, high.float().div(_LOW).to(E4M3), low]
-
-
-def _bytes(parts: Sequence[Tensor]) -> Tensor:
-    """`parts` beside each other, as bytes: PyTorch does not concatenate e4m3 everywhere."""
-    return torch.cat([part.view(torch.uint8) for part in parts], dim=1)
-
-
-def _left(
-    parts: Sequence[Tensor], u_sr: Tensor | None, balance: Tensor | float, width: int
-) -> tuple[Tensor, Tensor]:
-    """[parts | u high | u low | u high / 16 | zeros], (S, D + width), over one scale a row."""
-    scale_s1 = _row_scale(parts[0])
-    for part in parts[1:]:
-        scale_s1 = torch.maximum(scale_s1, _row_scale(part))
-    if u_sr is not None:
-        u_sr = u_sr.float() * balance
-        scale_s1 = torch.maximum(scale_s1, _row_scale(u_sr))
-    columns = [_codes(part, scale_s1) for part in parts]
-    if u_sr is not None:
-        high, low = _split(u_sr * scale_s1.reciprocal())
-        columns += [high, low, high.float().div(_LOW).to(E4M3)]
-        if spare := width - 3 * u_sr.shape[1]:
-            columns.append(high.new_zeros(high.shape[0], spare, dtype=torch.uint8))
-    return (_bytes(columns) if len(columns) > 1 else columns[0]).view(E4M3), scale_s1
+    high, low = split(wide)
+    return [high, high.float().div(LOW).to(E4M3), low]
 
 
 def _forward_operand(
     layout: Layout, weights: Sequence[Tensor], lora_b: Sequence[Tensor], features_in: int
-) -> tuple[Tensor, Tensor, Tensor | float]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """(O, D + P) codes, their (1, O) scale and the balance, for y."""
     if layout.storage != "nf4":
         codes_op, scale_1o, balance = weights[:3]
         return codes_op, scale_1o, balance
     codes_od, scale_o1 = _quantize_nf4(layout, weights, features_in)
-    scale_1o = scale_o1.t().contiguous()
+    scale_1o, rest = scale_o1.t().contiguous(), weights[-2]
     if not layout.rank:
-        return codes_od, scale_1o, 1.0
+        return joined([codes_od, rest]).view(E4M3), scale_1o, None
     b_or = _diagonal(lora_b, layout) * layout.scale / scale_o1
     balance = _balance(b_or)
-    return _beside(codes_od, b_or / balance, layout), scale_1o, balance
+    return joined([codes_od, *_right(b_or / balance), rest]).view(E4M3), scale_1o, balance
 
 
 def _backward_operand(
     layout: Layout, weights: Sequence[Tensor], a_rd: Tensor | None, features_in: int
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | float]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(D, O + P) codes, their (1, D) scale, what dy is multiplied by, and the balance, for dx."""
     if layout.storage == "fp8_twice":
-        return weights[3], weights[4], None, weights[5]
+        return weights[4], weights[5], None, weights[6]
     if layout.storage == "fp8":
         codes_op, scale_1o = weights[:2]
         codes_od = codes_op[:, : codes_op.shape[1] - layout.width]
@@ -257,10 +249,13 @@ def _backward_operand(
     codes_do = codes_od.view(torch.uint8).t().contiguous().view(E4M3)
     ones_1d = scale_1o.new_ones(1, codes_do.shape[0])
     if a_rd is None:
-        return codes_do, ones_1d, scale_1o, 1.0
+        return codes_do, ones_1d, scale_1o, None
     largest = a_rd.abs().amax().float().clamp(min=1e-30)
     balance = torch.exp2(torch.ceil(torch.log2(largest / LARGEST)))
-    return _beside(codes_do, a_rd.float().t() / balance, layout), ones_1d, scale_1o, balance
+    columns = [codes_do, *_right(a_rd.float().t() / balance)]
+    if filling := layout.back_width - 3 * layout.rank:
+        columns.append(codes_do.new_zeros(len(codes_do), filling, dtype=torch.uint8))
+    return joined(columns).view(E4M3), ones_1d, scale_1o, balance
 
 
 def _quantize_nf4(
@@ -268,14 +263,7 @@ def _quantize_nf4(
 ) -> tuple[Tensor, Tensor]:
     weight_od = dequantize_nf4_tensors(weights, layout.sizes, features_in, torch.bfloat16)
     scale_o1 = _weight_scales([weight_od])
-    return _codes(weight_od, scale_o1), scale_o1
-
-
-def _beside(codes: Tensor, delta: Tensor, layout: Layout) -> Tensor:
-    columns = [codes, *_right(delta)]
-    if spare := layout.width - 3 * layout.rank:
-        columns.append(codes.new_zeros(codes.shape[0], spare, dtype=torch.uint8))
-    return _bytes(columns).view(E4M3)
+    return as_codes(weight_od, scale_o1), scale_o1
 
 
 class _Fp8Lora(torch.autograd.Function):
@@ -286,9 +274,13 @@ class _Fp8Lora(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights, lora_b = tensors[:num_weights], tensors[num_weights + 1 :]
         a_rd = tensors[num_weights] if layout.rank else None
-        u_sr = x_sd @ a_rd.t() if a_rd is not None else None
+        probe_cd = weights[-1] if layout.storage == "nf4" else weights[3]
+        readers = probe_cd if a_rd is None else torch.cat([a_rd, probe_cd])
+        read_s = x_sd @ readers.t()
+        u_sr, probed_sc = read_s[:, : layout.rank], read_s[:, layout.rank :]
         codes_op, scale_1o, balance = _forward_operand(layout, weights, lora_b, x_sd.shape[1])
-        wide, scale_s1 = _left([x_sd], u_sr, balance, layout.width)
+        delta = u_sr if layout.rank else None
+        wide, scale_s1 = quantize_rows([x_sd], None, delta, balance, layout.width, probed_sc)
         y_so = scaled_mm(wide, codes_op, scale_s1, scale_1o)
         saved = () if a_rd is None else (x_sd, u_sr, a_rd, *lora_b)
         ctx.save_for_backward(*weights, *saved)
@@ -316,11 +308,7 @@ class _Fp8Lora(torch.autograd.Function):
             codes_dp, scale_1d, fold_1o, balance = _backward_operand(
                 layout, weights, a_rd, ctx.features_in
             )
-            parts = list(dys)
-            if fold_1o is not None:
-                folds = torch.split(fold_1o, layout.sizes, dim=1)
-                parts = [dy.float() * fold for dy, fold in zip(dys, folds, strict=True)]
-            wide, scale_s1 = _left(parts, du_sr, balance, layout.width)
+            wide, scale_s1 = quantize_rows(dys, fold_1o, du_sr, balance, layout.back_width)
             dx_sd = scaled_mm(wide, codes_dp, scale_s1, scale_1d)
         return None, None, dx_sd, *(None for _ in weights), *gradients
 
@@ -337,7 +325,8 @@ def fp8_lora(
     x_d (..., D) and the results (..., O_i) are bf16. A (R_i, D) and B (O_i, R_i) are those of the
     layers that have a delta, and get gradients in their own dtype. `weights` are those of
     `Fp8Weight.tensors` (then `write_delta` must have been told of A and B: their values here serve
-    the gradients only), or for storage "nf4" those of `quantized.nf4_tensors`.
+    the gradients only), or for storage "nf4" those of `quantized.nf4_tensors` and then the columns
+    and the probe of a `Correction`.
     """
     apply: Callable[..., tuple[Tensor, ...]] = _Fp8Lora.apply
     a_rd = [torch.cat([a.to(x_d.dtype) for a in lora_a])] if lora_a else []

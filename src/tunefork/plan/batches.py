@@ -12,7 +12,7 @@ from tunefork.data.example import Encoded
 from tunefork.data.pack import ROW_LENGTH, MicroBatch, pack
 from tunefork.data.split import steps
 from tunefork.errors import BadInputError
-from tunefork.plan.step import Shape
+from tunefork.plan.passes import Shape
 from tunefork.recipe import Recipe
 
 _MOST_STEPS = 200

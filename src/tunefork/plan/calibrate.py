@@ -7,13 +7,14 @@ import torch
 
 from tunefork.model.device import describe, pick_device, pick_dtype
 from tunefork.plan.batches import Batches
+from tunefork.plan.built import Build
 from tunefork.plan.catalogue import load_catalogue
 from tunefork.plan.device import here
 from tunefork.plan.measured import Measurement, remember
 from tunefork.plan.method import Case, step_seconds
+from tunefork.plan.passes import Shape
 from tunefork.plan.shape import config_for, count_params
 from tunefork.plan.short_run import WARM_UP, short_run
-from tunefork.plan.step import Build, Shape
 from tunefork.recipe import FullSection, LoraSection, Method
 
 _STEPS = 8

@@ -5,15 +5,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tunefork.plan.batches import Batches
+from tunefork.plan.built import Build
 from tunefork.plan.device import Target
 from tunefork.plan.memory import Memory, measure
+from tunefork.plan.one_pass import Step
+from tunefork.plan.passes import Shape
 from tunefork.plan.schema import MethodPlan, PhaseName
 from tunefork.plan.shape import num_layers
-from tunefork.plan.step import Build, Shape, Step, trace_step
+from tunefork.plan.step import trace_step
 from tunefork.plan.time import pass_seconds, update_seconds
 from tunefork.plan.trace import Work
 from tunefork.recipe import Method
-from tunefork.train.runner import MOST_TOKENS
+from tunefork.train.runner import MOST_GRADIENT_BYTES, MOST_TOKENS, ROOM
 
 _LENGTHS = (1024, 2048)
 """Rows of one example at which memory is traced; it is linear in between and beyond."""
@@ -38,16 +41,35 @@ class Case:
 
     def memory(self, shape: Shape) -> Memory:
         """On each device."""
+        return self.memory_of(self.step(shape), shape)
+
+    def memory_of(self, step: Step, shape: Shape) -> Memory:
+        """Of a pass of `shape`, whose step was traced, or made from one that was."""
         # A GPU gets its 4-bit layers one by one; on a CPU both forms lie in the same memory.
         is_in_place = self.target.kind == "cpu" and self.made.method is Method.QLORA
         return measure(
-            self.step(shape),
+            step,
             self.target.fit.memory,
             self.target.trust,
             shards=self.target.count,
             is_recomputed=self.made.checkpointing != "none",
+            is_captured=self.captures(step, shape),
             loaded_bytes=self.total_params * self.made.dtype.itemsize if is_in_place else 0,
         )
+
+    def captures(self, step: Step, shape: Shape) -> bool:
+        """Whether a pass of `shape` is replayed as one CUDA graph (`train/engine.py`, `runner.py`).
+
+        `step` is of any shape of the case.
+        """
+        made, static = self.made, sum(step.static.values())
+        draws = made.method is not Method.FULL and made.lora.dropout > 0.0
+        if not step.is_compiled or draws or made.checkpointing == "offload":
+            return False
+        if shape.rows * shape.length > MOST_TOKENS or step.gradients > MOST_GRADIENT_BYTES:
+            return False
+        free = self.target.memory_bytes - self.target.fit.memory.context_bytes - static
+        return free > ROOM * (step.peak.total - static)
 
     def fits(self, shape: Shape) -> bool:
         """Whether even the high end of the prediction does."""
@@ -71,6 +93,7 @@ def plan_method(case: Case, batches: Batches, *, has_limits: bool = True) -> Met
         fits=fits,
         may_fit=memory.process.low <= target.memory_bytes,
         margin_bytes=round(target.memory_bytes - memory.process.high),
+        activation_checkpointing=case.made.checkpointing,
         total_params=case.total_params,
         trainable_params=step.trained,
         peak_tensor_bytes=memory.tensors,
@@ -119,16 +142,9 @@ def one_pass_seconds(case: Case, step: Step, work: Mapping[str, Work], shape: Sh
         case.target.fit.time,
         is_masked=step.is_masked,
         is_compiled=step.is_compiled,
-        is_captured=step.is_compiled and captures(case.made, shape),
+        is_captured=case.captures(step, shape),
         num_recomputed=num_layers(case.config) if is_recomputed else 0,
     )
-
-
-def captures(made: Build, shape: Shape) -> bool:
-    """Whether a compiled pass is replayed as one CUDA graph (`train/engine.py`, `runner.py`)."""
-    draws = made.method is not Method.FULL and made.lora.dropout > 0.0
-    is_short = shape.rows * shape.length <= MOST_TOKENS
-    return is_short and not draws and made.checkpointing != "offload"
 
 
 def scaled_work(case: Case, batches: Batches) -> dict[str, Work]:
@@ -163,7 +179,7 @@ def artifact_bytes(case: Case, step: Step) -> int:
 
 def largest_rows_tokens(case: Case, shape: Shape) -> int | None:
     """Most tokens of a pass that fits, in rows of `shape`'s length; None where one row does not."""
-    if not _fits_without_passes(case, shape):
+    if not fits_without_passes(case, shape):
         return None
     rows = _largest(case, lambda rows: _of_rows(shape, rows), shape.rows, 2 * shape.rows, least=1)
     return None if rows is None else rows * shape.length
@@ -183,7 +199,7 @@ def _of_rows(shape: Shape, rows: int) -> Shape:
 
 def largest_length(case: Case, shape: Shape) -> int | None:
     """Longest single example that fits; None where none of 128 tokens does."""
-    if not _fits_without_passes(case, shape):
+    if not fits_without_passes(case, shape):
         return None
     share = shape.supervised / (shape.rows * shape.length)
 
@@ -195,7 +211,7 @@ def largest_length(case: Case, shape: Shape) -> int | None:
     return longest if longest is None or context is None else min(longest, context)
 
 
-def _fits_without_passes(case: Case, shape: Shape) -> bool:
+def fits_without_passes(case: Case, shape: Shape) -> bool:
     """Whether the phases fit that take the same whatever the batch."""
     memory = case.memory(shape)
     most = max(memory.phases[name].tensor_bytes for name in _WITHOUT_PASSES)

@@ -6,10 +6,10 @@ from dataclasses import replace
 import torch
 
 from tunefork.plan.batches import Batches
+from tunefork.plan.built import Build
 from tunefork.plan.catalogue import Machine
 from tunefork.plan.device import target_of
 from tunefork.plan.method import Case, largest_rows_tokens
-from tunefork.plan.step import Build
 from tunefork.recipe import Checkpointing, FullSection, Method
 
 _MOST_GPUS = 8

@@ -11,16 +11,17 @@ from typing import Any
 from tunefork.data.example import Encoded
 from tunefork.data.loader import load_data
 from tunefork.model.load import load_tokenizer, new_ids
+from tunefork.plan.auto import fastest_that_fits
 from tunefork.plan.batches import Batches, Work, batches_of_data, batches_of_numbers
+from tunefork.plan.built import Build
 from tunefork.plan.catalogue import Catalogue, Machine, load_catalogue
 from tunefork.plan.device import Target, dtype_for, target_of
 from tunefork.plan.method import Case, plan_method
 from tunefork.plan.option import next_option
 from tunefork.plan.schema import MachinePlan, Plan, WorkPlan
 from tunefork.plan.shape import config_for, count_params
-from tunefork.plan.step import Build
 from tunefork.recipe import (
-    Checkpointing,
+    CheckpointingChoice,
     Compile,
     FullSection,
     LoraSection,
@@ -46,7 +47,7 @@ def plan_numbers(
     full: FullSection,
     methods: Sequence[Method],
     machine: Machine,
-    checkpointing: Checkpointing = "full",
+    checkpointing: CheckpointingChoice = "full",
     precision: str = "bf16",
     compile: Compile = "auto",
     micro_batch_tokens: int | None = None,
@@ -152,7 +153,7 @@ class Forms:
 
     lora: LoraSection
     full: FullSection
-    checkpointing: Checkpointing
+    checkpointing: CheckpointingChoice
     precision: str
     compile: Compile
     new_ids: tuple[int, ...] = ()
@@ -180,13 +181,15 @@ def _plan(
             lora=forms.lora,
             full=forms.full,
             dtype=dtype_for(target, forms.precision),
-            checkpointing=forms.checkpointing,
+            checkpointing="none" if forms.checkpointing == "auto" else forms.checkpointing,
             device=target.kind,
             wants_fp8=forms.precision == "fp8",
             is_compiled=compiles(forms.compile, target.kind, batches.num_steps),
             new_ids=forms.new_ids,
         )
         case = Case(config, total, made, target)
+        if forms.checkpointing == "auto":
+            case = fastest_that_fits(case, batches.largest)
         found = plan_method(case, batches, has_limits=has_details)
         if has_details and not found.fits:
             option = next_option(case, batches, machines)

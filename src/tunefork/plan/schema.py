@@ -8,6 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tunefork.recipe import Checkpointing
+
 Part = Literal["weights", "gradients", "optimizer", "activations", "logits", "workspace"]
 PhaseName = Literal["load", "forward_backward", "optimizer", "evaluate", "save"]
 
@@ -77,6 +79,8 @@ class MethodPlan(_Model):
     """Whether its low end is."""
     margin_bytes: int
     """Memory left at the high end; negative where it does not fit."""
+    activation_checkpointing: Checkpointing
+    """How activations are kept: the recipe's, or what its `auto` comes to on this machine."""
     total_params: int
     trainable_params: int
     peak_tensor_bytes: Interval

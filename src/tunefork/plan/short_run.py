@@ -21,7 +21,8 @@ from tunefork.model.build import build
 from tunefork.model.device import context_bytes
 from tunefork.model.fused import fuse
 from tunefork.plan.batches import shape_of
-from tunefork.plan.step import Build, Shape
+from tunefork.plan.built import Build
+from tunefork.plan.passes import Shape
 from tunefork.recipe import DataSection, ModelSection, Recipe, TrainSection
 from tunefork.train.engine import prepare
 from tunefork.train.loop import StepRecord, train
@@ -75,7 +76,7 @@ def short_run(
     build(model, made.method, made.lora, seed=0)
     if made.form is not None:
         fuse(model, made.form.storage, made.form.products, device)
-    examples, steps = _examples(lengths, config.get_text_config().vocab_size)
+    examples, steps = examples_of(lengths, config.get_text_config().vocab_size)
     recipe = _recipe(made)
     optimizer = make_optimizer(model, recipe, made.method, seed=0)
     runner = prepare(model, recipe, num_steps=len(steps))
@@ -139,9 +140,10 @@ def _recipe(made: Build) -> Recipe:
     )
 
 
-def _examples(
+def examples_of(
     lengths: Sequence[Sequence[int]], vocabulary: int
 ) -> tuple[list[Encoded], list[list[int]]]:
+    """Random examples of these lengths, and which of them each step takes."""
     draw = np.random.default_rng(0)
     examples: list[Encoded] = []
     steps = []

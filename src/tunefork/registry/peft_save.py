@@ -1,5 +1,6 @@
 """What was trained, written as the PEFT library writes it; the keys are `peft_format.py`'s."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -43,9 +44,7 @@ def save_adapter(
             tensors[f"{path}.{name}"] = parameter
     for path, module in rows.items():
         tensors[path + ROWS] = module.rows
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {PREFIX + k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-    save_file(content, folder / WEIGHTS, metadata={"format": "pt"})
+    _write(tensors, folder)
     write_config(
         folder,
         lora,
@@ -55,6 +54,41 @@ def save_adapter(
         modules_to_save=_shortest_ends(model, whole),
         token_indices={path.rpartition(".")[2]: module.ids for path, module in rows.items()},
     )
+
+
+def save_deltas(
+    model: PreTrainedModel,
+    folder: Path,
+    lora: LoraSection,
+    deltas: Mapping[str, tuple[Tensor, Tensor]],
+    *,
+    base: str,
+    revision: str | None = None,
+) -> None:
+    """Write one adapter of a bank over `model`: A (R, D) and B (O, R) by path (`Bank.adapter`).
+
+    The files are those of `save_adapter` for the same adapter alone.
+    """
+    tensors = {}
+    for path, (lora_a, lora_b) in deltas.items():
+        tensors[f"{path}.lora_A.weight"] = lora_a
+        tensors[f"{path}.lora_B.weight"] = lora_b
+    _write(tensors, folder)
+    write_config(
+        folder,
+        lora,
+        base=base,
+        revision=revision,
+        target_modules=_shortest_names(model, list(deltas)),
+        modules_to_save=[],
+        token_indices={},
+    )
+
+
+def _write(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {PREFIX + k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    save_file(content, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _whole(model: PreTrainedModel) -> list[str]:

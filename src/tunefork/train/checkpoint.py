@@ -140,6 +140,11 @@ def read_facts(folder: Path) -> Facts:
     return facts
 
 
+def read_setting(folder: Path) -> dict[str, Value]:
+    """The setting that a checkpoint, whole or not, was written with. Raises CheckpointError."""
+    return _read_json(Facts, folder / FACTS).setting
+
+
 def read(folder: Path, facts: Facts) -> State:
     """The state in a checkpoint whose facts were read. Raises CheckpointError."""
     return State(facts.progress(), read_tensors(folder / TENSORS))

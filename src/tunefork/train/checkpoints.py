@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,26 @@ class Found:
         return checkpoint.read(self.folder, self.facts)
 
 
+def last_setting(folder: Path) -> dict[str, Value]:
+    """The setting of the newest checkpoint in `folder` that can be read; {} where there is none.
+
+    What a recipe leaves to the program (`auto`) is settled once, when the run begins: it goes on as
+    it was begun.
+    """
+    for found in _newest_first(folder):
+        with suppress(CheckpointError):
+            return checkpoint.read_setting(found)
+    return {}
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, whole or not."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if checkpoint.step_of(path) is not None]
+    return sorted(found, key=lambda path: checkpoint.step_of(path) or 0, reverse=True)
+
+
 @dataclass(slots=True)
 class Checkpoints:
     """The checkpoints in `folder` of the run that `setting` tells of. Enter it to save.
@@ -89,10 +110,13 @@ class Checkpoints:
         if kind is None:
             self.check()
 
-    def newest(self) -> Found | None:
-        """The newest checkpoint that is whole and of this run; says which are passed over."""
+    def newest(self, at_most: int | None = None) -> Found | None:
+        """The newest checkpoint that is whole and of this run, after at most `at_most` steps; says
+        which are passed over."""
         self._join()
         for folder in self._all():
+            if at_most is not None and (checkpoint.step_of(folder) or 0) > at_most:
+                continue
             try:
                 facts = checkpoint.read_facts(folder)
                 self._check_setting(folder, facts)
@@ -202,11 +226,7 @@ class Checkpoints:
                 checkpoint.discard(folder)
 
     def _all(self) -> list[Path]:
-        """Newest first, whole or not."""
-        if not self.folder.is_dir():
-            return []
-        found = [path for path in self.folder.iterdir() if checkpoint.step_of(path) is not None]
-        return sorted(found, key=lambda path: checkpoint.step_of(path) or 0, reverse=True)
+        return _newest_first(self.folder)
 
     def _join(self) -> None:
         if self._writer is not None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from tunefork.errors import ModelError
 from tunefork.kernels.layout import Products, Storage
+from tunefork.model.bank import Bank
 from tunefork.model.device import has_fp8
 from tunefork.model.head import find_head
 from tunefork.model.layers import draws, prepare_layers
@@ -58,7 +59,7 @@ def base_form(
         dtype=dtype,
         wants_fp8=wants_fp8,
         is_dora=recipe.lora.dora,
-        checkpointing=recipe.train.activation_checkpointing,
+        checkpointing=recipe.train.checkpointing,
     )
 
 
@@ -91,14 +92,22 @@ def compiles(wanted: Compile, kind: str, num_steps: int) -> bool:
 
 
 def prepare(
-    model: PreTrainedModel, recipe: Recipe, *, num_steps: int, remedies: Remedies | None = None
+    model: PreTrainedModel,
+    recipe: Recipe,
+    *,
+    num_steps: int,
+    remedies: Remedies | None = None,
+    bank: Bank | None = None,
 ) -> Runner:
     """Have the built `model` run as the recipe says while it is trained, in place.
 
-    Raises ModelError where the recipe asks for checkpointing that the architecture has not.
+    With a `bank` its passes are of many adapters. Raises ModelError where the recipe asks for
+    checkpointing that the architecture has not.
     """
-    checkpointing = recipe.train.activation_checkpointing
+    checkpointing = recipe.train.checkpointing
     is_compiled = compiles(recipe.train.compile, model.device.type, num_steps)
+    if bank is not None and not bank.is_fused:  # its loop over segments knows their ends
+        is_compiled = False
     prepare_layers(model, checkpointing, compiles=is_compiled)
     head = find_head(model)
     # Random numbers that a replay draws are not those of a launch: a resumed run, which launches
@@ -110,4 +119,5 @@ def prepare(
         pads=is_compiled and head.takes_segments,
         captures=captures and head.takes_segments,
         remedies=remedies,
+        bank=bank,
     )

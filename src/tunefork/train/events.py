@@ -44,7 +44,8 @@ class StateChanged(_Event):
     event: Literal["state"] = "state"
     state: State
     detail: str | None = None
-    """What was found (`training`: the rehearsal's line), or why it failed."""
+    """What was found (`preparing`: what the recipe's `auto` came to; `training`: the rehearsal's
+    line), or why it failed."""
 
 
 class StepDone(_Event):

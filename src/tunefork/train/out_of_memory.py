@@ -62,7 +62,7 @@ class Remedies:
             method=method,
             micro_batch_tokens=recipe.train.micro_batch_tokens,
             least_tokens=recipe.data.max_length,
-            checkpointing=recipe.train.activation_checkpointing,
+            checkpointing=recipe.train.checkpointing,
             eight_bit=recipe.full.optimizer == "adamw_8bit",
             master_weights=recipe.full.weights == "fp32",
             on_gpu=device is not None and device.type == "cuda",

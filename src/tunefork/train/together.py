@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from tunefork.data.example import Encoded
-from tunefork.errors import NoMemoryError, TuneforkError
+from tunefork.errors import CheckpointError, NoMemoryError, TuneforkError
 from tunefork.model.bank import Bank, BankAdapter
 from tunefork.model.head import find_head
 from tunefork.train.accumulate import random_states, restore_random
@@ -428,7 +428,11 @@ class Group:
             self.places.pop(slot, None)
             self._empty(slot)
         self.bank.start(slot, BankAdapter(member.lora, member.seed))
-        self._enter(slot, member, start)
+        try:
+            self._enter(slot, member, start)
+        except CheckpointError:
+            self._empty(slot)
+            raise
 
     def _reshape(self, member: Member) -> int:
         """Cut the bank anew for all who hold a slot, and `member`; returns its slot."""

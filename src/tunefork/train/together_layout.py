@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from tunefork.data.bucket import WHOLE_ROWS
 from tunefork.data.example import Encoded
@@ -30,7 +31,8 @@ def passes(
 ) -> list[MicroBatch]:
     """Micro-batches of at most `max_tokens`, padding included, of each slot's examples.
 
-    Raises ValueError where an example is longer than a pass.
+    `MicroBatch.example` is the index among its slot's. Raises ValueError where an example is longer
+    than a pass.
     """
     lengths = [[len(example.input_ids) for example in own] for own in chosen]
     longest = max(max(own, default=0) for own in lengths)
@@ -84,34 +86,38 @@ def _cut(
             laid.append(list(range(len(examples), len(examples) + len(row))))
             examples += [chosen[slot][at] for at in row]
         counts = [width * sum(own == slot for own, _ in part) for slot in range(len(chosen))]
-        found.append(_with_slots(lay_out(examples, laid, width, pad_id), counts))
+        origin = [at for _, row in part for at in row]
+        found.append(_with_slots(lay_out(examples, laid, width, pad_id), counts, origin))
     return found
 
 
 def _one_row(chosen: Sequence[Sequence[Encoded]], max_tokens: int, pad_id: int) -> list[MicroBatch]:
     found: list[MicroBatch] = []
     part: list[Encoded] = []
+    origin: list[int] = []
     counts = [0] * len(chosen)
 
     def close() -> None:
         batch = lay_out(part, [range(len(part))], sum(counts), pad_id)
-        found.append(_with_slots(batch, counts))
+        found.append(_with_slots(batch, counts, origin))
 
     for slot, own in enumerate(chosen):
-        for example in own:
+        for at, example in enumerate(own):
             if part and sum(counts) + len(example.input_ids) > max_tokens:
                 close()
-                part, counts = [], [0] * len(chosen)
+                part, origin, counts = [], [], [0] * len(chosen)
             part.append(example)
+            origin.append(at)
             counts[slot] += len(example.input_ids)
     close()
     return found
 
 
-def _with_slots(batch: MicroBatch, counts: Sequence[int]) -> MicroBatch:
+def _with_slots(batch: MicroBatch, counts: Sequence[int], origin: Sequence[int]) -> MicroBatch:
     rows_s, columns_s = batch.supervised
     at_s = rows_s * batch.input_ids.shape[1] + columns_s
-    return replace(batch, slots=Slots.of(counts, at_s))
+    own = torch.tensor([*origin, -1])[batch.example]
+    return replace(batch, example=own, slots=Slots.of(counts, at_s))
 
 
 def unsupervised(examples: Sequence[Encoded], pad_id: int) -> list[Encoded]:

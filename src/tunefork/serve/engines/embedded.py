@@ -33,10 +33,7 @@ from tunefork.serve.engines.sequence import open_sequence
 from tunefork.serve.settings import ServeSettings
 
 _SAMPLING = frozenset(
-    (
-        "max_tokens temperature top_p top_k seed presence_penalty frequency_penalty logit_bias stop "
-        "stop_ids ignore_eos logprobs grammar"
-    ).split()
+    ["max_tokens", "temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty", "logit_bias", "stop", "stop_ids", "ignore_eos", "logprobs", "grammar"]
 )
 
 

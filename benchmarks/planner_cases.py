@@ -1,0 +1,177 @@
+"""The planner's grid on one H200: which runs, and which of them no fit sees.
+
+A third of the cases, chosen by a salted hash of their names, and one whole model size are held out
+from the fit. The list of them is a file, `planner_h200_held_out.txt`, committed before the grid is
+measured; `planner_h200.py fit` refuses a list that differs from the hash's.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+def _llama(
+    width: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **more: Any
+) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+        **more,
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "1.7b": _llama(2048, 6144, 28, 16, 8, 151_936, model_type="qwen3", head_dim=128),
+    "8b": _llama(4096, 14_336, 32, 32, 8, 128_256, tie_word_embeddings=False),
+    "1b": _llama(2048, 8192, 16, 32, 8, 128_256),
+    "135m": _llama(576, 1536, 30, 9, 3, 49_152),
+    "360m": _llama(960, 2560, 32, 15, 5, 49_152),
+    "0.6b": _llama(1024, 3072, 28, 16, 8, 151_936, model_type="qwen3", head_dim=128),
+    "3b": _llama(3072, 8192, 28, 24, 8, 128_256),
+}
+"""Qwen3-1.7B, Llama-3.1-8B, Llama-3.2-1B, SmolLM2-135M and -360M, Qwen3-0.6B, Llama-3.2-3B, in the
+order in which they are measured: should time be short, what matters most is there."""
+
+HELD_OUT_SHAPE = "1.7b"
+"""A size that no run had been measured of when the model of time and memory was settled."""
+SALT = "tunefork planner, third grid"
+HELD_OUT_FILE = Path(__file__).with_name("planner_h200_held_out.txt")
+
+CASES = [
+    "135m-lora-16x768",
+    "135m-qlora-12x1024-packed-eager",
+    "360m-lora-8x1024-fp8-full",
+    "360m-full-8x512-8bit-eager",
+    "0.6b-lora-4x1024-packed",
+    "0.6b-full-8x768",
+    "1b-lora-8x1024",
+    "1b-lora-4x4096-full-eager",
+    "1b-qlora-8x768-fp8-offload",
+    "1b-full-8x768-eager",
+    "1.7b-lora-4x1536-fp8",
+    "1.7b-lora-8x1536-full-eager",
+    "1.7b-qlora-8x1024-full",
+    "1.7b-full-4x2048-adamwbf16-full",
+    "3b-lora-8x1024-offload",
+    "3b-qlora-2x2048-eager",
+    "3b-full-4x2048-bf16-full-eager",
+    "8b-lora-8x2048",
+    "8b-lora-8x2048-fp8",
+    "8b-lora-4x2048-fp8-full",
+    "8b-lora-4x1536-r64-fp8-selective",
+    "8b-lora-8x64-fp8",
+    "8b-lora-2x2048-eager",
+    "8b-qlora-8x1024-fp8-offload",
+    "8b-qlora-4x2048-full-eager",
+    "8b-full-4x2048-bf16-8bit-full-eager",
+]
+"""Compiled, and captured where the engine would, unless the name ends in `eager`."""
+CHECKPOINTING = ("selective", "full", "offload")
+OPTIMIZERS = {"8bit": "adamw_8bit", "adamwbf16": "adamw_bf16"}
+TIMED, TIMED_SMALL = 6, 20
+"""Steps whose median is the figure; more where the host sets the pace, for its steps scatter."""
+_SMALL = ("135m", "360m", "0.6b")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One run."""
+
+    name: str
+    shape: str
+    method: str
+    rows: int
+    length: int
+    rank: int
+    checkpointing: str
+    compiled: bool
+    fp8: bool
+    packed: bool
+    """Examples of many lengths share rows."""
+    weights: str
+    optimizer: str
+
+    @property
+    def held_out(self) -> bool:
+        """Chosen before anything was measured."""
+        digest = hashlib.sha256(f"{SALT}: {self.name}".encode()).digest()
+        return self.shape == HELD_OUT_SHAPE or digest[0] % 3 == 0
+
+
+def read_case(name: str) -> Case:
+    """The run that a name stands for."""
+    shape, method, size, *options = name.split("-")
+    rows, length = size.split("x")
+    ranks = [int(option[1:]) for option in options if re.fullmatch(r"r\d+", option)]
+    return Case(
+        name=name,
+        shape=shape,
+        method=method,
+        rows=int(rows),
+        length=int(length),
+        rank=ranks[0] if ranks else 16,
+        checkpointing=next((o for o in options if o in CHECKPOINTING), "none"),
+        compiled="eager" not in options,
+        fp8="fp8" in options,
+        packed="packed" in options,
+        weights="bf16" if {"bf16", "adamwbf16"} & set(options) else "fp32",
+        optimizer=next((kind for name, kind in OPTIMIZERS.items() if name in options), "adamw"),
+    )
+
+
+def config(shape: str) -> Any:
+    """The transformers configuration of a shape."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**SHAPES[shape])
+
+
+def lengths(case: Case) -> list[list[int]]:
+    """Tokens of each step's examples."""
+    import numpy as np
+
+    from tunefork.plan.short_run import WARM_UP
+
+    draw = np.random.default_rng(0)
+    steps = []
+    is_small = case.shape in _SMALL or case.rows * case.length <= 1024
+    for _ in range(WARM_UP + (TIMED_SMALL if is_small else TIMED)):
+        if case.packed:
+            drawn = draw.integers(case.length // 8, case.length // 2, 4 * case.rows)
+            steps.append(drawn[np.cumsum(drawn) < 0.85 * case.rows * case.length].tolist())
+        else:
+            steps.append([case.length] * case.rows)
+    return steps
+
+
+def build_of(case: Case) -> Any:
+    """How the planner describes the case's model."""
+    import torch
+
+    from tunefork.plan.built import Build
+    from tunefork.recipe import FullSection, LoraSection, Method
+
+    return Build(
+        method=Method(case.method),
+        lora=LoraSection(rank=case.rank),
+        full=FullSection(weights=case.weights, optimizer=case.optimizer),  # type: ignore[arg-type]
+        dtype=torch.bfloat16,
+        checkpointing=case.checkpointing,  # type: ignore[arg-type]
+        device="cuda",
+        wants_fp8=case.fp8,
+        is_compiled=case.compiled,
+    )
+
+
+def held_out() -> list[str]:
+    """Names of the cases that no fit sees."""
+    return [name for name in CASES if read_case(name).held_out]

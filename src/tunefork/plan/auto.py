@@ -1,0 +1,134 @@
+"""`train.activation_checkpointing: auto`: the fastest kind whose memory fits.
+
+The kinds from `none` to `offload` each keep less on the device than the one before, and each does
+all that the one before does and something besides (`model/layers.py`): so the first that fits is
+the fastest. It is settled once, before a run's model is loaded, and from then on is part of the
+run's recipe: its checkpoints, its record and its artefact hold the kind, not `auto`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from tunefork.data.example import Encoded
+from tunefork.errors import BadInputError
+from tunefork.model.device import available_bytes, pick_device
+from tunefork.plan.batches import batches_of_data
+from tunefork.plan.built import Build
+from tunefork.plan.catalogue import load_catalogue
+from tunefork.plan.device import Target, dtype_for, here
+from tunefork.plan.method import Case, fits_without_passes
+from tunefork.plan.passes import Shape
+from tunefork.plan.shape import config_for, count_params
+from tunefork.recipe import Checkpointing, Method, Recipe
+from tunefork.train.checkpoints import last_setting
+from tunefork.train.engine import compiles
+
+_GIB = 2**30
+
+
+def fastest_that_fits(case: Case, shape: Shape) -> Case:
+    """`case` with the first kind that fits `shape`; where none does, with what keeps the least.
+
+    A kind that the architecture has no form of is passed over. Raises BadInputError where even
+    `none` cannot be planned.
+    """
+    kinds, least, is_hopeless = kinds_of(case.made), case, False
+    for made in kinds:
+        tried = replace(case, made=made)
+        if is_hopeless and made is not kinds[-1]:
+            continue
+        try:
+            tried.step(shape, evaluates=True)
+        except BadInputError:
+            if made is kinds[0]:
+                raise
+            continue
+        if tried.fits(shape):
+            return tried
+        least = tried
+        # Where not even the weights fit, what lies between here and the last kind need no tracing.
+        is_hopeless = made.form == kinds[-1].form and not fits_without_passes(tried, shape)
+    return least
+
+
+def kinds_of(made: Build) -> list[Build]:
+    """`made` with each kind of checkpointing that a run on its device has, the fastest first."""
+    kinds: list[Checkpointing] = ["none", "selective", "full", "offload"]
+    if not made.is_compiled:
+        kinds.remove("selective")  # is the same as full then
+    if made.device == "cpu":
+        kinds.remove("offload")  # would put away what it saves where it was
+    return [replace(made, checkpointing=kind) for kind in kinds]
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A recipe whose `auto` has become one kind."""
+
+    recipe: Recipe
+    why: str | None
+    """In words; None where the recipe said the kind itself."""
+
+
+def settle(
+    recipe: Recipe, method: Method, examples: Sequence[Encoded], checkpoints: Path | None = None
+) -> Settled:
+    """`recipe` for a run of `method` on this machine, about to begin or to go on.
+
+    A run that goes on from what lies in the folder `checkpoints` keeps its kind.
+    """
+    if recipe.train.activation_checkpointing != "auto":
+        return Settled(recipe, None)
+    begun = None if checkpoints is None else last_setting(checkpoints).get(_FIELD)
+    if begun in get_args(Checkpointing):
+        return Settled(_with(recipe, str(begun)), f"{_FIELD}: auto is {begun}, as the run began")
+    kind, why = _planned(recipe, method, examples)
+    return Settled(_with(recipe, kind), f"{_FIELD}: auto is {kind}: {why}")
+
+
+_FIELD = "train.activation_checkpointing"
+
+
+def _with(recipe: Recipe, kind: str) -> Recipe:
+    train = recipe.train.model_copy(update={"activation_checkpointing": kind})
+    return recipe.model_copy(update={"train": train})
+
+
+def _planned(recipe: Recipe, method: Method, examples: Sequence[Encoded]) -> tuple[str, str]:
+    """The kind, and why it is."""
+    device = pick_device()
+    try:
+        target = _free(here(load_catalogue()), device)
+        batches = batches_of_data(examples, recipe, seed=recipe.train.seed)
+        made = Build(
+            method=method,
+            lora=recipe.lora,
+            full=recipe.full,
+            dtype=dtype_for(target, recipe.train.precision),
+            checkpointing="none",
+            device=target.kind,
+            wants_fp8=recipe.train.precision == "fp8",
+            is_compiled=compiles(recipe.train.compile, target.kind, batches.num_steps),
+        )
+        config = config_for(recipe.model)
+        case = Case(config, count_params(config), made, target)
+        case = fastest_that_fits(case, batches.largest)
+        most = case.memory(batches.largest).process.high
+    except BadInputError as error:
+        kind = "none" if device.type == "cpu" else "full"
+        return kind, f"the plan cannot say what it takes ({error})"
+    figures = f"{most / _GIB:.1f} GiB at most, of {target.memory_bytes / _GIB:.1f} GiB"
+    more = "" if most <= target.memory_bytes else ", and nothing keeps less"
+    return case.made.checkpointing, figures + more
+
+
+def _free(target: Target, device: torch.device) -> Target:
+    """With the memory of `device` that no other process has."""
+    if device.type == "cpu":
+        return target  # what is free there now says little: caches are given up when asked for
+    free = available_bytes(device) + round(target.fit.memory.context_bytes)
+    return replace(target, memory_bytes=min(target.memory_bytes, free))

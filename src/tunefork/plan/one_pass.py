@@ -1,0 +1,192 @@
+"""One forward and backward pass of a built, shallow model, traced on the meta device."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tunefork.data.pack import MicroBatch
+from tunefork.kernels.compiled import standing_for_gpu
+from tunefork.model.layers import decoder_layers, prepare_layers
+from tunefork.plan.attention import Setting, install
+from tunefork.plan.built import Build, Built, built, weights
+from tunefork.plan.compiled import EmptyShelf, Layer, Replay
+from tunefork.plan.optimizer import Update, keeps_gradients, update
+from tunefork.plan.passes import Shape, batch_of
+from tunefork.plan.schema import Part
+from tunefork.plan.trace import Peak, Trace, Work
+from tunefork.recipe import Checkpointing
+from tunefork.train.loss import loss_sum, token_losses
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A whole model's step."""
+
+    peaks: dict[str, Peak]
+    """Segment -> its highest moment."""
+    work: dict[str, Work]
+    """Kind of operation -> all of the step's forward and backward pass."""
+    evaluation: Peak | None
+    """Highest moment of a forward pass without gradients, where that was asked for."""
+    static: dict[Part, int]
+    """Weights, optimiser states, and gradients where they are kept: there all the time."""
+    gradients: int
+    """Bytes of all gradients."""
+    trained: int
+    """Parameters that are trained."""
+    update: Update
+    layer_bytes: int
+    """Of one decoder layer's weights."""
+    is_masked: bool
+    """Attention takes a mask."""
+    is_compiled: bool
+    """Its layers were captured compiled; where that could not be had they are as written."""
+
+    @property
+    def peak(self) -> Peak:
+        """The highest moment of all."""
+        return max(self.peaks.values(), key=lambda peak: peak.total)
+
+
+def trace_pass(
+    config: Any, made: Build, shape: Shape, evaluates: bool, programs: list[Layer] | None
+) -> Step:
+    """A pass of `shape` through all layers that `config` has; compiled ones by their `programs`."""
+    install(Setting("cpu", is_masked=False), Trace())  # for what building runs
+    there = built(config, made)
+    model, trained = there.model, there.trained
+    trace = Trace()
+    trace.squares = shape.attended
+    install(Setting("cuda" if made.device == "cuda" else "cpu", shape.is_masked), trace)
+    _prepare(model, made, programs, trace, shape.num_segments)
+    batch = batch_of(shape)
+    trace.adopt(weights(model), "weights")
+    trace.adopt(there.states, "optimizer")
+    if keeps_gradients(trained, made.method):
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+            trace.adopt([parameter.grad], "gradients")
+    static = dict(trace.live)
+    trace.peaks.clear()
+    with _on(made.device, trace), _segments(model, trace), _gradients(trained, trace), trace:
+        trace.enter_segment("forward: embedding")
+        model.train()
+        loss = loss_sum(model, there.head, batch) / shape.supervised
+        trace.enter_segment("backward: head")
+        loss.backward()  # type: ignore[no-untyped-call]
+    peaks, work = dict(trace.peaks), {kind: replace(done) for kind, done in trace.work.items()}
+    del loss
+    evaluation = _evaluation(there, made, batch, trace) if evaluates else None
+    model.zero_grad(set_to_none=True)
+    return Step(
+        peaks=peaks,
+        work=work,
+        evaluation=evaluation,
+        static=static,
+        gradients=sum(p.numel() * p.element_size() for p in trained),
+        trained=sum(p.numel() for p in trained),
+        update=update(trained, made.method, made.full),
+        layer_bytes=sum(t.untyped_storage().nbytes() for t in weights(_layers(model)[0])),
+        is_masked=shape.is_masked and not there.head.takes_segments,
+        is_compiled=programs is not None,
+    )
+
+
+def _evaluation(there: Built, made: Build, batch: MicroBatch, trace: Trace) -> Peak:
+    """The highest moment of the same pass without gradients, after the one with them."""
+    if not keeps_gradients(there.trained, made.method):
+        there.model.zero_grad(set_to_none=True)
+    trace.peaks.clear()
+    there.model.eval()
+    with _on(made.device, trace), trace:
+        trace.enter_segment("evaluate")
+        token_losses(there.model, there.head, batch)
+    return trace.peaks["evaluate"]
+
+
+def _on(device: str, trace: Trace) -> AbstractContextManager[None]:
+    """Take what the device that is planned for would take."""
+    return standing_for_gpu(trace.run_fused) if device == "cuda" else nullcontext()
+
+
+def _prepare(
+    model: PreTrainedModel, made: Build, programs: list[Layer] | None, trace: Trace, segments: int
+) -> None:
+    """Have the layers run as `made` says."""
+    checkpointing: Checkpointing = made.checkpointing
+    if programs is None:
+        if checkpointing == "selective" or (checkpointing == "offload" and made.device == "cpu"):
+            checkpointing = "full"  # what it is without compilation, or where memory is the host's
+        prepare_layers(model, checkpointing, compiles=False, shelf=EmptyShelf())
+        return
+    # The shallower of the two models is like the beginning of the other.
+    replay = Replay(dict(zip(decoder_layers(model), programs, strict=False)), trace, segments)
+    # What `selective` keeps is in the programs.
+    checkpointing = "none" if checkpointing == "selective" else checkpointing
+    prepare_layers(
+        model, checkpointing, compiles=True, compiler=replay.compiler, shelf=EmptyShelf()
+    )
+
+
+@contextmanager
+def _gradients(trained: Sequence[nn.Parameter], trace: Trace) -> Iterator[None]:
+    """Say of gradients, as they come, that they are."""
+
+    def adopt(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            trace.adopt([parameter.grad], "gradients")
+
+    handles = [
+        p.register_post_accumulate_grad_hook(adopt)  # type: ignore[no-untyped-call]
+        for p in trained
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
+
+
+@contextmanager
+def _segments(model: PreTrainedModel, trace: Trace) -> Iterator[None]:
+    """Name the moments after the decoder layer at work: the first, the last, those between."""
+    layers = _layers(model)
+    handles = []
+
+    def enter_backward(name: str) -> None:
+        trace.part = "activations"
+        trace.enter_segment(f"backward: {name} layer")
+
+    for at, layer in enumerate(layers):
+        name = "first" if at == 0 else "last" if at == len(layers) - 1 else "middle"
+
+        def forward(_module: nn.Module, _inputs: Any, name: str = name) -> None:
+            if not trace.segment.startswith("backward"):  # a checkpoint's second forward pass
+                trace.enter_segment(f"forward: {name} layer")
+
+        def backward(_module: nn.Module, _inputs: Any, output: Any, name: str = name) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            if tensor.requires_grad and not trace.segment.startswith("backward"):
+                tensor.register_hook(lambda _: enter_backward(name))
+                if name == "last":
+                    trace.enter_segment("forward: head")
+                    trace.part = "logits"
+
+        handles += [layer.register_forward_pre_hook(forward), layer.register_forward_hook(backward)]
+    try:
+        yield
+    finally:
+        trace.part = "activations"
+        for handle in handles:
+            handle.remove()
