@@ -82,6 +82,9 @@ def bind(settings: ServeSettings) -> socket.socket:
     # With the protocol said, asyncio sets TCP_NODELAY: without it, each answer waits 40 ms.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: a client that was cut off need not read on
+        timeout_ms = round(2000 * settings.stall_timeout_s)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
     try:
         listening.bind((settings.host, settings.port))
         listening.listen(_BACKLOG)

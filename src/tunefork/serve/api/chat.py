@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from tunefork.data.example import Message
 from tunefork.errors import DataError
@@ -20,7 +21,7 @@ from tunefork.serve.engine import Piece
 from tunefork.serve.gateway import Caller, Gateway, Target
 
 
-async def create_chat_completion(request: Request) -> Response:
+async def create_chat_completion(request: Request) -> ASGIApp:
     """Answer a conversation."""
     gateway: Gateway = request.app.state.gateway
     caller = gateway.admit(request.headers)
@@ -28,9 +29,7 @@ async def create_chat_completion(request: Request) -> Response:
     return await unless_gone(request, _answer(request, gateway, caller, body))
 
 
-async def _answer(
-    request: Request, gateway: Gateway, caller: Caller, body: ChatRequest
-) -> Response:
+async def _answer(request: Request, gateway: Gateway, caller: Caller, body: ChatRequest) -> ASGIApp:
     _check(body)
     target = await gateway.target(body.model, caller.tenant)
     try:
@@ -44,7 +43,7 @@ async def _answer(
         return Response(stream.to_json(await told.whole()), media_type="application/json")
     first = await answer.take()
     events = told.events(first, include_usage=_includes_usage(body))
-    return stream.respond(events, stall_timeout_s=gateway.settings.stall_timeout_s)
+    return stream.EventStream(events, stall_timeout_s=gateway.settings.stall_timeout_s)
 
 
 def _check(body: ChatRequest) -> None:

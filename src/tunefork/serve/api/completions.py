@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from tunefork.serve.answers import Answer
 from tunefork.serve.api import asking, stream
@@ -22,7 +23,7 @@ _MAX_TOKENS = 16
 """Of an answer by default, as in the API."""
 
 
-async def create_completion(request: Request) -> Response:
+async def create_completion(request: Request) -> ASGIApp:
     """Write on a text."""
     gateway: Gateway = request.app.state.gateway
     caller = gateway.admit(request.headers)
@@ -32,7 +33,7 @@ async def create_completion(request: Request) -> Response:
 
 async def _answer(
     request: Request, gateway: Gateway, caller: Caller, body: CompletionRequest
-) -> Response:
+) -> ASGIApp:
     _check(body)
     target = await gateway.target(body.model, caller.tenant)
     try:
@@ -46,7 +47,7 @@ async def _answer(
         return Response(stream.to_json(await told.whole()), media_type="application/json")
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
     events = told.events(await answer.take(), include_usage=include_usage)
-    return stream.respond(events, stall_timeout_s=gateway.settings.stall_timeout_s)
+    return stream.EventStream(events, stall_timeout_s=gateway.settings.stall_timeout_s)
 
 
 def _check(body: CompletionRequest) -> None:
