@@ -51,7 +51,7 @@ def serve(engine: Engine, settings: ServeSettings, say: Callable[[str], None] = 
 def _welcome(gateway: Gateway, listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]
     where = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
-    keys = "without a key, on this machine only" if gateway.is_open else "keys are demanded"
+    keys = "without a key, on this machine only" if gateway.door.is_open else "keys are demanded"
     return f"serving {gateway.base.name} at {where} ({keys}); Ctrl-C ends it"
 
 

@@ -32,6 +32,16 @@ def event(fields: dict[str, Any]) -> bytes:
     return b"data: " + to_json(fields) + b"\n\n"
 
 
+def chunk_head(fields: dict[str, Any]) -> bytes:
+    """What all chunks of a stream begin with, written once; see `chunk`."""
+    return b"data: " + to_json(fields)[:-1] + b',"choices":['
+
+
+def chunk(head: bytes, choice: dict[str, Any]) -> bytes:
+    """The event of one choice."""
+    return head + to_json(choice) + b"]}\n\n"
+
+
 def to_json(fields: Any) -> bytes:
     """Compact, in UTF-8."""
     text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
