@@ -11,13 +11,15 @@ On a GPU torch.compile makes one kernel of it; a CPU runs it by pieces that stay
 Shape legend: b = blocks, n = elements of a block, G slots.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from tunefork.kernels.compiled import compiled_on_cuda
 
-_PIECE = 2**17
-"""Elements that a CPU's cache holds with what is computed of them."""
+_PIECE = {"cpu": 2**17, "cuda": 2**30}
+"""Most elements of one call: of a CPU's cache, and of what an int32 can number."""
 
 FACTORS = 8
 """decay, rate, gradient scale, 1 - beta1, 1 - beta2, second moment's scale, eps (those of
@@ -29,13 +31,14 @@ def adamw_slots_(
     p_bn: Tensor, g_bn: Tensor, m_bn: Tensor, v_bn: Tensor, slot_b: Tensor, factors_gf: Tensor
 ) -> None:
     """Update p, m and v of the slots that are due, in place, and put all of g to zero."""
-    if p_bn.device.type != "cpu":
-        _update_(p_bn, g_bn, m_bn, v_bn, slot_b, factors_gf)
-        return
-    blocks = max(1, _PIECE // p_bn.shape[1])
-    for first in range(0, len(p_bn), blocks):
-        part = slice(first, first + blocks)
+    for part in _pieces(p_bn):
         _update_(p_bn[part], g_bn[part], m_bn[part], v_bn[part], slot_b[part], factors_gf)
+
+
+def _pieces(flat_bn: Tensor) -> Iterator[slice]:
+    blocks = max(1, _PIECE["cuda" if flat_bn.is_cuda else "cpu"] // flat_bn.shape[1])
+    for first in range(0, len(flat_bn), blocks):
+        yield slice(first, first + blocks)
 
 
 @compiled_on_cuda(dynamic=False)
@@ -68,6 +71,7 @@ def slot_norms(g_bn: Tensor, at_gk: Tensor) -> Tensor:
     Gathered, not added up in turn: the same each time, and a NaN stays with its slot. The sums over
     blocks are fp64, so that no bit hangs on how many places are filling.
     """
-    squares_b = torch.nn.functional.pad(_squares(g_bn), (0, 1))
+    squares = [_squares(g_bn[part]) for part in _pieces(g_bn)]
+    squares_b = torch.cat([*squares, squares[0].new_zeros(1)])
     own_gk = squares_b.index_select(0, at_gk.flatten()).view(at_gk.shape)
     return own_gk.sum(1, dtype=torch.float64).sqrt().float()

@@ -100,7 +100,7 @@ class Bank:
         for path in self._paths(lora):
             layer = self.layers[path]
             a_rd = first_a(lora.rank, layer.in_features, generator)
-            found[path] = (a_rd, torch.zeros(layer.out_features, lora.rank))
+            found[path] = (a_rd, torch.zeros(1, 1).expand(layer.out_features, lora.rank))
         self.put(slot, found, scale=lora_scale(lora), dropout=lora.dropout)
 
     @torch.no_grad()

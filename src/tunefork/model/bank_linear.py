@@ -22,7 +22,7 @@ from tunefork.kernels.bank_tokens import bank_tokens
 from tunefork.model.linear import FrozenBase, Nf4Linear
 
 
-@dataclass(slots=True)
+@dataclass
 class Routing:
     """Which tokens are whose, for all layers of a bank."""
 

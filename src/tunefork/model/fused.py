@@ -25,7 +25,7 @@ from tunefork.errors import ModelError
 from tunefork.kernels import fp8
 from tunefork.kernels.fp8 import no_correction
 from tunefork.kernels.layout import Layout, Products, Storage
-from tunefork.kernels.lora_group import lora_group, with_room, write_delta
+from tunefork.kernels.lora_group import is_widened, lora_group, with_room, write_delta
 from tunefork.kernels.quantized import dequantize_nf4_tensors, nf4_tensors
 from tunefork.model.bank_linear import BankLinear, deltas
 from tunefork.model.linear import LoraLinear, Nf4Linear
@@ -62,8 +62,6 @@ class FusedGroup(nn.Module):
         self.fp8: fp8.Fp8Weight | None = None
         self.originals: list[Tensor] = []
         """What was quantised, until `calibrate` has corrected for it."""
-        self.has_room = False
-        """For the deltas, in a bf16 weight."""
         if storage == "nf4":
             self.weights = tuple(t for base in bases for t in nf4_tensors(base.codes, base.state))
             if products == "fp8":
@@ -73,8 +71,6 @@ class FusedGroup(nn.Module):
             weights = [weight.to(device) for weight in self.originals]
             if storage == "bf16":
                 self.weights = (with_room(weights, self.layout),)
-                plain = (sum(self.layout.sizes), self.features_in)
-                self.has_room = self.weights[0].shape != plain
             else:
                 self.fp8 = fp8.quantize_weight(weights, self.layout)
                 self.weights = self.fp8.tensors()
@@ -127,12 +123,12 @@ class FusedGroup(nn.Module):
 
     def write_delta(self) -> None:
         """Take over A and B as they are now; due before a forward pass after a change of theirs."""
-        lora_a = [member.lora_a for member in self.deltas]
         lora_b = [member.lora_b for member in self.deltas]
         if self.fp8 is not None and self.deltas:
+            lora_a = [member.lora_a for member in self.deltas]
             fp8.write_delta(self.fp8, lora_a, lora_b, self.layout)
-        elif self.has_room:
-            write_delta(self.weights[0], lora_a, lora_b, self.layout)
+        elif is_widened(self.layout, self.features_in):
+            write_delta(self.weights[0], lora_b, self.layout)
 
     @torch.no_grad()
     def materialize(self, index: int) -> Tensor:
