@@ -83,7 +83,7 @@ def check_fits(model: PreTrainedModel, folder: Path) -> Targets:
     """
     config, header = read_config(folder), read_header(folder / WEIGHTS)
     targets = peft_targets.find(model, config, folder)
-    _check_header(header, _expected(model, config, targets), folder / WEIGHTS)
+    check_header(header, expected_shapes(model, config, targets), folder / WEIGHTS)
     return targets
 
 

@@ -86,6 +86,10 @@ class Core:
 
     # The engine's thread
 
+    def end(self) -> None:
+        """Stop before the next pass."""
+        self.is_stopping = True
+
     def add(self, answer: Answer) -> None:
         """A new request."""
         self.waiting.append(answer)
