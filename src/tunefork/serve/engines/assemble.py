@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
@@ -14,6 +14,7 @@ from tunefork.model.device import has_fp8, pick_device, pick_dtype
 from tunefork.model.load import load_tokenizer
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.engines.adapter_file import read_adapter
+from tunefork.serve.engines.base import load_base
 from tunefork.serve.engines.cache import Cache, bytes_a_token, layer_shapes, takes_flash
 from tunefork.serve.engines.core import Core, Parcel
 from tunefork.serve.engines.embedded_settings import EmbeddedSettings
@@ -64,7 +65,7 @@ def assemble(
             f"embedded.base_storage: fp8 needs a GPU that has it, and bf16; not {device}"
         )
     tokenizer = load_tokenizer(settings.base)
-    model, bank = _load(settings, device, dtype, merged)
+    model, bank = load_base(settings, device, dtype, merged)
     slots = None if bank is None else BankSlots(bank)
     layers = layer_shapes(model)
     own_limit = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 8192)
@@ -115,33 +116,6 @@ def assemble(
         "torch": torch.__version__,
     }
     return Assembled(core, tokenizer, grammars, model, max_model_len, vocabulary, info)
-
-
-def _load(
-    settings: ServeSettings, device: torch.device, dtype: torch.dtype, merged: ServedAdapter | None
-) -> tuple[Any, Bank | None]:
-    """The base in the form that was asked for, and its slots."""
-    ours = settings.embedded
-    is_nf4, is_fp8 = ours.base_storage == "nf4", ours.base_storage == "fp8"
-    model = load_model(settings.base, dtype=dtype, device=device, in_host_memory=is_nf4)
-    if merged is not None:
-        load_adapter(model, merged.folder)
-        merge_deltas(model, dtype)
-    if is_nf4:
-        quantize_nf4(model, device)
-    model.to(device).eval().requires_grad_(False)
-    bank = None
-    if merged is None:
-        # Beside bf16 on a CPU, fp32 is the quicker one (`kernels/bank_stretches.py`).
-        wide = torch.float32 if device.type == "cpu" else dtype
-        bank = add_serving_bank(model, slots=ours.slots, rank=ours.max_rank, dtype=wide)
-    can_fuse = device.type == "cuda" and dtype == torch.bfloat16 and not is_nf4
-    if is_fp8 or (can_fuse and ours.fuse):
-        form: Literal["bf16", "fp8"] = "fp8" if is_fp8 else "bf16"
-        fuse(model, form, form, device)
-        if bank is not None:
-            bank.to(device)
-    return model, bank
 
 
 def _tiers(slots: BankSlots, read: Any, host_memory_bytes: int, wake: Callable[[], None]) -> Tiers:
