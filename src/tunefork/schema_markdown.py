@@ -8,6 +8,7 @@ its only documentation. Works on any model whose fields are documented that way
 import json
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -108,6 +109,7 @@ _SCALARS = {
     bool: "true or false",
     type(None): "null",
     Any: "anything",
+    Path: "path",
 }
 
 

@@ -1,11 +1,14 @@
 """What no client may do to the server: no crash, no five-hundred but a 503 that says when to try
 again, and /health at once throughout.
 
-The quick form draws some hundreds of requests; the slow one (`-m slow`) 10,000.
+The quick form draws some hundreds of requests, for an engine that computes nothing; the slow one
+(`-m slow`) 10,000, for `tunefork serve` as a program, with the embedded engine.
 """
 
+import itertools
 import json
 import random
+import shutil
 import socket
 import threading
 import time
@@ -14,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import httpx
@@ -23,9 +26,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from schemathesis import Case, GenerationMode, openapi
 
-from tests.serve.fake_engine import FakeEngine
 from tests.serve.hostile import CHAT, COMPLETIONS, RAW, SECRET, Request, bent, fixed, valid
+from tests.serve.programs import Program, served
 from tests.serve.servers import ASKED, Running, eventually
+from tunefork.errors import StoreError
+from tunefork.registry.store import Store
 from tunefork.serve.event_stream import Address
 
 MODELS = ["tiny-base", "support/acme:prod", "support/acme", "support/acme:v1"]
@@ -53,7 +58,7 @@ class Seen:
         if status >= 400 and asked.method != "HEAD":
             error = json.loads(text)["error"]
             assert set(error) == {"message", "type", "param", "code"}, shown
-            assert SECRET not in text, shown
+            assert SECRET not in text or "tag '" in text, shown
         for leak in ("Traceback", str(Path.cwd()), "site-packages", "/tmp/"):
             assert leak not in text, shown
 
@@ -68,8 +73,17 @@ def check_answer(kind: str, text: str, shown: str) -> None:
     assert all("error" not in json.loads(event) for event in events[:-1]), shown
 
 
+class Server(Protocol):
+    """A `Running` or a `Program`."""
+
+    @property
+    def url(self) -> str: ...
+
+    def http(self) -> httpx.Client: ...
+
+
 @contextmanager
-def health_watched(running: Running) -> Iterator[list[float]]:
+def health_watched(running: Server) -> Iterator[list[float]]:
     """Ask /health all the time; it must always answer within a second."""
     times: list[float] = []
     over = threading.Event()
@@ -103,20 +117,27 @@ def send(http: httpx.Client, asked: Request, seen: Seen) -> None:
     seen.check(asked, got.status_code, got.headers, got.text)
 
 
-def is_as_before(running: Running) -> None:
-    """It serves, and holds nothing of what was asked."""
-    engine, gateway = running.gateway.engine, running.gateway
-    assert isinstance(engine, FakeEngine)
-    eventually(lambda: not engine.open)
-    eventually(lambda: gateway.parts.queue.running == 0)
-    eventually(lambda: not sum(gateway.parts.queue.waiting_by_tenant().values()))
-    eventually(lambda: not any(entry.users for entry in gateway.adapters._entries.values()))
+AT_REST = (
+    *("tunefork_running_answers", "tunefork_queue_answers", "tunefork_engine_running"),
+    *("tunefork_engine_waiting",),
+)
+
+
+def is_as_before(running: Server) -> None:
+    """It serves, and computes nothing of what was asked."""
+
+    def rests() -> bool:
+        lines = http.get("/metrics").text.splitlines()
+        return all(line.endswith(" 0.0") for line in lines if line.startswith(AT_REST))
+
     with running.http() as http:
-        asked = {"model": "tiny-base", "messages": ASKED}
+        eventually(rests)
+        asked = {"model": "tiny-base", "messages": ASKED, "max_tokens": 3}
         assert http.post(CHAT, json=asked).status_code == 200
+        eventually(rests)
 
 
-def draw_and_send(running: Running, count: int, number: int) -> Seen:
+def draw_and_send(running: Server, count: int, number: int) -> Seen:
     source, seen = random.Random(number), Seen()
     with running.http() as http, health_watched(running):
         for _ in range(count):
@@ -132,15 +153,24 @@ def test_drawn_requests(shared: Running) -> None:
     is_as_before(shared)
 
 
+@pytest.fixture(scope="module")
+def program(
+    base: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Program]:
+    folder = tmp_path_factory.mktemp("program")
+    with served(base, folder, adapters={"support/acme": adapter}) as program:
+        yield program
+
+
 @pytest.mark.slow
-def test_ten_thousand_drawn_requests_leave_nothing_behind(shared: Running) -> None:
-    draw_and_send(shared, 500, 2)  # what is allocated once is there
-    before = psutil.Process().memory_info().rss
-    seen = draw_and_send(shared, 10_000, 3)
+def test_ten_thousand_drawn_requests_leave_nothing_behind(program: Program) -> None:
+    draw_and_send(program, 500, 2)  # what is allocated once is there
+    before = program.rss()
+    seen = draw_and_send(program, 10_000, 3)
     assert sum(seen.statuses.values()) == 10_000
     assert seen.answered >= 2_000, seen.statuses
-    is_as_before(shared)
-    assert psutil.Process().memory_info().rss - before < 64 * 2**20
+    is_as_before(program)
+    assert program.rss() - before < 64 * 2**20
 
 
 def test_cases_made_by_hand(shared: Running) -> None:
@@ -192,7 +222,7 @@ def test_slow_bodies_and_idle_connections_keep_nobody_waiting(shared: Running) -
     is_as_before(shared)
 
 
-def by_schema(running: Running, count: int) -> Seen:
+def by_schema(running: Server, count: int) -> Seen:
     """What schemathesis draws of the document: as it says, and against it."""
     seen = Seen()
     with running.http() as http, health_watched(running):
@@ -243,7 +273,61 @@ def test_requests_drawn_from_the_document(shared: Running) -> None:
 
 
 @pytest.mark.slow
-def test_thousands_of_requests_drawn_from_the_document(shared: Running) -> None:
-    seen = by_schema(shared, 700)
+def test_thousands_of_requests_drawn_from_the_document(program: Program) -> None:
+    seen = by_schema(program, 700)
     assert seen.statuses[400] and seen.statuses[200], seen.statuses
-    is_as_before(shared)
+    is_as_before(program)
+
+
+@pytest.mark.slow
+def test_200_clients_that_vanish_and_some_that_do_not_read(program: Program) -> None:
+    address = Address.parse(program.url)
+    model = itertools.cycle(MODELS)
+
+    def begin() -> socket.socket:
+        fields = {"model": next(model), "prompt": "the fox", "stream": True, "ignore_eos": True,
+                  "max_tokens": 200}  # fmt: skip
+        body = json.dumps(fields).encode()
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
+        raw = socket.create_connection((address.host, address.port), timeout=30)
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        return raw
+
+    descriptors = psutil.Process(program.process.pid).num_fds()
+    before = program.rss()
+    with health_watched(program), program.http() as http:
+        unread = [begin() for _ in range(8)]
+        for _ in range(5):
+            connections = [begin() for _ in range(40)]
+            for raw in connections[:20]:
+                assert raw.recv(1)  # it has begun
+            for raw in connections:
+                raw.close()
+        asked = {"model": "support/acme", "prompt": "the fox", "max_tokens": 5}
+        assert http.post(COMPLETIONS, json=asked).status_code == 200
+        for raw in unread:
+            raw.close()
+    is_as_before(program)
+    eventually(lambda: psutil.Process(program.process.pid).num_fds() <= descriptors + 4)
+    assert program.rss() - before < 64 * 2**20
+
+
+@pytest.mark.slow
+def test_an_adapter_that_is_removed_while_it_answers(
+    program: Program, adapter: Path, tmp_path: Path
+) -> None:
+    fields = {"model": "support/gone", "prompt": "the fox", "stream": True, "ignore_eos": True,
+              "max_tokens": 150}  # fmt: skip
+    with Store.open(program.home) as store, program.http() as http:
+        version = store.publish(adapter, "support/gone")
+        with http.stream("POST", COMPLETIONS, json=fields) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            with pytest.raises(StoreError, match="held"):
+                store.remove("support/gone:v1")
+            shutil.rmtree(version.folder())  # and one whose files go away all the same
+            asked = {"model": "tiny-base", "prompt": "the fox", "max_tokens": 5}
+            assert http.post(COMPLETIONS, json=asked).status_code == 200
+            assert list(lines)[-2:] == ["data: [DONE]", ""]
+    is_as_before(program)

@@ -1,10 +1,11 @@
 """Pinned adapters stay and follow their tag; a merged one has an engine more."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.serve.fake_engine import FakeEngine
+from tests.serve.fake_engine import ALL, FakeEngine
 from tests.serve.servers import eventually, serving
 from tunefork.errors import BadInputError
 from tunefork.registry.store import Store
@@ -64,6 +65,18 @@ def test_a_merged_version_is_answered_by_its_replica(
             assert [seen.adapter.id for seen in main.seen if seen.adapter] == ["acme:v2", "acme:v1"]
         assert replica.stops == 1
         assert store.show("acme:v1").holds == ()
+
+
+def test_a_merged_one_may_be_of_any_rank(settings: ServeSettings, adapter: Path) -> None:
+    small = replace(ALL, max_rank=2)
+    with Store.open() as store:
+        store.publish(adapter, "acme")
+    merged = settings.model_copy(update={"merge": ("acme",)})
+    engine = FakeEngine(capabilities=small)
+    with serving(engine, merged, replicate=lambda _: FakeEngine()) as running:
+        assert running.ask(model="acme").status_code == 200
+    with serving(engine, settings) as running:
+        assert running.ask(model="acme").status_code == 400
 
 
 @pytest.mark.parametrize("option", ["merge", "pin"])

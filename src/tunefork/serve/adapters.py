@@ -9,7 +9,7 @@ SQLite and files are touched in threads; one of them owns the open store.
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ from tunefork.serve.tenants import Tenant
 
 _OWNER = "tunefork serve"
 _MOST_REMEMBERED = 20_000
+_LIST_AGE_S = 1.0
 
 
 @dataclass
@@ -78,11 +79,15 @@ class Adapters:
         self._store: Store | None = None
         self._entries: dict[str, _Entry] = {}
         self._verdicts: dict[str, Checked | ApiError] = {}
+        self._listed: tuple[float, asyncio.Future[Sequence[Version]]] | None = None
         self._opening: dict[str, asyncio.Task[None]] = {}
 
-    async def lease(self, model: str, tenant: Tenant) -> Lease:
+    async def lease(self, model: str, tenant: Tenant, *, is_merged: bool = False) -> Lease:
         """The version that `model` means now. Raises ApiError: the same 404 for what does not
-        exist and what is another tenant's; 400 for what cannot be served."""
+        exist and what is another tenant's; 400 for what cannot be served.
+
+        `is_merged`: it gets an engine of its own.
+        """
         reference = parse(model)
         if reference is None or not tenant.may_use(reference.name):
             raise no_such_model()
@@ -94,16 +99,14 @@ class Adapters:
         while (entry := self._entries.get(name)) is None:
             task = self._opening.get(name)
             if task is None:
-                task = self._opening[name] = asyncio.create_task(self._open(version))
+                task = self._opening[name] = asyncio.create_task(self._open(version, is_merged))
                 task.add_done_callback(partial(self._was_opened, name))
             await asyncio.shield(task)
         return Lease(entry)
 
     async def all_of(self, tenant: Tenant) -> list[Listed]:
         """All names that `tenant` may ask for over this base."""
-        versions: list[Version] = await self._in_store(
-            lambda: self._opened().adapters_of(self._weights)
-        )
+        versions = await self._versions()
         found: list[Listed] = []
         for index, version in enumerate(versions):
             if not tenant.may_use(version.name):
@@ -114,6 +117,14 @@ class Adapters:
             ids += [f"{version.name}:{tag}" for tag in version.tags]
             found += [Listed(id, str(version), created) for id in [*ids, str(version)]]
         return found
+
+    async def _versions(self) -> Sequence[Version]:
+        """All adapters over this base, as of the last second."""
+        now = time.monotonic()
+        if self._listed is None or now - self._listed[0] > _LIST_AGE_S:
+            reading = self._in_store(lambda: self._opened().adapters_of(self._weights))
+            self._listed = (now, asyncio.ensure_future(reading))
+        return await asyncio.shield(self._listed[1])
 
     async def find(self, model: str, tenant: Tenant) -> Listed:
         """One of them, without loading it. Raises ApiError (404)."""
@@ -158,7 +169,7 @@ class Adapters:
         if not task.cancelled():
             task.exception()  # is told to whoever waited for it, if anyone still did
 
-    async def _open(self, version: Version) -> None:
+    async def _open(self, version: Version, is_merged: bool) -> None:
         name = str(version)
         verdict = self._verdicts.get(name)
         if isinstance(verdict, ApiError):
@@ -169,7 +180,7 @@ class Adapters:
             raise no_such_model() from error
         try:
             if verdict is None:
-                verdict = await self._check(version)
+                verdict = await self._check(version, is_merged)
         except BaseException as error:
             await asyncio.shield(self._in_store(hold.release))
             if isinstance(error, ApiError) and error.status == 400:  # else it may pass
@@ -178,13 +189,14 @@ class Adapters:
         self._remember(name, verdict)
         self._entries[name] = _Entry(verdict, hold)
 
-    async def _check(self, version: Version) -> Checked:
+    async def _check(self, version: Version, is_merged: bool) -> Checked:
         details, folder = await self._in_store(
             lambda: (self._opened().show(version), version.folder())
         )
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
-            self._check_threads, partial(self._checks.check, details, folder)
+            self._check_threads,
+            partial(self._checks.check, details, folder, is_merged=is_merged),
         )
 
     def _remember(self, name: str, verdict: Checked | ApiError) -> None:

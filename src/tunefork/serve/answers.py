@@ -23,6 +23,8 @@ from tunefork.serve.ledger import Usage
 from tunefork.serve.parts import Parts
 from tunefork.serve.tenants import Tenant
 
+_CANCEL_S = 30.0
+"""An engine has to let go of a cancelled answer, before it is recorded as it is."""
 _MOST_UNREAD = 256
 """Pieces that wait for a client; then the engine's are no longer read."""
 Status = Literal["ok", "cancelled", "deadline", "failed"]
@@ -211,7 +213,9 @@ class Answer:
     async def _end(self, status: Status) -> None:
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        _, hanging = await asyncio.wait(self._tasks, timeout=_CANCEL_S)
+        if hanging:
+            logger.error("%s: the engine does not let %d answers go", self.order.id, len(hanging))
         order, total_s = self.order, time.monotonic() - self._began
         try:
             await self._parts.ledger.record(

@@ -52,8 +52,11 @@ class Checks:
         self._renderings: dict[tuple[str, ...], tuple[str, str]] = {}
         """Hashes of tokenizer files -> fingerprints of what they make: most versions share them."""
 
-    def check(self, details: Details, folder: Path) -> Checked:
-        """Raises ApiError (400, `adapter_unusable`), which says what does not fit."""
+    def check(self, details: Details, folder: Path, *, is_merged: bool = False) -> Checked:
+        """Raises ApiError (400, `adapter_unusable`), which says what does not fit.
+
+        One that `is_merged` into its own copy of the base may be of any kind and rank.
+        """
         name = str(details.version)
         with _told(name, "is no adapter that can be read"):
             config = read_config(folder)
@@ -65,8 +68,12 @@ class Checks:
             "token_rows": bool(config.trainable_token_indices),
         }
         for kind, is_used in kinds.items():
-            if is_used and kind not in self._capabilities.adapter_kinds:
-                raise _unusable(name, f"has {kind}, which the engine of this server cannot apply")
+            if is_used and not is_merged and kind not in self._capabilities.adapter_kinds:
+                raise _unusable(
+                    name,
+                    f"has {kind}, which the engine of this server cannot apply beside others; its "
+                    "operator can give it a replica (--merge)",
+                )
         data = self._check_base(name, provenance)
         with _told(name, "does not fit the layers of this server's base"):
             targets = check_fits(self._base.skeleton, folder)
@@ -74,7 +81,7 @@ class Checks:
         self._check_rendering(name, details, folder)
         rank = max((delta.rank for delta in targets.deltas.values()), default=0)
         most = self._capabilities.max_rank
-        if most is not None and rank > most:
+        if most is not None and rank > most and not is_merged:
             raise _unusable(name, f"has rank {rank}; the engine of this server takes {most}")
         with _told(name, "was trained with a template that this server's base does not have"):
             prompts = self._base.prompts_of(data)

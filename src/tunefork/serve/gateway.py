@@ -209,6 +209,8 @@ class Gateway:
                 await self._look()
             except StoreError as error:
                 logger.error("%s", error)
+            except Exception as error:  # of the engine: the next look finds it dead
+                logger.error("what is to be done every second failed", exc_info=error)
 
     async def _start(self) -> None:
         settings = self.settings

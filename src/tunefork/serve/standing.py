@@ -97,6 +97,6 @@ class Pins:
 
 async def _lease(name: str, adapters: Adapters, option: str) -> Lease:
     try:
-        return await adapters.lease(name, LOCAL)
+        return await adapters.lease(name, LOCAL, is_merged=option == "merge")
     except ApiError as error:
         raise BadInputError(f"{option}: {name}: {error.message}") from error

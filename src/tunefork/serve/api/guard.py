@@ -9,6 +9,7 @@ import asyncio
 import ipaddress
 import logging
 import socket
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,6 +20,8 @@ from tunefork.serve.settings import LOOPBACK, ServeSettings
 
 _ALWAYS = ("/health", "/ready", "/metrics")
 """Answered however many requests there are."""
+_MOST_LARGE = 64
+"""Bodies of the largest size that are held at the same time, or more smaller ones."""
 logger = logging.getLogger(__name__)
 
 
@@ -28,6 +31,8 @@ class Guard:
     def __init__(self, app: ASGIApp, settings: ServeSettings) -> None:
         self._app, self._settings = app, settings
         self._open = 0
+        self._held_bytes = 0
+        """Of bodies of requests that are open."""
         own = () if settings.is_loopback else (socket.gethostname(), socket.getfqdn())
         names = (*LOOPBACK, *own, *settings.allowed_hosts)
         self._names = frozenset(name.lower() for name in names)
@@ -40,11 +45,11 @@ class Guard:
                 await send({"type": "websocket.close", "code": 1003})
             return
         scope["cleanup"] = []
-        sending = _Sending(send)
+        sending, body = _Sending(send), _Body()
         self._open += 1
         try:
             self._check(scope)
-            await self._app(scope, self._bounded(scope, receive), sending)
+            await self._app(scope, self._bounded(receive, body), sending)
         except ApiError as error:
             await self._end(error, scope, receive, sending)
         except ClientGoneError:
@@ -55,6 +60,7 @@ class Guard:
             await self._end(told, scope, receive, sending)
         finally:
             self._open -= 1
+            self._held_bytes -= body.num_bytes
             for clean in scope["cleanup"]:
                 clean()
 
@@ -96,25 +102,26 @@ class Guard:
             return False
         return address.is_loopback or not self._settings.is_loopback
 
-    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
+    def _bounded(self, receive: Receive, body: "_Body") -> Receive:
         """`receive`, which ends a body that is too long or too slow."""
-        left = self._settings.max_body_bytes
         until = asyncio.get_running_loop().time() + self._settings.body_timeout_s
-        is_complete = False
 
         async def bounded() -> Message:
-            nonlocal left, is_complete
-            if is_complete:
+            if body.is_complete:
                 return await receive()
             try:
                 async with asyncio.timeout_at(until):
                     message = await receive()
             except TimeoutError as error:
                 raise ApiError(408, "The request took too long to arrive") from error
-            left -= len(message.get("body", b""))
-            if left < 0:
+            num_bytes = len(message.get("body", b""))
+            body.num_bytes += num_bytes
+            self._held_bytes += num_bytes
+            if body.num_bytes > self._settings.max_body_bytes:
                 raise self._too_large()
-            is_complete = not message.get("more_body", False)
+            if self._held_bytes > _MOST_LARGE * self._settings.max_body_bytes:
+                raise unavailable("overloaded", "Too many large requests at the same time", 1.0)
+            body.is_complete = not message.get("more_body", False)
             return message
 
         return bounded
@@ -129,9 +136,17 @@ class Guard:
         if sending.has_begun:  # a half answer cannot be mended: the connection is closed
             return
         response = error.response()
-        if error.status in (408, 413):
+        if error.status in (408, 413, 503):
             response.headers["Connection"] = "close"  # the rest of the body is not read
         await response(scope, receive, sending)
+
+
+@dataclass
+class _Body:
+    """A request's, as far as it came."""
+
+    num_bytes: int = 0
+    is_complete: bool = False
 
 
 class _Sending:

@@ -96,6 +96,9 @@ class VllmEngine:
         answer = await held.enter_async_context(
             post(server.address, "/v1/completions", body, server.headers)
         )
+        if answer.status == 404:  # another server than the one that was told of it
+            server.healthy = False
+            raise EngineDeadError(f"vLLM knows no {name}: it was started again by somebody")
         if answer.status != 200:
             raise api.refusal(answer.status, await answer.body())
         return answer

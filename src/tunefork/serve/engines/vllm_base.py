@@ -1,7 +1,7 @@
 """The base of a vLLM that has no GPU, which must be asked for as an adapter that changes nothing.
 
 vLLM marks tokens of the base with slot -1. Its kernels for GPUs pass over those; the plain PyTorch
-ones for CPUs index with it, which is the last slot (lora/ops/torch_ops/lora_ops.py, 0.25 to 0.32):
+ones for CPUs index with it, which is the last slot (lora/ops/torch_ops/lora_ops.py of 0.32):
 once that slot is filled, answers of the base in a batch with adapters are made with whatever
 adapter lies there. So on such a build the base gets a slot of its own, of zeros.
 """

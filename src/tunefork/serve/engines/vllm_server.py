@@ -25,8 +25,8 @@ from tunefork.serve.event_stream import Address, StreamBrokenError
 
 _LOOK_S = 1.0
 """Between two looks at the server's health."""
-_MISSED = 30
-"""Looks without an answer after which a server that has not ended is taken for dead."""
+_SILENT_S = 30.0
+"""Without an answer, after which a server that has not ended is taken for dead."""
 _CALL_S = 120.0
 """Longest call that is no answer to a request: the loading of a large adapter."""
 _RUNNING_ANSWERS_S = 10.0
@@ -59,13 +59,14 @@ class Server:
 
         Raises TuneforkError, and leaves nothing behind then.
         """
-        in_slot, child = settings.base_in_slot, None
+        in_slot, child = settings.base_in_slot == "always", None
         if settings.url is None:
             python = find_python(settings)
-            in_slot = await is_built_for_cpus(python) if in_slot is None else in_slot
+            if settings.base_in_slot == "auto":
+                in_slot = await is_built_for_cpus(python)
             base = await asyncio.to_thread(find, section)
             child = await Child.start(base, settings, more=int(in_slot))
-        server = cls._reach(settings, child, more=int(bool(in_slot)))
+        server = cls._reach(settings, child, more=int(in_slot))
         try:
             await server._wait_until_ready()
             await server._learn()
@@ -185,14 +186,16 @@ class Server:
 
     async def _watch_health(self) -> None:
         """Until the server ended, or has not answered for long; then it is not healthy."""
-        missed = 0
-        while missed < _MISSED:
+        heard = time.monotonic()
+        while time.monotonic() - heard < _SILENT_S:
             await asyncio.sleep(_LOOK_S)
             if self.child is not None and self.child.process.returncode is not None:
                 break
-            missed = 0 if await self._is_well() else missed + 1
+            if await self._is_well():
+                heard = time.monotonic()
             with contextlib.suppress(httpx.HTTPError, ValueError):
-                self.gauges = api.gauges((await self.client.get("/metrics")).text)
+                told = await self.client.get("/metrics", timeout=5.0)
+                self.gauges = api.gauges(told.text)
         self.healthy = False
 
     async def _is_well(self) -> bool:

@@ -4,7 +4,7 @@ Read from `vllm serve --help=all` of vLLM 0.32; what is set here is in 0.25 as w
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -73,10 +73,10 @@ class VllmSettings(Section):
     max_model_len: PositiveInt | None = None
     """Most tokens of prompt and answer. None: the model's own."""
 
-    base_in_slot: bool | None = None
+    base_in_slot: Literal["auto", "always", "never"] = "auto"
     """Whether the base is asked for as an adapter of zeros, with a slot of its own: vLLM's kernels
-    for CPUs mix the adapter of the last slot into answers of the base otherwise. None: where the
-    child's PyTorch is built for CPUs. Set it for a server at `url` that computes on a CPU."""
+    for CPUs mix the adapter of the last slot into answers of the base otherwise. auto: where the
+    child's PyTorch is built for CPUs. Say `always` for a server at `url` that has no GPU."""
 
     max_requests: PositiveInt = 256
     """Answers computed at the same time (--max-num-seqs)."""
