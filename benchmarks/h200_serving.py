@@ -1,4 +1,4 @@
-"""Serving on one GPU: 64 requests at once over an 8B shape, adapters against the base alone and vLLM.
+"""Serving on one GPU: 64 requests at once over an 8B shape, adapters against the base and vLLM.
 
     python -m benchmarks.h200_serving --work FOLDER [--site vllm=FOLDER] [--set slots=32 ...]
 
@@ -23,6 +23,7 @@ import random
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from tunefork.model.device import describe, pick_device
 from tunefork.recipe import ModelSection
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.engines.embedded import EmbeddedEngine
+from tunefork.serve.engines.embedded_settings import EmbeddedSettings
 from tunefork.serve.settings import ServeSettings
 
 RANK, ADAPTERS, ROUNDS = 16, 32, 3
@@ -121,7 +123,7 @@ async def _cold(
     timing = await answer(engine, "cold", load.prompts[-1], max(4, load.new // 8), cold)
     arrived = asked + timing.first
     await asyncio.gather(*tasks)
-    gaps = [(later, later - one) for one, later in zip(stamps, stamps[1:], strict=False)]
+    gaps = [(later, later - one) for one, later in pairwise(stamps)]
     before = [gap for at, gap in gaps[2:] if at < asked]
     # The new one's own prompt, like any other, takes part in a pass of its own length.
     meanwhile = [gap for at, gap in gaps if asked <= at < arrived]
@@ -241,7 +243,9 @@ def _settings(base: Path, arguments: argparse.Namespace, *, slots: int) -> Serve
     for one in arguments.set:
         key, _, value = one.partition("=")
         embedded[key] = json.loads(value) if value[:1] in "0123456789tf" else value
-    return ServeSettings(base=ModelSection(id=str(base)), embedded=embedded)
+    return ServeSettings(
+        base=ModelSection(id=str(base)), embedded=EmbeddedSettings.model_validate(embedded)
+    )
 
 
 def _told(settings: ServeSettings) -> dict[str, Any]:
@@ -250,8 +254,8 @@ def _told(settings: ServeSettings) -> dict[str, Any]:
 
 def _line(one: dict[str, Any]) -> str:
     return (
-        f"{one['case']:14s} {one['tokens_per_s']:,.0f} tokens/s, first token {one['first_token_ms']}"
-        f" ms, per token {one['token_ms']} ms, started in {one['start_s']} s"
+        f"{one['case']:14s} {one['tokens_per_s']:,.0f} tokens/s, first token "
+        f"{one['first_token_ms']} ms, per token {one['token_ms']} ms, started in {one['start_s']} s"
         + (f", {one['of_base']:.3f} of base" if "of_base" in one else "")
     )
 
