@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.training_runs import Shape
+from tunefork.model.device import pick_device
 from tunefork.serve.engine import ServedAdapter
 
 
@@ -85,7 +86,8 @@ def many(adapters: list[ServedAdapter], number: int, folder: Path) -> list[Serve
 
 def _save(folder: Path, shape: Shape, rank: int, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    random = torch.Generator().manual_seed(seed)
+    device = pick_device()  # drawing a billion numbers takes a CPU half a minute
+    random = torch.Generator(device).manual_seed(seed)
     kv = shape.width // shape.heads * shape.kv_heads
     sizes = {
         "self_attn.q_proj": (shape.width, shape.width),
@@ -98,7 +100,7 @@ def _save(folder: Path, shape: Shape, rank: int, seed: int) -> None:
     }
 
     def draw(*size: int) -> torch.Tensor:
-        return (torch.randn(*size, generator=random) * 0.01).bfloat16()
+        return (torch.randn(*size, generator=random, device=device) * 0.01).bfloat16().cpu()
 
     tensors = {}
     for layer in range(shape.layers):

@@ -61,7 +61,7 @@ def ask(served: Served, **embedded: Any) -> tuple[list[Piece], Any]:
     ]
 
     async def run() -> Any:
-        engine = EmbeddedEngine(settings(served.base, device="cuda", **embedded))
+        engine = EmbeddedEngine(settings(served.base, **({"device": "cuda"} | embedded)))
         await engine.start()
         info = engine.info()
         found = await answers(engine, wanted)
