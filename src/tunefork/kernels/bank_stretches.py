@@ -1,4 +1,4 @@
-"""Many LoRA adapters over one base, read only, where the host knows whose each stretch of tokens is.
+"""Many LoRA adapters over one base, read only: the host knows whose each stretch of tokens is.
 
 What `bank_tokens.py` finds out on the device for every layer, a CPU knows once for the whole pass,
 and its time is the number of calls: one padded batched product for all short stretches (requests
@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_SHORT = 8
-"""Tokens of a stretch that is padded rather than multiplied by itself."""
+_SHORT = 64
+"""Most tokens of a stretch that is padded rather than multiplied by itself."""
 _GAP = 4
 
 
@@ -71,8 +71,10 @@ def lay_out(stretches: Sequence[Stretch], rank: int) -> Layout:
 
 
 def _follows(before: Stretch, stretch: Stretch) -> bool:
-    """Whether it may lie in the same product: next to it, and few slots between would be idle."""
-    return stretch.first == before.last and 0 < stretch.slot - before.slot <= _GAP
+    """Whether it may lie in the same product: next to it, few slots between, and of its length."""
+    is_near = stretch.first == before.last and 0 < stretch.slot - before.slot <= _GAP
+    lengths = sorted((before.last - before.first, stretch.last - stretch.first))
+    return is_near and lengths[1] <= 2 * lengths[0] + 2
 
 
 def _pad(run: Sequence[Stretch]) -> Padded:

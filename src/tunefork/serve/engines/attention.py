@@ -4,8 +4,8 @@ A pass is one row of tokens, those of a request side by side: one token of each 
 decodes, then pieces of prompts. Keys and values of the new tokens are written to the cache, and two
 ways read them:
 
-    flash    a GPU in bf16 or fp16: PyTorch's FlashAttention 2 over segments of various lengths. A
-             segment begins anywhere in the cache and is as long as `used` says, so nothing is copied
+    flash    a GPU in bf16 or fp16: PyTorch's FlashAttention 2 over segments of various lengths. One
+             begins anywhere in the cache and is as long as `used` says, so nothing is copied
     sdpa     everything else, and the definition: PyTorch's SDPA, decoding rows of similar length
              at once, and each piece of a prompt by itself
 

@@ -86,6 +86,10 @@ class Core:
 
     # The engine's thread
 
+    def end(self) -> None:
+        """Stop before the next pass."""
+        self.is_stopping = True
+
     def add(self, answer: Answer) -> None:
         """A new request."""
         self.waiting.append(answer)
@@ -246,13 +250,13 @@ class Core:
         self.waiting.appendleft(answer)
 
     def _launch(self, planned: Sequence[tuple[Answer, Part]]) -> Outcome | None:
-        """Run the pass. Where memory is short, the request that came last fails alone."""
+        """Run the pass. Where memory is short, the request that wants most of it fails alone."""
         try:
             return self.passes.run([part for _, part in planned])
         except (torch.OutOfMemoryError, MemoryError) as error:
             if self.passes.device.type == "cuda":
                 torch.cuda.empty_cache()
-            answer = max((a for a, _ in planned), key=lambda a: a.arrived)
+            answer, _ = max(planned, key=lambda one: (len(one[1].ids), one[0].arrived))
             why = f"no memory for a pass with this request ({type(error).__name__}); ask for less"
             self._end(answer, EngineError(why))
             return None

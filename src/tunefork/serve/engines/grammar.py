@@ -28,7 +28,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         """`vocabulary` is the number of logits."""
-        import llguidance.hf  # noqa: PLC0415 - an extra
+        import llguidance.hf
 
         known = len(tokenizer)
         self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=max(known, vocabulary))
@@ -36,7 +36,7 @@ class Grammars:
 
     def matcher(self, grammar: Grammar) -> "Matcher":
         """Raises BadInputError where it is no grammar that can be had."""
-        from llguidance import LLMatcher  # noqa: PLC0415 - an extra
+        from llguidance import LLMatcher
 
         try:
             match grammar.kind:

@@ -47,7 +47,7 @@ class BankSlots:
     def clear(self, slot: int) -> None:
         """What is in `slot` is of no more use. It is overwritten by what comes next."""
         if self._stream is not None:
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(self.bank.device))
             self._emptied[slot] = event
 

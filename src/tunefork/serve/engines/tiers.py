@@ -61,6 +61,8 @@ class Entry:
     is_checked: bool = False
     """It was seen to change the logits."""
     is_pinned: bool = False
+    is_awaited: bool = False
+    """A request is about to come: worth a free slot, but nobody else's."""
     is_draining: bool = False
     is_forgotten: bool = False
 
@@ -110,7 +112,15 @@ class Tiers:
         if entry.stage is _Stage.IN_SLOT and not entry.is_draining:
             return entry
         self.wanted.setdefault(adapter.id, self.clock())
+        entry.is_awaited = False
         return None
+
+    def prefetch(self, adapter: ServedAdapter) -> None:
+        """A request for it is about to come: into a free slot, or at least into host memory."""
+        entry = self.bring(adapter)
+        if entry.stage is not _Stage.IN_SLOT and self.free:
+            self.wanted.setdefault(adapter.id, self.clock())
+            entry.is_awaited = True
 
     def bring(self, adapter: ServedAdapter) -> Entry:
         """Begin to read the adapter, unless it is there."""
@@ -164,8 +174,9 @@ class Tiers:
         for adapter_id in [i for i in self.failures if i not in waiting]:
             del self.failures[adapter_id]
         for adapter_id in list(self.wanted):
-            entry = self.entries.get(adapter_id)
-            if entry is None or not (adapter_id in waiting or entry.is_pinned):
+            awaited = self.entries.get(adapter_id)
+            is_of_use = awaited is not None and (awaited.is_pinned or awaited.is_awaited)
+            if awaited is None or not (is_of_use or adapter_id in waiting):
                 del self.wanted[adapter_id]
         self._grant()
         self._trim_host()
@@ -188,12 +199,16 @@ class Tiers:
                 del self.wanted[adapter_id]
             if entry.stage is not _Stage.HOST:
                 continue
+            if not self.free and entry.is_awaited:
+                entry.is_awaited = False
+                continue
             if not self.free and not self._evict_one():
                 if draining == 0 and now - since > PATIENCE_S:
                     self._drain_one()
                 draining = max(0, draining - 1)
                 continue
             entry.slot, entry.stage, entry.granted = self.free.popleft(), _Stage.MOVING, now
+            entry.is_awaited = False
             del self.wanted[adapter_id]
             self._threads.submit(self._load, entry)
 
