@@ -95,7 +95,8 @@ def run_peft(steps: int, folder: Path, *, fp32_adapters: bool) -> dict[str, Any]
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(find(MODEL).location, dtype=torch.bfloat16)
-    losses, seconds = [], []
+    losses: list[list[float]] = []
+    seconds: list[list[float]] = []
     reset_peak(CPU)
     for at in range(len(RANKS)):
         model = PeftModel.from_pretrained(

@@ -36,7 +36,6 @@ import torch
 from benchmarks import results
 from tests.train.test_state import KINDS, STEPS
 from tests.train.test_state import run as train_tiny
-from tunefork.compare.following import following
 from tunefork.data.example import Encoded
 from tunefork.model.device import describe, pick_device, pick_dtype
 from tunefork.recipe import Method
@@ -48,6 +47,7 @@ from tunefork.train.guard import SpikeWatch
 from tunefork.train.loop import StepRecord, train
 from tunefork.train.method import load_for_training, make_optimizer
 from tunefork.train.state import Optimizer, Progress, capture, digest
+from tunefork.trial.following import following
 
 INTERVAL = 2
 """Steps between checkpoints."""

@@ -1,7 +1,7 @@
 """Fit the planner's constants to measured short runs; what `benchmarks/planner_*.py` share.
 
 Memory: the workspace is what is measured beyond the traced tensors (median), and what the allocator
-holds without using it is linear in three traced sizes (least squares on relative errors). Time: the
+holds without using it is linear in four traced sizes (least squares on relative errors). Time: the
 factors of `plan.time`, by a pattern search over their logarithms, with a robust loss on that
 of predicted over measured, drawn towards plain roofline values where the runs say little.
 """

@@ -9,7 +9,8 @@ The same seeds, examples, order and recipe with `train.precision` bf16 and fp8, 
 What is judged is in `fp8_verdict.py`: the evaluation's loss, the paired interval of the accuracy,
 and the gradients against float64 (`fp8_gradients.py`). A model trained in FP8 is evaluated twice:
 as it was trained, and with its adapter over the base in bf16, as a server would have it.
-`--precisions fp32` adds a yardstick: how far bf16 itself is from fp32 on the same seed.
+`--precisions fp32 bf16_cut` adds yardsticks: how far from bf16 a run on the same seed ends that
+computes in fp32, or cuts its steps into other micro-batches. Less than that is chance.
 
 The task: to which of 45 lexicographer files of WordNet does a gloss belong? SOURCE is the folder
 with wordnet_lexname_{train,test}.jsonl.gz. Each run is a line of RAW as it ends, and one that is in
@@ -26,7 +27,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fp8_run import METHODS, PRECISIONS, Trial, forget, load, run, shared
+from benchmarks.fp8_run import (
+    METHODS,
+    PRECISIONS,
+    YARDSTICKS,
+    Trial,
+    forget,
+    load,
+    run,
+    shared,
+)
 
 _LONGEST_TEXT = 200
 """Characters: one gloss of a hundred is longer. A rendered row then has about 60 tokens."""
@@ -124,7 +134,10 @@ def _arguments() -> argparse.Namespace:
         run.add_argument("--max-eval-examples", type=int)
         run.add_argument("--set", nargs="+", default=[], metavar="KEY=JSON", help="of both sides")
         run.add_argument(
-            "--precisions", nargs="+", choices=[*PRECISIONS, "fp32"], default=list(PRECISIONS)
+            "--precisions",
+            nargs="+",
+            choices=[*PRECISIONS, *YARDSTICKS],
+            default=list(PRECISIONS),
         )
         run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
         run.add_argument("--done", nargs="+", type=Path, default=[], help="lines of earlier calls")

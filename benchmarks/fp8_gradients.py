@@ -39,7 +39,7 @@ def compare(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
     found: dict[str, Gradients] = {}
     trained: dict[str, Tensor] | None = None
     for precision in sorted(arguments.precisions, reverse=True):  # fp8 first: its A and B serve all
-        model = _built(arguments, Trial(method, precision, 0))
+        model = _built(arguments, Trial(method, precision, 0), data.train)
         if trained is None:
             _train(arguments, Trial(method, precision, 0), model, data, tokenizer)
             trained = adapter(model)
@@ -142,10 +142,12 @@ def agreement(given: Gradients, truth: Gradients) -> dict[str, Any]:
     return found
 
 
-def _built(arguments: argparse.Namespace, trial: Trial) -> Any:
+def _built(arguments: argparse.Namespace, trial: Trial, examples: Sequence[Encoded]) -> Any:
     recipe, device = recipe_of(arguments, trial), pick_device()
     dtype = pick_dtype(recipe.train.precision, device)
-    return load_for_training(recipe, recipe.method, dtype=dtype, device=device, seed=0)
+    return load_for_training(
+        recipe, recipe.method, dtype=dtype, device=device, seed=0, examples=examples
+    )
 
 
 def _train(

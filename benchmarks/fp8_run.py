@@ -23,6 +23,11 @@ from tunefork.recipe_file import parse
 from tunefork.train.method import load_for_training, train_method
 
 METHODS, PRECISIONS = ("lora", "qlora"), ("bf16", "fp8")
+YARDSTICKS = ("fp32", "bf16_cut")
+"""Runs that differ from bf16's harmlessly: how far apart such runs end is what chance alone does.
+`bf16_cut` is bf16 with its steps cut into smaller micro-batches, so that sums round otherwise."""
+_CUT, _SMALLER_CUT = 8192, 2048
+"""Tokens of a micro-batch."""
 _MAX_LENGTH = 128
 _EVALUATION_TOKENS = 16_384
 
@@ -57,11 +62,11 @@ def recipe_of(arguments: argparse.Namespace, trial: Trial) -> Recipe:
         },
         "train": {
             "batch_size": arguments.batch_size,
-            "micro_batch_tokens": 8192,
+            "micro_batch_tokens": _SMALLER_CUT if trial.precision == "bf16_cut" else _CUT,
             "epochs": 100.0,
             "max_steps": arguments.steps,
             "learning_rate": arguments.learning_rate,
-            "precision": trial.precision,
+            "precision": trial.precision.removesuffix("_cut"),
         },
         "evaluate": {"metrics": ["loss", "accuracy"], "forgetting": None},
     }
@@ -94,7 +99,9 @@ def run(arguments: argparse.Namespace, trial: Trial, loaded: Any) -> dict[str, A
     recipe, device = recipe_of(arguments, trial), pick_device()
     method, began = recipe.method, time.perf_counter()
     dtype = pick_dtype(recipe.train.precision, device)
-    model = load_for_training(recipe, method, dtype=dtype, device=device, seed=trial.seed)
+    model = load_for_training(
+        recipe, method, dtype=dtype, device=device, seed=trial.seed, examples=data.train
+    )
     loaded_s, losses = time.perf_counter() - began, list[float]()
     result = train_method(
         model,

@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.fp8_gate import read
-from benchmarks.fp8_run import METHODS, PRECISIONS, unpack_columns
+from benchmarks.fp8_run import METHODS, PRECISIONS, YARDSTICKS, unpack_columns
 from tunefork.evaluate.statistics import estimate, paired_difference
 
 LOSS_BOUND = 0.005
@@ -34,13 +34,11 @@ def collect(files: list[Path], name: str) -> Path:
     rows: list[_Row] = [{"case": row["run"], "error": row["error"]} for row in failed]
     for method in METHODS:
         pairs = pairs_of(method, raw)
-        judged = [
-            judge(method, seed, *pair, raw.get(f"{method}_fp32_{seed}"))
-            for seed, pair in pairs.items()
-        ]
+        judged = [judge(method, seed, *pair) for seed, pair in pairs.items()]
         rows += judged
         if judged:
             rows.append(summary(method, judged, list(pairs.values())))
+        rows += yardsticks(method, pairs, raw)
         if f"gradients_{method}" in raw:
             rows.append(judge_gradients(raw[f"gradients_{method}"]))
     measured = list(raw.values())
@@ -69,8 +67,8 @@ def pairs_of(method: str, raw: dict[str, _Row]) -> dict[int, tuple[_Row, _Row]]:
     return found
 
 
-def judge(method: str, seed: int, bf16: _Row, fp8: _Row, fp32: _Row | None) -> _Row:
-    """One seed: FP8 against bf16, as trained and as served; bf16 against fp32 if that ran."""
+def judge(method: str, seed: int, bf16: _Row, fp8: _Row) -> _Row:
+    """One seed: FP8 against bf16, as trained and as served."""
     columns = unpack_columns(bf16["columns"])
     row: _Row = {
         "case": method,
@@ -83,8 +81,6 @@ def judge(method: str, seed: int, bf16: _Row, fp8: _Row, fp32: _Row | None) -> _
         "train_examples": bf16["train_examples"],
         "train_losses": {"bf16": bf16["train_losses"][-5:], "fp8": fp8["train_losses"][-5:]},
     }
-    if fp32 is not None:
-        row["bf16_from_fp32"] = against(unpack_columns(fp32["columns"]), columns, ("fp32", "bf16"))
     enough = row["num_examples"] >= FEWEST_EXAMPLES
     return row | {"holds": enough and row["as_trained"]["holds"] and row["as_served"]["holds"]}
 
@@ -112,16 +108,51 @@ def summary(method: str, judged: list[_Row], pairs: list[tuple[_Row, _Row]]) -> 
     paired = paired_difference("accuracy", *sides, samples=_SAMPLES, by_seed=True)
     losses = [row["as_trained"]["loss"]["bf16"] for row in judged]
     relative = [row["as_trained"]["loss_relative_difference"] for row in judged]
+    served = [unpack_columns(pair[1]["served_columns"]) for pair in pairs]
     return {
         "case": f"{method}_all_seeds",
         "seeds": [row["seed"] for row in judged],
-        "mean_loss_relative_difference": sum(relative) / len(relative),
+        "mean_loss_relative_difference": loss_difference(*sides),
+        "mean_served_loss_relative_difference": loss_difference(served, sides[1]),
         "worst_loss_relative_difference": max(relative, key=abs),
         "bf16_loss_range_over_seeds": max(losses) / min(losses) - 1,
         "accuracy_difference_points": [100 * x for x in (paired.value, paired.low, paired.high)],
         "bounds": {"loss": LOSS_BOUND, "accuracy_points": ACCURACY_BOUND, "seeds": 3},
         "holds": len(judged) >= 3 and all(row["holds"] for row in judged),
     }
+
+
+def loss_difference(sides: list[Any], of_bf16: list[Any]) -> list[float]:
+    """Mean over seeds of the loss less bf16's, in units of bf16's, and its 95 % interval: over
+    examples and seeds, each seed paired with itself."""
+    paired = paired_difference("loss", sides, of_bf16, samples=_SAMPLES, by_seed=True)
+    whole = estimate("loss", of_bf16, samples=200).value
+    return [x / whole for x in (paired.value, paired.low, paired.high)]
+
+
+def yardsticks(
+    method: str, pairs: dict[int, tuple[_Row, _Row]], raw: dict[str, _Row]
+) -> list[_Row]:
+    """How far from bf16's runs those end that differ from them harmlessly: the floor of chance."""
+    rows = []
+    for name in YARDSTICKS:
+        found = {s: raw[f"{method}_{name}_{s}"] for s in pairs if f"{method}_{name}_{s}" in raw}
+        if not found:
+            continue
+        bf16 = [unpack_columns(pairs[seed][0]["columns"]) for seed in found]
+        other = [unpack_columns(row["columns"]) for row in found.values()]
+        each = [against(*two, ("bf16", name)) for two in zip(bf16, other, strict=True)]
+        for one in each:
+            del one["holds"]  # nothing is asked of them
+        rows.append(
+            {
+                "case": f"{method}_{name}",
+                "seeds": list(found),
+                "mean_loss_relative_difference": loss_difference(other, bf16),
+                "each_seed": each,
+            }
+        )
+    return rows
 
 
 def judge_gradients(row: _Row) -> _Row:

@@ -111,7 +111,7 @@ def run_case(case: Case) -> dict[str, Any]:
 
 
 DEVICE = os.environ.get("PLANNER_DEVICE", "cuda:0")
-"""On a CPU the script can be tried with small `--cases` (135m-lora-2x64): figures say nothing."""
+"""On a CPU the script can be tried, with small `--cases` (135m-lora-2x64)."""
 
 
 def prepare_case(case: Case) -> dict[str, Any]:

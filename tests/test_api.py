@@ -52,3 +52,15 @@ def test_advise() -> None:
     assert advice.method == "lora"
     with pytest.raises(BadInputError, match="task"):
         tunefork.advise(task="clasification")
+
+
+def test_sweep_and_train_many(recipe: Path, tmp_path: Path) -> None:
+    resolved = tunefork.load_recipe(recipe, "sweep.rank=[1,2]", "sweep.validation_share=0.4")
+    result = tunefork.sweep(resolved, tmp_path / "sweep")
+    assert [v.status for v in result.variants] == ["ok", "ok"] and result.recommended
+    (tmp_path / "many.yaml").write_text(
+        "recipe: recipe.yaml\nadapters: [{name: a}, {name: b, lora: {rank: 2}}]\n"
+    )
+    many = tunefork.train_many(tmp_path / "many.yaml", tmp_path / "many", publish="team")
+    assert [entry.published for entry in many.entries] == ["team/a:v1", "team/b:v1"]
+    assert callable(tunefork.sweep)  # its package was imported meanwhile

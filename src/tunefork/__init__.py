@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from tunefork.recipe import Recipe
     from tunefork.registry.opening import Opened
     from tunefork.registry.run import RunRecord
+    from tunefork.sweep.many_result import ManyResult
+    from tunefork.sweep.result import SweepResult
 
 __all__ = [
     "advise",
@@ -34,7 +36,9 @@ __all__ = [
     "open_model",
     "plan",
     "runs",
+    "sweep",
     "train",
+    "train_many",
 ]
 
 
@@ -97,16 +101,43 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, ignore_plan: bool = F
 
     A run that cannot fit in memory is refused unless `ignore_plan`.
     """
-    from tunefork.compare.trial import train_run
+    from tunefork.trial.trial import train_run
 
     return train_run(_recipe(recipe), Path(out), ignore_plan=ignore_plan)
+
+
+def sweep(
+    recipe: Recipe | str | Path, out: str | Path, *, ignore_plan: bool = False
+) -> SweepResult:
+    """Train the variants of `recipe.sweep` together, evaluate and rank them; results land in `out`.
+
+    Raises TuneforkError and its subclasses.
+    """
+    from tunefork.sweep.sweep import sweep as run
+
+    return run(_recipe(recipe), Path(out), ignore_plan=ignore_plan)
+
+
+def train_many(
+    file: str | Path, out: str | Path, *, publish: str | None = None, together: int | None = None
+) -> ManyResult:
+    """Train the adapters that `file` lists (or the recipes of a folder) together, each on its own
+    data, in run folders below `out`.
+
+    Those that name no name are published as `publish`/NAME, where that is given. What is one
+    adapter's own fault is in its result. Raises TuneforkError.
+    """
+    from tunefork.sweep.many import train_many as run
+    from tunefork.sweep.many_file import load_many
+
+    return run(load_many(Path(file), publish), Path(out), together=together)
 
 
 def evaluate(
     target: str | Path, recipe: Recipe | str | Path
 ) -> dict[str, tuple[float, float, float]]:
     """Each metric's value, low and high end for a run, adapter or model. Raises TuneforkError."""
-    from tunefork.compare.trial import evaluate_target
+    from tunefork.trial.trial import evaluate_target
 
     return evaluate_target(str(target), _recipe(recipe))
 
@@ -144,7 +175,7 @@ def _recipe(recipe: Recipe | str | Path) -> Recipe:
 def _make_callable(package: ModuleType, verb: Callable[..., Any]) -> ModuleType:
     """`package` itself, which may now be called.
 
-    Five verbs have a package of their name, and Python binds a package to its name here when it is
+    Six verbs have a package of their name, and Python binds a package to its name here when it is
     first imported: without this `tunefork.train(...)` would work once.
     """
 
@@ -158,6 +189,6 @@ def _make_callable(package: ModuleType, verb: Callable[..., Any]) -> ModuleType:
     return package
 
 
-for _verb in (advise, plan, compare, train, evaluate):
+for _verb in (advise, plan, compare, sweep, train, evaluate):
     _package = import_module(f"tunefork.{_verb.__name__}")
     globals()[_verb.__name__] = _make_callable(_package, _verb)

@@ -38,6 +38,9 @@ Format = Literal[
     "auto", "messages", "prompt_completion", "classification", "text", "alpaca", "sharegpt"
 ]
 Metric = Literal["loss", "perplexity", "accuracy", "macro_f1", "exact_match", "rouge_l"]
+Scaling = Literal["standard", "rslora"]
+Targets = Literal["all-linear", "attention", "mlp"] | tuple[str, ...]
+Schedule = Literal["cosine", "linear", "constant"]
 
 Checkpointing = Literal["none", "selective", "full", "offload"]
 """How activations are kept for the backward pass (`train.activation_checkpointing`)."""
@@ -228,10 +231,15 @@ class DataSection(Section):
     faults: FaultSection = FaultSection()
 
     max_train_examples: PositiveInt | None = None
-    """Train on a random subset of this many examples (by `train.seed`)."""
+    """Train on a random subset of this many examples (by `data.seed`)."""
 
     max_eval_examples: PositiveInt | None = None
-    """Evaluate on a random subset of this many examples (by `train.seed`)."""
+    """Evaluate on a random subset of this many examples (by `data.seed`)."""
+
+    seed: Seed | None = None
+    """Seeds the choice of examples: the two subsets above and `train.validation_share`. Default:
+    `train.seed`. Runs with one `data.seed` and several `train.seed`s differ in training alone,
+    which is how `tunefork sweep` varies the seed."""
 
 
 class LoraSection(Section):
@@ -245,14 +253,14 @@ class LoraSection(Section):
     """Numerator of the scale. 32 with 1/rank keeps the best learning rate nearly independent of
     rank (LoRA Without Regret)."""
 
-    scaling: Literal["standard", "rslora"] = "standard"
+    scaling: Scaling = "standard"
     """`standard`: alpha / rank (LoRA). `rslora`: alpha / sqrt(rank) (rsLoRA)."""
 
     dropout: Share = 0.0
     """Dropout on the delta's input while training. 0: with one pass over the data it costs time
     and buys nothing measurable."""
 
-    targets: Literal["all-linear", "attention", "mlp"] | tuple[str, ...] = "all-linear"
+    targets: Targets = "all-linear"
     """Which linear layers get a delta: all but the output head, one block's, or a list of module
     names (`q_proj`, or a longer path's end, `self_attn.q_proj`). Attention only loses to MLP
     only at equal parameters (LoRA Without Regret)."""
@@ -325,7 +333,7 @@ class TrainSection(Section):
     LoRA and full would favour one of them, so each method's is searched among
     `compare.learning_rates`."""
 
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     """How the learning rate falls from its peak to zero after warm-up."""
 
     warmup_share: Share = 0.05
@@ -346,9 +354,11 @@ class TrainSection(Section):
     precision: Literal["auto", "bf16", "fp8", "fp32"] = "auto"
     """Dtype of weights and activations in the forward pass. `fp8`: products with a frozen base in
     e4m3, for methods that have one (lora, qlora; `full` then computes in bf16), with everything
-    else in bf16. On a small model it cost 1 % of the loss and no accuracy (docs/performance.md), so
-    nothing chooses it but you. Made for Hopper GPUs and later; a CPU computes it slowly. `auto`:
-    bf16 on a GPU and on a CPU with bf16 instructions, else fp32."""
+    else in bf16. On a small model it cost 1 % of the loss and no accuracy (docs/performance.md).
+    Made for Hopper GPUs and later; a CPU computes it slowly. `auto`: fp8 on such a GPU where the
+    gate (train/fp8_gate.yaml) was passed for the model's family, size and method, which it is for
+    none yet, and two batches of the run's own agree in both (run.json has the figures); else bf16
+    on a GPU and on a CPU with bf16 instructions; else fp32."""
 
     activation_checkpointing: CheckpointingChoice = "auto"
     """What is kept for the backward pass. `none`: every activation. `full` (or true): each layer's
@@ -368,7 +378,7 @@ class TrainSection(Section):
 
     seed: Seed = 0
     """Seeds what `train` draws: the order of the examples, adapter initialisation and dropout; and
-    for every verb which examples `data.max_train_examples` and `max_eval_examples` keep. In
+    for every verb which examples are chosen, unless `data.seed` is given. In
     `compare` also the validation split and the search; the final runs draw by `compare.seeds`.
     Two runs on one machine with the same versions are identical, on a GPU with `deterministic`."""
 
@@ -419,7 +429,8 @@ class TrainSection(Section):
     batch of the evaluation and one save, so that a lack of memory or disk shows in the first
     minute. Costs two micro-batches, one update, one evaluation batch and one save, and changes no
     bit of the run. Runs of fewer than 64 micro-batches are not rehearsed: it would
-    be more than a sixteenth of them."""
+    be more than a sixteenth of them. Adapters that train
+    together (`sweep`, `train-many`) are not rehearsed: how many there are is the plan's choice."""
 
     on_out_of_memory: Literal["error", "shrink"] = "error"
     """What a forward or backward pass without memory leads to. `error`: the run stops and names the
@@ -524,6 +535,103 @@ class CompareSection(Section):
         return _LEARNING_RATES | grids
 
 
+class HalvingSection(Section):
+    """Successive halving: the hopeless stop early, and those waiting take their place (Jamieson and
+    Talwalkar 2016, https://arxiv.org/abs/1502.07943). Every variant trains to the first rung, the
+    better `keep` of them to the second, and so on; what is left trains to its end. Rungs are
+    places in each variant's own schedule: rates are judged before theirs has fallen, which favours
+    low ones a little."""
+
+    keep: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Share that goes on from each rung, rounded up."""
+
+    rungs: Annotated[int, Field(ge=1, le=8)] = 2
+    """How often variants are dropped. The last rung lies at `keep` of each variant's steps, the one
+    before at `keep` of that, and so on: with 0.5 and 2, at a quarter and a half."""
+
+    within: Literal["rank", "all"] = "rank"
+    """Who is ranked against whom. `rank`: variants of one rank, so that the best of every rank is
+    trained to its end and ranks can be compared. `all`: every variant against every other."""
+
+
+class SweepSection(Section):
+    """`tunefork sweep`: variants of the recipe, trained together over one base. Each list below
+    holds the values tried of the recipe field of its name; an empty one varies nothing. Judged by
+    `compare.primary_metric` and `compare.margin`."""
+
+    rank: tuple[PositiveInt, ...] = ()
+    """`lora.rank`. Alpha stays, which keeps the best learning rate nearly the same."""
+
+    alpha: tuple[PositiveFloat, ...] = ()
+    """`lora.alpha`."""
+
+    scaling: tuple[Scaling, ...] = ()
+    """`lora.scaling`."""
+
+    targets: tuple[Targets, ...] = ()
+    """`lora.targets`, each a keyword or a list of module names."""
+
+    dropout: tuple[Share, ...] = ()
+    """`lora.dropout`."""
+
+    learning_rate: tuple[PositiveFloat, ...] = ()
+    """`train.learning_rate`."""
+
+    schedule: tuple[Schedule, ...] = ()
+    """`train.schedule`."""
+
+    warmup_share: tuple[Share, ...] = ()
+    """`train.warmup_share`."""
+
+    weight_decay: tuple[Annotated[float, Field(ge=0.0)], ...] = ()
+    """`train.weight_decay`."""
+
+    batch_size: tuple[PositiveInt, ...] = ()
+    """`train.batch_size`."""
+
+    epochs: tuple[PositiveFloat, ...] = ()
+    """`train.epochs`."""
+
+    max_steps: tuple[PositiveInt, ...] = ()
+    """`train.max_steps`."""
+
+    seed: tuple[Seed, ...] = ()
+    """`train.seed`: the order of the examples, adapter initialisation and dropout; which examples
+    there are stays (`data.seed`). Variants that differ in it alone are one configuration: their
+    figures are averaged, and from three on training's variance is in every interval."""
+
+    data: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """`data.train`: other mixtures, judged on the same `data.eval`, which must be given."""
+
+    search: Literal["grid", "random"] = "grid"
+    """`grid`: every combination. `random`: `count` of them, each with every seed."""
+
+    count: PositiveInt | None = None
+    """`random`: how many combinations."""
+
+    search_seed: Seed = 0
+    """`random`: which."""
+
+    halving: HalvingSection | None = None
+    """Drop the worse early; null: every variant trains to its end."""
+
+    validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Share of the training examples held back to choose by (which variants are dropped, the
+    learning rate of each rank), the same for all. Evaluation examples are used for no choice. Where
+    `train.validate_every_steps` is set, `train.validation_share` holds instead."""
+
+    together: PositiveInt | None = None
+    """Most variants that train at one time; null: as many as the plan says fit in memory."""
+
+    @model_validator(mode="after")
+    def _search_is_whole(self) -> Self:
+        if (self.search == "random") != (self.count is not None):
+            raise ValueError(
+                "count: says how many combinations search: random draws; give both, or neither"
+            )
+        return self
+
+
 class Recipe(Section):
     """One run, or one comparison: which model, which data, which method, how, and how judged."""
 
@@ -537,6 +645,7 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
     compare: CompareSection = CompareSection()
+    sweep: SweepSection = SweepSection()
 
     @model_validator(mode="before")
     @classmethod
@@ -557,7 +666,7 @@ class Recipe(Section):
                 "train.keep: best is the state with the lowest validation loss, and none is "
                 "measured; set train.validate_every_steps"
             )
-        lists: dict[str, tuple[object, ...] | str | None] = {
+        lists: dict[str, object] = {
             "data.labels": self.data.labels,
             "lora.targets": self.lora.targets,
             "lora.modules_to_save": self.lora.modules_to_save or None,
@@ -566,9 +675,11 @@ class Recipe(Section):
             "compare.methods": self.compare.methods,
             "compare.seeds": self.compare.seeds,
             "train.trackers": self.train.trackers,
+            **{f"sweep.{name}": value for name, value in self.sweep},
         }
+        may_be_empty = {"train.trackers", *(field for field in lists if field.startswith("sweep."))}
         for field, values in lists.items():
-            if isinstance(values, tuple) and not values and field != "train.trackers":
+            if isinstance(values, tuple) and not values and field not in may_be_empty:
                 raise ValueError(f"{field}: is an empty list; name at least one")
             if isinstance(values, tuple) and len(set(values)) < len(values):
                 raise ValueError(f"{field}: holds the same value twice")
@@ -593,6 +704,11 @@ class Recipe(Section):
                     f"lora.{field}: is set, but method full trains every weight and has no deltas; "
                     "leave it out, or choose lora or qlora"
                 )
+
+    @property
+    def data_seed(self) -> int:
+        """By which examples are chosen."""
+        return self.train.seed if self.data.seed is None else self.data.seed
 
     def learning_rate(self, method: Method) -> float:
         """Peak learning rate for `method` where no search chose one."""

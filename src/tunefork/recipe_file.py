@@ -22,6 +22,14 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     Data and model paths in the file are relative to its folder and come back absolute.
     Raises RecipeError with every wrong field, or with file:line where it is not YAML.
     """
+    fields = read_fields(path)
+    for override in overrides:
+        _override(fields, override)
+    return parse(absolute(fields, path.resolve().parent), where=str(path))
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """A recipe file's sections, not yet validated. Raises RecipeError."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -29,14 +37,12 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     fields = read_yaml(text, str(path))
     if not isinstance(fields, dict):
         raise RecipeError(f"{path}: must be a mapping of sections (model, data, ...)")
-    for override in overrides:
-        _override(fields, override)
-    return parse(_absolute(fields, path.resolve().parent), where=str(path))
+    return fields
 
 
 def anchor(recipe: Recipe, folder: Path) -> Recipe:
     """`recipe` with its relative paths made absolute, from `folder`, as `load` does."""
-    return parse(_absolute(recipe.model_dump(mode="json"), folder.resolve()))
+    return parse(absolute(recipe.model_dump(mode="json"), folder.resolve()))
 
 
 def relative(recipe: Recipe, folder: Path) -> Recipe:
@@ -82,8 +88,9 @@ def _override(fields: dict[str, Any], override: str) -> None:
     at[last] = read_yaml(value, f"--set {key}")
 
 
-def _absolute(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Make those paths absolute that exist under the recipe's `folder` or look like files."""
+def absolute(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`fields`, not yet validated, with those paths absolute that exist under `folder` or look
+    like files."""
 
     def resolve(value: str) -> str:
         try:
@@ -104,16 +111,29 @@ def _with_paths(fields: dict[str, Any], change: Callable[[str], str]) -> dict[st
     for section, keys in _PATHS.items():
         inner = fields.get(section)
         if isinstance(inner, dict):
-            given = {key: inner[key] for key in keys if isinstance(inner.get(key), str)}
             keywords = KEYWORDS.get(section, ())
-            fields[section] = inner | {k: change(v) for k, v in given.items() if v not in keywords}
+            fields[section] = inner | {
+                key: _changed(inner[key], change, keywords) for key in keys if key in inner
+            }
     return fields
+
+
+def _changed(value: Any, change: Callable[[str], str], keywords: tuple[str, ...]) -> Any:
+    """`value`, or each value of a list, changed where it is text and no keyword."""
+    if isinstance(value, list):
+        return [_changed(each, change, keywords) for each in value]
+    return change(value) if isinstance(value, str) and value not in keywords else value
 
 
 KEYWORDS = {"model": ("smollm2-135m-instruct",), "evaluate": ("general",)}
 """Values that mean the same in every folder, also where a file there is called so (`./general`
 names that one): the packaged models and the packaged general text."""
-_PATHS = {"model": ("id",), "data": ("train", "eval"), "evaluate": ("forgetting",)}
+_PATHS = {
+    "model": ("id",),
+    "data": ("train", "eval"),
+    "evaluate": ("forgetting",),
+    "sweep": ("data",),
+}
 _FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".txt", ".gguf"}
 
 

@@ -8,8 +8,8 @@ its only documentation. Works on any model whose fields are documented that way
 import json
 import re
 from collections.abc import Iterable
-from types import UnionType
 from pathlib import Path
+from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel

@@ -72,18 +72,21 @@ def test_what_is_measured_is_judged_and_not_measured_twice(
         *("lora_bf16_0", "lora_fp8_0", "lora_bf16_1", "lora_fp8_1")
     ]
     assert not [row["error"] for row in lines if "error" in row]
-    arguments.precisions.append("fp32")
+    arguments.precisions += ["fp32", "bf16_cut"]
     fp8_gate.measure(arguments)
-    assert len(list(fp8_gate.read([arguments.out]))) == 6
+    assert len(list(fp8_gate.read([arguments.out]))) == 8
     table = json.loads(collect([arguments.out], "gate").read_text(encoding="utf-8"))
-    first, second, overall = table["rows"]
+    first, second, overall, *floors = table["rows"]
     assert (first["case"], first["seed"], second["seed"]) == ("lora", 0, 1)
     assert first["num_examples"] == 6
     assert not first["holds"]  # six examples are too few, whatever they show
     assert (overall["case"], overall["seeds"]) == ("lora_all_seeds", [0, 1])
-    # FP8's stand-in is fp32, so bf16's distance from either is one.
-    back = 1 / (1 + first["as_trained"]["loss_relative_difference"]) - 1
-    assert first["bf16_from_fp32"]["loss_relative_difference"] == pytest.approx(back)
+    # FP8's stand-in is fp32, so that both are as far from bf16.
+    assert [row["case"] for row in floors] == ["lora_fp32", "lora_bf16_cut"]
+    mean = overall["mean_loss_relative_difference"]
+    assert floors[0]["mean_loss_relative_difference"] == pytest.approx(mean)
+    assert mean[1] <= mean[0] <= mean[2]
+    assert "holds" not in floors[0]["each_seed"][0]
     # The adapter is the same, and a bf16 base another model than an fp32 one.
     trained, served = first["as_trained"]["loss"]["fp8"], first["as_served"]["loss"]["fp8"]
     assert served != trained

@@ -89,7 +89,7 @@ def test_a_fatal_fault_refuses_the_run_before_any_weight_is_loaded(
     def load(*_: object, **__: object) -> None:
         raise AssertionError("weights are loaded")
 
-    monkeypatch.setattr("tunefork.compare.trial.load_model", load)
+    monkeypatch.setattr("tunefork.trial.trial.load_model", load)
     rows = _planted()[:6]
     for fault in FOUND:
         file = write_recipe(

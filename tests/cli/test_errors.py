@@ -227,7 +227,7 @@ def _fail(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def train_run(*_: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr("tunefork.compare.trial.train_run", train_run)
+    monkeypatch.setattr("tunefork.trial.trial.train_run", train_run)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_ctrl_c_that_a_library_makes_an_error_of(
             os.kill(os.getpid(), signal.SIGINT)
         raise ModuleNotFoundError("Could not import module 'PreTrainedModel'")
 
-    monkeypatch.setattr("tunefork.compare.trial.train_run", train_run)
+    monkeypatch.setattr("tunefork.trial.trial.train_run", train_run)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     ended = on(("train",), write_recipe())
     signal.signal(signal.SIGINT, before)

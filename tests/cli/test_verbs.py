@@ -95,7 +95,7 @@ def test_a_run_folder_is_named_by_recipe_and_method(
         seen.append(folder)
         return make_record(status="interrupted", metrics={})
 
-    monkeypatch.setattr("tunefork.compare.trial.train_run", train_run)
+    monkeypatch.setattr("tunefork.trial.trial.train_run", train_run)
     ended = tunefork("train", write_recipe(), "--method", "full")
     assert seen == [Path("runs/mine-full")]
     assert ended.status == 130 and "stopped; what was finished is kept" in ended.err

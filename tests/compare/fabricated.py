@@ -9,7 +9,6 @@ from tunefork.compare.comparison import (
     Comparison,
     Data,
     Device,
-    Estimate,
     Forgetting,
     LossPoint,
     MethodResult,
@@ -20,6 +19,7 @@ from tunefork.compare.comparison import (
 )
 from tunefork.compare.verdict import decide
 from tunefork.evaluate.statistics import METRICS
+from tunefork.page.estimate import Estimate
 from tunefork.recipe import Metric
 
 ACCURACIES: dict[Arm, float] = {"base": 0.248, "lora": 0.872, "qlora": 0.864, "full": 0.88}

@@ -12,9 +12,8 @@ import pytest
 
 import tunefork.compare.compare as module
 from tests.folders import save_model
-from tunefork.compare import trial, worker
+from tunefork.compare import worker
 from tunefork.compare.compare import COMPARISON, check, compare
-from tunefork.compare.trial import train_run
 from tunefork.compare.worker import Failure
 from tunefork.errors import (
     BadInputError,
@@ -26,6 +25,8 @@ from tunefork.errors import (
 )
 from tunefork.recipe import Recipe
 from tunefork.registry.run import read_record, write_record
+from tunefork.trial import trial
+from tunefork.trial.trial import train_run
 
 Make = Callable[..., Recipe]
 

@@ -9,12 +9,12 @@ from tests.compare.fabricated import pair
 from tunefork.compare.comparison import (
     ARMS,
     Arm,
-    Estimate,
     MethodResult,
     PairedDifference,
     Trained,
 )
 from tunefork.compare.evidence import Finding, cheapest, gain, num_seeds, weigh
+from tunefork.page.estimate import Estimate
 
 
 def _weigh(figures: dict[Arm, float], half_width: float, margin: float = 0.01) -> Finding:

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from tunefork.compare.check import _check_servers
 from tunefork.errors import RecipeError
 from tunefork.export.servers import (
     SERVERS,
@@ -17,6 +16,7 @@ from tunefork.export.servers import (
 from tunefork.recipe import LoraSection
 from tunefork.recipe_file import parse
 from tunefork.registry.peft_format import adapter_settings
+from tunefork.trial.check import check_servers
 
 PLAIN = adapter_settings(LoraSection(rank=24))
 
@@ -61,8 +61,8 @@ def test_sglang_is_given_rsloras_scale_as_a_plain_one() -> None:
 
 def test_a_recipe_is_refused_before_training() -> None:
     fields: dict[str, Any] = {"model": "m", "data": {"train": "rows.jsonl"}}
-    _check_servers(parse(fields | {"lora": {"rank": 1024}}))
-    _check_servers(parse(fields | {"lora": {"rank": 512, "serve_with": ["vllm", "sglang"]}}))
+    check_servers(parse(fields | {"lora": {"rank": 1024}}))
+    check_servers(parse(fields | {"lora": {"rank": 512, "serve_with": ["vllm", "sglang"]}}))
     recipe = parse(fields | {"lora": {"rank": 1024, "serve_with": ["vllm"]}})
     with pytest.raises(RecipeError, match="lora.serve_with: rank 1024 is above vLLM's highest"):
-        _check_servers(recipe)
+        check_servers(recipe)

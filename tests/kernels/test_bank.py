@@ -50,7 +50,7 @@ def _grouped(
 ) -> Tensor:
     padded = Padded.of(ranks, padded_rank(ranks), SCALES, x.device)
     ends = torch.tensor([last for _, last in _bounds(lengths)], dtype=torch.int32)
-    return grouped(x, ends, [rows_a], [rows_b], [padded])[0]
+    return grouped(x, ends, [rows_a], [rows_b], [0], [padded])[0]
 
 
 FORMS = {"loop": _loop, "grouped": _grouped}
@@ -122,7 +122,9 @@ def test_several_layers_with_one_input_are_each_its_own() -> None:
     ends = torch.tensor([last for _, last in _bounds(LENGTHS)], dtype=torch.int32)
     rank = padded_rank((*RANKS, *second))
     padded = [Padded.of(ranks, rank, SCALES, x.device) for ranks, _, _ in layers]
-    together = grouped(x, ends, [a for _, a, _ in layers], [b for _, _, b in layers], padded)
+    together = grouped(
+        x, ends, [a for _, a, _ in layers], [b for _, _, b in layers], [0, 1], padded
+    )
     for (ranks, a, b), delta in zip(layers, together, strict=True):
         expected = _by_definition(x, _slots(LENGTHS), a, b, ranks)
         torch.testing.assert_close(delta, expected, rtol=1e-4, atol=1e-4)

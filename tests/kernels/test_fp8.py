@@ -34,7 +34,8 @@ def _stored(
 ) -> tuple[Layout, tuple[Tensor, ...]]:
     layout = Layout(storage, "fp8", (weight.shape[0],), (a.shape[0],), scale)
     if storage == "nf4":
-        return layout, nf4_tensors(*quantize_nf4(weight))
+        none = fp8.no_correction(layout, weight.shape[1], weight.device)
+        return layout, (*nf4_tensors(*quantize_nf4(weight)), *none)
     quantized = fp8.quantize_weight([weight], layout)
     fp8.write_delta(quantized, [a], [b], layout)
     return layout, quantized.tensors()
@@ -82,7 +83,8 @@ def test_the_delta_keeps_about_bf16s_precision_at_every_size(size: float) -> Non
     fp8.write_delta(quantized, [a], [b], layout)
     # What a delta adds to the product, seen in fp32, for the product's bf16 result hides it.
     u = (x @ a.bfloat16().t()).detach()
-    wide, scale = quantize_rows([x.detach()], None, u, quantized.balance, layout.width)
+    none = u.new_zeros(len(u), layout.spare)
+    wide, scale = quantize_rows([x.detach()], None, u, quantized.balance, layout.width, none)
     beside = wide[:, 128:].float() @ quantized.codes_op[:, 128:].float().t()
     delta = beside * scale * quantized.scale_1o
     truth = 2.0 * (x.double() @ a.double().t()) @ b.double().t()

@@ -16,8 +16,8 @@ from typing import Literal
 from tunefork.advise.amount import is_plain_text
 from tunefork.advise.situation import Situation
 from tunefork.compare.comparison import SUBJECTS, TRAINED, Comparison
-from tunefork.compare.units import METRIC_NAMES, count_text, figure_text
 from tunefork.errors import RunFolderError
+from tunefork.page.units import METRIC_NAMES, count_text, figure_text
 
 FILE = "comparison.json"
 SIZE_FACTOR = 1.5

@@ -26,7 +26,7 @@ from tunefork.advise.sources import (
     VLLM,
     thumb,
 )
-from tunefork.compare.units import usd_text
+from tunefork.page.units import usd_text
 from tunefork.recipe import Method
 
 Topic = Literal["rank", "serving", "full", "qlora", "duration", "managed"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from tunefork.advise.capacity import BITS_PER_TOKEN, RANKS, capacity_tokens
 from tunefork.advise.estimate import Placed, machine_text, size_text
 from tunefork.advise.facts import FULL_RUNS, Facts
-from tunefork.compare.units import bytes_text, count_text, rate_text, seconds_text, usd_text
+from tunefork.page.units import bytes_text, count_text, rate_text, seconds_text, usd_text
 from tunefork.recipe import Method
 
 

@@ -7,7 +7,7 @@ from tunefork.advise.advice import Managed, Own, Where
 from tunefork.advise.estimate import Placed, gpu_ids, machine_text
 from tunefork.advise.facts import Facts
 from tunefork.advise.rules import Answer
-from tunefork.compare.units import seconds_text, usd_text
+from tunefork.page.units import seconds_text, usd_text
 from tunefork.plan.catalogue import Offer
 from tunefork.recipe import Method
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tunefork.advise.advice import Advice, Own, Reason
-from tunefork.compare.units import bytes_text, rate_text, seconds_text, usd_text
+from tunefork.page.units import bytes_text, rate_text, seconds_text, usd_text
 
 WIDTH = 100
 """Columns at most: long lines are hard to read."""

@@ -17,7 +17,9 @@ from tunefork.cli.plan import plan
 from tunefork.cli.recipe import recipe
 from tunefork.cli.runs import runs
 from tunefork.cli.serve import serve
+from tunefork.cli.sweep import sweep
 from tunefork.cli.train import train
+from tunefork.cli.train_many import train_many
 from tunefork.cli.verify_resume import verify_resume
 
 app = typer.Typer(
@@ -27,10 +29,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (advise, plan, compare, train, evaluate, chat, runs, merge, export):
+for verb in (advise, plan, compare, sweep, train, evaluate, chat, runs, merge, export):
     app.command()(verb)
 app.add_typer(adapters, name="adapters")
 app.add_typer(serve, name="serve")
+app.command(name="train-many")(train_many)
 app.command(name="verify-resume")(verify_resume)
 app.command(name="bench-serve")(bench_serve)
 app.add_typer(data, name="data")

@@ -21,7 +21,7 @@ def evaluate(
     from rich.console import Console
 
     from tunefork.cli.record import print_metrics
-    from tunefork.compare.trial import evaluate_target
+    from tunefork.trial.trial import evaluate_target
 
     metrics = evaluate_target(target, resolved, say=lambda line: typer.echo(line, err=True))
     if as_json:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.table import Table
 
-from tunefork.compare.units import bytes_text, count_text, seconds_text, share_text, usd_text
+from tunefork.page.units import bytes_text, count_text, seconds_text, share_text, usd_text
 from tunefork.plan.schema import Interval, MethodPlan, Plan
 
 _NAMES = {"lora": "LoRA", "qlora": "QLoRA", "full": "full"}

@@ -29,7 +29,7 @@ def train(
     from rich.console import Console
 
     from tunefork.cli.record import print_record
-    from tunefork.compare.trial import train_run
+    from tunefork.trial.trial import train_run
 
     folder = out or Path("runs") / f"{recipe.stem}-{resolved.method}"
     record = train_run(

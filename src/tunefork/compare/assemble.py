@@ -15,7 +15,6 @@ from tunefork.compare.comparison import (
     Comparison,
     Data,
     Device,
-    Estimate,
     Forgetting,
     LossPoint,
     MethodResult,
@@ -25,8 +24,9 @@ from tunefork.compare.comparison import (
 )
 from tunefork.compare.search import SearchResult
 from tunefork.compare.verdict import decide
-from tunefork.evaluate.evaluate import FORGETTING, load_columns
+from tunefork.evaluate.evaluate import FORGETTING, load_columns, primary_metric
 from tunefork.evaluate.statistics import Columns, estimate, paired_difference
+from tunefork.page.estimate import Estimate
 from tunefork.recipe import Metric, Recipe
 from tunefork.recipe_file import relative
 from tunefork.registry.run import COLUMNS, STEPS, RunRecord, read_record
@@ -95,11 +95,6 @@ def assemble(recipe: Recipe, out: Path, arms: dict[Arm, ArmRuns], data: Data) ->
         ),
         recipe=relative(recipe, Path.cwd()).model_dump(mode="json"),
     )
-
-
-def primary_metric(recipe: Recipe, is_labelled: bool) -> Metric:
-    """What the verdict is about."""
-    return recipe.compare.primary_metric or ("accuracy" if is_labelled else "loss")
 
 
 def _result(recipe: Recipe, out: Path, arms: dict[Arm, ArmRuns], arm: Arm) -> MethodResult:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from tunefork.compare.comparison import NAMES, Arm, Comparison, MethodResult, Trained
 from tunefork.compare.evidence import gain
-from tunefork.compare.units import METRIC_NAMES, SHARES, ratio_text, share_text
+from tunefork.page.units import METRIC_NAMES, SHARES, ratio_text, share_text
 
 Agreement = Literal["holds here", "does not hold here", "cannot tell", "not measurable here"]
 

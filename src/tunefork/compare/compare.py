@@ -11,18 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunefork.compare.assemble import ArmRuns, assemble, primary_metric
-from tunefork.compare.check import check_recipe
+from tunefork.compare.assemble import ArmRuns, assemble
 from tunefork.compare.comparison import Arm, Comparison
 from tunefork.compare.comparison import Data as DataFacts
-from tunefork.compare.record import check_base
 from tunefork.compare.report import write_report
 from tunefork.compare.search import RESULT, SearchResult, grid
 from tunefork.compare.worker import Failure, seed_folder, start
 from tunefork.data.loader import Data, validation_split
 from tunefork.errors import BadInputError, RecipeError, TuneforkError
-from tunefork.evaluate.evaluate import check_metrics
-from tunefork.evaluate.statistics import METRICS
+from tunefork.evaluate.evaluate import check_primary_metric
 from tunefork.model.fingerprint import identify
 from tunefork.model.identity import Identity
 from tunefork.recipe import Method, Recipe
@@ -30,6 +27,8 @@ from tunefork.recipe_file import anchor
 from tunefork.registry.claim import Claim, claimed
 from tunefork.registry.history import remember_comparison
 from tunefork.registry.run import RunRecord, read_record
+from tunefork.trial.check import check_recipe
+from tunefork.trial.record import check_base
 
 COMPARISON = "comparison.json"
 REPORT = "report.html"
@@ -77,15 +76,9 @@ def check(recipe: Recipe, say: Callable[[str], None] = print, *, ignore_plan: bo
             "compare.learning_rates (tunefork train takes the middle rate of a method's grid)"
         )
     data = check_recipe(recipe, recipe.compare.methods, say, ignore_plan=ignore_plan)
-    metrics = check_metrics(recipe, data)
-    primary = primary_metric(recipe, data.labels is not None)
-    if primary not in metrics:
-        raise RecipeError(
-            f"compare.primary_metric: {primary} is not measured; evaluate.metrics has "
-            f"{', '.join(metrics)} of {', '.join(METRICS)}"
-        )
+    check_primary_metric(recipe, data)
     if recipe.compare.search_trials > 1:
-        validation_split(data.train, recipe.compare.validation_share, recipe.train.seed)
+        validation_split(data.train, recipe.compare.validation_share, recipe.data_seed)
     return data
 
 

@@ -8,9 +8,10 @@ numbers in the units that each field names; what was not measured is null, never
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from tunefork.errors import RunFolderError, TuneforkError
+from tunefork.page.estimate import Count, Estimate, Part, Proportion, Quantity
 from tunefork.recipe import Metric
 from tunefork.registry.run import write_atomically
 from tunefork.schema_markdown import schema_markdown
@@ -30,30 +31,6 @@ SUBJECTS: dict[Arm, str] = {
     "full": "full fine-tuning",
 }
 """How an arm is called in a sentence."""
-
-Count = Annotated[int, Field(ge=0)]
-Quantity = Annotated[float, Field(ge=0.0)]
-Proportion = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Part(BaseModel):
-    """Frozen, closed, and documented by the docstrings of its fields."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class Estimate(Part):
-    """A figure with its 95 % interval: over evaluation examples (by the bootstrap, wide enough for
-    few; by Wilson for accuracy and exact match), and from three seeds on over seeds too."""
-
-    value: float
-    """The figure on all evaluation examples."""
-    low: float
-    """Lower end of the interval."""
-    high: float
-    """Upper end of the interval."""
 
 
 class Forgetting(Part):
@@ -130,7 +107,7 @@ class MethodResult(Part):
     """Where it lies, relative to the run folder (first seed)."""
     learning_rate: Quantity | None = None
     """Peak learning rate of the training runs, as the search chose it."""
-    metrics: dict[Metric, Estimate] = {}
+    metrics: dict[Metric, Estimate] = Field(default_factory=dict)
     """On the evaluation examples; mean over seeds. `accuracy`, `macro_f1`, `exact_match` and
     `rouge_l` are shares from 0 to 1, `loss` is nats per supervised token."""
     forgetting: Forgetting | None = None

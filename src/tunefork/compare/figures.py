@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from tunefork.compare.comparison import NAMES, TRAINED, Comparison, Estimate, Trained
+from tunefork.compare.comparison import NAMES, TRAINED, Comparison, Trained
 from tunefork.compare.evidence import Gain, gain
-from tunefork.compare.svg import BAND, COLOURS, INK, QUIET, STYLE, svg_element
-from tunefork.compare.units import (
+from tunefork.page.drawing import Drawing, finish, make_axes
+from tunefork.page.estimate import Estimate
+from tunefork.page.svg import BAND, COLOURS, INK, QUIET, STYLE, svg_element
+from tunefork.page.units import (
     METRIC_NAMES,
     SHARES,
     count_text,
@@ -24,21 +25,8 @@ from tunefork.compare.units import (
     rate_text,
 )
 
-WIDTH_IN = 4.7
-"""Width of a figure, inches of 72 points: legible on a phone, and two fit side by side."""
-
 _DASHES: dict[Trained, str] = {"lora": "-", "qlora": "--", "full": "-."}
 _MARKERS: dict[Trained, str] = {"lora": "o", "qlora": "s", "full": "^"}
-
-
-@dataclass(frozen=True, slots=True)
-class Drawing:
-    """A figure for the page."""
-
-    title: str
-    caption: str
-    svg: str
-    """An `<svg>` element with its own text alternative."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +86,7 @@ def _gains(
     for g in gains:
         estimate = Estimate(value=factor * g.value, low=factor * g.low, high=factor * g.high)
         lines.append(_Line(f"{NAMES[g.a]} over {NAMES[g.b]}", estimate))
-    figure, axes = _axes(height=0.75 + 0.42 * len(lines))
+    figure, axes = make_axes(height=0.75 + 0.42 * len(lines))
     if margin:
         axes.axvspan(-factor * margin, factor * margin, color=BAND, linewidth=0)
     _forest(axes, lines, f"{_unit(comparison)} (right: better)")
@@ -119,7 +107,7 @@ def _forgetting(comparison: Comparison) -> Drawing | None:
             lines.append(_Line(NAMES[arm], forgetting.change, COLOURS[arm], _MARKERS[arm]))
     if not lines:
         return None
-    figure, axes = _axes(height=0.75 + 0.42 * len(lines))
+    figure, axes = make_axes(height=0.75 + 0.42 * len(lines))
     _forest(axes, lines, "change of the loss, nats per token (right: worse)")
     caption = (
         "Loss on general text that is not the training domain: after training minus before, with "
@@ -154,7 +142,7 @@ def _losses(comparison: Comparison) -> Drawing | None:
     arms = [arm for arm in _finished(comparison) if comparison.methods[arm].loss_curve]
     if not arms:
         return None
-    figure, axes = _axes(height=2.8)
+    figure, axes = make_axes(height=2.8)
     said = []
     for arm in arms:
         curve = comparison.methods[arm].loss_curve
@@ -164,7 +152,7 @@ def _losses(comparison: Comparison) -> Drawing | None:
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: count_text(tokens)))
-    _finish(axes, "training tokens", "nats per supervised token")
+    finish(axes, "training tokens", "nats per supervised token")
     caption = (
         f"Loss of each training step, seed {comparison.methods[arms[0]].seeds[0]}, at the learning "
         "rate that the search chose."
@@ -175,7 +163,7 @@ def _losses(comparison: Comparison) -> Drawing | None:
 
 def _search(comparison: Comparison) -> Drawing | None:
     """Validation loss against learning rate: the longest trial of each rate."""
-    figure, axes = _axes(height=2.8)
+    figure, axes = make_axes(height=2.8)
     said, ticks = [], set[float]()
     for arm in _finished(comparison):
         result = comparison.methods[arm]
@@ -196,7 +184,7 @@ def _search(comparison: Comparison) -> Drawing | None:
     axes.set_xscale("log")
     axes.set_xticks(sorted(ticks), [rate_text(rate) for rate in sorted(ticks)])
     axes.xaxis.set_minor_locator(NullLocator())
-    _finish(axes, "learning rate", "nats per supervised token")
+    finish(axes, "learning rate", "nats per supervised token")
     caption = (
         "Loss on a validation split of the training data, the longest trial of each rate. The ring "
         "marks the rate chosen; a rate that diverged is not drawn."
@@ -220,22 +208,7 @@ def _unit(comparison: Comparison) -> str:
     return f"points of {name}" if comparison.primary_metric in SHARES else name
 
 
-def _axes(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH_IN, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
 def _plot(axes: Axes, arm: Trained, points: Sequence[tuple[float, float]], marker: str) -> None:
     x, y = zip(*points, strict=True)
     colour, name = COLOURS[arm], NAMES[arm]
     axes.plot(x, y, _DASHES[arm], marker=marker, markersize=5, color=colour, label=name)
-
-
-def _finish(axes: Axes, x: str, y: str) -> None:
-    """Grid, labels, and the legend above the axes, where it hides nothing."""
-    axes.grid(axis="y")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.legend(
-        frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0, handlelength=3
-    )

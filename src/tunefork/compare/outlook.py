@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 
 from tunefork.compare.comparison import SUBJECTS, TRAINED, Arm, Data, MethodResult, Model
 from tunefork.compare.evidence import Finding
-from tunefork.compare.units import count_text, difference_text, rate_text, sentence
 from tunefork.evaluate.intervals import FEWEST_SEEDS
 from tunefork.evaluate.statistics import FEWEST_EXAMPLES
+from tunefork.page.units import count_text, difference_text, rate_text, sentence
 from tunefork.recipe import Metric
 
 MANY_EXAMPLES = 1_000_000

@@ -5,13 +5,10 @@ then what was measured beside the rules of thumb, then everything that a doubtin
 Every text is escaped; model ids, labels and errors may hold markup.
 """
 
-import re
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 
 import yaml
-from jinja2 import Environment, StrictUndefined
 
 from tunefork.compare.claims import claims
 from tunefork.compare.comparison import NAMES, Arm, Comparison
@@ -19,7 +16,11 @@ from tunefork.compare.evidence import num_seeds
 from tunefork.compare.figures import drawings
 from tunefork.compare.outlook import extent_text
 from tunefork.compare.table import Cell, measured_rows
-from tunefork.compare.units import (
+from tunefork.compare.verdict import explanation, headline, subheading
+from tunefork.evaluate.intervals import FEWEST_SEEDS
+from tunefork.evaluate.statistics import FEWEST_EXAMPLES
+from tunefork.page.html import render, write_page
+from tunefork.page.units import (
     METRIC_NAMES,
     bytes_text,
     count_text,
@@ -29,40 +30,23 @@ from tunefork.compare.units import (
     share_text,
     usd_text,
 )
-from tunefork.compare.verdict import explanation, headline, subheading
-from tunefork.errors import TuneforkError
-from tunefork.evaluate.intervals import FEWEST_SEEDS
-from tunefork.evaluate.statistics import FEWEST_EXAMPLES
 from tunefork.recipe import Metric
-from tunefork.registry.run import write_atomically
 
-TEMPLATE = "report.html.j2"
+TEMPLATE = "tunefork.compare/report.html.j2"
 
 
 def write_report(comparison: Comparison, path: Path) -> None:
     """Write the page to `path`. Raises TuneforkError where it cannot be written."""
-    text = report_html(comparison)
-    try:
-        write_atomically(path, text)
-    except OSError as error:
-        raise TuneforkError(
-            f"{path}: cannot be written ({error.strerror}); make room or choose another --out"
-        ) from error
+    write_page(report_html(comparison), path)
 
 
 def report_html(comparison: Comparison) -> str:
     """The page as text; the same comparison gives the same text."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["bound"] = _bound
-    template = environment.from_string(
-        files("tunefork.compare").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    )
     verdict, primary = comparison.verdict, comparison.primary_metric
     rows = measured_rows(comparison)
     found = {claim.row: claim for claim in claims(comparison)}
-    return template.render(
+    return render(
+        TEMPLATE,
         comparison=comparison,
         headline=headline(verdict),
         subheading=subheading(verdict, primary),
@@ -80,13 +64,6 @@ def report_html(comparison: Comparison) -> str:
         machine=list(_machine(comparison)),
         recipe=yaml.safe_dump(comparison.recipe, sort_keys=False, allow_unicode=True),
         sentence=sentence,
-    )
-
-
-def _bound(text: str) -> str:
-    """`text` with each number bound to its unit, so that no line ends between them."""
-    return re.sub(
-        r"(?<=\d) (?=%|points?|times|[kMGT]?B\b|s\b|min\b|h\b)", "\N{NO-BREAK SPACE}", text
     )
 
 

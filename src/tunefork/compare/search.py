@@ -10,6 +10,7 @@ the training data; the evaluation data plays no part.
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -17,6 +18,7 @@ from typing import Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from tunefork.compare.search_together import SearchGroup, may_train_together
 from tunefork.data.example import Encoded
 from tunefork.data.loader import epoch_order, load_data, validation_split
 from tunefork.errors import DivergedError
@@ -60,13 +62,16 @@ class SearchResult(BaseModel):
 
 
 def search(recipe: Recipe, method: Method, folder: Path) -> SearchResult:
-    """Find `method`'s learning rate; the result is also written to `folder`/search.json."""
+    """Find `method`'s learning rate; the result is also written to `folder`/search.json.
+
+    The trials of a rung train together where they can (`search_together.py`).
+    """
     start = time.perf_counter()
     bench = _Bench.open(recipe, method)
     rates, trials = grid(recipe, method), list[Trial]()
     for rung, share in enumerate((0.5, 1.0), start=1):
         count = max(1, round(share * len(bench.examples)))
-        done = [bench.run(rate, rung=rung, count=count) for rate in rates]
+        done = bench.rung(rates, rung=rung, count=count)
         trials += done
         ranked = sorted(
             (trial for trial in done if trial.validation_loss is not None),
@@ -100,32 +105,61 @@ class _Bench:
     pad_id: int
     device: torch.device
     dtype: torch.dtype
+    group: SearchGroup | None
+    """Where the trials can train together."""
 
     @classmethod
     def open(cls, recipe: Recipe, method: Method) -> Self:
         tokenizer = load_tokenizer(recipe.model)
         data = load_data(recipe, tokenizer, is_checked=True)
         seed = recipe.train.seed
-        rest, validation = validation_split(data.train, recipe.compare.validation_share, seed)
+        rest, validation = validation_split(
+            data.train, recipe.compare.validation_share, recipe.data_seed
+        )
         chosen = epoch_order(len(rest), seed, 0)
         chosen = chosen[: max(1, round(recipe.compare.search_share * len(data.train)))]
         device = pick_device()
         examples = [rest[i] for i in chosen]
+        recipe, group = settle(recipe, method, examples).recipe, None
+        if may_train_together(recipe, method, recipe.compare.search_trials):
+            own = recipe.model_copy(update={"method": method})
+            group = SearchGroup(own, data, examples, validation, tokenizer, pad_id(tokenizer))
         return cls(
-            recipe=settle(recipe, method, examples).recipe,
+            recipe=recipe,
             method=method,
             examples=examples,
             validation=validation,
             pad_id=pad_id(tokenizer),
             device=device,
             dtype=pick_dtype(recipe.train.precision, device),
+            group=group,
         )
+
+    def rung(self, rates: Sequence[float], *, rung: int, count: int) -> list[Trial]:
+        """A trial of each rate, on the first `count` examples."""
+        if self.group is None:
+            return [self.run(rate, rung=rung, count=count) for rate in rates]
+        return [
+            Trial(
+                learning_rate=rate,
+                rung=rung,
+                examples=count,
+                validation_loss=loss,
+                status="diverged" if loss is None else "ok",
+            )
+            for rate, loss in self.group.losses(rates, rung, count).items()
+        ]
 
     def run(self, rate: float, *, rung: int, count: int) -> Trial:
         """Train on the first `count` examples at `rate`, from the base again, and validate."""
         seed = self.recipe.train.seed
         model = load_for_training(
-            self.recipe, self.method, dtype=self.dtype, device=self.device, seed=seed
+            self.recipe,
+            self.method,
+            dtype=self.dtype,
+            device=self.device,
+            seed=seed,
+            examples=self.examples,
         )
         num_steps = len(plan_steps(self.recipe, count, seed=seed))
         label = f"{self.method}: search {rate:g}"

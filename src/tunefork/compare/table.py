@@ -13,7 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tunefork.compare.comparison import NAMES, Arm, Comparison, MethodResult
-from tunefork.compare.units import (
+from tunefork.compare.verdict import explanation, headline, subheading
+from tunefork.evaluate.statistics import METRICS
+from tunefork.page.units import (
     METRIC_NAMES,
     bytes_text,
     count_text,
@@ -24,8 +26,6 @@ from tunefork.compare.units import (
     share_text,
     usd_text,
 )
-from tunefork.compare.verdict import explanation, headline, subheading
-from tunefork.evaluate.statistics import METRICS
 
 WIDTH = 100
 """Columns where the output is no terminal and says no width."""

@@ -18,7 +18,9 @@ from tunefork.compare.comparison import (
 )
 from tunefork.compare.evidence import Finding, Gain, train_and_search_s, weigh
 from tunefork.compare.outlook import extent_text, would_change
-from tunefork.compare.units import (
+from tunefork.evaluate.intervals import FEWEST_SEEDS
+from tunefork.evaluate.statistics import FEWEST_EXAMPLES
+from tunefork.page.units import (
     METRIC_NAMES,
     count_text,
     difference_number,
@@ -28,8 +30,6 @@ from tunefork.compare.units import (
     ratio_text,
     sentence,
 )
-from tunefork.evaluate.intervals import FEWEST_SEEDS
-from tunefork.evaluate.statistics import FEWEST_EXAMPLES
 from tunefork.recipe import Metric
 
 FEW_EXAMPLES = 30

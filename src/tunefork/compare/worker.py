@@ -138,7 +138,7 @@ def main(arguments: list[str]) -> int:
 
 def _run(folder: Path, task: list[str]) -> None:
     from tunefork.compare.search import search
-    from tunefork.compare.trial import run_trial
+    from tunefork.trial.trial import run_trial
 
     recipe = load(folder / RECIPE)
     match task:
@@ -183,7 +183,7 @@ def _in_child(arguments: list[str]) -> int:
     before = {number: signal.signal(number, _end_at_once) for number in _heeded()}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
     import tunefork.compare.search
-    import tunefork.compare.trial  # noqa: F401
+    import tunefork.trial.trial  # noqa: F401
 
     try:
         for number, handler in before.items():

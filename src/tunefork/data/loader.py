@@ -127,7 +127,7 @@ def survey(
     train.examples, held.examples = examine(*splits, faults, findings)
     limits = (section.max_train_examples, section.max_eval_examples)
     for stream, (split, limit) in enumerate(zip((train, held), limits, strict=True), start=1):
-        chosen = subset(len(split.examples), limit, recipe.train.seed, stream)
+        chosen = subset(len(split.examples), limit, recipe.data_seed, stream)
         split.examples = [split.examples[index] for index in chosen]
         _encode(split, renderer, labels, findings)
         audit.check_lengths(split.name, split.cut, split.dropped, section, findings)

@@ -18,7 +18,7 @@ from tunefork.evaluate.forgetting import encode_passages, forgetting_columns
 from tunefork.evaluate.generate import generation_columns
 from tunefork.evaluate.labels import check_answers, label_columns
 from tunefork.evaluate.loss import loss_columns
-from tunefork.evaluate.statistics import Columns
+from tunefork.evaluate.statistics import METRICS, Columns
 from tunefork.recipe import Metric, Recipe
 from tunefork.train.kernels import attention_kernels
 
@@ -59,6 +59,22 @@ def check_metrics(recipe: Recipe, data: Data) -> tuple[Metric, ...]:
                 f"use one of {', '.join(_allowed(data))}"
             )
     return wanted
+
+
+def primary_metric(recipe: Recipe, is_labelled: bool) -> Metric:
+    """What a verdict is about."""
+    return recipe.compare.primary_metric or ("accuracy" if is_labelled else "loss")
+
+
+def check_primary_metric(recipe: Recipe, data: Data) -> Metric:
+    """`primary_metric`; raises RecipeError where it is not measured."""
+    metrics, primary = check_metrics(recipe, data), primary_metric(recipe, data.labels is not None)
+    if primary not in metrics:
+        raise RecipeError(
+            f"compare.primary_metric: {primary} is not measured; evaluate.metrics has "
+            f"{', '.join(metrics)} of {', '.join(METRICS)}"
+        )
+    return primary
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,21 +148,26 @@ def _unstack(stack_grn: Tensor, back_q: Tensor) -> Tensor:
 
 
 class _Grouped(torch.autograd.Function):
-    # Tensors one by one: torch.compile follows no lists of them into a Function.
+    # Tensors one by one, and none of them twice: torch.compile follows nothing else into one.
     @staticmethod
     def forward(
-        ctx: Any, rank: int, x_sd: Tensor, ends_g: Tensor, *tensors: Tensor
+        ctx: Any,
+        rank: int,
+        kinds: tuple[int, ...],
+        x_sd: Tensor,
+        ends_g: Tensor,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        layers = _by_layer(tensors)
+        layers = _by_layer(kinds, tensors)
         a_gkd = _joined_a(layers, rank, x_sd.dtype)
         u_sk = torch._grouped_mm(x_sd, a_gkd.transpose(1, 2), offs=ends_g)
         deltas = []
-        for index, (_, rows_b, _, at_p, _) in enumerate(layers):
+        for index, layer in enumerate(layers):
             u = u_sk[:, index * rank : (index + 1) * rank]
-            b_gro = _stack(rows_b, at_p, rank, x_sd.dtype)
+            b_gro = _stack(layer.rows_b, layer.at_p, rank, x_sd.dtype)
             deltas.append(torch._grouped_mm(u, b_gro, offs=ends_g))
         ctx.save_for_backward(x_sd, u_sk, ends_g, *tensors)
-        ctx.rank = rank
+        ctx.rank, ctx.kinds = rank, kinds
         return tuple(deltas)
 
     @staticmethod
@@ -170,38 +175,49 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         rank = ctx.rank
         x_sd, u_sk, ends_g, *tensors = ctx.saved_tensors
-        layers = _by_layer(tensors)
+        layers = _by_layer(ctx.kinds, tensors)
         du, db = [], []
-        for index, (dy, layer) in enumerate(zip(dys, layers, strict=True)):
-            _, rows_b, _, at_p, back_q = layer
-            dy = dy.contiguous()
-            b_gro = _stack(rows_b, at_p, rank, dy.dtype)
+        for index, (given, layer) in enumerate(zip(dys, layers, strict=True)):
+            dy = given.contiguous()
+            b_gro = _stack(layer.rows_b, layer.at_p, rank, dy.dtype)
             du.append(torch._grouped_mm(dy, b_gro.transpose(1, 2), offs=ends_g))
             u = u_sk[:, index * rank : (index + 1) * rank]
-            db.append(_unstack(torch._grouped_mm(u.t(), dy, offs=ends_g), back_q))
+            db.append(_unstack(torch._grouped_mm(u.t(), dy, offs=ends_g), layer.back_q))
         du_sk = torch.cat(du, dim=1) if len(du) > 1 else du[0]
         da_gkd = torch._grouped_mm(du_sk.t(), x_sd, offs=ends_g)
         gradients: list[Tensor | None] = []
-        for index, (_, _, scale_q, _, back_q) in enumerate(layers):
-            da = _unstack(da_gkd[:, index * rank : (index + 1) * rank], back_q)
-            gradients += [da * scale_q[:, None], db[index], None, None, None]
+        for index, layer in enumerate(layers):
+            da = _unstack(da_gkd[:, index * rank : (index + 1) * rank], layer.back_q)
+            gradients += [da * layer.scale_q[:, None], db[index]]
         dx_sd = None
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[2]:
             dx_sd = torch._grouped_mm(du_sk, _joined_a(layers, rank, x_sd.dtype), offs=ends_g)
-        return None, dx_sd, None, *gradients
+        others = [None] * (len(tensors) - len(gradients))
+        return None, None, dx_sd, None, *gradients, *others
 
 
-def _by_layer(tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-    """rows_a, rows_b, scale_q, at_p, back_q of each layer."""
-    return [tuple(tensors[start : start + 5]) for start in range(0, len(tensors), 5)]
+class _Layer(NamedTuple):
+    """What `_Grouped` takes of one layer."""
+
+    rows_a: Tensor
+    rows_b: Tensor
+    scale_q: Tensor
+    at_p: Tensor
+    back_q: Tensor
 
 
-def _joined_a(layers: Sequence[tuple[Tensor, ...]], rank: int, dtype: torch.dtype) -> Tensor:
-    """scale * A of all layers, (G, layers * R, D)."""
-    parts = [
-        _stack(rows_a * scale_q[:, None], at_p, rank, dtype)
-        for rows_a, _, scale_q, at_p, _ in layers
+def _by_layer(kinds: Sequence[int], tensors: Sequence[Tensor]) -> list[_Layer]:
+    """Two tensors of each layer come first, then three of each kind."""
+    start = 2 * len(kinds)
+    return [
+        _Layer(*tensors[2 * at : 2 * at + 2], *tensors[start + 3 * kind : start + 3 * kind + 3])
+        for at, kind in enumerate(kinds)
     ]
+
+
+def _joined_a(layers: Sequence[_Layer], rank: int, dtype: torch.dtype) -> Tensor:
+    """scale * A of all layers, (G, layers * R, D)."""
+    parts = [_stack(la.rows_a * la.scale_q[:, None], la.at_p, rank, dtype) for la in layers]
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
@@ -210,18 +226,20 @@ def grouped(
     ends_g: Tensor,
     rows_a: Sequence[Tensor],
     rows_b: Sequence[Tensor],
+    kinds: Sequence[int],
     padded: Sequence[Padded],
 ) -> tuple[Tensor, ...]:
     """scale_g * B_g A_g x of each of several layers with one input: (S, O_i) each, in x's dtype.
 
-    x (S, D) is bf16; the rows (Q_i, D) and (Q_i, O_i) fp32, as are their gradients. `ends_g` (G,)
-    int32, ascending, are the tokens before which each slot ends; the last must be S, as what lies
-    behind it is not written. A slot may have no tokens. D and O_i are multiples of 8.
+    x (S, D) is bf16; the rows (Q_i, D) and (Q_i, O_i) fp32, as are their gradients; layer i's lie
+    as `padded[kinds[i]]` says. `ends_g` (G,) int32, ascending, are the tokens before which each
+    slot ends; the last must be S, as what lies behind it is not written. A slot may have no tokens.
+    D and O_i are multiples of 8.
     """
     apply: Callable[..., tuple[Tensor, ...]] = _Grouped.apply
-    tensors = [
-        tensor
-        for a, b, p in zip(rows_a, rows_b, padded, strict=True)
-        for tensor in (a, b, p.scale_q, p.at_p, p.back_q)
-    ]
-    return apply(padded[0].rank, x_sd, ends_g, *tensors)
+    used = sorted(set(kinds))
+    tensors = [rows for pair in zip(rows_a, rows_b, strict=True) for rows in pair]
+    for kind in used:
+        tensors += [padded[kind].scale_q, padded[kind].at_p, padded[kind].back_q]
+    own = tuple(used.index(kind) for kind in kinds)
+    return apply(padded[used[0]].rank, own, x_sd, ends_g, *tensors)

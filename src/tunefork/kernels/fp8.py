@@ -39,6 +39,7 @@ from tunefork.kernels.e4m3 import (
     row_scale,
     split,
 )
+from tunefork.kernels.fp8_correction import Correction, correction
 from tunefork.kernels.layout import Layout
 from tunefork.kernels.quantized import dequantize_nf4_tensors
 
@@ -80,6 +81,8 @@ class Fp8Weight:
     scale_1o: Tensor
     balance: Tensor
     """() fp32, a power of two, at least 1: taken from B and given to u where B would overflow."""
+    probe_cd: Tensor
+    """(C, D) bf16: what reads x for the spare columns (`fp8_correction.py`); zeros until then."""
     codes_dp: Tensor | None
     """(D, O + P): the same weight transposed and quantised along its columns, for the input's
     gradient. None where it is made from the first copy each time."""
@@ -89,7 +92,7 @@ class Fp8Weight:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All that there are, in order."""
-        forward = (self.codes_op, self.scale_1o, self.balance)
+        forward = (self.codes_op, self.scale_1o, self.balance, self.probe_cd)
         kept = (*forward, self.codes_dp, self.scale_1d, self.balance_d)
         return tuple(tensor for tensor in kept if tensor is not None)
 
@@ -97,9 +100,8 @@ class Fp8Weight:
 @torch.no_grad()
 def quantize_weight(weights: Sequence[Tensor], layout: Layout) -> Fp8Weight:
     """`weights` (O_i, D), one a layer, in e4m3, with room for their deltas, zero until written."""
-    width = layout.width
 
-    def widened(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def widened(parts: Sequence[Tensor], width: int) -> tuple[Tensor, Tensor]:
         first = parts[0]
         rows, columns = sum(part.shape[0] for part in parts), first.shape[1]
         room = torch.zeros(rows, columns + width, dtype=torch.uint8, device=first.device)
@@ -111,12 +113,43 @@ def quantize_weight(weights: Sequence[Tensor], layout: Layout) -> Fp8Weight:
             start = end
         return room.view(E4M3), scale_o1.t().contiguous()
 
-    codes_op, scale_1o = widened(weights)
+    codes_op, scale_1o = widened(weights, layout.width)
     balance = torch.ones((), device=codes_op.device)
+    probe_cd = torch.zeros(
+        layout.spare, weights[0].shape[1], dtype=torch.bfloat16, device=codes_op.device
+    )
+    forward = (codes_op, scale_1o, balance, probe_cd)
     if layout.storage == "fp8":
-        return Fp8Weight(codes_op, scale_1o, balance, None, None, None)
-    codes_dp, scale_1d = widened([torch.cat([w.t() for w in weights], dim=1)])
-    return Fp8Weight(codes_op, scale_1o, balance, codes_dp, scale_1d, balance.clone())
+        return Fp8Weight(*forward, None, None, None)
+    turned = [torch.cat([w.t() for w in weights], dim=1)]
+    codes_dp, scale_1d = widened(turned, layout.back_width)
+    return Fp8Weight(*forward, codes_dp, scale_1d, balance.clone())
+
+
+@torch.no_grad()
+def correct(weight: Fp8Weight, x_sd: Tensor, weights: Sequence[Tensor], layout: Layout) -> None:
+    """Fill the spare columns for inputs like `x_sd`; `weights` are what was quantised."""
+    size = x_sd.shape[1]
+    found = correction(x_sd, weights, weight.codes_op[:, :size], weight.scale_1o.t(), layout.spare)
+    bytes_op = weight.codes_op.view(torch.uint8)
+    bytes_op[:, size + 3 * layout.rank :] = found.columns_oc.view(torch.uint8)
+    weight.probe_cd.copy_(found.probe_cd)
+
+
+def no_correction(layout: Layout, features_in: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The bytes of a `Correction`'s columns, and its probe, that correct nothing: for NF4."""
+    columns = torch.zeros(sum(layout.sizes), layout.spare, dtype=torch.uint8, device=device)
+    probe = torch.zeros(layout.spare, features_in, dtype=torch.bfloat16, device=device)
+    return columns, probe
+
+
+@torch.no_grad()
+def nf4_correction(x_sd: Tensor, weights: Sequence[Tensor], layout: Layout) -> Correction:
+    """The same for an NF4 base, whose e4m3 form is made anew each time."""
+    size = x_sd.shape[1]
+    weight_od = dequantize_nf4_tensors(weights, layout.sizes, size, torch.bfloat16)
+    codes_od, scale_o1 = _quantize_nf4(layout, weights, size)
+    return correction(x_sd, [weight_od], codes_od, scale_o1, layout.spare)
 
 
 @torch.no_grad()
@@ -127,18 +160,17 @@ def write_delta(
 
     `lora_a` (R_i, D) and `lora_b` (O_i, R_i) are those of the layers that have a delta, in order.
     """
-    _put(
-        _b_columns(tuple(lora_b), weight.scale_1o, layout), weight.codes_op, weight.balance, layout
-    )
+    found = _b_columns(tuple(lora_b), weight.scale_1o, layout)
+    _put(found, weight.codes_op, weight.balance, layout.width)
     if weight.codes_dp is not None and weight.scale_1d is not None:
         found = _a_columns(tuple(lora_a), weight.scale_1d)
-        _put(found, weight.codes_dp, weight.balance_d, layout)
+        _put(found, weight.codes_dp, weight.balance_d, layout.back_width)
 
 
-def _put(found: tuple[Tensor, Tensor], codes: Tensor, balance: Any, layout: Layout) -> None:
+def _put(found: tuple[Tensor, Tensor], codes: Tensor, balance: Any, width: int) -> None:
     columns, new_balance = found
     balance.copy_(new_balance)
-    start = codes.shape[1] - layout.width
+    start = codes.shape[1] - width
     codes.view(torch.uint8)[:, start : start + columns.shape[1]] = columns
 
 
@@ -193,12 +225,12 @@ def _forward_operand(
         codes_op, scale_1o, balance = weights[:3]
         return codes_op, scale_1o, balance
     codes_od, scale_o1 = _quantize_nf4(layout, weights, features_in)
-    scale_1o = scale_o1.t().contiguous()
+    scale_1o, rest = scale_o1.t().contiguous(), weights[-2]
     if not layout.rank:
-        return codes_od, scale_1o, None
+        return joined([codes_od, rest]).view(E4M3), scale_1o, None
     b_or = _diagonal(lora_b, layout) * layout.scale / scale_o1
     balance = _balance(b_or)
-    return _beside(codes_od, b_or / balance, layout), scale_1o, balance
+    return joined([codes_od, *_right(b_or / balance), rest]).view(E4M3), scale_1o, balance
 
 
 def _backward_operand(
@@ -206,7 +238,7 @@ def _backward_operand(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(D, O + P) codes, their (1, D) scale, what dy is multiplied by, and the balance, for dx."""
     if layout.storage == "fp8_twice":
-        return weights[3], weights[4], None, weights[5]
+        return weights[4], weights[5], None, weights[6]
     if layout.storage == "fp8":
         codes_op, scale_1o = weights[:2]
         codes_od = codes_op[:, : codes_op.shape[1] - layout.width]
@@ -220,7 +252,10 @@ def _backward_operand(
         return codes_do, ones_1d, scale_1o, None
     largest = a_rd.abs().amax().float().clamp(min=1e-30)
     balance = torch.exp2(torch.ceil(torch.log2(largest / LARGEST)))
-    return _beside(codes_do, a_rd.float().t() / balance, layout), ones_1d, scale_1o, balance
+    columns = [codes_do, *_right(a_rd.float().t() / balance)]
+    if filling := layout.back_width - 3 * layout.rank:
+        columns.append(codes_do.new_zeros(len(codes_do), filling, dtype=torch.uint8))
+    return joined(columns).view(E4M3), ones_1d, scale_1o, balance
 
 
 def _quantize_nf4(
@@ -231,13 +266,6 @@ def _quantize_nf4(
     return as_codes(weight_od, scale_o1), scale_o1
 
 
-def _beside(codes: Tensor, delta: Tensor, layout: Layout) -> Tensor:
-    columns = [codes, *_right(delta)]
-    if spare := layout.width - 3 * layout.rank:
-        columns.append(codes.new_zeros(codes.shape[0], spare, dtype=torch.uint8))
-    return joined(columns).view(E4M3)
-
-
 class _Fp8Lora(torch.autograd.Function):
     # Tensors one by one: torch.compile follows no lists of them into a Function.
     @staticmethod
@@ -246,9 +274,13 @@ class _Fp8Lora(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights, lora_b = tensors[:num_weights], tensors[num_weights + 1 :]
         a_rd = tensors[num_weights] if layout.rank else None
-        u_sr = x_sd @ a_rd.t() if a_rd is not None else None
+        probe_cd = weights[-1] if layout.storage == "nf4" else weights[3]
+        readers = probe_cd if a_rd is None else torch.cat([a_rd, probe_cd])
+        read_s = x_sd @ readers.t()
+        u_sr, probed_sc = read_s[:, : layout.rank], read_s[:, layout.rank :]
         codes_op, scale_1o, balance = _forward_operand(layout, weights, lora_b, x_sd.shape[1])
-        wide, scale_s1 = quantize_rows([x_sd], None, u_sr, balance, layout.width)
+        delta = u_sr if layout.rank else None
+        wide, scale_s1 = quantize_rows([x_sd], None, delta, balance, layout.width, probed_sc)
         y_so = scaled_mm(wide, codes_op, scale_s1, scale_1o)
         saved = () if a_rd is None else (x_sd, u_sr, a_rd, *lora_b)
         ctx.save_for_backward(*weights, *saved)
@@ -276,7 +308,7 @@ class _Fp8Lora(torch.autograd.Function):
             codes_dp, scale_1d, fold_1o, balance = _backward_operand(
                 layout, weights, a_rd, ctx.features_in
             )
-            wide, scale_s1 = quantize_rows(dys, fold_1o, du_sr, balance, layout.width)
+            wide, scale_s1 = quantize_rows(dys, fold_1o, du_sr, balance, layout.back_width)
             dx_sd = scaled_mm(wide, codes_dp, scale_s1, scale_1d)
         return None, None, dx_sd, *(None for _ in weights), *gradients
 
@@ -293,7 +325,8 @@ def fp8_lora(
     x_d (..., D) and the results (..., O_i) are bf16. A (R_i, D) and B (O_i, R_i) are those of the
     layers that have a delta, and get gradients in their own dtype. `weights` are those of
     `Fp8Weight.tensors` (then `write_delta` must have been told of A and B: their values here serve
-    the gradients only), or for storage "nf4" those of `quantized.nf4_tensors`.
+    the gradients only), or for storage "nf4" those of `quantized.nf4_tensors` and then the columns
+    and the probe of a `Correction`.
     """
     apply: Callable[..., tuple[Tensor, ...]] = _Fp8Lora.apply
     a_rd = [torch.cat([a.to(x_d.dtype) for a in lora_a])] if lora_a else []

@@ -17,6 +17,8 @@ _STEP = 64
 """The widened part is filled up to a multiple of this. A GEMM on Hopper takes the inner dimension
 in such pieces, and is slower than without the part where it ends inside one (measured on an H200:
 K + 48 costs 13 to 29 %, K + 64 at most 5 %)."""
+_LEAST_SPARE = 16
+"""Columns that `fp8_correction.py` has at least: rank 16 alone leaves it these without more."""
 
 
 class Layout(NamedTuple):
@@ -39,6 +41,16 @@ class Layout(NamedTuple):
     @property
     def width(self) -> int:
         """P, the columns by which an FP8 product is widened for the delta (`kernels/fp8.py`)."""
+        return -(-(3 * self.rank + _LEAST_SPARE) // _STEP) * _STEP
+
+    @property
+    def spare(self) -> int:
+        """Of the `width`, the columns that the delta leaves to `kernels/fp8_correction.py`."""
+        return self.width - 3 * self.rank
+
+    @property
+    def back_width(self) -> int:
+        """P of the product for the input's gradient, which is not corrected."""
         return -(-3 * self.rank // _STEP) * _STEP
 
     @property

@@ -122,9 +122,8 @@ class Bank:
         self.routing.scales[slot] = scale
         self.routing.rates_g[slot] = dropout
         # In place: a captured pass reads it where it lies.
-        for ranks, padded in {la.ranks: la.padded for la in self.layers.values()}.items():
-            assert padded is not None
-            padded.scale_q[slice(*spans(ranks)[slot])] = scale
+        for ranks, kind in {la.ranks: la.kind for la in self.layers.values()}.items():
+            self.routing.padded[kind].scale_q[slice(*spans(ranks)[slot])] = scale
 
     def load(self, slot: int, found: Deltas) -> None:
         """Fill `slot` of a serving bank. Other slots may be read meanwhile.
@@ -220,10 +219,11 @@ class Bank:
 
     def _pad(self) -> None:
         rank = padded_rank([max(layer.ranks, default=0) for layer in self.layers.values()])
-        kinds = {layer.ranks for layer in self.layers.values()}
-        made = {x: Padded.of(x, rank, self.routing.scales, self.device) for x in kinds}
+        kinds = list(dict.fromkeys(layer.ranks for layer in self.layers.values()))
+        scales = self.routing.scales
+        self.routing.padded[:] = [Padded.of(x, rank, scales, self.device) for x in kinds]
         for layer in self.layers.values():
-            layer.padded = made[layer.ranks]
+            layer.kind = kinds.index(layer.ranks)
 
 
 def check_bank_lora(model: PreTrainedModel, lora: LoraSection) -> list[str]:

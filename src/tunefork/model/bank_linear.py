@@ -9,7 +9,7 @@ Shape legend: S tokens, D features in, O features out, G slots, Q rows of all sl
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -32,6 +32,8 @@ class Routing:
     """Of each slot."""
     rates_g: Tensor
     """(G,) fp32 on the device: each slot's dropout."""
+    padded: list[Padded] = field(default_factory=list)
+    """How rows lie in the grouped product, of each kind of layer: those of the same ranks."""
     mode: Literal["none", "segments", "one", "tokens", "stretches"] = "none"
     bounds: Bounds = ()
     """`ends_g` as the host knows it, with each slot's start; mode "segments"."""
@@ -80,8 +82,8 @@ class BankLinear(nn.Module):
         self.rows_b = nn.Parameter(
             torch.zeros(rows, self.out_features, dtype=self.dtype, device=device), self.is_trained
         )
-        self.padded: Padded | None = None
-        """How the grouped product takes the rows; layers of the same ranks have one."""
+        self.kind = 0
+        """Which of `routing.padded` says how its rows lie in the grouped product."""
 
     def own(self, slot: int) -> tuple[Tensor, Tensor]:
         """Views of a slot's A (R, D) and B transposed (R, O), in the graph of their rows."""
@@ -144,9 +146,9 @@ def deltas(layers: Sequence[BankLinear], x_sd: Tensor) -> tuple[Tensor, ...]:
     routing = layers[0].routing
     match routing.mode:
         case "segments":
-            padded = [layer.padded for layer in layers if layer.padded is not None]
             rows_a, rows_b = [la.rows_a for la in layers], [la.rows_b for la in layers]
-            return grouped(x_sd, routing.ends_g, rows_a, rows_b, padded)
+            kinds = [layer.kind for layer in layers]
+            return grouped(x_sd, routing.ends_g, rows_a, rows_b, kinds, routing.padded)
         case "one":
             return tuple(_delta_of_one(layer, x_sd) for layer in layers)
         case "tokens":

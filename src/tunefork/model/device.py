@@ -51,11 +51,16 @@ def reset_peak(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    if platform.libc_ver()[0] == "glibc":
+    elif platform.libc_ver()[0] == "glibc":
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    if _CLEAR_REFS.exists() and os.access(_CLEAR_REFS, os.W_OK):
+    forget_peak(device)
+
+
+def forget_peak(device: torch.device) -> None:
+    """Count peaks from what is in use now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR_REFS.exists() and os.access(_CLEAR_REFS, os.W_OK):
         _CLEAR_REFS.write_text("5")  # proc(5): resets VmHWM to the present resident size
 
 

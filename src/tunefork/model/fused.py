@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tunefork.errors import ModelError
 from tunefork.kernels import fp8
+from tunefork.kernels.fp8 import no_correction
 from tunefork.kernels.layout import Layout, Products, Storage
 from tunefork.kernels.lora_group import lora_group, with_room, write_delta
 from tunefork.kernels.quantized import dequantize_nf4_tensors, nf4_tensors
@@ -59,12 +60,17 @@ class FusedGroup(nn.Module):
             self.deltas[0].scale if self.deltas else 1.0,
         )
         self.fp8: fp8.Fp8Weight | None = None
+        self.originals: list[Tensor] = []
+        """What was quantised, until `calibrate` has corrected for it."""
         self.has_room = False
         """For the deltas, in a bf16 weight."""
         if storage == "nf4":
             self.weights = tuple(t for base in bases for t in nf4_tensors(base.codes, base.state))
+            if products == "fp8":
+                self.weights += no_correction(self.layout, self.features_in, device)
         else:
-            weights = [base.weight.detach().to(device) for base in bases]
+            self.originals = [base.weight.detach() for base in bases]
+            weights = [weight.to(device) for weight in self.originals]
             if storage == "bf16":
                 self.weights = (with_room(weights, self.layout),)
                 plain = (sum(self.layout.sizes), self.features_in)
@@ -74,6 +80,8 @@ class FusedGroup(nn.Module):
                 self.weights = self.fp8.tensors()
         self.input: Tensor | None = None
         self.outputs: tuple[Tensor, ...] = ()
+        self.is_calibrated = True
+        """False: for the inputs of the next pass the spare columns are filled first."""
 
     def output(self, index: int, x_d: Tensor) -> Tensor:
         """Member `index`'s y for `x_d`; the first member computes everyone's."""
@@ -88,6 +96,8 @@ class FusedGroup(nn.Module):
 
     def forward(self, x_d: Tensor) -> tuple[Tensor, ...]:
         """(..., D) in bf16 -> each member's (..., O_i), without its bias."""
+        if not self.is_calibrated:
+            self._correct(x_d.reshape(-1, self.features_in))
         lora_a = [member.lora_a for member in self.deltas]
         lora_b = [member.lora_b for member in self.deltas]
         product = fp8.fp8_lora if self.layout.products == "fp8" else lora_group
@@ -104,6 +114,16 @@ class FusedGroup(nn.Module):
         for at, delta in zip(banks, found, strict=True):
             whole[at] = whole[at] + delta.view_as(whole[at])
         return tuple(whole)
+
+    def _correct(self, x_sd: Tensor) -> None:
+        if self.fp8 is not None:
+            fp8.correct(self.fp8, x_sd, self.originals, self.layout)
+        else:
+            found = fp8.nf4_correction(x_sd, self.weights, self.layout)
+            columns, probe = self.weights[-2:]
+            columns.copy_(found.columns_oc.view(torch.uint8))
+            probe.copy_(found.probe_cd)
+        self.is_calibrated, self.originals = True, []
 
     def write_delta(self) -> None:
         """Take over A and B as they are now; due before a forward pass after a change of theirs."""
@@ -151,13 +171,20 @@ class FusedLinear(nn.Module):
 
 
 def fuse(
-    model: PreTrainedModel, storage: Storage, products: Products, device: torch.device
+    model: PreTrainedModel,
+    storage: Storage,
+    products: Products,
+    device: torch.device,
+    calibration_ids: Tensor | None = None,
 ) -> list[FusedGroup]:
     """Move the frozen weights of `model`'s linear layers, but the head's, into groups on `device`.
 
     In place, group by group, so that a model in host memory never takes more of a GPU than one of
     its groups does beside the quantised rest. Layers that are trained whole stay as they are. Each
     forward pass of the model takes over A and B as they are then.
+
+    FP8 products are corrected for inputs such as those of `calibration_ids` (rows, length), in a
+    pass of their own; None: not.
 
     Raises ModelError where a layer's size is none that FP8 products take, or where a weight is not
     finite.
@@ -179,8 +206,28 @@ def fuse(
                 setattr(model.get_submodule(parent), name, fused)
         groups.append(group)
         _owner(model, paths[0]).register_forward_pre_hook(partial(_write_delta, group))
+        if products != "fp8" or calibration_ids is None:
+            group.originals = []
     model.to(device)
+    if products == "fp8" and calibration_ids is not None:
+        calibrate(model, groups, calibration_ids.to(device))
     return groups
+
+
+@torch.no_grad()
+def calibrate(model: PreTrainedModel, groups: Sequence[FusedGroup], ids: Tensor) -> None:
+    """Correct each group for the inputs that it is given in a pass over `ids` (rows, length).
+
+    A group sees what the corrected ones before it leave.
+    """
+    was_training = model.training
+    model.eval()
+    for group in groups:
+        group.is_calibrated = False
+    model(input_ids=ids, use_cache=False)
+    for group in groups:  # one that the pass did not reach stays as it is
+        group.is_calibrated, group.originals = True, []
+    model.train(was_training)
 
 
 def _check_finite(group: FusedGroup, paths: Sequence[str]) -> None:

@@ -46,6 +46,8 @@ class MemoryFit(_Model):
     """Held and not used, per byte that comes and goes within a step."""
     held_per_recomputed: float
     """The same with activation checkpointing, where what comes and goes is more various."""
+    held_per_captured: float
+    """On top of either, where the pass is captured: a CUDA graph has a pool of its own."""
     held_per_room: float
     """Per byte of the room that the optimiser's update takes."""
     tensor_error: float

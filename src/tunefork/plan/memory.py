@@ -42,6 +42,7 @@ def measure(
     *,
     shards: int,
     is_recomputed: bool,
+    is_captured: bool = False,
     loaded_bytes: int = 0,
 ) -> Memory:
     """Memory of a traced step on each of `shards` devices.
@@ -67,6 +68,7 @@ def measure(
     }
     static = sum(step.static.values()) // shards
     rate = fit.held_per_recomputed if is_recomputed else fit.held_per_dynamic
+    rate += fit.held_per_captured if is_captured else 0.0
 
     def process(tensor_bytes: int) -> float:
         held = fit.held_constant_bytes + rate * max(0, tensor_bytes - static)

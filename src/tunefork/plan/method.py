@@ -16,7 +16,7 @@ from tunefork.plan.step import trace_step
 from tunefork.plan.time import pass_seconds, update_seconds
 from tunefork.plan.trace import Work
 from tunefork.recipe import Method
-from tunefork.train.runner import MOST_TOKENS
+from tunefork.train.runner import MOST_GRADIENT_BYTES, MOST_TOKENS, ROOM
 
 _LENGTHS = (1024, 2048)
 """Rows of one example at which memory is traced; it is linear in between and beyond."""
@@ -41,10 +41,10 @@ class Case:
 
     def memory(self, shape: Shape) -> Memory:
         """On each device."""
-        return self.memory_of(self.step(shape))
+        return self.memory_of(self.step(shape), shape)
 
-    def memory_of(self, step: Step) -> Memory:
-        """Of a step that was traced, or made from one that was."""
+    def memory_of(self, step: Step, shape: Shape) -> Memory:
+        """Of a pass of `shape`, whose step was traced, or made from one that was."""
         # A GPU gets its 4-bit layers one by one; on a CPU both forms lie in the same memory.
         is_in_place = self.target.kind == "cpu" and self.made.method is Method.QLORA
         return measure(
@@ -53,8 +53,23 @@ class Case:
             self.target.trust,
             shards=self.target.count,
             is_recomputed=self.made.checkpointing != "none",
+            is_captured=self.captures(step, shape),
             loaded_bytes=self.total_params * self.made.dtype.itemsize if is_in_place else 0,
         )
+
+    def captures(self, step: Step, shape: Shape) -> bool:
+        """Whether a pass of `shape` is replayed as one CUDA graph (`train/engine.py`, `runner.py`).
+
+        `step` is of any shape of the case.
+        """
+        made, static = self.made, sum(step.static.values())
+        draws = made.method is not Method.FULL and made.lora.dropout > 0.0
+        if not step.is_compiled or draws or made.checkpointing == "offload":
+            return False
+        if shape.rows * shape.length > MOST_TOKENS or step.gradients > MOST_GRADIENT_BYTES:
+            return False
+        free = self.target.memory_bytes - self.target.fit.memory.context_bytes - static
+        return free > ROOM * (step.peak.total - static)
 
     def fits(self, shape: Shape) -> bool:
         """Whether even the high end of the prediction does."""
@@ -127,16 +142,9 @@ def one_pass_seconds(case: Case, step: Step, work: Mapping[str, Work], shape: Sh
         case.target.fit.time,
         is_masked=step.is_masked,
         is_compiled=step.is_compiled,
-        is_captured=step.is_compiled and captures(case.made, shape),
+        is_captured=case.captures(step, shape),
         num_recomputed=num_layers(case.config) if is_recomputed else 0,
     )
-
-
-def captures(made: Build, shape: Shape) -> bool:
-    """Whether a compiled pass is replayed as one CUDA graph (`train/engine.py`, `runner.py`)."""
-    draws = made.method is not Method.FULL and made.lora.dropout > 0.0
-    is_short = shape.rows * shape.length <= MOST_TOKENS
-    return is_short and not draws and made.checkpointing != "offload"
 
 
 def scaled_work(case: Case, batches: Batches) -> dict[str, Work]:

@@ -220,7 +220,9 @@ class _Group:
     def memory(self, count: int) -> Memory:
         """Of the first `count` adapters."""
         step = self.case.step(self.shape)
-        return self.case.memory_of(_with(step, self.params[:count], self.in_pass[:count]))
+        return self.case.memory_of(
+            _with(step, self.params[:count], self.in_pass[:count]), self.shape
+        )
 
     def _largest(self, memory_bytes: int) -> int:
         """How many fit; each takes more than the one before."""

@@ -29,9 +29,9 @@ class Claim(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    verb: Literal["train", "compare"]
+    verb: Literal["train", "compare", "sweep", "train-many"]
     data_sha256: str
-    """`Data.fingerprint` of what was begun with."""
+    """`Data.fingerprint` of what was begun with; empty where each run below has its own."""
 
 
 @contextmanager
@@ -54,6 +54,42 @@ def claimed(folder: Path, recipe: Recipe, claim: Claim) -> Iterator[int]:
             if not (folder / CLAIM).exists():
                 write_atomically(folder / CLAIM, claim.model_dump_json(indent=2) + "\n")
         yield lock.fileno()
+
+
+@contextmanager
+def held(folder: Path, verb: Literal["train-many"]) -> Iterator[int]:
+    """Hold `folder` alone for a verb whose runs, each with a recipe and a claim of its own, lie
+    below it; as `claimed` else."""
+    with _as_run_folder_error(folder):
+        _check_verb(folder, verb)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a")
+    with lock:
+        with _as_run_folder_error(folder):
+            _lock(lock, folder)
+            _check_verb(folder, verb)
+            if not (folder / CLAIM).exists():
+                claim = Claim(verb=verb, data_sha256="")
+                write_atomically(folder / CLAIM, claim.model_dump_json(indent=2) + "\n")
+        yield lock.fileno()
+
+
+def _check_verb(folder: Path, verb: str) -> None:
+    if not (folder / CLAIM).exists():
+        if folder.exists() and (
+            not folder.is_dir() or any(p.name != LOCK for p in folder.iterdir())
+        ):
+            raise RunFolderError(
+                f"{folder}: exists and is no folder of tunefork {verb}; give an empty or new "
+                "folder with --out"
+            )
+        return
+    found = read_json(Claim, folder / CLAIM, "is not a run folder's claim; remove the folder")
+    if found.verb != verb:
+        raise RunFolderError(
+            f"{folder}: holds what tunefork {found.verb} made, and tunefork {verb} would mix with "
+            "it; give another folder with --out"
+        )
 
 
 @contextmanager

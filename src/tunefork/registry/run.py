@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tunefork.errors import RunFolderError
 from tunefork.model.identity import Identity
 from tunefork.recipe import Checkpointing, Method
+from tunefork.train.precision_choice import PrecisionChoice
 
 RECORD = "run.json"
 RECIPE = "recipe.yaml"
@@ -64,6 +65,9 @@ class RunRecord(BaseModel):
     train_s: float
     """Optimiser steps only: neither loading nor evaluation."""
     tokens_per_s: float | None
+    precision: PrecisionChoice | None = None
+    """What `train.precision: auto` came to, and why; None: nothing was to be decided (a CPU's run,
+    `full`, a precision that the recipe names)."""
     activation_checkpointing: Checkpointing | None = None
     """How activations were kept: what the recipe says, or what its `auto` came to. None: nothing
     was trained, or by an older tunefork."""

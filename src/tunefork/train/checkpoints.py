@@ -110,10 +110,13 @@ class Checkpoints:
         if kind is None:
             self.check()
 
-    def newest(self) -> Found | None:
-        """The newest checkpoint that is whole and of this run; says which are passed over."""
+    def newest(self, at_most: int | None = None) -> Found | None:
+        """The newest checkpoint that is whole and of this run, after at most `at_most` steps; says
+        which are passed over."""
         self._join()
         for folder in self._all():
+            if at_most is not None and (checkpoint.step_of(folder) or 0) > at_most:
+                continue
             try:
                 facts = checkpoint.read_facts(folder)
                 self._check_setting(folder, facts)

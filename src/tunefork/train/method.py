@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -29,23 +30,71 @@ from tunefork.train.setting import environment, setting
 from tunefork.train.state import Optimizer
 from tunefork.train.validation import Validation
 
+_CALIBRATION_ROWS, _CALIBRATION_LENGTH = 8, 256
+"""Of the pass whose inputs an FP8 base is corrected for."""
+
 
 def load_for_training(
-    recipe: Recipe, method: Method, *, dtype: torch.dtype, device: torch.device, seed: int
+    recipe: Recipe,
+    method: Method,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    examples: Sequence[Encoded] = (),
 ) -> PreTrainedModel:
-    """The recipe's base, built for `method`. Raises ModelError where it cannot be."""
+    """The recipe's base, built for `method`. Raises ModelError where it cannot be.
+
+    FP8 products are corrected for inputs such as the first of `examples` (`model.fused`).
+    """
+
+    def put(model: PreTrainedModel, at: torch.device) -> None:
+        added = new_ids(recipe.model)
+        build(model, method, recipe.lora, seed=seed, device=at, new_ids=added)
+
+    return load_and_fuse(recipe, method, put, dtype=dtype, device=device, examples=examples)
+
+
+def load_and_fuse(
+    recipe: Recipe,
+    method: Method,
+    put: Callable[[PreTrainedModel, torch.device], None],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    examples: Sequence[Encoded],
+) -> PreTrainedModel:
+    """The recipe's base on `device`, in its form, with what `put` puts on it.
+
+    `put` is given the model and the device that it must be on then.
+    """
     deterministic.prepare(recipe.train.deterministic)
     model = load_model(recipe.model, dtype=dtype, device=device, in_host_memory=True)
-    added = new_ids(recipe.model)
     form = base_form(recipe, method, device=device, dtype=dtype)
     # An FP8 base is quantised group by group on its way from the host to the device.
     at = torch.device("cpu") if form is not None and form.storage != "nf4" else device
-    build(model, method, recipe.lora, seed=seed, device=at, new_ids=added)
+    put(model, at)
     if form is not None:
-        fuse(model, form.storage, form.products, device)
+        fuse(model, form.storage, form.products, device, calibration_ids(examples))
     if recipe.train.packing:
         check_packing(model)
     return model
+
+
+def calibration_ids(examples: Sequence[Encoded]) -> torch.Tensor | None:
+    """(rows, length): the ids of `examples`, one after the other, or None where there are none."""
+    found, count = list[np.ndarray](), 0
+    for example in examples:
+        found.append(example.input_ids)
+        count += len(example.input_ids)
+        if count >= _CALIBRATION_ROWS * _CALIBRATION_LENGTH:
+            break
+    if not count:
+        return None
+    length = min(count, _CALIBRATION_LENGTH)
+    rows = min(count // length, _CALIBRATION_ROWS)
+    ids = np.concatenate(found)[: rows * length].astype(np.int64)
+    return torch.from_numpy(ids).view(rows, length)
 
 
 def make_optimizer(

@@ -29,9 +29,9 @@ from tunefork.train.out_of_memory import Remedies, phase
 MOST_TOKENS = 16384
 """Of a pass that is captured: with more, the GPU is the slower one with any model worth a GPU."""
 _MOST_GRAPHS = 16
-_MOST_GRADIENT_BYTES = 2**30
+MOST_GRADIENT_BYTES = 2**30
 """Of a pass that is captured: its gradients are there all the time, in the forward pass too."""
-_ROOM = 1.25
+ROOM = 1.25
 """Free memory that a capture asks for, in units of the most that was used above the weights."""
 
 
@@ -144,7 +144,7 @@ class Runner:
             return False
         # A bank's gradients are there all the time anyway.
         gradient_bytes = sum(p.numel() * p.element_size() for p in self.trained)
-        if self.bank is None and gradient_bytes > _MOST_GRADIENT_BYTES:
+        if self.bank is None and gradient_bytes > MOST_GRADIENT_BYTES:
             return False
         if self.graphs:  # they share one pool
             return size.rows * size.length <= max(g.rows * g.length for g in self.graphs)
@@ -152,7 +152,7 @@ class Runner:
         free, _ = torch.cuda.mem_get_info(device)
         allocated = torch.cuda.memory_allocated(device)
         unused = torch.cuda.memory_reserved(device) - allocated
-        return free + unused > _ROOM * (torch.cuda.max_memory_allocated(device) - allocated)
+        return free + unused > ROOM * (torch.cuda.max_memory_allocated(device) - allocated)
 
     def _attach_gradients(self) -> None:
         """Gradients where the graphs add to them; those that were dropped start at zero."""

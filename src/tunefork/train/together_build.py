@@ -3,17 +3,16 @@
 from collections.abc import Mapping, Sequence
 
 import torch
+from transformers import PreTrainedModel
 
-from tunefork.data.isolation import check_packing
+from tunefork.data.example import Encoded
 from tunefork.model.bank import Bank, BankAdapter, add_bank
 from tunefork.model.build import quantize_nf4
-from tunefork.model.fused import fuse
-from tunefork.model.load import load_model
 from tunefork.recipe import LoraSection, Method, Recipe
-from tunefork.train import deterministic
-from tunefork.train.engine import base_form, prepare
+from tunefork.train.engine import prepare
 from tunefork.train.guard import check_weights
 from tunefork.train.member import Member
+from tunefork.train.method import load_and_fuse
 from tunefork.train.out_of_memory import Remedies
 from tunefork.train.state import State
 from tunefork.train.together import Group, GroupSettings
@@ -27,26 +26,24 @@ def load_for_group(
     dtype: torch.dtype,
     device: torch.device,
     announced: Sequence[LoraSection] = (),
+    examples: Sequence[Encoded] = (),
 ) -> Bank:
     """The recipe's base with a bank of `adapters`, in the form in which `load_for_training` has it.
 
-    The recipe's own `lora` is not looked at. `announced` are those that may join later. Raises
-    ModelError where it cannot be.
+    The recipe's own `lora` is not looked at. `announced` are those that may join later, `examples`
+    what FP8 products are corrected for. Raises ModelError where it cannot be.
     """
-    deterministic.prepare(recipe.train.deterministic)
-    model = load_model(recipe.model, dtype=dtype, device=device, in_host_memory=True)
-    form = base_form(recipe, method, device=device, dtype=dtype)
-    # An FP8 base is quantised group by group on its way from the host to the device.
-    at = torch.device("cpu") if form is not None and form.storage != "nf4" else device
-    if method is Method.QLORA:
-        quantize_nf4(model, at)
-    model.to(at)
-    bank = add_bank(model, adapters, announced=announced)
-    if form is not None:
-        fuse(model, form.storage, form.products, device)
-        bank.to(device)
-    if recipe.train.packing:
-        check_packing(model)
+    banks: list[Bank] = []
+
+    def put(model: PreTrainedModel, at: torch.device) -> None:
+        if method is Method.QLORA:
+            quantize_nf4(model, at)
+        model.to(at)
+        banks.append(add_bank(model, adapters, announced=announced))
+
+    load_and_fuse(recipe, method, put, dtype=dtype, device=device, examples=examples)
+    [bank] = banks
+    bank.to(device)
     return bank
 
 

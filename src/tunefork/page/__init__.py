@@ -1,0 +1,1 @@
+"""What reports share: figures with intervals, how they are written, drawings in a page."""

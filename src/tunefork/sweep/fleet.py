@@ -1,0 +1,272 @@
+"""Members that train together, each a run of its own: who is in, what each leaves, who waits.
+
+A member comes in when there is room, trains in the group's passes, waits at its rungs for a
+decision, and at its end leaves in its run folder what `tunefork train` leaves: artefact, record,
+events, evaluation. One that fails is recorded and out; the others do not notice. Between passes the
+state of all that are in is saved at one moment, which `moment.json` names once all of it is on the
+disk: what was killed goes on from there, each member at the step that the others' go with.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tunefork.errors import TuneforkError
+from tunefork.registry.run import RunRecord, read_record
+from tunefork.sweep.bench import Bench
+from tunefork.sweep.group import Group, Member, Stepped
+from tunefork.sweep.halving import mean_loss
+from tunefork.sweep.live import LiveView
+from tunefork.sweep.moments import Moments
+from tunefork.sweep.rungs import Rungs
+from tunefork.sweep.seat import Seat
+from tunefork.train.events import Warned
+from tunefork.train.interrupt import Interrupt
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a member ended."""
+
+    status: Literal["ok", "dropped", "failed", "interrupted"]
+    record: RunRecord | None
+    error: str | None = None
+    seconds: float = 0.0
+    """Its share of the time of the passes that it took part in."""
+
+
+@dataclass(slots=True)
+class Fleet:
+    """One group's members, from the first to the last."""
+
+    group: Group
+    bench: Bench
+    view: LiveView
+    has_room: Callable[[Sequence[Member], Member], bool]
+    """Whether a member fits beside those that are in."""
+    moments: Moments
+    preemption_file: Path | None = None
+    rungs: Rungs | None = None
+    on_done: Callable[[Member, Outcome], None] = lambda member, outcome: None
+    """Told of each member at its end."""
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    most: int = 0
+    """That trained at one time."""
+    _seats: dict[str, Seat] = field(default_factory=dict)
+    _queue: deque[Member] = field(default_factory=deque)
+    _parked: dict[str, Member] = field(default_factory=dict)
+    _moment: dict[str, int] = field(default_factory=dict)
+    _is_stopping: bool = False
+    _unspent: float = 0.0
+    """Seconds of passes whose steps are not told yet."""
+
+    def run(self, members: Sequence[Member]) -> dict[str, Outcome]:
+        """Train `members` in order, as many at a time as there is room for.
+
+        Ctrl-C and SIGTERM end it after the pass at hand: all that are in leave what they learnt, as
+        `tunefork train` does, and every one that is not at its end is "interrupted". Raises what is
+        no member's own fault (a full disk, a lack of memory).
+        """
+        self._moment = self.moments.read()
+        # Those that were in come first, in their order: the passes go on as they would have.
+        place = {name: at for at, name in enumerate(self._moment)}
+        self._queue.extend(sorted(members, key=lambda member: place.get(member.name, len(place))))
+        with Interrupt(self.preemption_file) as interrupt:
+            try:
+                while self._queue or self._seats:
+                    self._admit()
+                    if self._seats:
+                        self._pass()
+                    if interrupt.requested or self._is_stopping:
+                        self._interrupt()
+                        return self.outcomes
+            except BaseException as error:
+                for seat in self._seats.values():
+                    seat.stack.__exit__(type(error), error, error.__traceback__)
+                raise
+        self.moments.clear()
+        return self.outcomes
+
+    def _admit(self) -> None:
+        """Take in who is waiting, while there is room: at least one."""
+        while self._queue:
+            member, seated = self._queue[0], [seat.member for seat in self._seats.values()]
+            if seated and not self.has_room(seated, member):
+                return
+            self._queue.popleft()
+            try:
+                if (record := self.bench.done(member)) is not None:
+                    self._end(member, Outcome("ok", record))
+                elif not self._waits(member):
+                    self._seat(member)
+            except TuneforkError as error:
+                self._fail(member, None, error)
+
+    def _seat(self, member: Member) -> None:
+        at_most = self._moment.get(member.name)
+        if self.rungs is not None and (passed := self.rungs.count(member.name)):
+            at_most = max(at_most or 0, member.rungs[passed - 1])
+        seat = Seat.open(self.bench, member, at_most=at_most)
+        try:
+            self.group.add(member, seat.begin())
+        except TuneforkError as error:
+            self._fail(member, seat, error)
+            return
+        self._seats[member.name] = seat
+        self.most = max(self.most, len(self._seats))
+        self.view.begin(member.name, seat.progress.step, seat.progress.tokens)
+        if seat.progress.step >= member.num_steps:  # killed while it was saved or evaluated
+            self._finish(seat)
+
+    def _waits(self, member: Member) -> bool:
+        """Whether a member stands at a rung where it is not known that it goes on."""
+        if self.rungs is None or not (passed := self.rungs.count(member.name)):
+            return False
+        verdict = self.rungs.verdict(passed - 1, member.name)
+        if verdict is not None and verdict.is_kept:
+            return False
+        self._parked[member.name] = member
+        self.view.on_state(member.name, "parked")
+        self._decide()
+        return True
+
+    def _pass(self) -> None:
+        """A step of each, and what follows from it; the states are saved where that is due."""
+        start = time.perf_counter()
+        stepped = self.group.step()
+        self.bench.meter.note()
+        has_left = self._take(stepped, start)
+        if self.moments.is_due(has_left=has_left, state_bytes=self._state_bytes()):
+            self._take(self.group.sync(), time.perf_counter())
+            self._save()
+        self.view.tick()
+
+    def _take(self, stepped: Sequence[Stepped], start: float) -> bool:
+        """Hear of steps, whose passes began at `start`; returns whether a member left."""
+        before = {name: seat.progress.tokens for name, seat in self._seats.items()}
+        for each in stepped:
+            if each.record is not None:
+                self._seats[each.name].on_step(each.record)
+                self.view.on_step(each.name, each.record)
+        self._unspent += time.perf_counter() - start
+        seen = {n: self._seats[n].progress.tokens - tokens for n, tokens in before.items()}
+        total = sum(seen.values())
+        if total:
+            for name, tokens in seen.items():
+                self._seats[name].spend(self._unspent * tokens / total)
+            self._unspent = 0.0
+        left = [each for each in stepped if self._settle(each)]
+        return bool(left)
+
+    def _settle(self, each: Stepped) -> bool:
+        """What a member's step leads to; returns whether it left the group."""
+        seat = self._seats[each.name]
+        member = seat.member
+        if each.warning is not None:
+            seat.told.on_event(Warned(code="loss_spike", message=each.warning))
+            return False
+        if each.error is not None:
+            del self._seats[each.name]
+            self._fail(member, seat, each.error)
+            return True
+        assert each.record is not None
+        step, every = each.record.step, member.recipe.train.validate_every_steps
+        is_last, is_rung = step >= member.num_steps, step in member.rungs
+        if member.validation and (is_rung or is_last or (every and step % every == 0)):
+            columns = seat.validate(self.group)
+            self.view.on_validation(each.name, mean_loss([columns]))
+            if is_rung and self.rungs is not None:
+                self._park(seat)
+                self.rungs.reached(member.rungs.index(step), each.name, columns)
+                self._decide()
+                return True
+        if is_last:
+            self._finish(seat)
+        return is_last
+
+    def _park(self, seat: Seat) -> None:
+        """A member waits at a rung, its state on the disk."""
+        member = seat.member
+        seat.park(self.group)
+        self.group.remove(member.name)
+        del self._seats[member.name]
+        self._parked[member.name] = member
+        self.view.on_state(member.name, "parked")
+
+    def _decide(self) -> None:
+        """Let those go on, or go, whose rung is decided."""
+        assert self.rungs is not None
+        going = []
+        for name, member in list(self._parked.items()):
+            verdict = self.rungs.verdict(self.rungs.count(name) - 1, name)
+            if verdict is None:
+                continue
+            del self._parked[name]
+            if verdict.is_kept:
+                going.append(member)
+                self.view.on_state(name, "waiting")
+            else:
+                self._drop(member)
+        self._queue.extendleft(reversed(going))
+
+    def _drop(self, member: Member) -> None:
+        """A member of those that are worse leaves what it learnt: it can be gone on with alone."""
+        record = read_record(member.folder)  # of an earlier call, maybe
+        if record is None and (found := self.bench.checkpoints(member).newest()) is not None:
+            record = self.bench.leave(member, found.read(), "interrupted")
+        self._end(member, Outcome("dropped", record))
+
+    def _finish(self, seat: Seat) -> None:
+        member = seat.member
+        self.view.on_state(member.name, "evaluating")
+        del self._seats[member.name]
+        try:
+            record = seat.finish(self.group)
+        except KeyboardInterrupt:  # its own state is saved; the others leave theirs
+            self._is_stopping = True
+            self._end(member, Outcome("interrupted", None))
+        except TuneforkError as error:
+            self._end(member, Outcome("failed", None, str(error)))
+        else:
+            self._end(member, Outcome("ok", record))
+        self.group.remove(member.name)
+
+    def _fail(self, member: Member, seat: Seat | None, error: Exception) -> None:
+        record = None if seat is None else seat.fail(error)
+        if self.rungs is not None:
+            self.rungs.failed.add(member.name)
+        seconds = 0.0 if seat is None else seat.progress.seconds
+        self._end(member, Outcome("failed", record, str(error), seconds))
+        if self._parked:
+            self._decide()
+
+    def _interrupt(self) -> None:
+        """All that are in leave what they learnt; the rest is as it was."""
+        self._take(self.group.sync(), time.perf_counter())
+        self._save()
+        for name, seat in list(self._seats.items()):
+            self._end(seat.member, Outcome("interrupted", seat.interrupt(self.group)))
+            del self._seats[name]
+        for member in (*self._parked.values(), *self._queue):
+            self._end(member, Outcome("interrupted", None))
+
+    def _end(self, member: Member, outcome: Outcome) -> None:
+        self.outcomes[member.name] = outcome
+        steps = None if outcome.record is None else outcome.record.num_steps
+        self.view.on_state(member.name, outcome.status, steps)
+        self.on_done(member, outcome)
+
+    def _save(self) -> None:
+        """The state of all that are in, at one moment; nothing they launched is left untold."""
+        if not self._seats:
+            return
+        for seat in self._seats.values():
+            seat.save(self.group)
+        order = [name for name in self.group.order() if name in self._seats]
+        self.moments.write({name: self._seats[name].progress.step for name in order})
+
+    def _state_bytes(self) -> int:
+        return sum(seat.state_bytes for seat in self._seats.values())

@@ -1,0 +1,166 @@
+"""Do FP8 products train this model on this data as bf16 ones do? Two batches that say so, or not.
+
+The first batch is passed with B = 0, as a run begins. Then B takes one step of Adam's along bf16's
+gradient (its first step is the learning rate times the gradient's sign), and the second batch is
+passed, where A has a gradient too. Both forms of the base see the same batches, A and B; what is
+compared is the loss and the cosine of A's and B's gradients, all together and by kind of layer.
+
+One form is on the device at a time: the base is loaded for each, FP8 group by group as for a run.
+"""
+
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tunefork.data.example import Encoded
+from tunefork.recipe import Method, Recipe
+from tunefork.train.accumulate import Accumulator
+from tunefork.train.engine import prepare
+from tunefork.train.kernels import attention_kernels
+from tunefork.train.method import load_for_training, plan_steps
+from tunefork.train.precision_choice import Agreement, BatchAgreement
+
+LOSS_BOUND = 0.02
+"""Of the relative difference, on either side. A batch of 32 is far noisier than the gate's 8,000
+examples; what this finds is a model whose numbers FP8 does not hold."""
+WHOLE_BOUND = 0.95
+"""Of the cosine of all A's or all B's, as in the gate."""
+KIND_BOUND = 0.9
+"""Of one kind of layer's."""
+_MOST_EXAMPLES = 32
+_PARTS = ("lora_a", "lora_b")
+
+Gradients = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    loss: float
+    gradients: Gradients
+
+
+def agree(
+    recipe: Recipe,
+    method: Method,
+    examples: Sequence[Encoded],
+    *,
+    learning_rate: float,
+    seed: int,
+    pad_id: int,
+    device: torch.device,
+) -> Agreement:
+    """Measure on the first two batches of the run that the arguments describe.
+
+    Raises ModelError where the base has no FP8 form, NoMemoryError where a batch does not fit.
+    """
+    began = time.perf_counter()
+    schedule = plan_steps(recipe, len(examples), seed=seed)
+    batches = [
+        [examples[i] for i in chosen[:_MOST_EXAMPLES]] for chosen in (schedule[0], schedule[-1])
+    ]
+    found, step = dict[str, list[_Pass]](), None
+    for precision in ("bf16", "fp8"):
+        train = recipe.train.model_copy(update={"precision": precision, "compile": "never"})
+        of_form = recipe.model_copy(update={"train": train})
+        with _built(of_form, method, examples, device, seed) as accumulator:
+            accumulator.pad_id = pad_id
+            first = _pass(accumulator, batches[0], seed)
+            if step is None:
+                step = {
+                    name: -learning_rate * gradient.sign()
+                    for name, gradient in first.gradients.items()
+                    if name.endswith("lora_b")
+                }
+            for name, parameter in accumulator.model.named_parameters():
+                if name in step:
+                    parameter.data.copy_(step[name])
+            found[precision] = [first, _pass(accumulator, batches[1], seed)]
+    compared = tuple(
+        _compare(len(batch), bf16, fp8)
+        for batch, bf16, fp8 in zip(batches, found["bf16"], found["fp8"], strict=True)
+    )
+    agrees, why = judge(compared)
+    return Agreement(batches=compared, agrees=agrees, why=why, seconds=time.perf_counter() - began)
+
+
+def judge(batches: Sequence[BatchAgreement]) -> tuple[bool, str]:
+    """Whether the batches agree, and the figure that says so. NaN agrees with nothing."""
+    for number, batch in enumerate(batches, start=1):
+        if not abs(batch.loss_difference) <= LOSS_BOUND:
+            return False, (
+                f"batch {number}: loss {batch.loss_fp8:.4f} in FP8, {batch.loss_bf16:.4f} in bf16 "
+                f"(at most {LOSS_BOUND:.0%} apart)"
+            )
+        for kind, parts in batch.cosines.items():
+            bound = WHOLE_BOUND if kind == "all" else KIND_BOUND
+            for part, cosine in parts.items():
+                if not cosine >= bound:
+                    return False, (
+                        f"batch {number}: the gradients of {kind}'s {part} have a cosine of "
+                        f"{cosine:.3f} (at least {bound})"
+                    )
+    losses = max(abs(batch.loss_difference) for batch in batches)
+    least = min(min(batch.cosines["all"].values()) for batch in batches)
+    return True, f"losses {losses:.2%} apart at most, gradients' cosine {least:.3f} at least"
+
+
+@contextmanager
+def _built(
+    recipe: Recipe,
+    method: Method,
+    examples: Sequence[Encoded],
+    device: torch.device,
+    seed: int,
+) -> Iterator[Accumulator]:
+    """The model in one form, and nothing of it afterwards."""
+    model = load_for_training(
+        recipe, method, dtype=torch.bfloat16, device=device, seed=seed, examples=examples
+    )
+    model.train()
+    runner = prepare(model, recipe, num_steps=1)
+    limit, packing = recipe.train.micro_batch_tokens, recipe.train.packing
+    try:
+        yield Accumulator(runner, limit=limit, packing=packing, pad_id=0)
+    finally:
+        del model, runner
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _pass(accumulator: Accumulator, batch: Sequence[Encoded], seed: int) -> _Pass:
+    model = accumulator.model
+    model.zero_grad(set_to_none=True)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), attention_kernels():
+        torch.manual_seed(seed)  # the same dropout in both forms
+        loss, _ = accumulator.gradient(batch, 0)
+    gradients = {
+        name: parameter.grad.detach().float().cpu()
+        for name, parameter in model.named_parameters()
+        if name.endswith(_PARTS) and parameter.grad is not None
+    }
+    model.zero_grad(set_to_none=True)
+    return _Pass(loss, gradients)
+
+
+def _compare(num_examples: int, bf16: _Pass, fp8: _Pass) -> BatchAgreement:
+    sums: dict[tuple[str, str], Tensor] = {}
+    for name, ours in bf16.gradients.items():
+        theirs = fp8.gradients[name]
+        *_, kind, part = name.split(".")
+        three = torch.stack([(ours * theirs).sum(), ours.square().sum(), theirs.square().sum()])
+        for key in ((kind, part), ("all", part)):
+            sums[key] = sums.get(key, torch.zeros(3)) + three
+    cosines: dict[str, dict[str, float]] = {}
+    for (kind, part), (dot, one, other) in sums.items():
+        if not (part == "lora_a" and float(one) == float(other) == 0.0):  # B is zero
+            cosines.setdefault(kind, {})[part] = float(dot / (one * other).sqrt())
+    return BatchAgreement(
+        num_examples=num_examples, loss_bf16=bf16.loss, loss_fp8=fp8.loss, cosines=cosines
+    )

@@ -1,0 +1,3 @@
+from tests.recipes import base, make_recipe
+
+__all__ = ["base", "make_recipe"]

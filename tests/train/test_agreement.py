@@ -1,0 +1,93 @@
+"""Two batches through bf16 and FP8: what is measured, and that a wrong FP8 is found."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.folders import save_model
+from tests.train.test_loss import examples
+from tunefork.kernels import fp8
+from tunefork.recipe import LoraSection, Method, Recipe
+from tunefork.recipe_file import parse
+from tunefork.train.agreement import agree, judge
+from tunefork.train.precision_choice import Agreement, BatchAgreement
+
+CPU = torch.device("cpu")
+KINDS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "all"}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    folder: Path = tmp_path_factory.mktemp("base")
+    save_model(folder)
+    fields = {
+        "model": str(folder),
+        "method": "lora",
+        "data": {"train": "unused.jsonl"},
+        "train": {"batch_size": 3, "epochs": 2.0},
+    }
+    return parse(fields, "test").model_copy(update={"lora": LoraSection(rank=4)})
+
+
+def _agree(recipe: Recipe, method: Method = Method.LORA) -> Agreement:
+    return agree(recipe, method, examples(), learning_rate=1e-3, seed=0, pad_id=0, device=CPU)
+
+
+@pytest.mark.parametrize("method", [Method.LORA, Method.QLORA])
+def test_what_is_measured(recipe: Recipe, method: Method) -> None:
+    found = _agree(recipe, method)
+    first, second = found.batches
+    assert first.cosines.keys() == second.cosines.keys() == KINDS
+    assert all(parts.keys() == {"lora_b"} for parts in first.cosines.values())  # B is zero
+    assert all(parts.keys() == {"lora_a", "lora_b"} for parts in second.cosines.values())
+    # The forms differ, and not by much.
+    assert 0 < abs(first.loss_difference) < 0.02 and 0 < abs(second.loss_difference) < 0.02
+    assert 0.9 < min(second.cosines["all"].values()) < 0.99999
+    assert Agreement.model_validate_json(found.model_dump_json()) == found
+
+
+def test_a_wrong_product_is_found(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = fp8.scaled_mm
+
+    def turned(*operands: Any) -> torch.Tensor:
+        return -real(*operands)
+
+    monkeypatch.setattr(fp8, "scaled_mm", turned)
+    found = _agree(recipe)
+    assert not found.agrees
+    assert "batch 1" in found.why
+
+
+def test_nothing_is_drawn_from_the_runs_random_numbers(recipe: Recipe) -> None:
+    lora = LoraSection(rank=4, dropout=0.3)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    found = _agree(recipe.model_copy(update={"lora": lora}))
+    assert torch.equal(torch.get_rng_state(), before)
+    # Both forms drop the same values out, or their gradients would have little in common.
+    assert min(found.batches[1].cosines["all"].values()) > 0.9
+
+
+def _batch(loss: float = 1.0, **cosines: float) -> BatchAgreement:
+    found = {kind: {"lora_a": value, "lora_b": 0.99} for kind, value in cosines.items()}
+    return BatchAgreement(num_examples=1, loss_bf16=1.0, loss_fp8=loss, cosines=found)
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        (_batch(1.01, all=0.96, q_proj=0.91), None),
+        (_batch(1.03, all=0.99), "loss 1.0300 in FP8, 1.0000 in bf16"),
+        (_batch(0.97, all=0.99), "loss 0.9700 in FP8"),
+        (_batch(float("nan"), all=0.99), "loss nan"),
+        (_batch(all=0.94), "the gradients of all's lora_a have a cosine of 0.940"),
+        (_batch(all=0.99, q_proj=0.89), "the gradients of q_proj's lora_a"),
+        (_batch(all=float("nan")), "cosine of nan"),
+    ],
+)
+def test_the_bounds(batch: BatchAgreement, said: str | None) -> None:
+    agrees, why = judge([_batch(all=0.99), batch])
+    assert agrees is (said is None)
+    assert said is None or (why.startswith("batch 2: ") and said in why)
