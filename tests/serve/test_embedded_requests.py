@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from tests.serve.embedded import (
     started,
 )
 from tunefork.errors import BadInputError, EngineBusyError, EngineDeadError, EngineError
+from tunefork.serve.engines import sequence
+from tunefork.serve.engines.cache import Cache
+from tunefork.serve.engines.core import Core
 from tunefork.serve.engines.embedded import EmbeddedEngine
 
 PROMPT = [20, 60, 100, 140, 180, 220]
@@ -51,7 +55,9 @@ def test_a_seed_gives_the_same_answer_whatever_else_is_in_the_batch(base: Any) -
             other = request("b", PROMPT, temperature=1.5, top_p=0.9, seed=8, max_tokens=24)
             assert (await answer(engine, other)).token_ids != alone.token_ids
             unseeded = request("c", PROMPT, temperature=1.5, max_tokens=24)
-            both = await answers(engine, [unseeded, request("d", PROMPT, temperature=1.5, max_tokens=24)])
+            both = await answers(
+                engine, [unseeded, request("d", PROMPT, temperature=1.5, max_tokens=24)]
+            )
             assert both[0].token_ids != both[1].token_ids
 
     run(compare())
@@ -110,7 +116,9 @@ def test_penalties_and_bias_change_what_is_likeliest(base: Any) -> None:
                 [
                     request("a", PROMPT, max_tokens=20),
                     request("b", PROMPT, max_tokens=5, logit_bias={33: 100.0}),
-                    request("c", PROMPT, max_tokens=20, presence_penalty=2.0, frequency_penalty=2.0),
+                    request(
+                        "c", PROMPT, max_tokens=20, presence_penalty=2.0, frequency_penalty=2.0
+                    ),
                 ],
             )
             assert biased.token_ids == (33,) * 5
@@ -161,15 +169,35 @@ def test_a_deadline_ends_running_and_waiting_requests(base: Any) -> None:
     run(ask())
 
 
-def test_a_full_cache_puts_the_last_ones_off_and_changes_no_answer(base: Any) -> None:
-    """Room for two answers of six at a time: regions grow, move, and are computed again."""
+def test_a_full_cache_puts_the_last_ones_off_and_changes_no_answer(
+    base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regions grow where they lie, move, and are given up and computed again."""
+    happened: Counter[str] = Counter()
+
+    def counted(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*args: Any) -> Any:
+            happened[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(owner, name, call)
+
+    monkeypatch.setattr(sequence, "HEADROOM", 8)
+    counted(Core, "_put_back")
+    counted(Cache, "move")
     wanted = [request(f"{at}", PROMPT[at % 6 :] + PROMPT, max_tokens=90) for at in range(6)]
 
     async def ask(**embedded: Any) -> list[Any]:
         async with started(base.folder, **embedded) as engine:
             return [piece.token_ids for piece in await answers(engine, wanted)]
 
-    assert run(ask(cache_tokens=6 * 64)) == run(ask())
+    roomy = run(ask())
+    moved = happened["move"]
+    assert not happened["_put_back"] and moved
+    assert run(ask(cache_tokens=6 * 64)) == roomy
+    assert happened["_put_back"]
 
 
 def test_what_does_not_fit_is_refused_at_once(base: Any) -> None:
@@ -183,7 +211,9 @@ def test_what_does_not_fit_is_refused_at_once(base: Any) -> None:
             ):
                 with pytest.raises(BadInputError):
                     await answer(engine, wrong)
-            streams = [engine.generate(request(f"q{at}", PROMPT, max_tokens=200)) for at in range(3)]
+            streams = [
+                engine.generate(request(f"q{at}", PROMPT, max_tokens=200)) for at in range(3)
+            ]
             await anext(streams[0])
             waiting = asyncio.ensure_future(anext(streams[1]))
             await asyncio.sleep(0)
