@@ -270,6 +270,30 @@ def test_a_step_without_memory_is_taken_again_in_smaller_passes() -> None:
                 run(group)
             return
         run(group)
-        assert group.limit <= 50 < SETTINGS.micro_batch_tokens
+        assert group.cut.limit <= 50 < SETTINGS.micro_batch_tokens
         for one in chosen:
             assert distance(group.state(one.name), expected.state(one.name)) < 1e-4
+
+
+def test_figures_that_are_read_late_tell_the_same() -> None:
+    """As on a GPU: a step is under way when the one before it is told to have failed."""
+    healthy = members(8, range(3))
+    rates = [*healthy[0].learning_rates[:2], 1e38, *healthy[0].learning_rates[3:]]
+    broken = _Broken(healthy[1].examples, healthy[1].steps[5][0])
+    sick = [
+        replace(healthy[0], learning_rates=rates),
+        replace(healthy[1], examples=broken),
+        healthy[2],
+    ]
+    groups = [group_of(sick), group_of(sick)]
+    groups[1].reads_late = True
+    told = [run(group) for group in groups]
+    assert groups[1].reads_late and not groups[1]._pending
+    early, late = groups
+    first, second = ({e.name: e for e in events if isinstance(e, MemberFailed)} for events in told)
+    assert first == second and first["member-0"].step == 4
+    assert first["member-1"].step <= 6
+    for one in healthy:
+        assert records(told[0], one.name) == records(told[1], one.name)
+        assert _same_bits(early.state(one.name), late.state(one.name)), one.name
+        assert early.state(one.name).progress.step == late.state(one.name).progress.step
