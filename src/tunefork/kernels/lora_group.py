@@ -57,9 +57,32 @@ def write_delta(weight_op: Tensor, lora_b: Sequence[Tensor], layout: Layout) -> 
         column += rank
 
 
-def _dense(layout: Layout, weights: Sequence[Tensor], features_in: int, dtype: Any) -> Tensor:
+WHOLE_BYTES = 2**28
+"""Of a group's dequantised weights: of a larger group each layer's come and go by themselves, for
+all of a 70B model's gate and up, beside the parts they are put together from, take 2 GiB."""
+
+
+def _pieces(layout: Layout, features_in: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """First and last layer (exclusive) of those that are multiplied at one time."""
+    count = len(layout.sizes)
+    is_large = sum(layout.sizes) * features_in * dtype.itemsize > WHOLE_BYTES
+    if layout.storage == "nf4" and is_large:
+        return [(at, at + 1) for at in range(count)]
+    return [(0, count)]
+
+
+def _dense(
+    layout: Layout,
+    weights: Sequence[Tensor],
+    features_in: int,
+    dtype: torch.dtype,
+    piece: tuple[int, int],
+) -> Tensor:
+    """The weights of a piece's layers, one below the other."""
     if layout.storage == "nf4":
-        return dequantize_nf4_tensors(weights, layout.sizes, features_in, dtype)
+        first, last = piece
+        tensors = weights[5 * first : 5 * last]
+        return dequantize_nf4_tensors(tensors, layout.sizes[first:last], features_in, dtype)
     return weights[0]
 
 
@@ -69,7 +92,6 @@ class _LoraGroup(torch.autograd.Function):
         ctx: Any, layout: Layout, num_weights: int, x_sd: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         weights, lora_b = tensors[:num_weights], list(tensors[num_weights + 1 :])
-        weight_od = _dense(layout, weights, x_sd.shape[1], x_sd.dtype)
         saved: tuple[Tensor, ...] = ()
         if layout.rank:
             u_sr = x_sd @ tensors[num_weights].t()
@@ -78,17 +100,25 @@ class _LoraGroup(torch.autograd.Function):
             filling = x_sd.new_zeros(x_sd.shape[0], layout.bf16_width - layout.rank)
             wide_sp = torch.cat([x_sd, u_sr, filling], dim=1)
             # One by one: a GEMM of all is no faster, and each result is contiguous.
-            ys = tuple(wide_sp @ weight_od[first:last].t() for first, last in layout.bounds)
+            ys = tuple(wide_sp @ weights[0][first:last].t() for first, last in layout.bounds)
         else:
-            y_so = x_sd @ weight_od.t()
-            start = 0
-            for (first, last), rank in zip(layout.bounds, layout.ranks, strict=True):
-                if rank:
-                    u = u_sr[:, start : start + rank]
-                    _add_product(y_so[:, first:last], u, lora_b.pop(0).t(), layout.scale)
-                start += rank
-            one = len(layout.sizes) == 1
-            ys = (y_so,) if one else tuple(torch.split(y_so, list(layout.sizes), dim=1))
+            ys, start = (), 0
+            for piece in _pieces(layout, x_sd.shape[1], x_sd.dtype):
+                members = slice(*piece)
+                y_so = x_sd @ _dense(layout, weights, x_sd.shape[1], x_sd.dtype, piece).t()
+                before = layout.bounds[piece[0]][0]
+                for (first, last), rank in zip(
+                    layout.bounds[members], layout.ranks[members], strict=True
+                ):
+                    if rank:
+                        u, y = (
+                            u_sr[:, start : start + rank],
+                            y_so[:, first - before : last - before],
+                        )
+                        _add_product(y, u, lora_b.pop(0).t(), layout.scale)
+                    start += rank
+                sizes = list(layout.sizes[members])
+                ys += (y_so,) if len(sizes) == 1 else tuple(torch.split(y_so, sizes, dim=1))
         ctx.save_for_backward(*weights, *saved)
         ctx.layout, ctx.num_weights, ctx.features_in = layout, num_weights, x_sd.shape[1]
         return ys
@@ -110,13 +140,16 @@ class _LoraGroup(torch.autograd.Function):
             gradients = (du_sr.t() @ x_sd, *db)
         dx_sd = None
         if ctx.needs_input_grad[2]:
-            weight_od = _dense(layout, weights, ctx.features_in, dys[0].dtype)
-            weight_od = weight_od[:, : ctx.features_in]
-            (first, last), *others = layout.bounds
-            dx_sd = dys[0] @ weight_od[first:last]
-            for dy, (first, last) in zip(dys[1:], others, strict=True):
-                _add_product(dx_sd, dy, weight_od[first:last], 1.0)
-            if layout.rank:
+            for first, last in _pieces(layout, ctx.features_in, dys[0].dtype):
+                weight_od = _dense(layout, weights, ctx.features_in, dys[0].dtype, (first, last))
+                weight_od, row = weight_od[:, : ctx.features_in], 0
+                for dy, size in zip(dys[first:last], layout.sizes[first:last], strict=True):
+                    if dx_sd is None:
+                        dx_sd = dy @ weight_od[row : row + size]
+                    else:
+                        _add_product(dx_sd, dy, weight_od[row : row + size], 1.0)
+                    row += size
+            if layout.rank and dx_sd is not None:
                 _add_product(dx_sd, du_sr, a_rd, 1.0)
         return None, None, dx_sd, *(None for _ in weights), *gradients
 

@@ -23,7 +23,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tunefork.errors import ModelError
 from tunefork.kernels import fp8
-from tunefork.kernels.fp8 import no_correction
 from tunefork.kernels.layout import Layout, Products, Storage
 from tunefork.kernels.lora_group import is_widened, lora_group, with_room, write_delta
 from tunefork.kernels.quantized import dequantize_nf4_tensors, nf4_tensors
@@ -65,7 +64,7 @@ class FusedGroup(nn.Module):
         if storage == "nf4":
             self.weights = tuple(t for base in bases for t in nf4_tensors(base.codes, base.state))
             if products == "fp8":
-                self.weights += no_correction(self.layout, self.features_in, device)
+                self.weights += fp8.no_correction(self.layout, self.features_in, device)
         else:
             self.originals = [base.weight.detach() for base in bases]
             weights = [weight.to(device) for weight in self.originals]
@@ -115,10 +114,7 @@ class FusedGroup(nn.Module):
         if self.fp8 is not None:
             fp8.correct(self.fp8, x_sd, self.originals, self.layout)
         else:
-            found = fp8.nf4_correction(x_sd, self.weights, self.layout)
-            columns, probe = self.weights[-2:]
-            columns.copy_(found.columns_oc.view(torch.uint8))
-            probe.copy_(found.probe_cd)
+            fp8.correct_nf4(x_sd, self.weights, self.layout)
         self.is_calibrated, self.originals = True, []
 
     def write_delta(self) -> None:

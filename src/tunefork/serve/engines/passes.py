@@ -8,17 +8,20 @@ than the GPU needs for them. Rows that only fill up write to a token of the cach
 Shape legend: N tokens of the pass, R rows of which logits are wanted, V tokens of the vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunefork.kernels.bank_stretches import Stretch
+from tunefork.model.layers import decoder_layers
 from tunefork.serve.engines.attention import Reads, Span
 from tunefork.serve.engines.choose import greedy
 
@@ -98,8 +101,16 @@ class _Graph:
     outcome: Outcome
 
 
-Route = Callable[[Tensor, Sequence[Stretch]], None]
-"""Is told the slot of each token (N,), and the stretches of tokens that have one."""
+class Route(Protocol):
+    """Is told whose the tokens of the next pass are."""
+
+    def __call__(
+        self, index_n: Tensor, stretches: Sequence[Stretch], *, is_captured: bool = False
+    ) -> None:
+        """The slot of each token, and the stretches of tokens that have one.
+
+        A captured pass reads `index_n` whenever it is replayed.
+        """
 
 
 class Passes:
@@ -115,6 +126,7 @@ class Passes:
         max_model_len: int,
         flash: bool,
         graphs: bool,
+        compiles: bool = False,
     ) -> None:
         self.model, self.route, self.flash, self.graphs = model, route, flash, graphs
         self.max_model_len = max_model_len
@@ -124,6 +136,9 @@ class Passes:
         self.captured: dict[_Key, _Graph] = {}
         self.max_rows = max_rows
         self._read: torch.cuda.Event | None = None
+        self._is_decoding = False
+        if compiles:
+            self._compile()
 
     @torch.inference_mode()
     def run(self, parts: Sequence[Part]) -> Outcome:
@@ -138,7 +153,7 @@ class Passes:
         longest_k = _limit(max(span.used for span in spans), self.max_model_len)
         self.layout.send()
         if self.device.type == "cuda":
-            self._read = torch.cuda.Event()
+            self._read = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._read.record()
         if decodes and self.graphs:
             # With many rows the kernel has enough to do without cutting them into pieces.
@@ -149,6 +164,29 @@ class Passes:
             self.route(self.layout.tensors["slots"][:num_tokens], stretches)
             outcome = self._pass(rows, num_tokens, num_wanted, longest_q, longest_k, told)
         return Outcome(outcome.logits_rv[:num_wanted], outcome.tokens_r[:num_wanted])
+
+    @torch.inference_mode()
+    def warm(self, *, has_slots: bool) -> None:
+        """Capture the graphs that short requests need, so that the first ones do not wait."""
+        sizes = sorted({self.filled(rows) for rows in range(1, self.max_rows + 1)}, reverse=True)
+        for rows in sizes:  # the largest first: the others find room in its memory
+            self._lay_out([], rows)
+            self.layout.send()
+            for has_adapters in (False, True) if has_slots else (False,):
+                limit = self.max_model_len if rows >= _MANY_ROWS else _limit(1, self.max_model_len)
+                try:
+                    self._replay(_Key(rows, limit, has_adapters))
+                    torch.cuda.synchronize(self.device)
+                except RuntimeError as error:
+                    self._is_decoding, self.graphs = False, False
+                    self.captured.clear()
+                    warnings.warn(
+                        "embedded.cuda_graphs: a decoding pass could not be captured "
+                        f"({str(error).splitlines()[0]}); passes are launched kernel by kernel, "
+                        "which is slower",
+                        stacklevel=2,
+                    )
+                    return
 
     def filled(self, rows: int) -> int:
         """Up to which number of rows a decoding pass is filled: powers of two, then eights."""
@@ -229,12 +267,12 @@ class Passes:
     def _capture(self, key: _Key) -> _Graph:
         """The graph of a pass over so many decoding rows, by the numbers that lie there now."""
         rows = key.rows
-        self.route(
-            self.layout.tensors["slots"][:rows], [Stretch(0, 0, rows)] if key.has_adapters else []
-        )
+        stretches = [Stretch(0, 0, rows)] if key.has_adapters else []
+        self.route(self.layout.tensors["slots"][:rows], stretches, is_captured=True)
         told = (rows, rows, rows, 1, key.longest_k, None)
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._is_decoding = True
         with torch.cuda.stream(stream):
             self._pass(*told)  # what is made at the first call is made outside of the graph
         torch.cuda.current_stream(self.device).wait_stream(stream)
@@ -243,7 +281,22 @@ class Passes:
         # Other threads (one that loads adapters) may use the GPU meanwhile.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             outcome = self._pass(*told)
+        self._is_decoding = False
         return _Graph(graph, outcome)
+
+    def _compile(self) -> None:
+        """Decoder layers of captured passes run compiled; one form serves all layers and sizes."""
+
+        def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return type(layer).forward(layer, *args, **kwargs)
+
+        compiled = torch.compile(forward, dynamic=True)
+
+        def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return (compiled if self._is_decoding else forward)(layer, *args, **kwargs)
+
+        for layer in decoder_layers(self.model):
+            layer.forward = partial(run, layer)
 
 
 def _stretches(parts: Sequence[Part]) -> list[Stretch]:
