@@ -29,7 +29,7 @@ class Request:
 
 
 def valid(source: random.Random, models: list[str]) -> Request:
-    """A request that the API allows, with some of its parameters."""
+    """A request that the API allows and every engine honours, with some of its parameters."""
     is_chat = source.random() < 0.6
     fields: dict[str, Any] = {"model": source.choice(models), "max_tokens": source.randint(1, 12)}
     if is_chat:
@@ -69,7 +69,7 @@ OPTIONS: dict[str, Draw] = {
 CHAT_OPTIONS = OPTIONS | {
     "logprobs": lambda s: s.choice([True, False, None]),
     "top_logprobs": lambda s: s.choice([0, 3, 20]),
-    "response_format": lambda s: s.choice([{"type": "text"}, {"type": "json_object"}]),
+    "response_format": lambda s: s.choice([{"type": "text"}, None]),
 }
 COMPLETION_OPTIONS = OPTIONS | {"logprobs": lambda s: s.choice([0, 5]), "echo": lambda s: True}
 
@@ -84,6 +84,8 @@ NASTY: list[Any] = [
     *([[[[[[[[[[]]]]]]]]]], {"type": SECRET}, {"type": "json_schema"}, [-1], [2**24], [10**9] * 9),
 ]
 SCHEMAS: list[Any] = [
+    {},
+    {"type": "object", "properties": {"a": {"enum": [1, "b"]}}, "required": ["a"]},
     {"$ref": "#"},
     {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}},
     {"$ref": "file:///etc/passwd"},

@@ -58,7 +58,7 @@ class Seen:
         if status >= 400 and asked.method != "HEAD":
             error = json.loads(text)["error"]
             assert set(error) == {"message", "type", "param", "code"}, shown
-            assert SECRET not in text or "tag '" in text, shown
+            assert SECRET not in text, shown
         for leak in ("Traceback", str(Path.cwd()), "site-packages", "/tmp/"):
             assert leak not in text, shown
 
@@ -273,8 +273,8 @@ def test_requests_drawn_from_the_document(shared: Running) -> None:
 
 
 @pytest.mark.slow
-def test_thousands_of_requests_drawn_from_the_document(program: Program) -> None:
-    seen = by_schema(program, 700)
+def test_many_requests_drawn_from_the_document(program: Program) -> None:
+    seen = by_schema(program, 300)
     assert seen.statuses[400] and seen.statuses[200], seen.statuses
     is_as_before(program)
 

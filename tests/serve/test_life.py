@@ -103,6 +103,7 @@ def test_a_client_that_stops_reading_is_cut_off(settings: ServeSettings) -> None
         eventually(lambda: engine.computed > 100)
         eventually(lambda: _is_at_rest(running))
         assert engine.computed < 100_000
+        eventually(lambda: not running.server.server_state.connections)
         connection.close()
         eventually(lambda: [s[0] for s in _statuses(settings)] == ["cancelled"])
         assert running.ask().status_code == 200

@@ -6,6 +6,7 @@ That the real one understands the same is shown by `test_vllm_real.py`.
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -118,7 +119,8 @@ def test_a_request_is_put_in_vllms_words(make: Any, run: Run, tmp_path: Path) ->
     }  # fmt: skip
     (load,) = calls(engine, "/v1/load_lora_adapter")
     assert load["lora_name"] == "one:v1"
-    assert not load["lora_path"].startswith(str(one.folder)), "vLLM gets a folder of its own"
+    shutil.rmtree(one.folder)
+    assert Path(load["lora_path"], "adapter_model.safetensors").is_file(), "vLLM may read it again"
     assert engine.capabilities.max_model_len == 256
     state = engine.state()
     assert (state.healthy, state.running, state.loads, state.resident) == (True, 0, 1, ("one:v1",))
@@ -170,6 +172,22 @@ def test_where_all_places_are_in_use_the_next_waits(make: Any, run: Run, tmp_pat
     later, earlier = run(two())
     assert earlier < later
     assert engine.state().in_host_memory == ("b:v1",)
+
+
+def test_one_that_waits_makes_one_leave(make: Any, run: Run, tmp_path: Path) -> None:
+    engine = make(slots=1, host_adapters=3)
+    leaves_slowly, b, c, d = (adapter(tmp_path, name) for name in ("slow", "b", "c", "d"))
+
+    async def main() -> None:
+        for one in (leaves_slowly, b, c):
+            await answer(engine, request(one))
+        waiting = asyncio.create_task(answer(engine, request(d)))
+        await asyncio.sleep(0.05)
+        await answer(engine, request(c))  # its end wakes who waits
+        await waiting
+
+    run(main())
+    assert set(engine.state().in_host_memory) == {"b:v1", "c:v1", "d:v1"}
 
 
 def test_pinned_ones_stay_and_forgotten_ones_leave_after_their_last_answer(
@@ -325,7 +343,8 @@ def test_the_watchdog_ends_all_once_its_parent_is_killed(tmp_path: Path) -> None
     eventually(lambda: len(dog.children(recursive=True)) == 2)
     below = [dog, *dog.children(recursive=True)]
     parent.kill()
-    parent.communicate()
+    parent.wait()
+    parent.stdout.close()
     assert not psutil.wait_procs(below, timeout=5)[1]
     assert not folder.exists()
 

@@ -37,6 +37,8 @@ class Routing:
     mode: Literal["none", "segments", "one", "tokens", "stretches"] = "none"
     bounds: Bounds = ()
     """`ends_g` as the host knows it, with each slot's start; mode "segments"."""
+    is_even: bool = False
+    """All slots have as many tokens; mode "segments"."""
     slot: int = 0
     """Whose every token is; mode "one"."""
     index_s: Tensor | None = None
@@ -150,7 +152,8 @@ def deltas(layers: Sequence[BankLinear], x_sd: Tensor) -> tuple[Tensor, ...]:
         case "segments":
             rows_a, rows_b = [la.rows_a for la in layers], [la.rows_b for la in layers]
             kinds = [layer.kind for layer in layers]
-            return grouped(x_sd, routing.ends_g, rows_a, rows_b, kinds, routing.padded)
+            ends_g, is_even = routing.ends_g, routing.is_even
+            return grouped(x_sd, ends_g, rows_a, rows_b, kinds, routing.padded, is_even)
         case "one":
             return tuple(_delta_of_one(layer, x_sd) for layer in layers)
         case "tokens":

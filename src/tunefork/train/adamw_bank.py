@@ -125,7 +125,7 @@ class BankAdamW:
         return self._views[slot]
 
     def _factors(self, updates: Mapping[int, SlotUpdate]) -> tuple[Tensor, Tensor]:
-        """(G + 1, FACTORS) and the norms' limits (G,), on the device."""
+        """(G + 1, FACTORS) and the norms' limits (G,), on a GPU; the host does not wait."""
         rows = [[1.0, *[0.0] * (FACTORS - 1)] for _ in range(self.bank.num_slots + 1)]
         limits = [1.0] * self.bank.num_slots
         for slot, update in updates.items():
@@ -138,11 +138,9 @@ class BankAdamW:
             )
             rows[slot] = [*known, 1.0]
             limits[slot] = update.max_grad_norm
-        device = self.m.device
-        return (
-            torch.tensor(rows).to(device, non_blocking=True),
-            torch.tensor(limits).to(device, non_blocking=True),
-        )
+        device, both = self.m.device, (torch.tensor(rows), torch.tensor(limits))
+        factors, limits_g = (x.pin_memory().to(device, non_blocking=True) for x in both)
+        return factors, limits_g
 
     def moments(self, slot: int) -> dict[str, tuple[Tensor, Tensor]]:
         """`PATH.lora_a` and `PATH.lora_b` -> first and second moments as views, B's transposed."""
