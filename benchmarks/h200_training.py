@@ -59,7 +59,7 @@ def measure(arguments: argparse.Namespace) -> None:
         batches = training_runs.draw_batches(run, WARM_UP + timed, shape.vocabulary)
         np.savez(folder / BATCHES, **batches)
         began = time.perf_counter()
-        found = _in_a_process(run, folder, sites.get(run.tool), min(arguments.limit, left))
+        found = in_a_process(run, folder, sites.get(run.tool), min(arguments.limit, left))
         found |= {"run": run.name, "tool": run.tool, "setting": setting(run), "call": call}
         found["seconds"] = time.perf_counter() - began
         with arguments.out.open("a", encoding="utf-8") as stream:
@@ -67,8 +67,10 @@ def measure(arguments: argparse.Namespace) -> None:
         print(_line(found), flush=True)
 
 
-def _in_a_process(run: Run, folder: Path, site: str | None, limit_s: float) -> dict[str, Any]:
-    """What the run's own process says, or why it ended without a word."""
+def in_a_process(
+    run: Run, folder: Path, site: str | None, limit_s: float, module: str = _MODULE
+) -> dict[str, Any]:
+    """What the run's own process says, or why it ended without a word; `module` has a verb one."""
     packages = str(Path(site).resolve()) if site else os.environ.get("PYTHONPATH", "")
     paths = [str(_ROOT), str(_ROOT / "src"), *([packages] if packages else [])]
     environment = os.environ | {"PYTHONPATH": ":".join(paths)}
@@ -76,7 +78,7 @@ def _in_a_process(run: Run, folder: Path, site: str | None, limit_s: float) -> d
         environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if run.tool == "tunefork":
         environment.setdefault("TORCHINDUCTOR_CACHE_DIR", "/tmp/tunefork_inductor")
-    command = [sys.executable, "-m", _MODULE, "one", json.dumps(asdict(run)), str(folder)]
+    command = [sys.executable, "-m", module, "one", json.dumps(asdict(run)), str(folder)]
     try:
         done = subprocess.run(  # in the folder, for Unsloth writes a cache where it is started
             command, cwd=folder, env=environment, capture_output=True, text=True, timeout=limit_s
@@ -140,7 +142,7 @@ def _shape(tiny: bool) -> Shape:
     return TINY if tiny else EIGHT_B
 
 
-def _roomy_folder() -> Path:
+def roomy_folder() -> Path:
     """Memory for 16 GB of weights where there is enough of it, else the disk."""
     shared = Path("/dev/shm")
     is_roomy = shared.is_dir() and shutil.disk_usage(shared).free > 20e9
@@ -153,7 +155,7 @@ def main() -> None:
     match arguments.verb:
         case "measure":
             if arguments.model is None:
-                arguments.model = _roomy_folder()
+                arguments.model = roomy_folder()
             arguments.model = arguments.model.resolve()
             arguments.model.mkdir(parents=True, exist_ok=True)
             measure(arguments)

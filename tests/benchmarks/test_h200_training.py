@@ -75,9 +75,9 @@ def test_a_case_names_runs_that_exist_and_its_own_tool_first() -> None:
 
 def test_a_run_that_fails_or_hangs_says_so(tmp_path: Path) -> None:
     run = Run("none", "no such tool", 1, 4)
-    found = h200_training._in_a_process(run, tmp_path, None, 60.0)
+    found = h200_training.in_a_process(run, tmp_path, None, 60.0)
     assert "KeyError: 'no such tool'" in found["error"]
-    assert "not done after" in h200_training._in_a_process(run, tmp_path, None, 0.01)["error"]
+    assert "not done after" in h200_training.in_a_process(run, tmp_path, None, 0.01)["error"]
 
 
 def _raw(run: str, call: str, **more: Any) -> str:

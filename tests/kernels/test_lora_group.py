@@ -1,49 +1,50 @@
 """Groups of LoRA layers over one product against the definition of each, values and gradients."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from tunefork.kernels import lora_group as kernel
 from tunefork.kernels import reference
 from tunefork.kernels.layout import Layout, Storage
-from tunefork.kernels.lora_group import (
-    is_widened,
-    is_widened_backward,
-    lora_group,
-    with_room,
-    write_delta,
+from tunefork.kernels.lora_group import is_widened, lora_group, with_room, write_delta
+from tunefork.kernels.quantized import (
+    dequantize_nf4,
+    dequantize_nf4_tensors,
+    nf4_tensors,
+    quantize_nf4,
 )
-from tunefork.kernels.quantized import dequantize_nf4, nf4_tensors, quantize_nf4
 
 SCALE = 0.5
-GROUPS = [  # sizes, ranks, and which product is widened
-    ((24,), (4,), ""),
-    ((32, 16, 16), (4, 0, 2), ""),
-    ((64, 48), (4, 3), "forward"),
-    ((64, 48), (0, 3), "forward"),
-    ((32, 16), (0, 0), ""),
-    ((12,), (4,), "backward"),
-    ((8, 4), (2, 0), "backward"),
-    ((8,), (0,), ""),
+GROUPS = [
+    ((24,), (4,), False),
+    ((32, 16, 16), (4, 0, 2), False),
+    ((64, 48), (4, 3), True),
+    ((64, 48), (0, 3), True),
+    ((32, 16), (0, 0), False),
 ]
 
 
-@pytest.mark.parametrize("storage", ["bf16", "nf4"])
+@pytest.mark.parametrize(("storage", "in_pieces"), [("bf16", False), ("nf4", False), ("nf4", True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("sizes", "ranks", "wide"), GROUPS)
 def test_equals_the_definition(
     sizes: tuple[int, ...],
     ranks: tuple[int, ...],
-    wide: str,
+    wide: bool,
     dtype: torch.dtype,
     storage: Storage,
+    in_pieces: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(0)
+    if in_pieces:
+        monkeypatch.setattr(kernel, "WHOLE_BYTES", 0)
     features = 32
     layout = Layout(storage, "bf16", sizes, ranks, SCALE)
-    is_bf16 = storage == "bf16"
-    assert is_widened(layout, features) == (wide == "forward" and is_bf16)
-    assert is_widened_backward(layout, features) == (wide == "backward" and is_bf16)
+    assert is_widened(layout, features) == (wide and storage == "bf16")
     x = torch.randn(2, 5, features).to(dtype).requires_grad_()
     weights = [torch.randn(size, features).to(dtype) for size in sizes]
     lora_a = [torch.randn(r, features, requires_grad=True) for r in ranks if r]
@@ -55,7 +56,7 @@ def test_equals_the_definition(
     else:
         room = with_room(weights, layout)
         if wide:
-            write_delta(room, lora_a, lora_b, layout)
+            write_delta(room, lora_b, layout)
         operands = (room,)
     actual = lora_group(x, layout, operands, lora_a, lora_b)
     a, b = iter(lora_a), iter(lora_b)
@@ -83,3 +84,26 @@ def test_equals_the_definition(
         assert (ours.double() - truth).norm() <= bound * truth.double().norm()
     for gradient, operand in zip(got, inputs, strict=True):
         assert gradient.dtype == operand.dtype
+
+
+def test_of_large_4_bit_layers_one_is_dequantised_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes: list[tuple[int, ...]] = []
+
+    def noting(tensors: Any, of: Any, *more: Any) -> Tensor:
+        sizes.append(tuple(of))
+        return dequantize_nf4_tensors(tensors, of, *more)
+
+    monkeypatch.setattr(kernel, "dequantize_nf4_tensors", noting)
+    layout = Layout("nf4", "bf16", (64, 48), (4, 0), SCALE)
+    quantized = [quantize_nf4(torch.randn(size, 32)) for size in layout.sizes]
+    operands: tuple[Tensor, ...] = sum((nf4_tensors(*q) for q in quantized), ())
+    a, b = torch.randn(4, 32, requires_grad=True), torch.randn(64, 4, requires_grad=True)
+    for most, expected in ((2**28, [(64, 48)]), (112 * 32 * 4 - 1, [(64,), (48,)])):
+        monkeypatch.setattr(kernel, "WHOLE_BYTES", most)
+        x = torch.randn(3, 32, requires_grad=True)
+        first, second = lora_group(x, layout, operands, [a], [b])
+        (first.sum() + second.sum()).backward()
+        assert sizes == 2 * expected
+        sizes.clear()

@@ -54,7 +54,7 @@ def _case(method: Method = Method.LORA, *, wants_fp8: bool = False, compiled: bo
         wants_fp8=wants_fp8,
         is_compiled=compiled,
     )
-    target = target_of(load_catalogue().machine(["h200"]))
+    target = replace(target_of(load_catalogue().machine(["h200"])), is_here=True)
     return Case(CONFIG, 1, made, target)
 
 
@@ -85,7 +85,7 @@ def test_the_first_kind_that_fits_at_its_high_end_is_taken(compiled: bool) -> No
 def test_each_kind_takes_longer_than_the_one_before() -> None:
     case = _case()
     seconds = []
-    for made in auto.kinds_of(case.made):
+    for made in auto.kinds_of(case.made, case.target):
         step = replace(case, made=made).step(SHAPE)
         seconds.append(one_pass_seconds(replace(case, made=made), step, step.work, SHAPE))
     assert seconds == sorted(seconds)
@@ -145,7 +145,7 @@ def test_a_run_on_a_cpu_keeps_everything_where_that_fits(
     assert settled.recipe.train.activation_checkpointing == "none"
     assert settled.why is not None and "auto is none: " in settled.why
     target = replace(here(load_catalogue()), memory_bytes=2**20)
-    monkeypatch.setattr(auto, "here", lambda *_: target)
+    monkeypatch.setattr(auto, "free_here", lambda *_: target)
     settled = auto.settle(recipe, Method.LORA, EXAMPLES)
     assert settled.recipe.train.activation_checkpointing == "full"
     assert settled.why is not None and "nothing keeps less" in settled.why
@@ -178,7 +178,6 @@ def test_a_model_that_cannot_be_planned_gets_what_is_safe(
     kinds = []
     for device in ("cpu", "cuda"):
         monkeypatch.setattr(auto, "pick_device", lambda at=device: torch.device(at))
-        monkeypatch.setattr(auto, "_free", lambda target, _: target)
         settled = auto.settle(recipe, Method.LORA, EXAMPLES)
         kinds.append(settled.recipe.train.activation_checkpointing)
     assert kinds == ["none", "full"]

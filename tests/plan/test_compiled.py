@@ -14,7 +14,7 @@ from tunefork.model.layers import decoder_layers
 from tunefork.plan import step as steps
 from tunefork.plan.batches import shape_of
 from tunefork.plan.built import Build, built
-from tunefork.plan.compiled import capture
+from tunefork.plan.capture import capture
 from tunefork.plan.passes import Shape
 from tunefork.plan.program import TOKENS, program_of
 from tunefork.plan.shape import at_depth, config_for

@@ -13,6 +13,7 @@ from tests.folders import save_model
 from tunefork.recipe import ModelSection
 from tunefork.serve.engine import EngineRequest, EngineState, Piece, Sampling, ServedAdapter
 from tunefork.serve.engines.embedded import EmbeddedEngine
+from tunefork.serve.engines.embedded_settings import EmbeddedSettings
 from tunefork.serve.settings import ServeSettings
 
 
@@ -40,7 +41,8 @@ def base_folder(folder: Path, name: str = "llama") -> Any:
 def settings(base: Path, **embedded: Any) -> ServeSettings:
     """Of an engine on the CPU in fp32."""
     fields = {"device": "cpu", "dtype": "fp32", "slots": 4, "max_rank": 64, "cache_tokens": 8192}
-    return ServeSettings(base=ModelSection(id=str(base)), embedded=fields | embedded)
+    own = EmbeddedSettings.model_validate(fields | embedded)
+    return ServeSettings(base=ModelSection(id=str(base)), embedded=own)
 
 
 def greedy(model: Any, adapter: ServedAdapter | None, prompt: Sequence[int], new: int) -> list[int]:

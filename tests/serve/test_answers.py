@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.serve.fake_engine import ALL, FakeEngine
-from tunefork.serve.answers import Answer, Order
+from tunefork.serve.answers import Answer
 from tunefork.serve.engine import Sampling
 from tunefork.serve.fair import FairQueue
 from tunefork.serve.ledger import Ledger, read_usage
 from tunefork.serve.metrics import Metrics
+from tunefork.serve.order import Order
 from tunefork.serve.parts import Parts
 from tunefork.serve.quotas import Quotas
 from tunefork.serve.tenants import Tenant

@@ -25,7 +25,7 @@ from tests.serve.embedded import (
     started,
 )
 from tunefork.errors import AdapterError, EngineError
-from tunefork.serve.engine import ServedAdapter
+from tunefork.serve.engine import Piece, ServedAdapter
 from tunefork.serve.engines.embedded import EmbeddedEngine
 from tunefork.serve.engines.tiers import Tiers
 
@@ -225,6 +225,7 @@ def test_an_adapter_that_cannot_be_served_fails_its_own_requests(
                 *(answer(engine, one) for one in (*wanted, well)), return_exceptions=True
             )
             assert all(isinstance(one, AdapterError) for one in found[:2]), found
+            assert isinstance(found[2], Piece)
             assert list(found[2].token_ids) == served.expected(served.adapters[0])
             await idle(engine)
             assert engine.state().resident == ("a0:v1",)
@@ -274,7 +275,7 @@ def test_a_load_that_breaks_is_an_error_of_its_requests(served: Served) -> None:
             def broken(*_: Any) -> None:
                 raise RuntimeError("bus error")
 
-            tiers_of(engine).slots.load = broken  # type: ignore[method-assign]
+            tiers_of(engine).slots.load = broken
             with pytest.raises(EngineError, match="cannot be loaded"):
                 await answer(engine, request("a", PROMPT, served.adapters[0]))
             assert len((await answer(engine, request("b", PROMPT))).token_ids) == 8

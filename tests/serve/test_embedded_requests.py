@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -240,7 +239,7 @@ def test_a_request_whose_logits_are_not_finite_fails_alone(base: Any) -> None:
                 outcome.tokens_r[bad[: len(outcome.tokens_r)] == 77] = -1
                 return outcome
 
-            passes._pass = spoiled  # type: ignore[method-assign]
+            passes._pass = spoiled
             sick = asyncio.ensure_future(answer(engine, request("a", [5, 77])))
             well = await answer(engine, request("b", PROMPT))
             assert len(well.token_ids) == 8
@@ -262,7 +261,7 @@ def test_a_pass_without_memory_costs_the_largest_request_alone(base: Any) -> Non
                     raise torch.OutOfMemoryError("no memory")
                 return original(parts)
 
-            passes.run = short  # type: ignore[method-assign]
+            passes.run = short
             small = asyncio.ensure_future(answer(engine, request("a", PROMPT, max_tokens=30)))
             with pytest.raises(EngineError, match="no memory"):
                 await answer(engine, request("b", PROMPT * 30, max_tokens=5))
@@ -287,7 +286,7 @@ def test_a_dead_engine_says_so_to_everyone_and_can_be_started_again(base: Any) -
             for at in range(3)
         ]
         await asyncio.sleep(0.1)
-        engine._parts.core.passes.run = broken  # type: ignore[method-assign]
+        engine._parts.core.passes.run = broken
         for found in await asyncio.gather(*running, return_exceptions=True):
             assert isinstance(found, EngineDeadError) and "device is gone" in str(found)
         with pytest.raises(EngineDeadError):

@@ -1,6 +1,7 @@
 """Regions of the cache: never two over one token, and all of it comes back."""
 
 import random
+from itertools import pairwise
 
 from tunefork.serve.engines.regions import UNIT, Region, Regions
 
@@ -18,7 +19,7 @@ def test_regions_never_overlap_and_all_come_back() -> None:
         elif (taken := regions.take(chosen.randrange(1, 9 * UNIT))) is not None:
             held.append(taken)
         spans = sorted((region.start, region.start + region.size) for region in held)
-        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+        assert all(a[1] <= b[0] for a, b in pairwise(spans))
         assert all(start >= UNIT and end <= 64 * UNIT for start, end in spans)
         assert regions.free == regions.total - sum(region.size for region in held)
     for region in held:

@@ -6,18 +6,22 @@ and g = 0, 32 bytes a parameter, however many adapters there are (AdamW: Loshchi
 https://arxiv.org/abs/1711.05101, algorithm 2). Slots that are not due keep every bit of p, m and v:
 they are chosen by `where`, as a product with zero would let a NaN through.
 
-On a GPU torch.compile makes one kernel of it; a CPU runs it by pieces that stay in its cache.
+On a GPU torch.compile makes one kernel of it. A CPU, where a call costs little, takes PyTorch's
+fused AdamW slot by slot (`update_slot_`): the very arithmetic of a run alone. `adamw_slots_` runs
+there too, by pieces that stay in its cache; the two are tested against each other.
 
 Shape legend: b = blocks, n = elements of a block, G slots.
 """
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from tunefork.kernels.compiled import compiled_on_cuda
 
-_PIECE = 2**17
-"""Elements that a CPU's cache holds with what is computed of them."""
+_PIECE = {"cpu": 2**17, "cuda": 2**30}
+"""Most elements of one call: of a CPU's cache, and of what an int32 can number."""
 
 FACTORS = 8
 """decay, rate, gradient scale, 1 - beta1, 1 - beta2, second moment's scale, eps (those of
@@ -29,13 +33,14 @@ def adamw_slots_(
     p_bn: Tensor, g_bn: Tensor, m_bn: Tensor, v_bn: Tensor, slot_b: Tensor, factors_gf: Tensor
 ) -> None:
     """Update p, m and v of the slots that are due, in place, and put all of g to zero."""
-    if p_bn.device.type != "cpu":
-        _update_(p_bn, g_bn, m_bn, v_bn, slot_b, factors_gf)
-        return
-    blocks = max(1, _PIECE // p_bn.shape[1])
-    for first in range(0, len(p_bn), blocks):
-        part = slice(first, first + blocks)
+    for part in _pieces(p_bn):
         _update_(p_bn[part], g_bn[part], m_bn[part], v_bn[part], slot_b[part], factors_gf)
+
+
+def _pieces(flat_bn: Tensor) -> Iterator[slice]:
+    blocks = max(1, _PIECE["cuda" if flat_bn.is_cuda else "cpu"] // flat_bn.shape[1])
+    for first in range(0, len(flat_bn), blocks):
+        yield slice(first, first + blocks)
 
 
 @compiled_on_cuda(dynamic=False)
@@ -55,6 +60,36 @@ def _update_(
     g_bn.zero_()
 
 
+@torch.no_grad()
+def update_slot_(
+    parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
+    count: Tensor,
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    gradient_scale: float,
+) -> None:
+    """The update number `count` (from 1, fp32) of one slot, whose p, g, m and v are `parts`."""
+    p, g, m, v = (list(tensors) for tensors in zip(*parts, strict=True))
+    torch._fused_adamw_(
+        p,
+        g,
+        m,
+        v,
+        [],
+        [count] * len(p),
+        lr=learning_rate,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=1e-8,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=None if gradient_scale == 1.0 else torch.tensor(1.0 / gradient_scale),
+    )
+
+
 @compiled_on_cuda(dynamic=False)
 def _squares(g_bn: Tensor) -> Tensor:
     """(b,) fp32: each block's sum of squares."""
@@ -68,6 +103,7 @@ def slot_norms(g_bn: Tensor, at_gk: Tensor) -> Tensor:
     Gathered, not added up in turn: the same each time, and a NaN stays with its slot. The sums over
     blocks are fp64, so that no bit hangs on how many places are filling.
     """
-    squares_b = torch.nn.functional.pad(_squares(g_bn), (0, 1))
+    squares = [_squares(g_bn[part]) for part in _pieces(g_bn)]
+    squares_b = torch.cat([*squares, squares[0].new_zeros(1)])
     own_gk = squares_b.index_select(0, at_gk.flatten()).view(at_gk.shape)
     return own_gk.sum(1, dtype=torch.float64).sqrt().float()

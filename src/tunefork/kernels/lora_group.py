@@ -8,8 +8,7 @@ a tensor of its own in place otherwise.
 A delta is added to the base's product in place, but where that product is much larger than x (gate
 and up: seven times): then, as with FP8, the product itself is widened, [x | u] [W | scale B]^T, and
 copying x costs less than reading and writing y once more. A bf16 W is kept with room for scale B
-beside it, which `write_delta` fills. Likewise backwards, where dx is much larger than dy (down):
-[dy | du] [W; A], with room for A below W.
+beside it, which `write_delta` fills.
 
 Shape legend as in `layout.py`; S tokens, D features in.
 """
@@ -37,62 +36,54 @@ def is_widened(layout: Layout, features_in: int) -> bool:
     return large and layout.storage == "bf16" and layout.rank > 0
 
 
-def is_widened_backward(layout: Layout, features_in: int) -> bool:
-    """Whether the input gradient's is: where dx is more than twice as wide as dy."""
-    large = features_in > 2 * sum(layout.sizes)
-    return large and layout.storage == "bf16" and layout.rank > 0
-
-
 @torch.no_grad()
 def with_room(weights: Sequence[Tensor], layout: Layout) -> Tensor:
-    """`weights` (O_i, D) one below the other, with zeros where the delta will stand.
-
-    (O, D + P) with room for scale B, (O + P, D) with room for A, or (O, D).
-    """
-    rows, columns = sum(layout.sizes), weights[0].shape[1]
-    beside = layout.bf16_width if is_widened(layout, columns) else 0
-    below = layout.bf16_width if is_widened_backward(layout, columns) else 0
-    room = weights[0].new_zeros(rows + below, columns + beside)
+    """`weights` (O_i, D) one below the other, (O, D + P), with zeros where scale B will stand."""
+    features_in = weights[0].shape[1]
+    width = layout.bf16_width if is_widened(layout, features_in) else 0
+    room = weights[0].new_zeros(sum(layout.sizes), features_in + width)
     for weight, (first, last) in zip(weights, layout.bounds, strict=True):
-        room[first:last, :columns] = weight
+        room[first:last, :features_in] = weight
     return room
 
 
 @torch.no_grad()
-def write_delta(
-    weight: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], layout: Layout
-) -> None:
-    """Put scale * B beside a weight of `with_room` or A below it, after each change of theirs."""
-    rows = sum(layout.sizes)
-    if weight.shape[0] > rows:
-        torch.cat(list(lora_a), out=weight[rows : rows + layout.rank])
-        return
-    column, rest = weight.shape[1] - layout.bf16_width, list(lora_b)
+def write_delta(weight_op: Tensor, lora_b: Sequence[Tensor], layout: Layout) -> None:
+    """Put scale * B beside a widened weight, after each change of theirs."""
+    column, rest = weight_op.shape[1] - layout.bf16_width, list(lora_b)
     for (first, last), rank in zip(layout.bounds, layout.ranks, strict=True):
         if rank:
-            weight[first:last, column : column + rank] = rest.pop(0) * layout.scale
+            weight_op[first:last, column : column + rank] = rest.pop(0) * layout.scale
         column += rank
 
 
-def _dense(layout: Layout, weights: Sequence[Tensor], features_in: int, dtype: Any) -> Tensor:
+WHOLE_BYTES = 2**28
+"""Of a group's dequantised weights: of a larger group each layer's come and go by themselves, for
+all of a 70B model's gate and up, beside the parts they are put together from, take 2 GiB."""
+
+
+def _pieces(layout: Layout, features_in: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """First and last layer (exclusive) of those that are multiplied at one time."""
+    count = len(layout.sizes)
+    is_large = sum(layout.sizes) * features_in * dtype.itemsize > WHOLE_BYTES
+    if layout.storage == "nf4" and is_large:
+        return [(at, at + 1) for at in range(count)]
+    return [(0, count)]
+
+
+def _dense(
+    layout: Layout,
+    weights: Sequence[Tensor],
+    features_in: int,
+    dtype: torch.dtype,
+    piece: tuple[int, int],
+) -> Tensor:
+    """The weights of a piece's layers, one below the other."""
     if layout.storage == "nf4":
-        return dequantize_nf4_tensors(weights, layout.sizes, features_in, dtype)
+        first, last = piece
+        tensors = weights[5 * first : 5 * last]
+        return dequantize_nf4_tensors(tensors, layout.sizes[first:last], features_in, dtype)
     return weights[0]
-
-
-def _input_gradient(parts: Sequence[Tensor], weight: Tensor) -> Tensor:
-    """dx (S, D) of gradients that lie over the weight's rows one after the other.
-
-    As one product where they are small beside dx, for they are copied together first.
-    """
-    widths = [part.shape[1] for part in parts]
-    if sum(widths) <= 2 * weight.shape[1]:
-        return (torch.cat(list(parts), dim=1) if len(parts) > 1 else parts[0]) @ weight
-    first, *others = torch.split(weight, widths)
-    dx_sd = parts[0] @ first
-    for part, rows in zip(parts[1:], others, strict=True):
-        _add_product(dx_sd, part, rows, 1.0)
-    return dx_sd
 
 
 class _LoraGroup(torch.autograd.Function):
@@ -101,7 +92,6 @@ class _LoraGroup(torch.autograd.Function):
         ctx: Any, layout: Layout, num_weights: int, x_sd: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         weights, lora_b = tensors[:num_weights], list(tensors[num_weights + 1 :])
-        weight_od = _dense(layout, weights, x_sd.shape[1], x_sd.dtype)
         saved: tuple[Tensor, ...] = ()
         if layout.rank:
             u_sr = x_sd @ tensors[num_weights].t()
@@ -110,17 +100,25 @@ class _LoraGroup(torch.autograd.Function):
             filling = x_sd.new_zeros(x_sd.shape[0], layout.bf16_width - layout.rank)
             wide_sp = torch.cat([x_sd, u_sr, filling], dim=1)
             # One by one: a GEMM of all is no faster, and each result is contiguous.
-            ys = tuple(wide_sp @ weight_od[first:last].t() for first, last in layout.bounds)
+            ys = tuple(wide_sp @ weights[0][first:last].t() for first, last in layout.bounds)
         else:
-            y_so = x_sd @ weight_od[: sum(layout.sizes)].t()
-            start = 0
-            for (first, last), rank in zip(layout.bounds, layout.ranks, strict=True):
-                if rank:
-                    u = u_sr[:, start : start + rank]
-                    _add_product(y_so[:, first:last], u, lora_b.pop(0).t(), layout.scale)
-                start += rank
-            one = len(layout.sizes) == 1
-            ys = (y_so,) if one else tuple(torch.split(y_so, list(layout.sizes), dim=1))
+            ys, start = (), 0
+            for piece in _pieces(layout, x_sd.shape[1], x_sd.dtype):
+                members = slice(*piece)
+                y_so = x_sd @ _dense(layout, weights, x_sd.shape[1], x_sd.dtype, piece).t()
+                before = layout.bounds[piece[0]][0]
+                for (first, last), rank in zip(
+                    layout.bounds[members], layout.ranks[members], strict=True
+                ):
+                    if rank:
+                        u, y = (
+                            u_sr[:, start : start + rank],
+                            y_so[:, first - before : last - before],
+                        )
+                        _add_product(y, u, lora_b.pop(0).t(), layout.scale)
+                    start += rank
+                sizes = list(layout.sizes[members])
+                ys += (y_so,) if len(sizes) == 1 else tuple(torch.split(y_so, sizes, dim=1))
         ctx.save_for_backward(*weights, *saved)
         ctx.layout, ctx.num_weights, ctx.features_in = layout, num_weights, x_sd.shape[1]
         return ys
@@ -142,14 +140,16 @@ class _LoraGroup(torch.autograd.Function):
             gradients = (du_sr.t() @ x_sd, *db)
         dx_sd = None
         if ctx.needs_input_grad[2]:
-            weight = _dense(layout, weights, ctx.features_in, dys[0].dtype)
-            parts = [*dys]
-            is_widened = layout.rank and is_widened_backward(layout, ctx.features_in)
-            if is_widened:
-                filling = du_sr.new_zeros(du_sr.shape[0], layout.bf16_width - layout.rank)
-                parts += [du_sr, filling]
-            dx_sd = _input_gradient(parts, weight[:, : ctx.features_in])
-            if layout.rank and not is_widened:
+            for first, last in _pieces(layout, ctx.features_in, dys[0].dtype):
+                weight_od = _dense(layout, weights, ctx.features_in, dys[0].dtype, (first, last))
+                weight_od, row = weight_od[:, : ctx.features_in], 0
+                for dy, size in zip(dys[first:last], layout.sizes[first:last], strict=True):
+                    if dx_sd is None:
+                        dx_sd = dy @ weight_od[row : row + size]
+                    else:
+                        _add_product(dx_sd, dy, weight_od[row : row + size], 1.0)
+                    row += size
+            if layout.rank and dx_sd is not None:
                 _add_product(dx_sd, du_sr, a_rd, 1.0)
         return None, None, dx_sd, *(None for _ in weights), *gradients
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tunefork.data.slots import is_even
 from tunefork.errors import AdapterError, ModelError
 from tunefork.kernels.bank import Bounds, Padded, padded_rank, spans
 from tunefork.kernels.bank_stretches import Layout
@@ -100,7 +101,7 @@ class Bank:
         for path in self._paths(lora):
             layer = self.layers[path]
             a_rd = first_a(lora.rank, layer.in_features, generator)
-            found[path] = (a_rd, torch.zeros(layer.out_features, lora.rank))
+            found[path] = (a_rd, torch.zeros(1, 1).expand(layer.out_features, lora.rank))
         self.put(slot, found, scale=lora_scale(lora), dropout=lora.dropout)
 
     @torch.no_grad()
@@ -157,6 +158,7 @@ class Bank:
     def route_segments(self, bounds: Bounds, ends_g: Tensor | None = None) -> None:
         """Tokens lie in segments by slot, those of the next passes; `ends_g` on the device."""
         self.routing.bounds, self.routing.mode = bounds, "segments"
+        self.routing.is_even = is_even(bounds)
         if ends_g is None:
             ends_g = torch.tensor([last for _, last in bounds], dtype=torch.int32)
         self.routing.ends_g.copy_(ends_g, non_blocking=True)

@@ -96,9 +96,9 @@ def used_bytes(device: torch.device) -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Of a GPU's memory, what this process's tensors could still take: its context is there."""
+    """Of a GPU's memory, what this process's tensors have and could still take."""
     free, _ = torch.cuda.mem_get_info(device)
-    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    return int(free + torch.cuda.memory_reserved(device))
 
 
 def describe(device: torch.device) -> dict[str, str | int]:

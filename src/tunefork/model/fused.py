@@ -23,9 +23,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tunefork.errors import ModelError
 from tunefork.kernels import fp8
-from tunefork.kernels.fp8 import no_correction
 from tunefork.kernels.layout import Layout, Products, Storage
-from tunefork.kernels.lora_group import lora_group, with_room, write_delta
+from tunefork.kernels.lora_group import is_widened, lora_group, with_room, write_delta
 from tunefork.kernels.quantized import dequantize_nf4_tensors, nf4_tensors
 from tunefork.model.bank_linear import BankLinear, deltas
 from tunefork.model.linear import LoraLinear, Nf4Linear
@@ -62,19 +61,15 @@ class FusedGroup(nn.Module):
         self.fp8: fp8.Fp8Weight | None = None
         self.originals: list[Tensor] = []
         """What was quantised, until `calibrate` has corrected for it."""
-        self.has_room = False
-        """For the deltas, in a bf16 weight."""
         if storage == "nf4":
             self.weights = tuple(t for base in bases for t in nf4_tensors(base.codes, base.state))
             if products == "fp8":
-                self.weights += no_correction(self.layout, self.features_in, device)
+                self.weights += fp8.no_correction(self.layout, self.features_in, device)
         else:
             self.originals = [base.weight.detach() for base in bases]
             weights = [weight.to(device) for weight in self.originals]
             if storage == "bf16":
                 self.weights = (with_room(weights, self.layout),)
-                plain = (sum(self.layout.sizes), self.features_in)
-                self.has_room = self.weights[0].shape != plain
             else:
                 self.fp8 = fp8.quantize_weight(weights, self.layout)
                 self.weights = self.fp8.tensors()
@@ -119,20 +114,17 @@ class FusedGroup(nn.Module):
         if self.fp8 is not None:
             fp8.correct(self.fp8, x_sd, self.originals, self.layout)
         else:
-            found = fp8.nf4_correction(x_sd, self.weights, self.layout)
-            columns, probe = self.weights[-2:]
-            columns.copy_(found.columns_oc.view(torch.uint8))
-            probe.copy_(found.probe_cd)
+            fp8.correct_nf4(x_sd, self.weights, self.layout)
         self.is_calibrated, self.originals = True, []
 
     def write_delta(self) -> None:
         """Take over A and B as they are now; due before a forward pass after a change of theirs."""
-        lora_a = [member.lora_a for member in self.deltas]
         lora_b = [member.lora_b for member in self.deltas]
         if self.fp8 is not None and self.deltas:
+            lora_a = [member.lora_a for member in self.deltas]
             fp8.write_delta(self.fp8, lora_a, lora_b, self.layout)
-        elif self.has_room:
-            write_delta(self.weights[0], lora_a, lora_b, self.layout)
+        elif is_widened(self.layout, self.features_in):
+            write_delta(self.weights[0], lora_b, self.layout)
 
     @torch.no_grad()
     def materialize(self, index: int) -> Tensor:

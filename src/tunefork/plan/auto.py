@@ -11,15 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-import torch
-
 from tunefork.data.example import Encoded
 from tunefork.errors import BadInputError
-from tunefork.model.device import available_bytes, pick_device
+from tunefork.model.device import pick_device
 from tunefork.plan.batches import batches_of_data
 from tunefork.plan.built import Build
 from tunefork.plan.catalogue import load_catalogue
-from tunefork.plan.device import Target, dtype_for, here
+from tunefork.plan.device import Target, dtype_for, free_here
 from tunefork.plan.method import Case, fits_without_passes
 from tunefork.plan.passes import Shape
 from tunefork.plan.shape import config_for, count_params
@@ -36,7 +34,7 @@ def fastest_that_fits(case: Case, shape: Shape) -> Case:
     A kind that the architecture has no form of is passed over. Raises BadInputError where even
     `none` cannot be planned.
     """
-    kinds, least, is_hopeless = kinds_of(case.made), case, False
+    kinds, least, is_hopeless = kinds_of(case.made, case.target), case, False
     for made in kinds:
         tried = replace(case, made=made)
         if is_hopeless and made is not kinds[-1]:
@@ -55,11 +53,13 @@ def fastest_that_fits(case: Case, shape: Shape) -> Case:
     return least
 
 
-def kinds_of(made: Build) -> list[Build]:
-    """`made` with each kind of checkpointing that a run on its device has, the fastest first."""
+def kinds_of(made: Build, target: Target) -> list[Build]:
+    """`made` with each kind of checkpointing that a run on `target` has, the fastest first."""
     kinds: list[Checkpointing] = ["none", "selective", "full", "offload"]
-    if not made.is_compiled:
-        kinds.remove("selective")  # is the same as full then
+    if not (made.is_compiled and target.is_here):
+        # Not compiled it is the same as full; compiled, what it keeps is the compiler's choice,
+        # another one by torch 2.11 and 2.13, of which only this machine's is known.
+        kinds.remove("selective")
     if made.device == "cpu":
         kinds.remove("offload")  # would put away what it saves where it was
     return [replace(made, checkpointing=kind) for kind in kinds]
@@ -102,7 +102,7 @@ def _planned(recipe: Recipe, method: Method, examples: Sequence[Encoded]) -> tup
     """The kind, and why it is."""
     device = pick_device()
     try:
-        target = _free(here(load_catalogue()), device)
+        target = free_here(load_catalogue())
         batches = batches_of_data(examples, recipe, seed=recipe.train.seed)
         made = Build(
             method=method,
@@ -124,11 +124,3 @@ def _planned(recipe: Recipe, method: Method, examples: Sequence[Encoded]) -> tup
     figures = f"{most / _GIB:.1f} GiB at most, of {target.memory_bytes / _GIB:.1f} GiB"
     more = "" if most <= target.memory_bytes else ", and nothing keeps less"
     return case.made.checkpointing, figures + more
-
-
-def _free(target: Target, device: torch.device) -> Target:
-    """With the memory of `device` that no other process has."""
-    if device.type == "cpu":
-        return target  # what is free there now says little: caches are given up when asked for
-    free = available_bytes(device) + round(target.fit.memory.context_bytes)
-    return replace(target, memory_bytes=min(target.memory_bytes, free))

@@ -5,7 +5,7 @@ checkpointing ask for the same.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from tunefork.model.head import Head
 from tunefork.model.linear import Nf4Linear
 from tunefork.model.tokens import TokenHead
 from tunefork.plan.attention import NAME
-from tunefork.plan.compiled import takes_segments
+from tunefork.plan.capture import takes_segments
 from tunefork.plan.optimizer import state_bytes
-from tunefork.plan.shape import on_meta
+from tunefork.plan.shape import at_depth, on_meta
 from tunefork.recipe import Checkpointing, FullSection, LoraSection, Method
 from tunefork.train.engine import BaseForm, form_of
 
@@ -52,6 +52,12 @@ class Build:
     is_compiled: bool = False
 
     @property
+    def modules(self) -> "Build":
+        """The same for all builds whose modules are alike, however these run."""
+        twice = self.form is not None and self.form.storage == "fp8_twice"
+        return replace(self, checkpointing="none" if twice else "full", is_compiled=False)
+
+    @property
     def form(self) -> BaseForm | None:
         """How the frozen base is kept."""
         return form_of(
@@ -80,7 +86,7 @@ _BUILT: dict[Any, Built] = {}
 
 def built(config: Any, made: Build) -> Built:
     """`config`'s model on the meta device, built as `made`."""
-    key = (config.to_json_string(), made)
+    key = (config.to_json_string(), made.modules)
     if key not in _BUILT:
         _BUILT[key] = _build(config, made)
     return _BUILT[key]
@@ -95,8 +101,19 @@ def _build(config: Any, made: Build) -> Built:
     trained = [p for p in model.parameters() if p.requires_grad]
     sizes = state_bytes(trained, made.method, made.full)
     states = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes]
-    head = _head(model, config, takes_segments=made.device == "cuda" and takes_segments(model))
+    head = _head(model, config, takes_segments=made.device == "cuda" and _takes_segments(model))
     return Built(model, head, trained, states)
+
+
+def _takes_segments(model: PreTrainedModel) -> bool:
+    """As `capture.takes_segments`, asked once for models that differ in depth and weights only."""
+    key = at_depth(model.config, 1).to_json_string()
+    if key not in _TAKES_SEGMENTS:
+        _TAKES_SEGMENTS[key] = takes_segments(model)
+    return _TAKES_SEGMENTS[key]
+
+
+_TAKES_SEGMENTS: dict[str, bool] = {}
 
 
 def _head(model: PreTrainedModel, config: Any, *, takes_segments: bool) -> Head:

@@ -8,7 +8,7 @@ from typing import Literal
 import psutil
 import torch
 
-from tunefork.model.device import describe, pick_device, pick_dtype
+from tunefork.model.device import available_bytes, describe, pick_device, pick_dtype
 from tunefork.plan.catalogue import Catalogue, Machine
 from tunefork.plan.fits import UNMEASURED_MEMORY, UNMEASURED_TIME, Fit, Match, fit_for, installed
 from tunefork.plan.measured import correction, recall
@@ -44,6 +44,8 @@ class Target:
     fit: Fit
     trust: Trust
     note: str
+    is_here: bool = False
+    """It is the machine that plans, with the PyTorch that would train."""
 
 
 def target_of(machine: Machine) -> Target:
@@ -83,11 +85,25 @@ def here(
     device = pick_device()
     name = str(describe(device)["name"])
     target = _cpu() if device.type == "cpu" else _gpu(catalogue, name, describe(device))
+    target = replace(target, is_here=True)
     if usd_per_hour is not None:
         target = replace(target, usd_per_hour=usd_per_hour)
     if not is_corrected:
         return replace(target, trust=replace(target.trust, process_factor=1.0, time_factor=1.0))
     return _corrected(target, lambda known: known == name)
+
+
+def free_here(catalogue: Catalogue) -> Target:
+    """`here` with the memory that no other process has.
+
+    A CPU keeps all of it: what is free there says little, as caches are given up when asked for.
+    """
+    target, device = here(catalogue), pick_device()
+    if device.type == "cpu":
+        return target
+    # The context of this process is there by now, and part of what is predicted.
+    free = available_bytes(device) + round(target.fit.memory.context_bytes)
+    return replace(target, memory_bytes=min(target.memory_bytes, free))
 
 
 def _cpu() -> Target:

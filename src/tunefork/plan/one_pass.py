@@ -2,19 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tunefork.data.pack import MicroBatch
 from tunefork.kernels.compiled import standing_for_gpu
 from tunefork.model.layers import decoder_layers, prepare_layers
 from tunefork.plan.attention import Setting, install
 from tunefork.plan.built import Build, Built, built, weights
-from tunefork.plan.compiled import EmptyShelf, Layer, Replay
+from tunefork.plan.capture import Layer
+from tunefork.plan.compiled import EmptyShelf, Replay
 from tunefork.plan.optimizer import Update, keeps_gradients, update
 from tunefork.plan.passes import Shape, batch_of
 from tunefork.plan.schema import Part
@@ -53,40 +53,24 @@ class Step:
         return max(self.peaks.values(), key=lambda peak: peak.total)
 
 
-def trace_pass(
-    config: Any, made: Build, shape: Shape, evaluates: bool, programs: list[Layer] | None
-) -> Step:
+def trace_pass(config: Any, made: Build, shape: Shape, programs: list[Layer] | None) -> Step:
     """A pass of `shape` through all layers that `config` has; compiled ones by their `programs`."""
-    install(Setting("cpu", is_masked=False), Trace())  # for what building runs
-    there = built(config, made)
+    there, trace = _begin(config, made, shape)
     model, trained = there.model, there.trained
-    trace = Trace()
-    trace.squares = shape.attended
-    install(Setting("cuda" if made.device == "cuda" else "cpu", shape.is_masked), trace)
     _prepare(model, made, programs, trace, shape.num_segments)
-    batch = batch_of(shape)
-    trace.adopt(weights(model), "weights")
-    trace.adopt(there.states, "optimizer")
-    if keeps_gradients(trained, made.method):
-        for parameter in trained:
-            parameter.grad = torch.empty_like(parameter)
-            trace.adopt([parameter.grad], "gradients")
     static = dict(trace.live)
-    trace.peaks.clear()
     with _on(made.device, trace), _segments(model, trace), _gradients(trained, trace), trace:
         trace.enter_segment("forward: embedding")
         model.train()
+        batch = batch_of(shape)
         loss = loss_sum(model, there.head, batch) / shape.supervised
         trace.enter_segment("backward: head")
         loss.backward()  # type: ignore[no-untyped-call]
-    peaks, work = dict(trace.peaks), {kind: replace(done) for kind, done in trace.work.items()}
-    del loss
-    evaluation = _evaluation(there, made, batch, trace) if evaluates else None
     model.zero_grad(set_to_none=True)
     return Step(
-        peaks=peaks,
-        work=work,
-        evaluation=evaluation,
+        peaks=trace.peaks,
+        work=trace.work,
+        evaluation=None,
         static=static,
         gradients=sum(p.numel() * p.element_size() for p in trained),
         trained=sum(p.numel() for p in trained),
@@ -97,16 +81,32 @@ def trace_pass(
     )
 
 
-def _evaluation(there: Built, made: Build, batch: MicroBatch, trace: Trace) -> Peak:
-    """The highest moment of the same pass without gradients, after the one with them."""
-    if not keeps_gradients(there.trained, made.method):
-        there.model.zero_grad(set_to_none=True)
-    trace.peaks.clear()
+def trace_evaluation(config: Any, made: Build, shape: Shape) -> Peak:
+    """The highest moment of such a pass without gradients, in which layers are as written."""
+    there, trace = _begin(config, made, shape)
     there.model.eval()
     with _on(made.device, trace), trace:
         trace.enter_segment("evaluate")
-        token_losses(there.model, there.head, batch)
+        token_losses(there.model, there.head, batch_of(shape))
+    there.model.zero_grad(set_to_none=True)
     return trace.peaks["evaluate"]
+
+
+def _begin(config: Any, made: Build, shape: Shape) -> tuple[Built, Trace]:
+    """The built model, and a trace that knows what is there all the time."""
+    install(Setting("cpu", is_masked=False), Trace())  # for what building runs
+    there = built(config, made)
+    trace = Trace()
+    trace.squares = shape.attended
+    install(Setting("cuda" if made.device == "cuda" else "cpu", shape.is_masked), trace)
+    trace.adopt(weights(there.model), "weights")
+    trace.adopt(there.states, "optimizer")
+    if keeps_gradients(there.trained, made.method):
+        for parameter in there.trained:
+            parameter.grad = torch.empty_like(parameter)
+            trace.adopt([parameter.grad], "gradients")
+    trace.peaks.clear()
+    return there, trace
 
 
 def _on(device: str, trace: Trace) -> AbstractContextManager[None]:

@@ -53,13 +53,10 @@ def _gains_by_fp8(case: Case) -> bool:
 
 
 def _changes(case: Case) -> Iterator[tuple[str, Case]]:
-    """Smaller and smaller forms of the case, with the words for each, the cheapest first.
-
-    Taken as not compiled, which is quickly traced and takes the more memory.
-    """
+    """Smaller and smaller forms of the case, with the words for each, the cheapest first."""
     yield _AS_IT_IS, case
     words: list[str] = []
-    made = replace(case.made, is_compiled=False)
+    made = case.made
     if _gains_by_fp8(case):
         made = replace(made, wants_fp8=True)
         words.append("train.precision: fp8")

@@ -28,7 +28,9 @@ TOKENS = 1009
 _FEW_READS, _FEW_OPERATIONS = 4, 30
 """What several readers need is computed anew by each, unless it reads more tensors than this or
 takes more operations (Inductor's `realize_reads_threshold` and `realize_opcount_threshold`)."""
-_NOT_OURS = ("primals", "tangents")
+_GIVEN = ("placeholder", "get_attr")
+"""Nodes of tensors that are there before: what is passed in, and what the layer's code holds."""
+_NOT_OURS = ("primals", "tangents", "_tensor")
 """Inputs of a backward graph that belong to others."""
 _REDUCTIONS = ("amax", "amin", "sum", "mean", "var", "var_mean", "prod", "any", "argmax")
 
@@ -125,9 +127,10 @@ class _Reading:
         result = self.nodes[-1]
         kept = {self.root[node] for node in _arguments(result)}
         placeholders = [node for node in self.nodes if node.op == "placeholder"]
+        given = [node for node in self.nodes if node.op in _GIVEN]
         # A backward graph may write over what was kept for it, a forward graph over no input.
         is_backward = any(node.name.startswith("tangents") for node in placeholders)
-        fixed = {n for n in placeholders if not is_backward or n.name.startswith(_NOT_OURS)}
+        fixed = {n for n in given if not is_backward or n.name.startswith(_NOT_OURS)}
         kernels = tuple(self._kernel(node, last, kept, fixed) for node in makers)
         outputs = tree_leaves(result.args[0])
         return Program(
@@ -152,7 +155,7 @@ class _Reading:
     def _mark(self) -> None:
         """Find which values are held, and what each is computed from."""
         for node in self.nodes:
-            if node.op == "placeholder":
+            if node.op in _GIVEN:
                 self.held.add(node)
             elif node.op == "output" or _is_library(node):
                 self.held |= {self.root[n] for n in _arguments(node)}

@@ -9,8 +9,9 @@ from typing import Any
 
 from tunefork.plan.attention import Setting, install
 from tunefork.plan.built import Build, built
-from tunefork.plan.compiled import Layer, capture
-from tunefork.plan.one_pass import Step, trace_pass
+from tunefork.plan.capture import Layer, capture
+from tunefork.plan.captured import remembered
+from tunefork.plan.one_pass import Step, trace_evaluation, trace_pass
 from tunefork.plan.optimizer import Update, state_bytes, update
 from tunefork.plan.passes import Shape
 from tunefork.plan.shape import at_depth, depths, extrapolate, traceable
@@ -24,15 +25,20 @@ def trace_step(config: Any, made: Build, shape: Shape, *, evaluates: bool = Fals
     Raises ModelError for what the method cannot train, PlanError for what cannot be traced.
     """
     key = (config.to_json_string(), made, shape)
-    if key not in _TRACED or (evaluates and _TRACED[key].evaluation is None):
+    if key not in _TRACED:
         # The optimiser's form changes none of a pass's moments but what lies beside them.
         plain = replace(made, full=FullSection())
         if made == plain:
             with traceable(config):
-                _TRACED[key] = _trace_whole(config, made, shape, evaluates)
+                _TRACED[key] = _trace_whole(config, made, shape)
         else:
-            step = trace_step(config, plain, shape, evaluates=evaluates)
-            _TRACED[key] = _with_optimizer(step, config, made)
+            _TRACED[key] = _with_optimizer(trace_step(config, plain, shape), config, made)
+    if not evaluates:
+        return _TRACED[key]
+    if _TRACED[key].evaluation is None:
+        with traceable(config):
+            peak = _evaluation(config, made, shape)
+        _TRACED[key] = replace(_TRACED[key], evaluation=peak)
     return _TRACED[key]
 
 
@@ -71,29 +77,26 @@ def _extrapolated_update(at_low: Update, at_high: Update, config: Any) -> Update
 
 
 _TRACED: dict[Any, Step] = {}
+_EVALUATED: dict[Any, Peak] = {}
 _CAPTURED: dict[Any, list[Layer] | None] = {}
 """What was traced in this process: plans for several GPUs ask the same."""
 
 
-def _trace_whole(config: Any, made: Build, shape: Shape, evaluates: bool) -> Step:
+def _trace_whole(config: Any, made: Build, shape: Shape) -> Step:
     low, high = depths(config)
     programs = _captured(at_depth(config, high), made)
     if programs is not None:
         shape = shape.padded()
-    at_high = trace_pass(at_depth(config, high), made, shape, evaluates, programs)
+    at_high = trace_pass(at_depth(config, high), made, shape, programs)
     if low == high:
         return at_high
-    at_low = trace_pass(at_depth(config, low), made, shape, evaluates, programs)
+    at_low = trace_pass(at_depth(config, low), made, shape, programs)
 
     def whole(a: float, b: float) -> int:
         return extrapolate(a, b, config)
 
-    def peak(a: Peak, b: Peak) -> Peak:
-        parts = {part: whole(a.parts.get(part, 0), b.parts[part]) for part in b.parts}
-        return Peak(sum(parts.values()), parts)
-
     return Step(
-        peaks={n: peak(at_low.peaks[n], at_high.peaks[n]) for n in at_low.peaks},
+        peaks={n: _peak(at_low.peaks[n], at_high.peaks[n], config) for n in at_low.peaks},
         work={
             kind: Work(
                 whole(at_low.work[kind].count, done.count),
@@ -103,11 +106,7 @@ def _trace_whole(config: Any, made: Build, shape: Shape, evaluates: bool) -> Ste
             for kind, done in at_high.work.items()
             if kind in at_low.work
         },
-        evaluation=(
-            peak(at_low.evaluation, at_high.evaluation)
-            if at_low.evaluation and at_high.evaluation
-            else None
-        ),
+        evaluation=None,
         static={p: whole(at_low.static[p], at_high.static[p]) for p in at_high.static},
         gradients=whole(at_low.gradients, at_high.gradients),
         trained=whole(at_low.trained, at_high.trained),
@@ -118,6 +117,25 @@ def _trace_whole(config: Any, made: Build, shape: Shape, evaluates: bool) -> Ste
     )
 
 
+def _peak(at_low: Peak, at_high: Peak, config: Any) -> Peak:
+    parts = {
+        part: extrapolate(at_low.parts.get(part, 0), size, config)
+        for part, size in at_high.parts.items()
+    }
+    return Peak(sum(parts.values()), parts)
+
+
+def _evaluation(config: Any, made: Build, shape: Shape) -> Peak:
+    """Highest moment of an evaluation's pass, to which it is nothing how training runs layers."""
+    key = (config.to_json_string(), made.modules, shape)
+    if key not in _EVALUATED:
+        at_low, at_high = (
+            trace_evaluation(at_depth(config, depth), made, shape) for depth in depths(config)
+        )
+        _EVALUATED[key] = _peak(at_low, at_high, config)
+    return _EVALUATED[key]
+
+
 def _captured(config: Any, made: Build) -> list[Layer] | None:
     """The layers' programs where `made` compiles them and they can be had."""
     # Checkpointing and offloading go around a compiled layer, but for what is selected within it.
@@ -126,5 +144,8 @@ def _captured(config: Any, made: Build) -> list[Layer] | None:
     if made.is_compiled and key not in _CAPTURED:
         install(Setting("cuda", is_masked=False), Trace())
         there = built(config, made)
-        _CAPTURED[key] = capture(there.model, within) if there.head.takes_segments else None
+        if there.head.takes_segments:
+            _CAPTURED[key] = remembered(config, made, lambda: capture(there.model, within))
+        else:
+            _CAPTURED[key] = None
     return _CAPTURED.get(key)

@@ -18,7 +18,7 @@ from tunefork.errors import BadInputError
 from tunefork.plan.auto import kinds_of
 from tunefork.plan.built import Build
 from tunefork.plan.catalogue import load_catalogue
-from tunefork.plan.device import Target, dtype_for, here
+from tunefork.plan.device import Target, dtype_for, free_here
 from tunefork.plan.memory import Memory
 from tunefork.plan.method import Case
 from tunefork.plan.one_pass import Step
@@ -151,7 +151,7 @@ def _groups(
     pass_tokens: int | None,
 ) -> list["_Group"]:
     """With each kind of checkpointing that may be taken."""
-    target = target or here(load_catalogue())
+    target = target or free_here(load_catalogue())
     tokens = pass_tokens or recipe.train.micro_batch_tokens
     config = config_for(recipe.model)
     widest = max(variants, key=lambda lora: lora_params(config, lora) / lora.rank)
@@ -180,7 +180,7 @@ def _groups(
                 for n, lora in zip(params, variants, strict=True)
             ),
         )
-        for kind in (kinds_of(made) if is_left else [made])
+        for kind in (kinds_of(made, target) if is_left else [made])
     ]
 
 

@@ -94,7 +94,10 @@ class Runner:
         if not self.pads:
             return Laid(batch, num_supervised)
         size = size_of(batch)
-        return Laid(padded(batch, size), num_supervised, size)
+        whole = padded(batch, size)
+        # A replay's copies from other memory would wait for the pass before it.
+        pins = self.captures and self.model.device.type == "cuda"
+        return Laid(whole.pinned() if pins else whole, num_supervised, size)
 
     def loss(self, laid: Laid, supervised: int | Tensor, where: str) -> Tensor:
         """Summed loss of a micro-batch over `supervised`: fp32, without a gradient.

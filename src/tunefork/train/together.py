@@ -220,6 +220,8 @@ class Group:
         counts_g = torch.ones(self.bank.num_slots)
         for part in begun:
             counts_g[part.slot] = part.supervised
+        if self.bank.device.type == "cuda":
+            counts_g = counts_g.pin_memory()
         loss_g = self._gradient(chosen, counts_g)
         updates = {part.slot: self._update(part) for part in begun}
         norm_g = self.optimizer.step(updates, loss_g)

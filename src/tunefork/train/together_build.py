@@ -38,7 +38,8 @@ def load_for_group(
     def put(model: PreTrainedModel, at: torch.device) -> None:
         if method is Method.QLORA:
             quantize_nf4(model, at)
-        model.to(at)
+        elif at == device:  # else its weights go there group by group
+            model.to(at)
         banks.append(add_bank(model, adapters, announced=announced))
 
     load_and_fuse(recipe, method, put, dtype=dtype, device=device, examples=examples)

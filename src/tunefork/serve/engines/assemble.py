@@ -122,7 +122,7 @@ def _tiers(slots: BankSlots, read: Any, host_memory_bytes: int, wake: Callable[[
     return Tiers(slots, read, host_memory_bytes=host_memory_bytes, wake=wake, clock=time.monotonic)
 
 
-def _ignore(*_: Any) -> None:
+def _ignore(*_: Any, **__: Any) -> None:
     """There are no slots to choose among."""
 
 

@@ -32,7 +32,9 @@ def load_base(
     if merged is None:
         # Beside bf16 on a CPU, fp32 is the quicker one (`kernels/bank_stretches.py`).
         wide = torch.float32 if device.type == "cpu" else dtype
-        bank = add_serving_bank(model, slots=ours.slots, rank=ours.max_rank, dtype=wide)
+        # Tensor cores and grouped products take ranks in steps of 16.
+        rank = ours.max_rank if device.type == "cpu" else -(-ours.max_rank // 16) * 16
+        bank = add_serving_bank(model, slots=ours.slots, rank=rank, dtype=wide)
     can_fuse = device.type == "cuda" and dtype == torch.bfloat16 and not is_nf4
     if is_fp8 or (can_fuse and ours.fuse):
         form: Literal["bf16", "fp8"] = "fp8" if is_fp8 else "bf16"

@@ -12,7 +12,7 @@ the models, with the attention interface through which they compute.
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import fields
 from threading import Thread
 from typing import Any
@@ -107,7 +107,7 @@ class EmbeddedEngine:
         if is_cuda:
             torch.cuda.empty_cache()
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[Piece]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[Piece]:
         """See `Engine.generate`."""
         parts = self._alive()
         self._check(request, parts)

@@ -8,10 +8,11 @@ than the GPU needs for them. Rows that only fill up write to a token of the cach
 Shape legend: N tokens of the pass, R rows of which logits are wanted, V tokens of the vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -100,8 +101,16 @@ class _Graph:
     outcome: Outcome
 
 
-Route = Callable[[Tensor, Sequence[Stretch]], None]
-"""Is told the slot of each token (N,), and the stretches of tokens that have one."""
+class Route(Protocol):
+    """Is told whose the tokens of the next pass are."""
+
+    def __call__(
+        self, index_n: Tensor, stretches: Sequence[Stretch], *, is_captured: bool = False
+    ) -> None:
+        """The slot of each token, and the stretches of tokens that have one.
+
+        A captured pass reads `index_n` whenever it is replayed.
+        """
 
 
 class Passes:
@@ -165,8 +174,19 @@ class Passes:
             self.layout.send()
             for has_adapters in (False, True) if has_slots else (False,):
                 limit = self.max_model_len if rows >= _MANY_ROWS else _limit(1, self.max_model_len)
-                self._replay(_Key(rows, limit, has_adapters))
-        torch.cuda.synchronize(self.device)
+                try:
+                    self._replay(_Key(rows, limit, has_adapters))
+                    torch.cuda.synchronize(self.device)
+                except RuntimeError as error:
+                    self._is_decoding, self.graphs = False, False
+                    self.captured.clear()
+                    warnings.warn(
+                        "embedded.cuda_graphs: a decoding pass could not be captured "
+                        f"({str(error).splitlines()[0]}); passes are launched kernel by kernel, "
+                        "which is slower",
+                        stacklevel=2,
+                    )
+                    return
 
     def filled(self, rows: int) -> int:
         """Up to which number of rows a decoding pass is filled: powers of two, then eights."""
@@ -247,9 +267,8 @@ class Passes:
     def _capture(self, key: _Key) -> _Graph:
         """The graph of a pass over so many decoding rows, by the numbers that lie there now."""
         rows = key.rows
-        self.route(
-            self.layout.tensors["slots"][:rows], [Stretch(0, 0, rows)] if key.has_adapters else []
-        )
+        stretches = [Stretch(0, 0, rows)] if key.has_adapters else []
+        self.route(self.layout.tensors["slots"][:rows], stretches, is_captured=True)
         told = (rows, rows, rows, 1, key.longest_k, None)
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))

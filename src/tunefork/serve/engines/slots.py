@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tunefork.kernels.bank_stretches import Stretch, lay_out
+from tunefork.kernels.bank_stretches import Stretch, lay_out, lay_out_sorted
 from tunefork.model.bank import Bank
 from tunefork.registry.peft_deltas import Deltas
 
@@ -17,19 +17,30 @@ class BankSlots:
         self.bank, self.num_slots = bank, bank.num_slots
         self.ranks: dict[int, int] = {}
         """The largest rank in each slot."""
+        dtype = next(iter(bank.layers.values())).dtype
+        self._is_sorted = bank.device.type == "cuda" and dtype == torch.bfloat16
         self._emptied: dict[int, torch.cuda.Event] = {}
         is_cuda = bank.device.type == "cuda"
         self._stream = torch.cuda.Stream(bank.device) if is_cuda else None  # type: ignore[no-untyped-call]
 
-    def route(self, index_n: Tensor, stretches: Sequence[Stretch]) -> None:
-        """The next pass's tokens: each one's slot in `index_n` (N,), and those with an adapter."""
+    def route(
+        self, index_n: Tensor, stretches: Sequence[Stretch], *, is_captured: bool = False
+    ) -> None:
+        """The next pass's tokens: each one's slot in `index_n` (N,), and those with an adapter.
+
+        In bf16 on a GPU these come in the order of their slots, before those without one, unless
+        the pass is captured.
+        """
+        device = self.bank.device
         if not stretches:
             self.bank.route_none()
-        elif self._stream is not None:
+        elif is_captured:
             self.bank.route_tokens(index_n)
+        elif self._is_sorted:
+            self.bank.route_stretches(lay_out_sorted(stretches, self.num_slots, device))
         else:
             rank = max(self.ranks[stretch.slot] for stretch in stretches)
-            self.bank.route_stretches(lay_out(stretches, rank))
+            self.bank.route_stretches(lay_out(stretches, rank, device))
 
     @torch.inference_mode()
     def load(self, slot: int, deltas: Deltas) -> None:
