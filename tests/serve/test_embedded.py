@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ from tests.serve.embedded import (
     settings,
 )
 from tunefork.kernels.bank_stretches import Stretch
+from tunefork.kernels.bank_tokens import add_masked
+from tunefork.model import fused
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.engines import attention
 from tunefork.serve.engines.attention import Reads
 from tunefork.serve.engines.embedded import EmbeddedEngine
-from tunefork.serve.engines.passes import Outcome, Passes
+from tunefork.serve.engines.passes import Outcome, Passes, _Shape
+from tunefork.serve.engines.slots import BankSlots
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 RANKS = (4, 16, 64)
@@ -111,15 +115,13 @@ class _Again:
 
     def __init__(self, passes: Passes, key: Any) -> None:
         self.passes, self.key = passes, key
-        rows = key.rows
-        self.index = passes.layout.tensors["slots"][:rows]
         self.outcome = self.run()
 
     def run(self) -> Outcome:
-        stretches = [Stretch(0, 0, self.key.rows)] if self.key.has_adapters else []
-        self.passes.route(self.index, stretches, is_captured=True)
         rows = self.key.rows
-        return self.passes._pass(rows, rows, rows, 1, self.key.longest_k, None)
+        stretches = [Stretch(0, 0, rows)] if self.key.has_adapters else []
+        shape = _Shape(rows, rows, rows, 1, self.key.longest_k)
+        return self.passes._pass(shape, stretches, None, is_captured=True)
 
     def replay(self) -> None:
         found = self.run()
@@ -166,3 +168,48 @@ def test_a_gpus_way_by_stand_ins(
     found = asyncio.run(run())
     expected = [greedy(served.model, one.adapter, one.prompt_ids, 12) for one in wanted]
     assert [list(piece.token_ids) for piece in found] == expected
+
+
+def test_fused_layers_take_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above with q, k, v and gate, up as one product each, and their adapters' A as well."""
+    served = Served(tmp_path, "llama")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(attention, "flash", _flash_by_numbers)
+    monkeypatch.setattr(Passes, "_capture", lambda passes, key: _Again(passes, key))
+    whose: list[ServedAdapter | None] = [None, *served.adapters]
+    wanted = [
+        request(str(at), prompt, whose[at % 4], max_tokens=12, ignore_eos=True)
+        for at, prompt in enumerate(served.prompts)
+    ]
+    products: Counter[int] = Counter()
+
+    def counted(ys: Any, *told: Any) -> None:
+        products[len(ys)] += 1
+        add_masked(ys, *told)
+
+    monkeypatch.setattr(fused, "add_masked", counted)
+
+    async def run() -> Any:
+        engine = EmbeddedEngine(settings(served.base, prefill_tokens=40))
+        await engine.start()
+        assert engine._parts is not None
+        core = engine._parts.core
+        assert core.tiers is not None
+        slots = core.tiers.slots
+        assert isinstance(slots, BankSlots)
+        model = engine._parts.model
+        model.set_attn_implementation("sdpa")  # layers with one input are found by a pass
+        for group in fused.fuse(model, "bf16", "bf16", torch.device("cpu")):
+            group.join_banks()
+        model.set_attn_implementation(attention.NAME)
+        core.passes.flash = core.passes.graphs = core.overlaps = True
+        slots._is_sorted = True
+        try:
+            return await answers(engine, wanted)
+        finally:
+            await engine.stop()
+
+    found = asyncio.run(run())
+    expected = [greedy(served.model, one.adapter, one.prompt_ids, 12) for one in wanted]
+    assert [list(piece.token_ids) for piece in found] == expected
+    assert set(products) == {1, 2, 3}  # o and down; gate and up; q, k and v

@@ -235,8 +235,9 @@ def test_a_request_whose_logits_are_not_finite_fails_alone(base: Any) -> None:
 
             def spoiled(*args: Any) -> Any:
                 outcome = original(*args)
-                bad = passes.layout.tensors["ids"][passes.layout.tensors["last"][: args[2]].long()]
-                outcome.tokens_r[bad[: len(outcome.tokens_r)] == 77] = -1
+                tensors = passes.layout.tensors
+                last = tensors["last"][: len(outcome.tokens_r)].long()
+                outcome.tokens_r[tensors["ids"][last] == 77] = -1
                 return outcome
 
             passes._pass = spoiled

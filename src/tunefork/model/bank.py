@@ -139,6 +139,14 @@ class Bank:
             scaled[path] = (a_rd.float() * scale, b_or)
         self._write(slot, scaled)
 
+    def load_ready(self, slot: int, found: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """As `load`, of scale * A and B that are known to be finite: copies and nothing else.
+
+        Without waiting, where they lie in pinned memory as the slot has them: in its dtype, and B
+        transposed (a view of it).
+        """
+        self._write(slot, found)
+
     @torch.no_grad()
     def clear(self, slot: int) -> None:
         """Empty `slot`."""
@@ -166,6 +174,7 @@ class Bank:
     def route_tokens(self, index_s: Tensor) -> None:
         """Each token's slot, or -1, is read from `index_s` (S,) whenever a pass runs."""
         self.routing.index_s, self.routing.mode = index_s, "tokens"
+        self.routing.is_own_sn = None
 
     def route_stretches(self, layout: Layout) -> None:
         """The next pass's tokens are whose the host says: a bank on a CPU that is only read."""

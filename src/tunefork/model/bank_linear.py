@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tunefork.kernels.bank import Bounds, Padded, add_segments, grouped, spans
 from tunefork.kernels.bank_stretches import Layout, add_stretches, sorted_delta
-from tunefork.kernels.bank_tokens import bank_tokens
+from tunefork.kernels.bank_tokens import bank_tokens, is_own
 from tunefork.model.linear import FrozenBase, Nf4Linear
 
 
@@ -43,8 +43,17 @@ class Routing:
     """Whose every token is; mode "one"."""
     index_s: Tensor | None = None
     """(S,) each token's slot, -1 for none; mode "tokens"."""
+    is_own_sn: Tensor | None = None
+    """Which slot is a token's own, made of `index_s` by the first layer of a pass that asks."""
     layout: Layout | None = None
     """What the host knows of a pass that is only read from; mode "stretches"."""
+
+    def own(self, slots: int) -> Tensor:
+        """(S, G) which slot is a token's own; mode "tokens"."""
+        assert self.index_s is not None
+        if self.is_own_sn is None:
+            self.is_own_sn = is_own(self.index_s, slots)
+        return self.is_own_sn
 
 
 class BankLinear(nn.Module):

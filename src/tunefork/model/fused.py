@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tunefork.errors import ModelError
 from tunefork.kernels import fp8
+from tunefork.kernels.bank_tokens import add_masked
 from tunefork.kernels.layout import Layout, Products, Storage
 from tunefork.kernels.lora_group import is_widened, lora_group, with_room, write_delta
 from tunefork.kernels.quantized import dequantize_nf4_tensors, nf4_tensors
@@ -73,6 +74,8 @@ class FusedGroup(nn.Module):
             else:
                 self.fp8 = fp8.quantize_weight(weights, self.layout)
                 self.weights = self.fp8.tensors()
+        self.joint_a_lnrd: Tensor | None = None
+        """A of all layers' banks and slots (`join_banks`)."""
         self.input: Tensor | None = None
         self.outputs: tuple[Tensor, ...] = ()
         self.is_calibrated = True
@@ -104,11 +107,35 @@ class FusedGroup(nn.Module):
         banks = {at: bank for at, bank in self.banks.items() if sum(bank.ranks)}
         if not banks or next(iter(banks.values())).routing.mode == "none":
             return outputs
+        routing = next(iter(banks.values())).routing
+        if self.joint_a_lnrd is not None and routing.mode == "tokens":
+            add_masked(
+                [outputs[at].view(-1, outputs[at].shape[-1]) for at in banks],
+                x_d.reshape(-1, x_d.shape[-1]),
+                routing.own(self.joint_a_lnrd.shape[1]),
+                self.joint_a_lnrd,
+                [bank.stacks[1] for bank in banks.values()],
+            )
+            return outputs
         found = deltas(list(banks.values()), x_d.reshape(-1, x_d.shape[-1]))
         whole = list(outputs)
         for at, delta in zip(banks, found, strict=True):
             whole[at] = whole[at] + delta.view_as(whole[at])
         return tuple(whole)
+
+    @torch.no_grad()
+    def join_banks(self) -> None:
+        """Have the banks' A lie in one tensor, for tokens that are told their slots (`add_masked`).
+
+        For banks that are only read, of one rank; few tokens a pass, or all slots are multiplied.
+        """
+        banks = list(self.banks.values())
+        if not banks:
+            return
+        joint_a_lnrd = torch.stack([bank.stacks[0] for bank in banks])
+        for bank, a_nrd in zip(banks, joint_a_lnrd, strict=True):
+            bank.rows_a.data = a_nrd.flatten(0, 1)
+        self.joint_a_lnrd = joint_a_lnrd
 
     def _correct(self, x_sd: Tensor) -> None:
         if self.fp8 is not None:

@@ -133,9 +133,8 @@ def sdpa(
 ) -> Tensor:
     """`flash` by plain SDPA: the definition."""
     assert reads.spans is not None
-    out_nhe = torch.empty(
-        *query_nhe.shape[:2], values_ske.shape[-1], dtype=query_nhe.dtype, device=query_nhe.device
-    )
+    # Zeros for tokens that only fill a pass up: what they write must be finite.
+    out_nhe = query_nhe.new_zeros(*query_nhe.shape[:2], values_ske.shape[-1])
     decoding = [span for span in reads.spans if span.new == 1]
     at = 0
     while at < len(decoding):

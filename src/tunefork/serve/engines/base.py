@@ -38,7 +38,9 @@ def load_base(
     can_fuse = device.type == "cuda" and dtype == torch.bfloat16 and not is_nf4
     if is_fp8 or (can_fuse and ours.fuse):
         form: Literal["bf16", "fp8"] = "fp8" if is_fp8 else "bf16"
-        fuse(model, form, form, device)
+        groups = fuse(model, form, form, device)
         if bank is not None:
             bank.to(device)
+            for group in groups:
+                group.join_banks()
     return model, bank

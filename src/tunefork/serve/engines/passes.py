@@ -26,6 +26,9 @@ from tunefork.serve.engines.attention import Reads, Span
 from tunefork.serve.engines.choose import greedy
 
 _MANY_ROWS = 32
+_STEP = 8
+"""A CPU's passes are filled up to a multiple of so many tokens: oneDNN compiles its products anew
+for every number of them, and keeps them (about 1.5 MB each)."""
 BASE = -1
 """The slot of tokens that no adapter is for."""
 
@@ -95,6 +98,16 @@ class _Key(NamedTuple):
     """Without any, the base is spared their products."""
 
 
+class _Shape(NamedTuple):
+    """The sizes of a pass."""
+
+    rows: int
+    num_tokens: int
+    num_wanted: int
+    longest_q: int
+    longest_k: int
+
+
 @dataclass(frozen=True, slots=True)
 class _Graph:
     graph: Any
@@ -131,7 +144,7 @@ class Passes:
         self.model, self.route, self.flash, self.graphs = model, route, flash, graphs
         self.max_model_len = max_model_len
         self.device = model.device
-        tokens = max(max_tokens, max_rows) + max_rows
+        tokens = max_tokens + max_rows + _STEP
         self.layout = _Layout(tokens, max_rows, self.device)
         self.captured: dict[_Key, _Graph] = {}
         self.max_rows = max_rows
@@ -161,8 +174,8 @@ class Passes:
             outcome = self._replay(_Key(rows, limit, bool(stretches)))
         else:
             told = None if self.flash else tuple(spans)
-            self.route(self.layout.tensors["slots"][:num_tokens], stretches)
-            outcome = self._pass(rows, num_tokens, num_wanted, longest_q, longest_k, told)
+            shape = _Shape(rows, num_tokens, num_wanted, longest_q, longest_k)
+            outcome = self._pass(shape, stretches, told)
         return Outcome(outcome.logits_rv[:num_wanted], outcome.tokens_r[:num_wanted])
 
     @torch.inference_mode()
@@ -225,29 +238,34 @@ class Passes:
             at += 1
         numbers["starts_q"][rows] = at
         numbers["starts_k"][rows] = 0
-        return spans, at, wanted
+        end = at if self.device.type == "cuda" else -(-at // _STEP) * _STEP if at > 1 else at
+        for name in ("ids", "positions", "write"):
+            numbers[name][at:end] = 0
+        numbers["slots"][at:end] = BASE
+        return spans, end, wanted
 
     def _pass(
         self,
-        rows: int,
-        num_tokens: int,
-        num_wanted: int,
-        longest_q: int,
-        longest_k: int,
+        shape: _Shape,
+        stretches: Sequence[Stretch],
         spans: tuple[Span, ...] | None,
+        *,
+        is_captured: bool = False,
     ) -> Outcome:
-        tensors = self.layout.tensors
+        """`spans` for `attention.sdpa`, None for `flash`."""
+        tensors, num_tokens = self.layout.tensors, shape.num_tokens
         reads = Reads(
             tensors["write"][:num_tokens].long(),
-            tensors["starts_q"][: rows + 1],
-            tensors["starts_k"][: rows + 1],
-            tensors["used"][:rows],
-            longest_q,
-            longest_k,
+            tensors["starts_q"][: shape.rows + 1],
+            tensors["starts_k"][: shape.rows + 1],
+            tensors["used"][: shape.rows],
+            shape.longest_q,
+            shape.longest_k,
             spans,
         )
+        self.route(tensors["slots"][:num_tokens], stretches, is_captured=is_captured)
         # A pass that only fills the cache wants no logits at all; one row keeps shapes plain.
-        wanted = tensors["last"][: max(num_wanted, 1)].long()
+        wanted = tensors["last"][: max(shape.num_wanted, 1)].long()
         logits_rv = self.model(
             input_ids=tensors["ids"][None, :num_tokens].long(),
             position_ids=tensors["positions"][None, :num_tokens].long(),
@@ -267,20 +285,20 @@ class Passes:
     def _capture(self, key: _Key) -> _Graph:
         """The graph of a pass over so many decoding rows, by the numbers that lie there now."""
         rows = key.rows
+        shape = _Shape(rows, rows, rows, 1, key.longest_k)
         stretches = [Stretch(0, 0, rows)] if key.has_adapters else []
-        self.route(self.layout.tensors["slots"][:rows], stretches, is_captured=True)
-        told = (rows, rows, rows, 1, key.longest_k, None)
+        run = partial(self._pass, shape, stretches, None, is_captured=True)
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         self._is_decoding = True
         with torch.cuda.stream(stream):
-            self._pass(*told)  # what is made at the first call is made outside of the graph
+            run()  # what is made at the first call is made outside of the graph
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.captured.values())).graph.pool() if self.captured else None
         # Other threads (one that loads adapters) may use the GPU meanwhile.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            outcome = self._pass(*told)
+            outcome = run()
         self._is_decoding = False
         return _Graph(graph, outcome)
 

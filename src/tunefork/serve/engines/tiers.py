@@ -21,7 +21,6 @@ from enum import Enum
 from typing import Protocol
 
 from tunefork.errors import EngineError, TuneforkError
-from tunefork.registry.peft_deltas import Deltas
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.engines.adapter_file import HostAdapter
 
@@ -33,7 +32,7 @@ class Slots(Protocol):
 
     num_slots: int
 
-    def load(self, slot: int, deltas: Deltas) -> None:
+    def load(self, slot: int, adapter: HostAdapter) -> None:
         """Put an adapter into a slot that nobody computes with; returns when it is there."""
 
     def clear(self, slot: int) -> None:
@@ -296,7 +295,7 @@ class Tiers:
                 found = self.read(entry.adapter)
             else:
                 assert entry.slot is not None and entry.host is not None
-                self.slots.load(entry.slot, entry.host.deltas)
+                self.slots.load(entry.slot, entry.host)
         except TuneforkError as error:
             found = error
         except (OSError, RuntimeError, MemoryError) as error:
