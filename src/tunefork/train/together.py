@@ -122,18 +122,14 @@ class Group:
 
         Raises NoMemoryError where the smallest passes do not fit, or may not be tried.
         """
-        before = list(self._pending)
         with attention_kernels():
             self._launch()
-        is_late = self.reads_late and bool(self.live)
-        for pending in before if is_late else list(self._pending):
-            self._collect(pending)
+        self._settle(left=1 if self.reads_late and self.live else 0)
         return self._take_events()
 
     def drain(self) -> list[MemberEvent]:
         """Wait for what was launched, and tell of it."""
-        for pending in list(self._pending):
-            self._collect(pending)
+        self._settle()
         return self._take_events()
 
     def _take_events(self) -> list[MemberEvent]:
@@ -198,7 +194,6 @@ class Group:
 
     def _collect(self, pending: Pending) -> None:
         """Read a step's figures."""
-        self._pending.remove(pending)
         if pending.arrived is not None:
             pending.arrived.synchronize()
         losses, norms = pending.figures.tolist()
@@ -263,10 +258,10 @@ class Group:
         self._settle()
         return self._states[name] if name in self._states else self._take_out(self.slot_of(name))
 
-    def _settle(self) -> None:
-        """Wait for what was launched; its events are told by the next step."""
-        for pending in list(self._pending):
-            self._collect(pending)
+    def _settle(self, left: int = 0) -> None:
+        """Wait for what was launched, but for the last `left` steps; events are told later."""
+        while len(self._pending) > left:
+            self._collect(self._pending.pop(0))
 
     def remove(self, name: str) -> State:
         """Free a member's slot, or a failed one's padding; returns its state.
