@@ -138,12 +138,17 @@ def is_as_before(running: Server) -> None:
         eventually(rests)
 
 
-def draw_and_send(running: Server, count: int, number: int, models: Sequence[str] = MODELS) -> Seen:
+def draw_and_send(
+    running: Server, count: int, number: int, models: Sequence[str] = MODELS, without: str = ""
+) -> Seen:
     source, seen = random.Random(number), Seen()
     with running.http() as http, health_watched(running):
         for _ in range(count):
-            make = valid if source.random() < 0.3 else bent
-            send(http, make(source, list(models)), seen)
+            if source.random() < 0.3:
+                asked = valid(source, list(models), without)
+            else:
+                asked = bent(source, list(models))
+            send(http, asked, seen)
     return seen
 
 
