@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,12 +138,17 @@ def is_as_before(running: Server) -> None:
         eventually(rests)
 
 
-def draw_and_send(running: Server, count: int, number: int) -> Seen:
+def draw_and_send(
+    running: Server, count: int, number: int, models: Sequence[str] = MODELS, without: str = ""
+) -> Seen:
     source, seen = random.Random(number), Seen()
     with running.http() as http, health_watched(running):
         for _ in range(count):
-            make = valid if source.random() < 0.3 else bent
-            send(http, make(source, MODELS), seen)
+            if source.random() < 0.3:
+                asked = valid(source, list(models), without)
+            else:
+                asked = bent(source, list(models))
+            send(http, asked, seen)
     return seen
 
 
