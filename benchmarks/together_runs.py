@@ -177,6 +177,7 @@ class Looped:
         rows_b: Sequence[Any],
         kinds: Sequence[int],
         padded: Sequence[Any],
+        is_even: bool,
     ) -> tuple[Any, ...]:
         """As `grouped`; segments' ends are those that the host knows."""
         import torch

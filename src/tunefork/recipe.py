@@ -354,11 +354,12 @@ class TrainSection(Section):
     precision: Literal["auto", "bf16", "fp8", "fp32"] = "auto"
     """Dtype of weights and activations in the forward pass. `fp8`: products with a frozen base in
     e4m3, for methods that have one (lora, qlora; `full` then computes in bf16), with everything
-    else in bf16. On a small model it cost 1 % of the loss and no accuracy (docs/performance.md).
-    Made for Hopper GPUs and later; a CPU computes it slowly. `auto`: fp8 on such a GPU where the
-    gate (train/fp8_gate.yaml) was passed for the model's family, size and method, which it is for
-    none yet, and two batches of the run's own agree in both (run.json has the figures); else bf16
-    on a GPU and on a CPU with bf16 instructions; else fp32."""
+    else in bf16. Made for Hopper GPUs and later; a CPU computes it slowly. `auto`: fp8 on such a
+    GPU where its gate was passed for the model's family, method and size (train/fp8_gate.yaml; so
+    far for lora of llamas of 0.1 to 0.3B), the run has at least 100 steps, and two batches of its
+    own agree in both (run.json has the figures); else bf16 on a GPU and on a CPU with bf16
+    instructions; else fp32. `train` and the final runs of `compare` choose so; searches, sweeps and
+    groups take bf16."""
 
     activation_checkpointing: CheckpointingChoice = "auto"
     """What is kept for the backward pass. `none`: every activation. `full` (or true): each layer's

@@ -208,7 +208,7 @@ def test_runs_of_no_folder(on: Call) -> None:
         (("comparr", "x.yaml"), "No such command 'comparr'"),
         (("train",), "Missing argument 'RECIPE'"),
         (("evaluate", "x"), "Missing argument 'RECIPE'"),
-        (("chat",), "Missing argument 'RUN_OR_MODEL'"),
+        (("chat",), "give RUN_OR_MODEL or --server"),
         (("train", "x.yaml", "--rank", "3"), "No such option: --rank"),
         (("data", "show", "x.yaml", "--row", "0"), "--row"),
         (("chat", "x", "--temperature", "-1"), "--temperature"),

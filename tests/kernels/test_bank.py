@@ -53,7 +53,16 @@ def _grouped(
     return grouped(x, ends, [rows_a], [rows_b], [0], [padded])[0]
 
 
-FORMS = {"loop": _loop, "grouped": _grouped}
+def _batched(
+    x: Tensor, rows_a: Tensor, rows_b: Tensor, lengths: Sequence[int], ranks: Sequence[int] = RANKS
+) -> Tensor:
+    padded = Padded.of(ranks, padded_rank(ranks), SCALES, x.device)
+    ends = torch.zeros(len(ranks), dtype=torch.int32)  # not read
+    return grouped(x, ends, [rows_a], [rows_b], [0], [padded], is_even=True)[0]
+
+
+FORMS = {"loop": _loop, "grouped": _grouped, "batched": _batched}
+EVEN = (6, 6, 6, 6, 6)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -63,7 +72,7 @@ def test_values_and_gradients_are_the_definitions(
     form: str, ranks: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
-    lengths = LENGTHS
+    lengths = EVEN if form == "batched" else LENGTHS
     x = torch.randn(sum(lengths), FEATURES).to(dtype).requires_grad_()
     rows_a, rows_b = (_rows(ranks, n, i).requires_grad_() for i, n in enumerate((FEATURES, OUT)))
     dy = torch.randn(len(x), OUT).to(dtype)
@@ -87,23 +96,24 @@ def test_values_and_gradients_are_the_definitions(
 @pytest.mark.parametrize("form", FORMS)
 def test_an_adapter_that_is_not_finite_changes_no_bit_of_the_others(form: str) -> None:
     torch.manual_seed(0)
+    lengths = EVEN if form == "batched" else LENGTHS
     bad = slice(*spans(RANKS)[3])
     found = []
     for value in (1.0, float("nan"), float("inf")):
-        x = torch.randn(sum(LENGTHS), FEATURES, generator=torch.Generator().manual_seed(1))
+        x = torch.randn(sum(lengths), FEATURES, generator=torch.Generator().manual_seed(1))
         rows_a, rows_b = (_rows(RANKS, n, i) for i, n in enumerate((FEATURES, OUT)))
         rows_a[bad] *= value
         rows_b[bad] *= value
         for tensor in (x, rows_a, rows_b):
             tensor.requires_grad_()
-        y = FORMS[form](x, rows_a, rows_b, LENGTHS)
+        y = FORMS[form](x, rows_a, rows_b, lengths)
         dy = torch.ones_like(y)
-        dy[slice(*_bounds(LENGTHS)[3])] *= value
+        dy[slice(*_bounds(lengths)[3])] *= value
         y.backward(dy)
         own_rows = [q for q in range(sum(RANKS)) if q != bad.start]
         assert x.grad is not None and rows_a.grad is not None and rows_b.grad is not None
         others = [rows_a.grad[own_rows], rows_b.grad[own_rows]]
-        own = _slots(LENGTHS) != 3
+        own = _slots(lengths) != 3
         found.append([y.detach()[own], x.grad[own], *others])
         assert (value == 1.0) == bool(y.isfinite().all())
     for sick in found[1:]:

@@ -1,7 +1,8 @@
 """Engines over tiny bases, and adapters for them made by the PEFT library."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from tests.folders import save_model
 from tunefork.recipe import ModelSection
-from tunefork.serve.engine import EngineRequest, Piece, Sampling, ServedAdapter
+from tunefork.serve.engine import EngineRequest, EngineState, Piece, Sampling, ServedAdapter
 from tunefork.serve.engines.embedded import EmbeddedEngine
+from tunefork.serve.engines.embedded_settings import EmbeddedSettings
 from tunefork.serve.settings import ServeSettings
 
 
@@ -39,7 +41,8 @@ def base_folder(folder: Path, name: str = "llama") -> Any:
 def settings(base: Path, **embedded: Any) -> ServeSettings:
     """Of an engine on the CPU in fp32."""
     fields = {"device": "cpu", "dtype": "fp32", "slots": 4, "max_rank": 64, "cache_tokens": 8192}
-    return ServeSettings(base=ModelSection(id=str(base)), embedded=fields | embedded)
+    own = EmbeddedSettings.model_validate(fields | embedded)
+    return ServeSettings(base=ModelSection(id=str(base)), embedded=own)
 
 
 def greedy(model: Any, adapter: ServedAdapter | None, prompt: Sequence[int], new: int) -> list[int]:
@@ -90,3 +93,27 @@ async def answer(engine: EmbeddedEngine, wanted: EngineRequest) -> Piece:
 async def answers(engine: EmbeddedEngine, wanted: Sequence[EngineRequest]) -> list[Piece]:
     """Of all requests at once."""
     return list(await asyncio.gather(*(answer(engine, one) for one in wanted)))
+
+
+@asynccontextmanager
+async def started(base: Path, **embedded: Any) -> AsyncIterator[EmbeddedEngine]:
+    """An engine that runs, and has given everything back when all is over."""
+    engine = EmbeddedEngine(settings(base, **embedded))
+    await engine.start()
+    try:
+        yield engine
+        if engine.state().healthy:
+            await idle(engine)
+    finally:
+        await engine.stop()
+
+
+async def idle(engine: EmbeddedEngine) -> EngineState:
+    """The state once nothing runs; every token of the cache is free again."""
+    for _ in range(500):
+        state = engine.state()
+        if not state.running and not state.waiting:
+            assert state.free_cache_tokens == state.total_cache_tokens
+            return state
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"not idle: {state}")

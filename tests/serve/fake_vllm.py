@@ -73,6 +73,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.load(fields["lora_name"], fields["lora_path"])
             case "/v1/unload_lora_adapter":
                 known = loaded.pop(fields["lora_name"], None)
+                time.sleep(0.2 * fields["lora_name"].startswith("slow"))
                 self.reply(200 if known else 404, "")
             case "/v1/completions":
                 self.complete(fields)

@@ -2,11 +2,14 @@
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from tests.serve.embedded import (
     answers,
@@ -16,8 +19,15 @@ from tests.serve.embedded import (
     save_adapter,
     settings,
 )
+from tunefork.kernels.bank_stretches import Stretch
+from tunefork.kernels.bank_tokens import add_masked
+from tunefork.model import fused
 from tunefork.serve.engine import ServedAdapter
+from tunefork.serve.engines import attention
+from tunefork.serve.engines.attention import Reads
 from tunefork.serve.engines.embedded import EmbeddedEngine
+from tunefork.serve.engines.passes import Outcome, Passes, _Shape
+from tunefork.serve.engines.slots import BankSlots
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 RANKS = (4, 16, 64)
@@ -69,3 +79,137 @@ def test_greedy_tokens_are_pefts(architecture: str, tmp_path: Path) -> None:
     assert {piece.finish_reason for piece in found} == {"length"}
     base = [greedy(served.model, None, one.prompt_ids, 12) for one in wanted]
     assert sum(a != b for a, b in zip(base, expected, strict=True)) >= 14  # adapters matter
+
+
+def _flash_by_numbers(
+    query_nhe: Tensor,
+    keys_ske: Tensor,
+    values_ske: Tensor,
+    reads: Reads,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """What the GPU's kernel is told, taken at its word."""
+    out_nhe = torch.zeros_like(query_nhe)
+    for row, used in enumerate(reads.used_r.tolist()):
+        start = int(reads.starts_k[row])
+        first, last = int(reads.starts_q[row]), int(reads.starts_q[row + 1])
+        new = last - first
+        assert 0 < new <= reads.longest_q and used <= reads.longest_k
+        keys, values = keys_ske[start : start + used], values_ske[start : start + used]
+        at, by = torch.arange(used - new, used)[:, None], torch.arange(used)
+        seen = by <= at if window is None else (by <= at) & (at - by < window)
+        groups = query_nhe.shape[1] // keys.shape[1]
+        scores = torch.einsum(
+            "qhe,khe->hqk", query_nhe[first:last], keys.repeat_interleave(groups, 1)
+        )
+        weights = (scores * scale).masked_fill(~seen, -torch.inf).softmax(-1)
+        out_nhe[first:last] = torch.einsum(
+            "hqk,khe->qhe", weights, values.repeat_interleave(groups, 1)
+        )
+    return out_nhe
+
+
+class _Again:
+    """A graph that runs the pass again, over the numbers that then lie there."""
+
+    def __init__(self, passes: Passes, key: Any) -> None:
+        self.passes, self.key = passes, key
+        self.outcome = self.run()
+
+    def run(self) -> Outcome:
+        rows = self.key.rows
+        stretches = [Stretch(0, 0, rows)] if self.key.has_adapters else []
+        shape = _Shape(rows, rows, rows, 1, self.key.longest_k)
+        return self.passes._pass(shape, stretches, None, is_captured=True)
+
+    def replay(self) -> None:
+        found = self.run()
+        self.outcome.logits_rv.copy_(found.logits_rv)
+        self.outcome.tokens_r.copy_(found.tokens_r)
+
+    @property
+    def graph(self) -> "_Again":
+        return self
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_a_gpus_way_by_stand_ins(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Filled-up passes, static numbers, tokens sorted by slot, texts one pass late: on a CPU, with
+    a stand-in for the kernel and for graphs. The answers are PEFT's."""
+    served = Served(tmp_path, architecture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(attention, "flash", _flash_by_numbers)
+    monkeypatch.setattr(Passes, "_capture", lambda passes, key: _Again(passes, key))
+    whose: list[ServedAdapter | None] = [None, *served.adapters]
+    wanted = [
+        request(str(at), prompt, whose[at % 4], max_tokens=12, ignore_eos=True)
+        for at, prompt in enumerate(served.prompts)
+    ]
+
+    async def run() -> Any:
+        engine = EmbeddedEngine(settings(served.base, prefill_tokens=40))
+        await engine.start()
+        assert engine._parts is not None
+        core = engine._parts.core
+        core.passes.flash = core.passes.graphs = core.overlaps = True
+        assert core.tiers is not None
+        core.tiers.slots._is_sorted = True
+        core.passes.warm(has_slots=True)
+        try:
+            found = await answers(engine, wanted)
+            assert len(core.passes.captured) > 20
+            return found
+        finally:
+            await engine.stop()
+
+    found = asyncio.run(run())
+    expected = [greedy(served.model, one.adapter, one.prompt_ids, 12) for one in wanted]
+    assert [list(piece.token_ids) for piece in found] == expected
+
+
+def test_fused_layers_take_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above with q, k, v and gate, up as one product each, and their adapters' A as well."""
+    served = Served(tmp_path, "llama")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(attention, "flash", _flash_by_numbers)
+    monkeypatch.setattr(Passes, "_capture", lambda passes, key: _Again(passes, key))
+    whose: list[ServedAdapter | None] = [None, *served.adapters]
+    wanted = [
+        request(str(at), prompt, whose[at % 4], max_tokens=12, ignore_eos=True)
+        for at, prompt in enumerate(served.prompts)
+    ]
+    products: Counter[int] = Counter()
+
+    def counted(ys: Any, *told: Any) -> None:
+        products[len(ys)] += 1
+        add_masked(ys, *told)
+
+    monkeypatch.setattr(fused, "add_masked", counted)
+
+    async def run() -> Any:
+        engine = EmbeddedEngine(settings(served.base, prefill_tokens=40))
+        await engine.start()
+        assert engine._parts is not None
+        core = engine._parts.core
+        assert core.tiers is not None
+        slots = core.tiers.slots
+        assert isinstance(slots, BankSlots)
+        model = engine._parts.model
+        model.set_attn_implementation("sdpa")  # layers with one input are found by a pass
+        for group in fused.fuse(model, "bf16", "bf16", torch.device("cpu")):
+            group.join_banks()
+        model.set_attn_implementation(attention.NAME)
+        core.passes.flash = core.passes.graphs = core.overlaps = True
+        slots._is_sorted = True
+        try:
+            return await answers(engine, wanted)
+        finally:
+            await engine.stop()
+
+    found = asyncio.run(run())
+    expected = [greedy(served.model, one.adapter, one.prompt_ids, 12) for one in wanted]
+    assert [list(piece.token_ids) for piece in found] == expected
+    assert set(products) == {1, 2, 3}  # o and down; gate and up; q, k and v

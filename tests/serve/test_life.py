@@ -103,6 +103,7 @@ def test_a_client_that_stops_reading_is_cut_off(settings: ServeSettings) -> None
         eventually(lambda: engine.computed > 100)
         eventually(lambda: _is_at_rest(running))
         assert engine.computed < 100_000
+        eventually(lambda: not running.server.server_state.connections)
         connection.close()
         eventually(lambda: [s[0] for s in _statuses(settings)] == ["cancelled"])
         assert running.ask().status_code == 200
@@ -206,6 +207,7 @@ def test_while_it_loads_health_is_told_and_ready_is_not(settings: ServeSettings)
         eventually(lambda: http.get("/ready").status_code == 200)
 
 
+@pytest.mark.slow
 def test_health_is_told_while_large_inputs_are_read(server: Running) -> None:
     text = "ab" * 250_000
     with ThreadPoolExecutor(8) as pool, server.http() as http:

@@ -1,5 +1,6 @@
 """Pinned adapters stay and follow their tag; a merged one has an engine more."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,3 +126,18 @@ def test_only_so_many_adapters_are_told_apart() -> None:
     text = metrics.text().decode()
     assert 'model="x1"' in text and 'model="x2"' not in text
     assert f'tunefork_prompt_tokens_total{{model="{OTHER}",tenant="a"}} 3.0' in text
+
+
+def test_an_adapter_is_brought_nearer_while_its_request_waits(
+    settings: ServeSettings, adapter: Path
+) -> None:
+    engine = FakeEngine(capabilities=replace(ALL, max_requests=1), delay_s=0.05)
+    with Store.open() as store:
+        store.publish(adapter, "acme")
+    with serving(engine, settings) as running, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(running.ask)
+        eventually(lambda: len(engine.open) == 1)
+        second = pool.submit(running.ask, model="acme")
+        eventually(lambda: "acme:v1" in engine.loaded)
+        assert len(engine.seen) == 1 and not first.done()
+        assert second.result().status_code == 200

@@ -6,6 +6,7 @@ That the real one understands the same is shown by `test_vllm_real.py`.
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -55,7 +56,7 @@ def make(
     made: list[VllmEngine] = []
 
     def start(**fields: Any) -> VllmEngine:
-        options = {"base_in_slot": "never", "spool": tmp_path / "spool"}
+        options = {"device": "gpu", "spool": tmp_path / "spool"}
         if "url" not in fields:
             options["python"] = program
         settings = ServeSettings.model_validate({"base": str(base), "vllm": options | fields})
@@ -118,8 +119,10 @@ def test_a_request_is_put_in_vllms_words(make: Any, run: Run, tmp_path: Path) ->
     }  # fmt: skip
     (load,) = calls(engine, "/v1/load_lora_adapter")
     assert load["lora_name"] == "one:v1"
-    assert not load["lora_path"].startswith(str(one.folder)), "vLLM gets a folder of its own"
+    shutil.rmtree(one.folder)
+    assert Path(load["lora_path"], "adapter_model.safetensors").is_file(), "vLLM may read it again"
     assert engine.capabilities.max_model_len == 256
+    assert "seed" in engine.capabilities.sampling
     state = engine.state()
     assert (state.healthy, state.running, state.loads, state.resident) == (True, 0, 1, ("one:v1",))
     assert engine.info()["version"] == "0.0-fake"
@@ -170,6 +173,22 @@ def test_where_all_places_are_in_use_the_next_waits(make: Any, run: Run, tmp_pat
     later, earlier = run(two())
     assert earlier < later
     assert engine.state().in_host_memory == ("b:v1",)
+
+
+def test_one_that_waits_makes_one_leave(make: Any, run: Run, tmp_path: Path) -> None:
+    engine = make(slots=1, host_adapters=3)
+    leaves_slowly, b, c, d = (adapter(tmp_path, name) for name in ("slow", "b", "c", "d"))
+
+    async def main() -> None:
+        for one in (leaves_slowly, b, c):
+            await answer(engine, request(one))
+        waiting = asyncio.create_task(answer(engine, request(d)))
+        await asyncio.sleep(0.05)
+        await answer(engine, request(c))  # its end wakes who waits
+        await waiting
+
+    run(main())
+    assert set(engine.state().in_host_memory) == {"b:v1", "c:v1", "d:v1"}
 
 
 def test_pinned_ones_stay_and_forgotten_ones_leave_after_their_last_answer(
@@ -325,7 +344,8 @@ def test_the_watchdog_ends_all_once_its_parent_is_killed(tmp_path: Path) -> None
     eventually(lambda: len(dog.children(recursive=True)) == 2)
     below = [dog, *dog.children(recursive=True)]
     parent.kill()
-    parent.communicate()
+    parent.wait()
+    parent.stdout.close()
     assert not psutil.wait_procs(below, timeout=5)[1]
     assert not folder.exists()
 
@@ -342,7 +362,7 @@ def test_a_parent_that_is_killed_takes_all_with_it(
         "    print('up', flush=True); await asyncio.sleep(60)\n"
         "asyncio.run(main())"
     )
-    vllm = {"python": str(program), "base_in_slot": "never", "spool": str(tmp_path / "spool")}
+    vllm = {"python": str(program), "device": "gpu", "spool": str(tmp_path / "spool")}
     settings = json.dumps({"base": str(base), "vllm": vllm})
     with subprocess.Popen([sys.executable, "-c", code, settings], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None and parent.stdout.readline() == b"up\n"
@@ -402,13 +422,14 @@ def test_a_server_that_forgot_its_adapters_is_met_anew(make: Any, run: Run, tmp_
 def test_on_a_cpu_the_base_has_a_slot_of_zeros(
     make: Any, run: Run, base: Path, tmp_path: Path
 ) -> None:
-    engine = make(base_in_slot="always", slots=1, host_adapters=1)
+    engine = make(device="cpu", slots=1, host_adapters=1)
     run(answer(engine, request()))
     run(answer(engine, request(adapter(tmp_path, "a"))))
     run(answer(engine, request(adapter(tmp_path, "b"))))
     asked = [call["model"] for call in calls(engine, "/v1/completions")]
     assert asked == ["tunefork-base:v0", "a:v1", "b:v1"]
     assert engine.state().in_host_memory == ("b:v1",), "it takes no place of others, nor leaves"
+    assert "seed" not in engine.capabilities.sampling, "it would end the server"
     zeros = save_zeros(engine._section, tmp_path / "zeros")
     with safe_open(zeros.folder / "adapter_model.safetensors", "pt") as file:
         names = list(file.keys())

@@ -72,12 +72,34 @@ def test_whether_the_best_rate_moves_with_rank() -> None:
 def test_the_smallest_rank_that_is_not_worse_is_recommended() -> None:
     for loss_of, rank in ((_flat, 1), (_steep, 16)):
         found = runs(loss_of)
-        chosen = choose(found) or ""
-        assert recommend(found, JUDGE, chosen).rank == rank
-    noisy = runs(lambda rank, rate: 1.0 - rank / 1000, seeds=(0,), size=30, noise=0.5)
-    chosen = choose(noisy) or ""
-    advice = recommend(noisy, JUDGE, chosen)
-    assert advice.rank == 1 and ("not told apart" in advice.reason or "lowest" in advice.reason)
+        assert recommend(found, JUDGE, choose(found) or "").rank == rank
+
+
+def test_a_rank_that_was_far_behind_is_not_taken_because_that_could_be_chance() -> None:
+    found = runs(
+        lambda rank, rate: 1.5 - rank / 1000 + rate,
+        ranks=(1, 200, 300),
+        seeds=(0,),
+        size=30,
+        noise=0.5,
+    )
+    chosen = choose(found) or ""
+    effect = rank_effect(found, JUDGE, chosen)
+    assert effect is not None
+    behind = [r for r in effect.ranks if r.gain is not None and r.gain.value < -JUDGE.margin]
+    assert "not told apart" in [r.is_equal for r in behind]
+    advice = recommend(found, JUDGE, chosen)
+    assert advice.rank not in {r.rank for r in behind}
+    assert "which could be chance: more evaluation examples or seeds" in advice.reason
+
+
+def test_the_spread_is_the_gain_that_the_table_shows() -> None:
+    found = runs(_steep)
+    effect = rank_effect(found, JUDGE, choose(found) or "")
+    assert effect is not None
+    gain = effect.ranks[0].gain
+    assert gain is not None
+    assert (effect.spread.low, effect.spread.high) == (-gain.high, -gain.low)
 
 
 def test_knobs_share_the_variance() -> None:

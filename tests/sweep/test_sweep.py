@@ -17,11 +17,13 @@ from tunefork.recipe_file import load
 from tunefork.registry.opening import open_model
 from tunefork.registry.run import ADAPTER, read_record
 from tunefork.registry.store import Store
+from tunefork.sweep.bank import stops_of
 from tunefork.sweep.group import Member, Stepped
 from tunefork.sweep.markdown import sweep_markdown
 from tunefork.sweep.result import RESULT, SweepResult
 from tunefork.sweep.sweep import sweep
 from tunefork.train.events import EVENTS, StateChanged, read_events, read_steps
+from tunefork.train.state import State
 from tunefork.trial.trial import train_run
 
 Make = Callable[..., Recipe]
@@ -288,3 +290,51 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(
     with pytest.raises((RecipeError, TuneforkError), match=message):
         _sweep(make(**sections), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+class _Late(_Stopping):
+    """Tells of a step when the next one is taken, as a group on a GPU does."""
+
+    def __init__(self, at: int = 0) -> None:
+        super().__init__(at, dies=False)
+        self.waiting: list[Stepped] = []
+        self.stops: dict[str, Callable[[int], bool]] = {}
+
+    def add(self, member: Member, start: State | None) -> None:
+        super().add(member, start)
+        self.stops[member.name] = stops_of(member)
+
+    def step(self) -> Sequence[Stepped]:
+        told, self.waiting = self.waiting, list(super().step())
+        records = [(each.name, each.record) for each in self.waiting if each.record is not None]
+        if any(self.stops[name](record.step) for name, record in records):
+            return [*told, *self.sync()]
+        return told
+
+    def sync(self) -> Sequence[Stepped]:
+        told, self.waiting = self.waiting, []
+        return told
+
+
+@pytest.mark.parametrize("stopped_at", [0, 3])
+def test_steps_that_are_told_late_are_all_told(make: Make, tmp_path: Path, stopped_at: int) -> None:
+    recipe = make(
+        train={"max_steps": 6, "batch_size": 2, "epochs": 9, "checkpoint_every_steps": 2},
+        sweep={
+            "rank": [2, 4],
+            "learning_rate": [1e-4, 1e-2],
+            "validation_share": 0.3,
+            "together": 3,
+            "halving": {"rungs": 1},
+        },
+    )
+    whole = _sweep(recipe, tmp_path / "whole")
+    if stopped_at:
+        with pytest.raises(KeyboardInterrupt):
+            _sweep(recipe, tmp_path / "late", _Late(stopped_at))
+    late = _sweep(recipe, tmp_path / "late", _Late())
+    for one, other in zip(late.variants, whole.variants, strict=True):
+        assert (one.name, one.status, one.num_steps) == (other.name, other.status, other.num_steps)
+        assert one.metrics == other.metrics and one.validation_loss == other.validation_loss
+        steps = read_steps(tmp_path / "late" / one.folder / EVENTS)
+        assert [step.step for step in steps] == list(range(1, one.num_steps + 1))

@@ -107,7 +107,7 @@ def _check_extra() -> None:
 
     from tunefork.errors import BadInputError
 
-    wanted = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client", "httpx")
+    wanted = ("fastapi", "uvicorn", "prometheus_client", "httpx")
     missing = [name for name in wanted if find_spec(name) is None]
     if missing:
         raise BadInputError(

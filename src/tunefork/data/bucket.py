@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tunefork.data.pack import IGNORED, MicroBatch, Segments
+from tunefork.data.slots import is_even
 
 WHOLE_ROWS = 128
 """Rows of one segment are kept as rows where their length is a multiple of this: kernels that are
@@ -34,6 +35,8 @@ class Size:
     longest: int
     supervised: int
     is_uniform: bool
+    is_even: bool = False
+    """Of adapters that share the pass all have as many tokens (`kernels/bank.py`)."""
 
 
 def bucket(count: int, *, multiple: int = 64) -> int:
@@ -58,11 +61,13 @@ def size_of(batch: MicroBatch) -> Size:
     rows, length = batch.input_ids.shape
     supervised = bucket(len(batch.labels))
     if batch.segments.is_uniform and length % WHOLE_ROWS == 0:
-        return Size(rows, length, rows, length, supervised, is_uniform=True)
+        even = batch.slots is not None and is_even(batch.slots.bounds)
+        return Size(rows, length, rows, length, supervised, is_uniform=True, is_even=even)
     tokens, longest = bucket(rows * length), limit(batch.segments.longest)
     added = -(-(tokens - rows * length) // longest)
     segments = bucket(len(batch.segments.starts) - 1 + added, multiple=8)
-    return Size(1, tokens, segments, longest, supervised, is_uniform=False)
+    even = batch.slots is not None and is_even(batch.slots.lengthened(tokens, 0).bounds)
+    return Size(1, tokens, segments, longest, supervised, is_uniform=False, is_even=even)
 
 
 def padded(batch: MicroBatch, size: Size) -> MicroBatch:

@@ -85,6 +85,19 @@ class MicroBatch:
     slots: Slots | None = None
     """Where many adapters share the pass."""
 
+    def pinned(self) -> Self:
+        """The same in memory that a GPU reads without the host waiting for what runs on it."""
+        rows, columns = self.supervised
+        return replace(
+            self,
+            input_ids=self.input_ids.pin_memory(),
+            position_ids=self.position_ids.pin_memory(),
+            supervised=(rows.pin_memory(), columns.pin_memory()),
+            labels=self.labels.pin_memory(),
+            segments=replace(self.segments, starts=self.segments.starts.pin_memory()),
+            slots=self.slots and self.slots.pinned(),
+        )
+
     def to(self, device: torch.device) -> Self:
         """The same on `device`."""
         rows, columns = self.supervised

@@ -15,6 +15,11 @@ import torch
 from torch import Tensor
 
 
+def is_even(bounds: Sequence[tuple[int, int]]) -> bool:
+    """Whether all slots have the same number of tokens."""
+    return len({last - first for first, last in bounds}) == 1
+
+
 @dataclass(frozen=True, slots=True)
 class Slots:
     """Of the flattened rows of one pass."""
@@ -45,6 +50,10 @@ class Slots:
         ends_g = torch.tensor([last for _, last in bounds], dtype=torch.int32)
         supervised = torch.nn.functional.pad(self.supervised, (0, filling))
         return type(self)(ends_g, tuple(bounds), supervised)
+
+    def pinned(self) -> Self:
+        """The same in memory that a GPU reads without the host waiting."""
+        return replace(self, ends=self.ends.pin_memory(), supervised=self.supervised.pin_memory())
 
     def to(self, device: torch.device) -> Self:
         """The same on `device`."""

@@ -6,12 +6,14 @@ and g = 0, 32 bytes a parameter, however many adapters there are (AdamW: Loshchi
 https://arxiv.org/abs/1711.05101, algorithm 2). Slots that are not due keep every bit of p, m and v:
 they are chosen by `where`, as a product with zero would let a NaN through.
 
-On a GPU torch.compile makes one kernel of it; a CPU runs it by pieces that stay in its cache.
+On a GPU torch.compile makes one kernel of it. A CPU, where a call costs little, takes PyTorch's
+fused AdamW slot by slot (`update_slot_`): the very arithmetic of a run alone. `adamw_slots_` runs
+there too, by pieces that stay in its cache; the two are tested against each other.
 
 Shape legend: b = blocks, n = elements of a block, G slots.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -56,6 +58,36 @@ def _update_(
     m_bn.copy_(torch.where(is_due, m, m_bn))
     v_bn.copy_(torch.where(is_due, v, v_bn))
     g_bn.zero_()
+
+
+@torch.no_grad()
+def update_slot_(
+    parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
+    count: Tensor,
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    gradient_scale: float,
+) -> None:
+    """The update number `count` (from 1, fp32) of one slot, whose p, g, m and v are `parts`."""
+    p, g, m, v = (list(tensors) for tensors in zip(*parts, strict=True))
+    torch._fused_adamw_(
+        p,
+        g,
+        m,
+        v,
+        [],
+        [count] * len(p),
+        lr=learning_rate,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=1e-8,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=None if gradient_scale == 1.0 else torch.tensor(1.0 / gradient_scale),
+    )
 
 
 @compiled_on_cuda(dynamic=False)

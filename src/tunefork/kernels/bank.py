@@ -7,7 +7,8 @@ What a bank adds to a frozen base's product is `scale_g * B_g A_g x` for the tok
                    a CPU, where a call costs little, and fp32
     grouped        one grouped GEMM down for all adapters (and for all layers that read this input),
                    one up for each layer, two of each for the gradients: a GPU in bf16. Segment ends
-                   are a tensor, so a captured pass serves every division of its tokens
+                   are a tensor, so a captured pass serves every division of its tokens. Segments of
+                   one length are batched products instead, which need no setting up
 
 No product reaches over a segment's end, and nothing is multiplied by zero to leave it out: an
 adapter whose values are not finite spoils its own tokens alone. No scale is shared either.
@@ -53,37 +54,43 @@ class _AddSegments(torch.autograd.Function):
         bounds: Bounds,
         scales: tuple[float, ...],
     ) -> Tensor:
-        parts = []
+        parts, saved = [], []
         for (first, last), (start, end), scale in zip(bounds, spans(ranks), scales, strict=True):
             if first == last or start == end:
                 continue
-            u = x_sd[first:last] @ rows_a_qd[start:end].to(x_sd.dtype).t()
-            y_so[first:last].addmm_(u, rows_b_qo[start:end].to(x_sd.dtype), alpha=scale)
-            parts.append((first, last, start, end, scale, u))
+            a, b = rows_a_qd[start:end].to(x_sd.dtype), rows_b_qo[start:end].to(x_sd.dtype)
+            u = x_sd[first:last] @ a.t()
+            y_so[first:last].addmm_(u, b, alpha=scale)
+            parts.append((first, last, start, end, scale))
+            saved += [a, b, u]
         ctx.mark_dirty(y_so)
-        ctx.save_for_backward(x_sd, rows_a_qd, rows_b_qo, *(part[-1] for part in parts))
-        ctx.parts = [part[:-1] for part in parts]
+        ctx.save_for_backward(x_sd, *saved)
+        ctx.parts = parts
+        ctx.rows = [(rows.shape, rows.dtype) for rows in (rows_a_qd, rows_b_qo)]
         return y_so
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_so: Tensor) -> tuple[Tensor | None, ...]:
-        x_sd, rows_a_qd, rows_b_qo, *us = ctx.saved_tensors
-        needs_x, needs_rows = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+        x_sd, *saved = ctx.saved_tensors
+        has_x, has_rows = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
         # Zero where a slot has no tokens or no rows here.
-        dx_sd = torch.zeros_like(x_sd) if needs_x else None
-        da_qd = torch.zeros_like(rows_a_qd) if needs_rows else None
-        db_qo = torch.zeros_like(rows_b_qo) if needs_rows else None
-        for (first, last, start, end, scale), u in zip(ctx.parts, us, strict=True):
+        tokens = sum(last - first for first, last, *_ in ctx.parts)
+        rows = sum(end - start for _, _, start, end, _ in ctx.parts)
+        new = torch.empty if rows == ctx.rows[0][0][0] else torch.zeros
+        da_qd, db_qo = (new(shape, dtype=kind, device=x_sd.device) for shape, kind in ctx.rows)
+        dx_sd = torch.empty_like(x_sd) if tokens == len(x_sd) else torch.zeros_like(x_sd)
+        for at, (first, last, start, end, scale) in enumerate(ctx.parts):
+            a, b, u = saved[3 * at : 3 * at + 3]
             dy = dy_so[first:last]
-            du = (dy @ rows_b_qo[start:end].to(x_sd.dtype).t()).mul_(scale)
-            if da_qd is not None and db_qo is not None:
+            du = (dy @ b.t()).mul_(scale)
+            if has_rows:
                 da_qd[start:end] = du.t() @ x_sd[first:last]
-                db_qo[start:end] = u.t() @ dy
-                db_qo[start:end].mul_(scale)
-            if dx_sd is not None:
-                torch.mm(du, rows_a_qd[start:end].to(x_sd.dtype), out=dx_sd[first:last])
-        return dy_so, dx_sd, da_qd, db_qo, None, None, None
+                db_qo[start:end] = (u * scale).t() @ dy
+            if has_x:
+                torch.mm(du, a, out=dx_sd[first:last])
+        gradients = (da_qd, db_qo) if has_rows else (None, None)
+        return dy_so, dx_sd if has_x else None, *gradients, None, None, None
 
 
 def add_segments(
@@ -154,46 +161,63 @@ class _Grouped(torch.autograd.Function):
         ctx: Any,
         rank: int,
         kinds: tuple[int, ...],
+        is_even: bool,
         x_sd: Tensor,
         ends_g: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         layers = _by_layer(kinds, tensors)
         a_gkd = _joined_a(layers, rank, x_sd.dtype)
-        u_sk = torch._grouped_mm(x_sd, a_gkd.transpose(1, 2), offs=ends_g)
+        u_sk = _each(x_sd, a_gkd.transpose(1, 2), ends_g, is_even)
         deltas = []
         for index, layer in enumerate(layers):
             u = u_sk[:, index * rank : (index + 1) * rank]
             b_gro = _stack(layer.rows_b, layer.at_p, rank, x_sd.dtype)
-            deltas.append(torch._grouped_mm(u, b_gro, offs=ends_g))
+            deltas.append(_each(u, b_gro, ends_g, is_even))
         ctx.save_for_backward(x_sd, u_sk, ends_g, *tensors)
-        ctx.rank, ctx.kinds = rank, kinds
+        ctx.rank, ctx.kinds, ctx.is_even = rank, kinds, is_even
         return tuple(deltas)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        rank = ctx.rank
+        rank, is_even = ctx.rank, ctx.is_even
         x_sd, u_sk, ends_g, *tensors = ctx.saved_tensors
         layers = _by_layer(ctx.kinds, tensors)
         du, db = [], []
         for index, (given, layer) in enumerate(zip(dys, layers, strict=True)):
             dy = given.contiguous()
             b_gro = _stack(layer.rows_b, layer.at_p, rank, dy.dtype)
-            du.append(torch._grouped_mm(dy, b_gro.transpose(1, 2), offs=ends_g))
+            du.append(_each(dy, b_gro.transpose(1, 2), ends_g, is_even))
             u = u_sk[:, index * rank : (index + 1) * rank]
-            db.append(_unstack(torch._grouped_mm(u.t(), dy, offs=ends_g), layer.back_q))
+            db.append(_unstack(_sums(u, dy, ends_g, is_even), layer.back_q))
         du_sk = torch.cat(du, dim=1) if len(du) > 1 else du[0]
-        da_gkd = torch._grouped_mm(du_sk.t(), x_sd, offs=ends_g)
+        da_gkd = _sums(du_sk, x_sd, ends_g, is_even)
         gradients: list[Tensor | None] = []
         for index, layer in enumerate(layers):
             da = _unstack(da_gkd[:, index * rank : (index + 1) * rank], layer.back_q)
             gradients += [da * layer.scale_q[:, None], db[index]]
         dx_sd = None
-        if ctx.needs_input_grad[2]:
-            dx_sd = torch._grouped_mm(du_sk, _joined_a(layers, rank, x_sd.dtype), offs=ends_g)
+        if ctx.needs_input_grad[3]:
+            dx_sd = _each(du_sk, _joined_a(layers, rank, x_sd.dtype), ends_g, is_even)
         others = [None] * (len(tensors) - len(gradients))
-        return None, None, dx_sd, None, *gradients, *others
+        return None, None, None, dx_sd, None, *gradients, *others
+
+
+def _each(x_sk: Tensor, w_gkn: Tensor, ends_g: Tensor, is_even: bool) -> Tensor:
+    """Each token's x times its slot's w: (S, N)."""
+    if is_even:
+        slots, features, _ = w_gkn.shape
+        return torch.bmm(x_sk.reshape(slots, -1, features), w_gkn).flatten(0, 1)
+    return torch._grouped_mm(x_sk, w_gkn, offs=ends_g)
+
+
+def _sums(x_sk: Tensor, y_sn: Tensor, ends_g: Tensor, is_even: bool) -> Tensor:
+    """x^T y over each slot's tokens: (G, K, N)."""
+    if is_even:
+        x_gsk, y_gsn = (t.reshape(len(ends_g), -1, t.shape[1]) for t in (x_sk, y_sn))
+        return torch.bmm(x_gsk.transpose(1, 2), y_gsn)
+    return torch._grouped_mm(x_sk.t(), y_sn, offs=ends_g)
 
 
 class _Layer(NamedTuple):
@@ -228,13 +252,15 @@ def grouped(
     rows_b: Sequence[Tensor],
     kinds: Sequence[int],
     padded: Sequence[Padded],
+    is_even: bool = False,
 ) -> tuple[Tensor, ...]:
     """scale_g * B_g A_g x of each of several layers with one input: (S, O_i) each, in x's dtype.
 
     x (S, D) is bf16; the rows (Q_i, D) and (Q_i, O_i) fp32, as are their gradients; layer i's lie
     as `padded[kinds[i]]` says. `ends_g` (G,) int32, ascending, are the tokens before which each
     slot ends; the last must be S, as what lies behind it is not written. A slot may have no tokens.
-    D and O_i are multiples of 8.
+    `is_even`: all slots have the same number, and `ends_g` is not read. D and O_i are multiples
+    of 8.
     """
     apply: Callable[..., tuple[Tensor, ...]] = _Grouped.apply
     used = sorted(set(kinds))
@@ -242,4 +268,4 @@ def grouped(
     for kind in used:
         tensors += [padded[kind].scale_q, padded[kind].at_p, padded[kind].back_q]
     own = tuple(used.index(kind) for kind in kinds)
-    return apply(padded[used[0]].rank, own, x_sd, ends_g, *tensors)
+    return apply(padded[used[0]].rank, own, is_even, x_sd, ends_g, *tensors)

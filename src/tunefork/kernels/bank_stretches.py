@@ -1,8 +1,9 @@
-"""Many LoRA adapters over one base, read only, where the host knows whose each stretch of tokens is.
+"""Many LoRA adapters over one base, read only: the host knows whose each stretch of tokens is.
 
-What `bank_tokens.py` finds out on the device for every layer, a CPU knows once for the whole pass,
-and its time is the number of calls: one padded batched product for all short stretches (requests
-that decode, sorted by slot), and two products for each long one (a prompt). Added in place.
+What `bank_tokens.py` finds out on the device for every layer, the host knows once for the whole
+pass. A CPU's time is the number of calls: one padded batched product for all short stretches
+(requests that decode, sorted by slot), and two products for each long one (a prompt), added in
+place. A GPU takes pieces of prompts in the order of their slots, as grouped products.
 
 Deltas may be wider than the activations (fp32 beside bf16): small batched products are quicker in
 fp32 on a CPU (8 x (2 x 576) x (576 x 16): 19 us against 35 us in bf16, one core of an EPYC).
@@ -15,10 +16,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-_SHORT = 8
-"""Tokens of a stretch that is padded rather than multiplied by itself."""
+_SHORT = 64
+"""Most tokens of a stretch that is padded rather than multiplied by itself."""
 _GAP = 4
 
 
@@ -53,29 +55,58 @@ class Layout:
     """The largest of the adapters there; rows of A and B behind it are zero."""
     padded: tuple[Padded, ...]
     long: tuple[Stretch, ...]
+    ends_n: Tensor | None = None
+    """On a GPU: before which token each slot's end, int32. Tokens come in the order of slots, and
+    those without one last."""
+    num_tokens: int = 0
+    """On a GPU: how many have one."""
 
 
-def lay_out(stretches: Sequence[Stretch], rank: int) -> Layout:
-    """`stretches` in the order of their tokens."""
+def lay_out_sorted(stretches: Sequence[Stretch], slots: int, device: torch.device) -> Layout:
+    """For a GPU: `stretches` in the order of their slots, from token 0 on."""
+    ends, at = [0] * slots, 0
+    for stretch in stretches:
+        if stretch.first != at:
+            raise ValueError("tokens must be in the order of their slots")
+        at = ends[stretch.slot] = stretch.last
+    for slot in range(1, slots):
+        ends[slot] = max(ends[slot], ends[slot - 1])
+    host = torch.tensor(ends, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return Layout(0, (), (), host.to(device, non_blocking=True), at)
+
+
+def sorted_delta(x_sd: Tensor, a_nrd: Tensor, b_nro: Tensor, layout: Layout) -> Tensor:
+    """B_n A_n x of tokens in the order of their slots: (S, O), zero behind them. bf16."""
+    assert layout.ends_n is not None
+    u_sr = torch._grouped_mm(x_sd[: layout.num_tokens], a_nrd.transpose(1, 2), offs=layout.ends_n)
+    delta_so = torch._grouped_mm(u_sr, b_nro, offs=layout.ends_n)
+    missing = x_sd.shape[0] - layout.num_tokens
+    return F.pad(delta_so, (0, 0, 0, missing)) if missing else delta_so
+
+
+def lay_out(stretches: Sequence[Stretch], rank: int, device: torch.device | None = None) -> Layout:
+    """`stretches` in the order of their tokens, for `add_stretches`."""
     padded: list[Padded] = []
     run: list[Stretch] = []
     for stretch in [s for s in stretches if s.last - s.first <= _SHORT]:
         if run and not _follows(run[-1], stretch):
-            padded.append(_pad(run))
+            padded.append(_pad(run, device))
             run = []
         run.append(stretch)
     if run:
-        padded.append(_pad(run))
+        padded.append(_pad(run, device))
     long = tuple(s for s in stretches if s.last - s.first > _SHORT)
     return Layout(rank, tuple(padded), long)
 
 
 def _follows(before: Stretch, stretch: Stretch) -> bool:
-    """Whether it may lie in the same product: next to it, and few slots between would be idle."""
-    return stretch.first == before.last and 0 < stretch.slot - before.slot <= _GAP
+    """Whether it may lie in the same product: next to it, few slots between, and of its length."""
+    is_near = stretch.first == before.last and 0 < stretch.slot - before.slot <= _GAP
+    lengths = sorted((before.last - before.first, stretch.last - stretch.first))
+    return is_near and lengths[1] <= 2 * lengths[0] + 2
 
 
-def _pad(run: Sequence[Stretch]) -> Padded:
+def _pad(run: Sequence[Stretch], device: torch.device | None) -> Padded:
     first, last = run[0].first, run[-1].last
     lowest, highest = run[0].slot, run[-1].slot + 1
     width = max(stretch.last - stretch.first for stretch in run)
@@ -87,7 +118,9 @@ def _pad(run: Sequence[Stretch]) -> Padded:
             place = (stretch.slot - lowest) * width + at
             places[place] = token - first
             back.append(place)
-    return Padded(lowest, highest, first, last, torch.tensor(places), torch.tensor(back))
+    places_p = torch.tensor(places, device=device)
+    back_s = torch.tensor(back, device=device)
+    return Padded(lowest, highest, first, last, places_p, back_s)
 
 
 def add_stretches(

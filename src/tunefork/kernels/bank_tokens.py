@@ -15,6 +15,8 @@ checks as an adapter enters.
 Shape legend: S tokens, D features in, O features out, N slots, R rank (padded with zeros).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,26 @@ def masked(x_sd: Tensor, slot_s: Tensor, a_nrd: Tensor, b_nro: Tensor) -> Tensor
     is_own_sn = slot_s[:, None] == torch.arange(slots, device=slot_s.device)
     own_snr = torch.where(is_own_sn[:, :, None], u_snr, 0)
     return own_snr.flatten(1) @ b_nro.flatten(0, 1)
+
+
+def is_own(slot_s: Tensor, slots: int) -> Tensor:
+    """(S, N) whether a slot is a token's own; the same for all layers of a pass."""
+    return slot_s[:, None] == torch.arange(slots, device=slot_s.device)
+
+
+def add_masked(
+    ys: Sequence[Tensor], x_sd: Tensor, is_own_sn: Tensor, a_lnrd: Tensor, bs: Sequence[Tensor]
+) -> None:
+    """`masked` for L layers with one input, added to their ys (S, O_i) in place.
+
+    One product down for all layers, one masking, one product up each: of a decoding pass's time
+    with many adapters, the number of kernels is the larger part. `bs` are (N, R, O_i).
+    """
+    layers, slots, rank, _ = a_lnrd.shape
+    u_slnr = (x_sd @ a_lnrd.flatten(0, 2).t()).view(-1, layers, slots, rank)
+    own_slnr = torch.where(is_own_sn[:, None, :, None], u_slnr, 0)
+    for at, (y_so, b_nro) in enumerate(zip(ys, bs, strict=True)):
+        y_so.addmm_(own_slnr[:, at].flatten(1), b_nro.flatten(0, 1))
 
 
 def sorted_by_slot(x_sd: Tensor, slot_s: Tensor, a_nrd: Tensor, b_nro: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from tunefork.kernels.e4m3 import (
     row_scale,
     split,
 )
-from tunefork.kernels.fp8_correction import Correction, correction
+from tunefork.kernels.fp8_correction import correction
 from tunefork.kernels.layout import Layout
 from tunefork.kernels.quantized import dequantize_nf4_tensors
 
@@ -136,20 +136,29 @@ def correct(weight: Fp8Weight, x_sd: Tensor, weights: Sequence[Tensor], layout: 
     weight.probe_cd.copy_(found.probe_cd)
 
 
-def no_correction(layout: Layout, features_in: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The bytes of a `Correction`'s columns, and its probe, that correct nothing: for NF4."""
-    columns = torch.zeros(sum(layout.sizes), layout.spare, dtype=torch.uint8, device=device)
-    probe = torch.zeros(layout.spare, features_in, dtype=torch.bfloat16, device=device)
-    return columns, probe
+def no_correction(layout: Layout, features_in: int, device: torch.device) -> tuple[Tensor, ...]:
+    """What an NF4 base has beside it, of a `Correction` that corrects nothing: the directions
+    apart, the columns' bytes, and the probe."""
+    rows = sum(layout.sizes)
+    return (
+        torch.zeros(rows, layout.apart, dtype=torch.bfloat16, device=device),
+        torch.zeros(rows, layout.spare, dtype=torch.uint8, device=device),
+        torch.zeros(layout.apart + layout.spare, features_in, dtype=torch.bfloat16, device=device),
+    )
 
 
 @torch.no_grad()
-def nf4_correction(x_sd: Tensor, weights: Sequence[Tensor], layout: Layout) -> Correction:
-    """The same for an NF4 base, whose e4m3 form is made anew each time."""
+def correct_nf4(x_sd: Tensor, weights: Sequence[Tensor], layout: Layout) -> None:
+    """`correct` for an NF4 base, whose e4m3 form is made anew each time: the last of `weights` are
+    those of `no_correction`, and are filled."""
     size = x_sd.shape[1]
     weight_od = dequantize_nf4_tensors(weights, layout.sizes, size, torch.bfloat16)
     codes_od, scale_o1 = _quantize_nf4(layout, weights, size)
-    return correction(x_sd, [weight_od], codes_od, scale_o1, layout.spare)
+    found = correction(x_sd, [weight_od], codes_od, scale_o1, layout.spare, layout.apart)
+    apart_om, columns_oc, probe_cd = weights[-3:]
+    apart_om.copy_(found.apart_om)
+    columns_oc.copy_(found.columns_oc.view(torch.uint8))
+    probe_cd.copy_(found.probe_cd)
 
 
 @torch.no_grad()
@@ -225,12 +234,13 @@ def _forward_operand(
         codes_op, scale_1o, balance = weights[:3]
         return codes_op, scale_1o, balance
     codes_od, scale_o1 = _quantize_nf4(layout, weights, features_in)
-    scale_1o, rest = scale_o1.t().contiguous(), weights[-2]
-    if not layout.rank:
-        return joined([codes_od, rest]).view(E4M3), scale_1o, None
-    b_or = _diagonal(lora_b, layout) * layout.scale / scale_o1
-    balance = _balance(b_or)
-    return joined([codes_od, *_right(b_or / balance), rest]).view(E4M3), scale_1o, balance
+    apart_om, rest_oc, _ = weights[-3:]
+    beside = apart_om.float()
+    if layout.rank:
+        beside = torch.cat([_diagonal(lora_b, layout) * layout.scale / scale_o1, beside], dim=1)
+    balance = _balance(beside)
+    codes_op = joined([codes_od, *_right(beside / balance), rest_oc]).view(E4M3)
+    return codes_op, scale_o1.t().contiguous(), balance
 
 
 def _backward_operand(
@@ -276,11 +286,20 @@ class _Fp8Lora(torch.autograd.Function):
         a_rd = tensors[num_weights] if layout.rank else None
         probe_cd = weights[-1] if layout.storage == "nf4" else weights[3]
         readers = probe_cd if a_rd is None else torch.cat([a_rd, probe_cd])
-        read_s = x_sd @ readers.t()
-        u_sr, probed_sc = read_s[:, : layout.rank], read_s[:, layout.rank :]
+        read_s, inner = x_sd @ readers.t(), layout.rank + layout.apart
+        u_sr, whole_sd = read_s[:, : layout.rank], x_sd
+        if layout.apart:
+            along_sm = read_s[:, layout.rank : inner]
+            whole_sd = torch.addmm(x_sd, along_sm, probe_cd[: layout.apart], alpha=-1)
         codes_op, scale_1o, balance = _forward_operand(layout, weights, lora_b, x_sd.shape[1])
-        delta = u_sr if layout.rank else None
-        wide, scale_s1 = quantize_rows([x_sd], None, delta, balance, layout.width, probed_sc)
+        wide, scale_s1 = quantize_rows(
+            [whole_sd],
+            None,
+            read_s[:, :inner] if inner else None,
+            balance,
+            layout.width,
+            read_s[:, inner:],
+        )
         y_so = scaled_mm(wide, codes_op, scale_s1, scale_1o)
         saved = () if a_rd is None else (x_sd, u_sr, a_rd, *lora_b)
         ctx.save_for_backward(*weights, *saved)
@@ -325,8 +344,8 @@ def fp8_lora(
     x_d (..., D) and the results (..., O_i) are bf16. A (R_i, D) and B (O_i, R_i) are those of the
     layers that have a delta, and get gradients in their own dtype. `weights` are those of
     `Fp8Weight.tensors` (then `write_delta` must have been told of A and B: their values here serve
-    the gradients only), or for storage "nf4" those of `quantized.nf4_tensors` and then the columns
-    and the probe of a `Correction`.
+    the gradients only), or for storage "nf4" those of `quantized.nf4_tensors` and then those of
+    `no_correction`.
     """
     apply: Callable[..., tuple[Tensor, ...]] = _Fp8Lora.apply
     a_rd = [torch.cat([a.to(x_d.dtype) for a in lora_a])] if lora_a else []

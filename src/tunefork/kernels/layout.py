@@ -19,6 +19,7 @@ in such pieces, and is slower than without the part where it ends inside one (me
 K + 48 costs 13 to 29 %, K + 64 at most 5 %)."""
 _LEAST_SPARE = 16
 """Columns that `fp8_correction.py` has at least: rank 16 alone leaves it these without more."""
+_APART = 16
 
 
 class Layout(NamedTuple):
@@ -39,14 +40,20 @@ class Layout(NamedTuple):
         return sum(self.ranks)
 
     @property
+    def apart(self) -> int:
+        """Directions of x that are taken out of it and multiplied apart, as the delta's R are: of
+        an NF4 base, which is dequantised each time, so that one more pass over x is little."""
+        return _APART if self.storage == "nf4" else 0
+
+    @property
     def width(self) -> int:
         """P, the columns by which an FP8 product is widened for the delta (`kernels/fp8.py`)."""
-        return -(-(3 * self.rank + _LEAST_SPARE) // _STEP) * _STEP
+        return -(-(3 * (self.rank + self.apart) + _LEAST_SPARE) // _STEP) * _STEP
 
     @property
     def spare(self) -> int:
-        """Of the `width`, the columns that the delta leaves to `kernels/fp8_correction.py`."""
-        return self.width - 3 * self.rank
+        """Of the `width`, the columns that all else leaves to `kernels/fp8_correction.py`."""
+        return self.width - 3 * (self.rank + self.apart)
 
     @property
     def back_width(self) -> int:

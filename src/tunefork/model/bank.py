@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tunefork.data.slots import is_even
 from tunefork.errors import AdapterError, ModelError
 from tunefork.kernels.bank import Bounds, Padded, padded_rank, spans
 from tunefork.kernels.bank_stretches import Layout
@@ -138,6 +139,14 @@ class Bank:
             scaled[path] = (a_rd.float() * scale, b_or)
         self._write(slot, scaled)
 
+    def load_ready(self, slot: int, found: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """As `load`, of scale * A and B that are known to be finite: copies and nothing else.
+
+        Without waiting, where they lie in pinned memory as the slot has them: in its dtype, and B
+        transposed (a view of it).
+        """
+        self._write(slot, found)
+
     @torch.no_grad()
     def clear(self, slot: int) -> None:
         """Empty `slot`."""
@@ -157,6 +166,7 @@ class Bank:
     def route_segments(self, bounds: Bounds, ends_g: Tensor | None = None) -> None:
         """Tokens lie in segments by slot, those of the next passes; `ends_g` on the device."""
         self.routing.bounds, self.routing.mode = bounds, "segments"
+        self.routing.is_even = is_even(bounds)
         if ends_g is None:
             ends_g = torch.tensor([last for _, last in bounds], dtype=torch.int32)
         self.routing.ends_g.copy_(ends_g, non_blocking=True)
@@ -164,6 +174,7 @@ class Bank:
     def route_tokens(self, index_s: Tensor) -> None:
         """Each token's slot, or -1, is read from `index_s` (S,) whenever a pass runs."""
         self.routing.index_s, self.routing.mode = index_s, "tokens"
+        self.routing.is_own_sn = None
 
     def route_stretches(self, layout: Layout) -> None:
         """The next pass's tokens are whose the host says: a bank on a CPU that is only read."""

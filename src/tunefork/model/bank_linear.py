@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunefork.kernels.bank import Bounds, Padded, add_segments, grouped, spans
-from tunefork.kernels.bank_stretches import Layout, add_stretches
-from tunefork.kernels.bank_tokens import bank_tokens
+from tunefork.kernels.bank_stretches import Layout, add_stretches, sorted_delta
+from tunefork.kernels.bank_tokens import bank_tokens, is_own
 from tunefork.model.linear import FrozenBase, Nf4Linear
 
 
@@ -37,12 +37,23 @@ class Routing:
     mode: Literal["none", "segments", "one", "tokens", "stretches"] = "none"
     bounds: Bounds = ()
     """`ends_g` as the host knows it, with each slot's start; mode "segments"."""
+    is_even: bool = False
+    """All slots have as many tokens; mode "segments"."""
     slot: int = 0
     """Whose every token is; mode "one"."""
     index_s: Tensor | None = None
     """(S,) each token's slot, -1 for none; mode "tokens"."""
+    is_own_sn: Tensor | None = None
+    """Which slot is a token's own, made of `index_s` by the first layer of a pass that asks."""
     layout: Layout | None = None
     """What the host knows of a pass that is only read from; mode "stretches"."""
+
+    def own(self, slots: int) -> Tensor:
+        """(S, G) which slot is a token's own; mode "tokens"."""
+        assert self.index_s is not None
+        if self.is_own_sn is None:
+            self.is_own_sn = is_own(self.index_s, slots)
+        return self.is_own_sn
 
 
 class BankLinear(nn.Module):
@@ -91,9 +102,13 @@ class BankLinear(nn.Module):
         return self.rows_a[start:end], self.rows_b[start:end]
 
     @property
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """`rows_a` and `rows_b`."""
-        return self.rows_a, self.rows_b
+    def stacks(self) -> tuple[Tensor, Tensor]:
+        """A (G, R, D) and B transposed (G, R, O) of slots that have one rank."""
+        slots = len(self.ranks)
+        return (
+            self.rows_a.view(slots, -1, self.in_features),
+            self.rows_b.view(slots, -1, self.out_features),
+        )
 
     def materialize(self) -> Tensor:
         """The base's weight, (O, D), without deltas."""
@@ -109,10 +124,8 @@ class BankLinear(nn.Module):
             return y_o
         x_sd = self.dropped(x_d.reshape(-1, x_d.shape[-1]))
         y_so = y_o.view(-1, y_o.shape[-1])
-        if routing.layout is not None and routing.mode == "stretches":
-            slots = len(self.ranks)
-            a_nrd, b_nro = (rows.view(slots, -1, rows.shape[1]) for rows in self.rows)
-            return add_stretches(y_so, x_sd, a_nrd, b_nro, routing.layout).view(y_o.shape)
+        if routing.mode == "stretches" and routing.layout and routing.layout.ends_n is None:
+            return add_stretches(y_so, x_sd, *self.stacks, routing.layout).view(y_o.shape)
         if routing.mode == "segments" and isinstance(self.base, nn.Linear | Nf4Linear):
             scales = tuple(routing.scales)
             y_so = add_segments(
@@ -148,7 +161,8 @@ def deltas(layers: Sequence[BankLinear], x_sd: Tensor) -> tuple[Tensor, ...]:
         case "segments":
             rows_a, rows_b = [la.rows_a for la in layers], [la.rows_b for la in layers]
             kinds = [layer.kind for layer in layers]
-            return grouped(x_sd, routing.ends_g, rows_a, rows_b, kinds, routing.padded)
+            ends_g, is_even = routing.ends_g, routing.is_even
+            return grouped(x_sd, ends_g, rows_a, rows_b, kinds, routing.padded, is_even)
         case "one":
             return tuple(_delta_of_one(layer, x_sd) for layer in layers)
         case "tokens":
@@ -163,7 +177,8 @@ def deltas(layers: Sequence[BankLinear], x_sd: Tensor) -> tuple[Tensor, ...]:
                 for layer in layers
             )
         case "stretches":
-            raise ValueError("stretches are for layers that are no part of a fused group")
+            assert routing.layout is not None
+            return tuple(sorted_delta(x_sd, *la.stacks, routing.layout) for la in layers)
         case "none":
             return tuple(x_sd.new_zeros(x_sd.shape[0], la.out_features) for la in layers)
 

@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tunefork.errors import ModelError
 from tunefork.kernels import fp8
-from tunefork.kernels.fp8 import no_correction
+from tunefork.kernels.bank_tokens import add_masked
 from tunefork.kernels.layout import Layout, Products, Storage
 from tunefork.kernels.lora_group import is_widened, lora_group, with_room, write_delta
 from tunefork.kernels.quantized import dequantize_nf4_tensors, nf4_tensors
@@ -65,7 +65,7 @@ class FusedGroup(nn.Module):
         if storage == "nf4":
             self.weights = tuple(t for base in bases for t in nf4_tensors(base.codes, base.state))
             if products == "fp8":
-                self.weights += no_correction(self.layout, self.features_in, device)
+                self.weights += fp8.no_correction(self.layout, self.features_in, device)
         else:
             self.originals = [base.weight.detach() for base in bases]
             weights = [weight.to(device) for weight in self.originals]
@@ -74,6 +74,8 @@ class FusedGroup(nn.Module):
             else:
                 self.fp8 = fp8.quantize_weight(weights, self.layout)
                 self.weights = self.fp8.tensors()
+        self.joint_a_lnrd: Tensor | None = None
+        """A of all layers' banks and slots (`join_banks`)."""
         self.input: Tensor | None = None
         self.outputs: tuple[Tensor, ...] = ()
         self.is_calibrated = True
@@ -105,20 +107,41 @@ class FusedGroup(nn.Module):
         banks = {at: bank for at, bank in self.banks.items() if sum(bank.ranks)}
         if not banks or next(iter(banks.values())).routing.mode == "none":
             return outputs
+        routing = next(iter(banks.values())).routing
+        if self.joint_a_lnrd is not None and routing.mode == "tokens":
+            add_masked(
+                [outputs[at].view(-1, outputs[at].shape[-1]) for at in banks],
+                x_d.reshape(-1, x_d.shape[-1]),
+                routing.own(self.joint_a_lnrd.shape[1]),
+                self.joint_a_lnrd,
+                [bank.stacks[1] for bank in banks.values()],
+            )
+            return outputs
         found = deltas(list(banks.values()), x_d.reshape(-1, x_d.shape[-1]))
         whole = list(outputs)
         for at, delta in zip(banks, found, strict=True):
             whole[at] = whole[at] + delta.view_as(whole[at])
         return tuple(whole)
 
+    @torch.no_grad()
+    def join_banks(self) -> None:
+        """Have the banks' A lie in one tensor, for tokens that are told their slots (`add_masked`).
+
+        For banks that are only read, of one rank; few tokens a pass, or all slots are multiplied.
+        """
+        banks = list(self.banks.values())
+        if not banks:
+            return
+        joint_a_lnrd = torch.stack([bank.stacks[0] for bank in banks])
+        for bank, a_nrd in zip(banks, joint_a_lnrd, strict=True):
+            bank.rows_a.data = a_nrd.flatten(0, 1)
+        self.joint_a_lnrd = joint_a_lnrd
+
     def _correct(self, x_sd: Tensor) -> None:
         if self.fp8 is not None:
             fp8.correct(self.fp8, x_sd, self.originals, self.layout)
         else:
-            found = fp8.nf4_correction(x_sd, self.weights, self.layout)
-            columns, probe = self.weights[-2:]
-            columns.copy_(found.columns_oc.view(torch.uint8))
-            probe.copy_(found.probe_cd)
+            fp8.correct_nf4(x_sd, self.weights, self.layout)
         self.is_calibrated, self.originals = True, []
 
     def write_delta(self) -> None:

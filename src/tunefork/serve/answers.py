@@ -10,18 +10,17 @@ import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Literal, cast
 
-from tunefork.errors import AdapterError, BadInputError, EngineBusyError, TuneforkError
-from tunefork.serve.adapters import Lease
-from tunefork.serve.api.errors import ApiError, bad, unavailable
-from tunefork.serve.engine import Engine, EngineRequest, Piece, Sampling, ServedAdapter
+from tunefork.errors import TuneforkError
+from tunefork.serve.api.errors import ApiError, unavailable
+from tunefork.serve.engine import EngineRequest, Piece
 from tunefork.serve.fair import QueueFullError, Turn
 from tunefork.serve.ledger import Usage
+from tunefork.serve.order import Order, told_of, too_late
 from tunefork.serve.parts import Parts
-from tunefork.serve.tenants import Tenant
 
 _CANCEL_S = 30.0
 """An engine has to let go of a cancelled answer, before it is recorded as it is."""
@@ -29,34 +28,6 @@ _MOST_UNREAD = 256
 """Pieces that wait for a client; then the engine's are no longer read."""
 Status = Literal["ok", "cancelled", "deadline", "failed"]
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Order:
-    """What is wanted, checked and rendered."""
-
-    id: str
-    endpoint: Literal["chat.completions", "completions"]
-    tenant: Tenant
-    key_id: str | None
-    model: str
-    """The base's name, or the exact version."""
-    engine: Engine
-    adapter: ServedAdapter | None
-    prompts: tuple[tuple[int, ...], ...]
-    choices: int
-    """Answers to each prompt."""
-    sampling: Sampling
-    deadline: float
-    """`time.monotonic()` by which it is complete."""
-    end_user: str | None = None
-    lease: Lease | None = None
-
-    @property
-    def most_tokens(self) -> int:
-        """That it can use, prompts included."""
-        answers = len(self.prompts) * self.choices * self.sampling.max_tokens
-        return sum(map(len, self.prompts)) + answers
 
 
 class Answer:
@@ -149,9 +120,9 @@ class Answer:
         except asyncio.CancelledError:
             raise
         except TimeoutError:
-            self._fail(_too_late())
+            self._fail(too_late())
         except Exception as error:
-            self._fail(_told(error))
+            self._fail(told_of(error))
         finally:
             turn.leave()
 
@@ -249,25 +220,3 @@ class Answer:
                 first_token_s=self._first_token_s,
                 total_s=total_s,
             )
-
-
-def _too_late() -> ApiError:
-    return unavailable("deadline_exceeded", "The answer took too long; try again later", 5.0)
-
-
-def _told(error: Exception) -> ApiError:
-    """What the client is told of an engine's failure; the log has the whole of it."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, AdapterError):
-        logger.warning("the engine refuses an adapter: %s", error)
-        return bad(
-            "The engine of this server cannot apply this adapter", "model", "adapter_unusable"
-        )
-    if isinstance(error, BadInputError):
-        logger.warning("the engine refuses a request: %s", error)
-        return bad("The engine cannot honour this request's response_format", "response_format")
-    if isinstance(error, EngineBusyError):
-        return unavailable("overloaded", "The engine is full; try again later", error.retry_after)
-    logger.error("an answer failed", exc_info=error)
-    return unavailable("engine_failed", "The engine failed; try again", 1.0)

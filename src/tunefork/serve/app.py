@@ -77,7 +77,7 @@ def create_app(
     )
     app.state.gateway = gateway
     for method, path, endpoint in _ROUTES:
-        app.add_api_route(path, endpoint, methods=[method], response_model=None)
+        app.add_route(path, endpoint, methods=[method])
     describe(app, settings.base_name)
     return app
 

@@ -19,6 +19,7 @@ from tunefork.serve.adapters import Adapters, Lease
 from tunefork.serve.api.errors import ApiError, no_such_model, unavailable
 from tunefork.serve.base import ServedBase, load_base
 from tunefork.serve.checks import Checks
+from tunefork.serve.door import Caller, Door
 from tunefork.serve.engine import Engine, ServedAdapter
 from tunefork.serve.fair import FairQueue
 from tunefork.serve.ledger import Ledger
@@ -28,21 +29,13 @@ from tunefork.serve.prompts import Prompts
 from tunefork.serve.quotas import Quotas
 from tunefork.serve.settings import ServeSettings
 from tunefork.serve.standing import Pins, Replicas
-from tunefork.serve.tenants import LOCAL, Accounts, Tenant, read_accounts
+from tunefork.serve.tenants import Tenant
 
 State = Literal["starting", "ready", "failed", "draining"]
 _LOOK_S = 1.0
 """How often keys, the engine's health and what is held are looked at."""
 _MOST_BACK_OFF_S = 60.0
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Whose request it is."""
-
-    tenant: Tenant
-    key_id: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +80,7 @@ class Gateway:
         self._ledger: Ledger | None = None
         self._replicas = Replicas(replicate)
         self._pins = Pins(engine, settings.pin)
-        self._accounts = Accounts({}, {})
-        self.is_open = settings.is_loopback
-        """No key is demanded."""
+        self.door = Door(settings.accounts_file, is_open=settings.is_loopback)
         self._task: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
@@ -145,34 +136,13 @@ class Gateway:
         """Who asks, counted. Raises ApiError: 503 while not ready, 401, 429."""
         if self.state != "ready":
             raise not_ready(self.state)
-        caller = self.identify(headers)
+        caller = self.door.identify(headers)
         try:
             self.parts.quotas.admit_request(caller.tenant)
         except ApiError:
             self.parts.metrics.refused(caller.tenant.name, "requests")
             raise
         return caller
-
-    def identify(self, headers: Mapping[str, str]) -> Caller:
-        """Who asks. Raises ApiError (401)."""
-        if self.is_open:
-            return Caller(LOCAL, None)
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        found = self._accounts.find(key.strip()) if scheme.lower() == "bearer" else None
-        if found is None:
-            raise ApiError(
-                401,
-                "No valid API key was given; send one as Authorization: Bearer KEY",
-                code="invalid_api_key",
-            )
-        return Caller(*found)
-
-    def is_operator(self, headers: Mapping[str, str]) -> bool:
-        """Whether an operator asks."""
-        try:
-            return self.identify(headers).tenant.is_operator
-        except ApiError:
-            return False
 
     async def target(self, model: str, tenant: Tenant) -> Target:
         """What answers for `model`. Raises ApiError (404, 400)."""
@@ -215,7 +185,7 @@ class Gateway:
     async def _start(self) -> None:
         settings = self.settings
         ledger = self._ledger = await self.in_thread(Ledger, settings.accounts_file)
-        await self._read_accounts()
+        await self.in_thread(self.door.read)
         base: ServedBase
         base, _ = await asyncio.gather(
             self.in_thread(load_base, settings.base, settings.base_name), self.engine.start()
@@ -235,17 +205,12 @@ class Gateway:
         logger.info("serving %s: %s", base.name, dict(self.engine.info()))
 
     async def _look(self) -> None:
-        await self._read_accounts()
+        await self.in_thread(self.door.read)
         if not self.engine.state().healthy:
             await self._restart()
             return
         await self._pins.follow(self.adapters)
         await self.adapters.sweep(self.settings.hold_idle_s)
-
-    async def _read_accounts(self) -> None:
-        self._accounts = await self.in_thread(read_accounts, self.settings.accounts_file)
-        if self._accounts.tenants:  # and it never opens again while it runs
-            self.is_open = False
 
     async def _restart(self) -> None:
         """The engine died: start it again, and again, at longer and longer intervals."""

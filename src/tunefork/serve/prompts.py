@@ -37,6 +37,12 @@ class Prompts:
             turns.insert(0, Message("system", section.system))
         return self.renderer.prompt_ids(turns)
 
+    @property
+    def added_characters(self) -> int:
+        """About how much a conversation grows by what its model's recipe adds."""
+        section = self.renderer.section
+        return len(section.system or "") + len(instruction_of(section) or "")
+
     def text(self, text: str) -> list[int]:
         """Ids of a text to be written on."""
         return self.renderer.text_ids(text)

@@ -51,7 +51,7 @@ def serve(engine: Engine, settings: ServeSettings, say: Callable[[str], None] = 
 def _welcome(gateway: Gateway, listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]
     where = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
-    keys = "without a key, on this machine only" if gateway.is_open else "keys are demanded"
+    keys = "without a key, on this machine only" if gateway.door.is_open else "keys are demanded"
     return f"serving {gateway.base.name} at {where} ({keys}); Ctrl-C ends it"
 
 
@@ -82,6 +82,9 @@ def bind(settings: ServeSettings) -> socket.socket:
     # With the protocol said, asyncio sets TCP_NODELAY: without it, each answer waits 40 ms.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: a client that was cut off need not read on
+        timeout_ms = round(2000 * settings.stall_timeout_s)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
     try:
         listening.bind((settings.host, settings.port))
         listening.listen(_BACKLOG)

@@ -54,7 +54,7 @@ class BankGroup:
             seed=member.recipe.train.seed,
         )
         self._launched[member.name] = 0 if start is None else start.progress.step
-        self._stops[member.name] = _stops_of(member)
+        self._stops[member.name] = stops_of(member)
         if self.inner is None:
             self._first.append((own, start))
         else:
@@ -109,6 +109,7 @@ class BankGroup:
                     dtype=pick_dtype(recipe.train.precision, device),
                     device=device,
                     announced=[member.recipe.lora for member in self.members],
+                    examples=self.members[0].examples,  # whoever is left: the same base each time
                 )
             reset_peak(bank.device)
             self.inner = group_of(
@@ -136,7 +137,7 @@ class BankGroup:
         return found
 
 
-def _stops_of(member: Member) -> Callable[[int], bool]:
+def stops_of(member: Member) -> Callable[[int], bool]:
     """Whether something follows on a step of `member`: a validation, a rung, its end."""
     every = member.recipe.train.validate_every_steps if member.validation else None
 

@@ -16,6 +16,7 @@ from tunefork.sweep.ranking import (
     by_configuration,
     choose,
     finished,
+    opposite,
     validation_loss,
 )
 from tunefork.sweep.result import (
@@ -74,7 +75,8 @@ def rank_effect(runs: Sequence[Run], judge: Judge, chosen: str) -> RankEffect | 
         ranks, key=lambda rank: validation_loss(finished(each[rank.configuration])) or 0.0
     )
     best, worst = order[0], order[-1]
-    gain = judge.gain(finished(each[best.configuration]), finished(each[worst.configuration]))
+    behind = judge.gain(finished(each[worst.configuration]), finished(each[best.configuration]))
+    gain = opposite(behind)  # the same resamples as in `ranks`
     is_enough = gain.num_examples >= FEWEST_EXAMPLES
     return RankEffect(
         ranks=tuple(ranks),

@@ -86,10 +86,10 @@ class _Ledger:
     def __init__(self, out: Path, entries: Sequence[Entry], say: Callable[[str], None]) -> None:
         self.out, self.say = out, say
         self.entries = {entry.name: entry for entry in entries}
-        self.results: dict[str, EntryResult] = {}
         file = out / RESULT
         before = ManyResult.load(file).entries if file.is_file() else ()
-        self.published = {e.name: e.published for e in before if e.published is not None}
+        # What is done stays said, also where this call is killed before it has looked.
+        self.results = {e.name: e for e in before if e.status == "ok" and e.name in self.entries}
 
     def members(self) -> list[Member]:
         """Of the entries that can be trained; the others have failed.
@@ -130,7 +130,7 @@ class _Ledger:
         record, error, published = outcome.record, outcome.error, None
         if outcome.status == "ok" and entry.publish is not None:
             try:
-                published = self.published.get(entry.name) or self._publish(entry)
+                published = self._published(entry) or self._publish(entry)
             except (StoreError, OSError) as fault:
                 error = f"trained, but not published: {fault}"
         if error is not None:
@@ -154,6 +154,12 @@ class _Ledger:
             error=error,
         )
         write_atomically(self.out / RESULT, self.result().model_dump_json(indent=2) + "\n")
+
+    def _published(self, entry: Entry) -> str | None:
+        """The version that an earlier call made of it, under the name that it names now."""
+        before = self.results.get(entry.name)
+        version = None if before is None else before.published
+        return version if version and version.rpartition(":")[0] == entry.publish else None
 
     def _publish(self, entry: Entry) -> str:
         assert entry.publish is not None

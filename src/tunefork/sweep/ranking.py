@@ -47,14 +47,19 @@ class Judge:
         )
         if METRICS[metric].higher_is_better:
             return found
-        return Difference(
-            -found.value, -found.high, -found.low, 1 - found.share_above, found.num_examples
-        )
+        return opposite(found)
 
     def value(self, runs: Sequence[Run], metric: Metric | None = None) -> Estimate:
         """The mean over `runs`, with its interval."""
         found = estimate(metric or self.metric, _columns(runs), samples=self.samples)
         return Estimate(value=found.value, low=found.low, high=found.high)
+
+
+def opposite(found: Difference) -> Difference:
+    """Of the other side over this one."""
+    return Difference(
+        -found.value, -found.high, -found.low, 1 - found.share_above, found.num_examples
+    )
 
 
 def as_estimate(found: Difference) -> Estimate:

@@ -1,53 +1,60 @@
-"""Which rank to take: the smallest that loses nothing that matters.
+"""Which rank to take: the smallest that was measured within the margin of the best setting.
 
-As a comparison chooses among its methods (`compare/verdict.py`): those that cannot be told from the
-best, or are behind it by less than the margin, are equal for the purpose, and the cheapest is
-taken. The reason says which of the two it was: shown to be equal is more than not told apart.
+A smaller rank costs little less to train, and often nothing less to serve: so one that came out
+behind by more than the margin is not taken because the difference might be chance, unlike a cheaper
+method in a comparison. The reason says how sure the choice is, and which smaller rank more
+evaluation examples or seeds might yet show to do.
 """
 
 from collections.abc import Sequence
 
-from tunefork.page.units import count_text, difference_text, gain_text
+from tunefork.page.units import difference_text, gain_text
 from tunefork.sweep.effects import rank_results
 from tunefork.sweep.ranking import Judge, Run
-from tunefork.sweep.result import Recommendation
+from tunefork.sweep.result import RankResult, Recommendation
 
 
 def recommend(runs: Sequence[Run], judge: Judge, chosen: str) -> Recommendation:
-    """The smallest rank that is not worse than the chosen one by more than the margin."""
+    """The smallest rank that is not behind the chosen one by more than the margin."""
     ranks = rank_results(runs, judge, chosen)
     reference = next(rank for rank in ranks if rank.gain is None)
-    metric = judge.metric
-    margin = difference_text(metric, judge.margin)
-    for rank in ranks:
-        if rank.gain is None or rank.rank > reference.rank:
-            break
-        # Behind by less than the margin as measured, or not told apart at all.
-        if rank.is_equal == "worse" and rank.gain.value < -judge.margin:
-            continue
-        params = reference.trainable_params / rank.trainable_params
-        beyond = gain_text(metric, rank.gain)
-        sure = {
-            "shown": f"shown to be within the margin of {margin}",
-            "not told apart": "not told apart; more evaluation examples or seeds would say more",
-            "worse": f"behind by less than the margin of {margin}",
-            "better": "even better on the evaluation examples",
-        }[rank.is_equal or "shown"]
-        return Recommendation(
-            configuration=rank.configuration,
-            rank=rank.rank,
-            reason=(
-                f"rank {rank.rank} against rank {reference.rank}, which has the lowest validation "
-                f"loss: {beyond}, {sure}; it has {params:,.3g} times fewer parameters"
-            ),
+    smaller = [rank for rank in ranks if rank.rank < reference.rank]
+    taken = next((rank for rank in smaller if _loses_nothing(rank, judge)), reference)
+    open_ones = [
+        rank for rank in smaller if rank.rank < taken.rank and rank.is_equal == "not told apart"
+    ]
+    reason = _reason(taken, reference, judge) if taken is not reference else _of_best(smaller)
+    for rank in open_ones[-1:]:  # the nearest
+        assert rank.gain is not None
+        reason += (
+            f". Rank {rank.rank} was {gain_text(judge.metric, rank.gain)}, which could be chance: "
+            "more evaluation examples or seeds would say whether it does"
         )
-    others = len(ranks) > 1
-    params_text = count_text(reference.trainable_params)
-    why = "every smaller rank is worse by more than the margin" if others else "no other rank ended"
-    if others and reference.rank == ranks[0].rank:
-        why = "and it is the smallest rank"
-    return Recommendation(
-        configuration=chosen,
-        rank=reference.rank,
-        reason=f"lowest validation loss ({params_text} parameters); {why}",
+    return Recommendation(configuration=taken.configuration, rank=taken.rank, reason=reason)
+
+
+def _loses_nothing(rank: RankResult, judge: Judge) -> bool:
+    assert rank.gain is not None
+    return rank.gain.value >= -judge.margin
+
+
+def _reason(taken: RankResult, reference: RankResult, judge: Judge) -> str:
+    assert taken.gain is not None
+    margin = difference_text(judge.metric, judge.margin)
+    sure = {
+        "shown": f"shown to be within the margin of {margin}",
+        "not told apart": f"measured within the margin of {margin}, which could be chance",
+        "worse": f"behind, by less than the margin of {margin}",
+        "better": "even better on the evaluation examples",
+    }[taken.is_equal or "shown"]
+    times = reference.trainable_params / taken.trainable_params
+    return (
+        f"rank {taken.rank} against rank {reference.rank}, which has the lowest validation loss: "
+        f"{gain_text(judge.metric, taken.gain)}, {sure}; it has {times:,.3g} times fewer parameters"
     )
+
+
+def _of_best(smaller: Sequence[RankResult]) -> str:
+    if not smaller:
+        return "lowest validation loss, and no smaller rank came to its end"
+    return "lowest validation loss, and every smaller rank was behind by more than the margin"

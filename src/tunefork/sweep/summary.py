@@ -75,7 +75,10 @@ def rate_sentence(effect: RateEffect) -> str:
             if rank.cost_of_common is not None
         ]
         if costs:
-            said += f". Taking {common} for all would cost, in loss: {'; '.join(costs)}"
+            said += (
+                f". Taking {common} for all would cost, in loss on the evaluation examples (below "
+                f"0: it would gain): {'; '.join(costs)}"
+            )
     at_edge = [str(rank.rank) for rank in effect.ranks if rank.is_at_edge]
     if at_edge:
         said += f". At rank {', '.join(at_edge)} it is the lowest or highest tried: widen the list"

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from tunefork.kernels.adamw import factors_of
-from tunefork.kernels.adamw_slots import FACTORS, adamw_slots_, slot_norms
+from tunefork.kernels.adamw_slots import FACTORS, adamw_slots_, slot_norms, update_slot_
 from tunefork.kernels.bank import spans
 from tunefork.model.bank import Bank
+from tunefork.train.clip import clip_factor
 from tunefork.train.flat import FlatParameters
 
 _BLOCK = 128
@@ -49,6 +50,7 @@ class BankAdamW:
         device = self.m.device
         self.slot_b = self._slot_of_blocks(leaves).to(device)
         self.at_gk = _blocks_of(self.slot_b.cpu(), bank.num_slots).to(device)
+        self._views: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
         self.is_alive_g = torch.ones(bank.num_slots, dtype=torch.bool, device=device)
 
     def _slot_of_blocks(self, leaves: Sequence[nn.Parameter]) -> Tensor:
@@ -66,24 +68,64 @@ class BankAdamW:
         """Update the slots of `updates`, each by its gradient, clipped by its own norm.
 
         `loss_g` (G,) are the step's losses. Returns the norms before clipping, (G,), without
-        waiting. All gradients are zero afterwards.
+        waiting for a GPU. All gradients are zero afterwards.
         """
         self.flat.attach_gradients()
-        factors, limits = self._factors(updates)
         g_bn = self.flat.gradient.view(-1, self.block)
         norm_g = slot_norms(g_bn, self.at_gk)
         is_fine_g = norm_g.isfinite() & loss_g.isfinite()
+        if g_bn.is_cuda:
+            self._step_all(updates, norm_g, is_fine_g)
+        else:
+            self._step_each(updates, norm_g, is_fine_g)
+        return norm_g
+
+    def _step_all(
+        self, updates: Mapping[int, SlotUpdate], norm_g: Tensor, is_fine_g: Tensor
+    ) -> None:
+        """All slots in one kernel."""
+        factors, limits = self._factors(updates)
         self.is_alive_g &= is_fine_g | (factors[:-1, -1] == 0)
         factors[:-1, 2] = torch.where(norm_g > limits, limits / norm_g, 1.0)
         factors[:-1, -1] *= self.is_alive_g
-        p_bn, m_bn, v_bn = (
-            x.view(-1, self.block) for x in (self.flat.values.detach(), self.m, self.v)
-        )
+        flat = (self.flat.values.detach(), self.flat.gradient, self.m, self.v)
+        p_bn, g_bn, m_bn, v_bn = (x.view(-1, self.block) for x in flat)
         adamw_slots_(p_bn, g_bn, m_bn, v_bn, self.slot_b, factors)
-        return norm_g
+
+    def _step_each(
+        self, updates: Mapping[int, SlotUpdate], norm_g: Tensor, is_fine_g: Tensor
+    ) -> None:
+        """One slot after the other, on a CPU."""
+        for slot, update in updates.items():
+            self.is_alive_g[slot] &= is_fine_g[slot]
+            if bool(self.is_alive_g[slot]):
+                update_slot_(
+                    self._parts(slot),
+                    torch.tensor(float(update.count)),
+                    learning_rate=update.learning_rate,
+                    betas=update.betas,
+                    weight_decay=update.weight_decay,
+                    gradient_scale=clip_factor(float(norm_g[slot]), update.max_grad_norm),
+                )
+        self.flat.gradient.zero_()
+
+    def _parts(self, slot: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """p, g, m and v of each of a slot's matrices, as views."""
+        if slot not in self._views:
+            every = [
+                self.flat.views(flat)
+                for flat in (self.flat.values.detach(), self.flat.gradient, self.m, self.v)
+            ]
+            ranks = [layer.ranks for layer in self.layers.values() for _ in (0, 1)]
+            own = [slice(*spans(of)[slot]) for of in ranks]
+            parts = zip(own, *every, strict=True)
+            self._views[slot] = [
+                (p[at], g[at], m[at], v[at]) for at, p, g, m, v in parts if at.stop > at.start
+            ]
+        return self._views[slot]
 
     def _factors(self, updates: Mapping[int, SlotUpdate]) -> tuple[Tensor, Tensor]:
-        """(G + 1, FACTORS) and the norms' limits (G,), on the device."""
+        """(G + 1, FACTORS) and the norms' limits (G,), on a GPU; the host does not wait."""
         rows = [[1.0, *[0.0] * (FACTORS - 1)] for _ in range(self.bank.num_slots + 1)]
         limits = [1.0] * self.bank.num_slots
         for slot, update in updates.items():
@@ -96,11 +138,9 @@ class BankAdamW:
             )
             rows[slot] = [*known, 1.0]
             limits[slot] = update.max_grad_norm
-        device = self.m.device
-        return (
-            torch.tensor(rows).to(device, non_blocking=True),
-            torch.tensor(limits).to(device, non_blocking=True),
-        )
+        device, both = self.m.device, (torch.tensor(rows), torch.tensor(limits))
+        factors, limits_g = (x.pin_memory().to(device, non_blocking=True) for x in both)
+        return factors, limits_g
 
     def moments(self, slot: int) -> dict[str, tuple[Tensor, Tensor]]:
         """`PATH.lora_a` and `PATH.lora_b` -> first and second moments as views, B's transposed."""

@@ -5,7 +5,7 @@ import time
 import uuid
 from collections.abc import Sequence
 
-from tunefork.serve.answers import Answer, Order
+from tunefork.serve.answers import Answer
 from tunefork.serve.api.chat_request import (
     JsonObjectFormat,
     JsonSchemaFormat,
@@ -14,8 +14,10 @@ from tunefork.serve.api.chat_request import (
 )
 from tunefork.serve.api.errors import ApiError, bad, unsupported
 from tunefork.serve.api.sampling_fields import SamplingFields
+from tunefork.serve.door import Caller
 from tunefork.serve.engine import Capabilities, Grammar, Sampling
-from tunefork.serve.gateway import Caller, Gateway, Target
+from tunefork.serve.gateway import Gateway, Target
+from tunefork.serve.order import Order
 
 _BY_ENGINE = "the engine of this server cannot"
 

@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastapi import Request
+from starlette.types import Receive
 
 Result = TypeVar("Result")
 
@@ -20,7 +21,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Re
     The request's body must have been read.
     """
     task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_gone(request))
+    watch = asyncio.ensure_future(gone(request.receive))
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -34,6 +35,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Re
                     await each
 
 
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def gone(receive: Receive) -> None:
+    """Returns once the client has gone away; the request's body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
         pass

@@ -20,8 +20,9 @@ async def list_models(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": data})
 
 
-async def get_model(request: Request, model: str) -> Response:
+async def get_model(request: Request) -> Response:
     """One of them. The same 404 for what does not exist and what is another tenant's."""
+    model: str = request.path_params["model"]
     gateway: Gateway = request.app.state.gateway
     tenant = gateway.admit(request.headers).tenant
     if model == gateway.base.name and tenant.has_base:

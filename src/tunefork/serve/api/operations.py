@@ -14,7 +14,7 @@ async def health(request: Request) -> Response:
     gateway: Gateway = request.app.state.gateway
     is_well = gateway.failure is None
     engine = None
-    if is_well and gateway.is_operator(request.headers):
+    if is_well and gateway.door.is_operator(request.headers):
         engine = {str(name): str(value) for name, value in gateway.engine.info().items()}
     body = {"status": "ok" if is_well else "failed", "state": gateway.state, "engine": engine}
     headers = {} if is_well else {"Retry-After": "5"}
@@ -34,6 +34,6 @@ async def metrics(request: Request) -> Response:
     gateway: Gateway = request.app.state.gateway
     if not gateway.has_begun:
         raise not_ready(gateway.state)
-    if not gateway.identify(request.headers).tenant.is_operator:
+    if not gateway.door.identify(request.headers).tenant.is_operator:
         raise ApiError(403, "Metrics are for operators", code="operators_only")
     return Response(gateway.parts.metrics.text(), media_type=CONTENT_TYPE_LATEST)

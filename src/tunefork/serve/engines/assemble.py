@@ -10,14 +10,11 @@ import psutil
 import torch
 
 from tunefork.errors import ModelError
-from tunefork.export.dense import merge_deltas
-from tunefork.model.bank import add_serving_bank
-from tunefork.model.build import quantize_nf4
-from tunefork.model.device import pick_device, pick_dtype
-from tunefork.model.load import load_model, load_tokenizer
-from tunefork.registry.peft_format import load_adapter
+from tunefork.model.device import has_fp8, pick_device, pick_dtype
+from tunefork.model.load import load_tokenizer
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.engines.adapter_file import read_adapter
+from tunefork.serve.engines.base import load_base
 from tunefork.serve.engines.cache import Cache, bytes_a_token, layer_shapes, takes_flash
 from tunefork.serve.engines.core import Core, Parcel
 from tunefork.serve.engines.embedded_settings import EmbeddedSettings
@@ -63,20 +60,12 @@ def assemble(
             f"embedded.device: {ours.device}: there is no CUDA device; set cpu or auto"
         )
     dtype = pick_dtype(ours.dtype, device)
+    if ours.base_storage == "fp8" and not (has_fp8(device) and dtype == torch.bfloat16):
+        raise ModelError(
+            f"embedded.base_storage: fp8 needs a GPU that has it, and bf16; not {device}"
+        )
     tokenizer = load_tokenizer(settings.base)
-    is_nf4 = ours.base_storage == "nf4"
-    model = load_model(settings.base, dtype=dtype, device=device, in_host_memory=is_nf4)
-    if merged is not None:
-        load_adapter(model, merged.folder)
-        merge_deltas(model, dtype)
-    if is_nf4:
-        quantize_nf4(model, device)
-    model.eval().requires_grad_(False)
-    bank = None
-    if merged is None:
-        # Beside bf16 on a CPU, fp32 is the quicker one (`kernels/bank_stretches.py`).
-        wide = torch.float32 if device.type == "cpu" else dtype
-        bank = add_serving_bank(model, slots=ours.slots, rank=ours.max_rank, dtype=wide)
+    model, bank = load_base(settings, device, dtype, merged)
     slots = None if bank is None else BankSlots(bank)
     layers = layer_shapes(model)
     own_limit = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 8192)
@@ -93,13 +82,17 @@ def assemble(
         max_model_len=max_model_len,
         flash=flash,
         graphs=flash and ours.cuda_graphs,
+        compiles=flash and ours.compile,
     )
+    if passes.graphs:
+        passes.warm(has_slots=slots is not None)
     make_tiers = None
     if bank is not None and slots is not None:
         read = partial(
             read_adapter,
             skeleton=bank.skeleton,
             max_rank=ours.max_rank,
+            dtype=slots.dtype,
             pin=device.type == "cuda",
         )
         make_tiers = partial(_tiers, slots, read, ours.host_memory_bytes)
@@ -130,7 +123,7 @@ def _tiers(slots: BankSlots, read: Any, host_memory_bytes: int, wake: Callable[[
     return Tiers(slots, read, host_memory_bytes=host_memory_bytes, wake=wake, clock=time.monotonic)
 
 
-def _ignore(*_: Any) -> None:
+def _ignore(*_: Any, **__: Any) -> None:
     """There are no slots to choose among."""
 
 

@@ -4,8 +4,8 @@ A pass is one row of tokens, those of a request side by side: one token of each 
 decodes, then pieces of prompts. Keys and values of the new tokens are written to the cache, and two
 ways read them:
 
-    flash    a GPU in bf16 or fp16: PyTorch's FlashAttention 2 over segments of various lengths. A
-             segment begins anywhere in the cache and is as long as `used` says, so nothing is copied
+    flash    a GPU in bf16 or fp16: PyTorch's FlashAttention 2 over segments of various lengths. One
+             begins anywhere in the cache and is as long as `used` says, so nothing is copied
     sdpa     everything else, and the definition: PyTorch's SDPA, decoding rows of similar length
              at once, and each piece of a prompt by itself
 
@@ -133,9 +133,8 @@ def sdpa(
 ) -> Tensor:
     """`flash` by plain SDPA: the definition."""
     assert reads.spans is not None
-    out_nhe = torch.empty(
-        *query_nhe.shape[:2], values_ske.shape[-1], dtype=query_nhe.dtype, device=query_nhe.device
-    )
+    # Zeros for tokens that only fill a pass up: what they write must be finite.
+    out_nhe = query_nhe.new_zeros(*query_nhe.shape[:2], values_ske.shape[-1])
     decoding = [span for span in reads.spans if span.new == 1]
     at = 0
     while at < len(decoding):
@@ -231,3 +230,44 @@ def _piece(
         enable_gqa=query_nhe.shape[1] != keys_ske.shape[1],
     )
     return out_1hne[0].transpose(0, 1)
+
+
+def flash_agrees(heads: int, kv_heads: int, features: int, dtype: torch.dtype) -> bool:
+    """Whether `flash` is what `sdpa` is on this GPU, for decoding rows and for pieces of prompts.
+
+    Regions lie apart and in no order here, with something else around them.
+    """
+    device = torch.device("cuda")
+    random = torch.Generator(device).manual_seed(0)
+
+    def draw(tokens: int, number: int) -> Tensor:
+        shape = (tokens, number, features)
+        return torch.randn(shape, generator=random, device=device).to(dtype)
+
+    keys_ske, values_ske = draw(512, kv_heads), draw(512, kv_heads)
+    for new in ((1, 1, 1), (1, 5, 40)):
+        first = [sum(new[:at]) for at in range(4)]
+        spans = tuple(
+            Span(at, number, start, used)
+            for at, number, start, used in zip(
+                first, new, (300, 64, 129), (77, 33, 170), strict=False
+            )
+        )
+
+        def numbers(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        starts_k = numbers([*(span.start for span in spans), 0])
+        used_r = numbers([span.used for span in spans])
+        write_n = torch.zeros(0, dtype=torch.int64, device=device)
+        reads = Reads(write_n, numbers(first), starts_k, used_r, max(new), 256, spans)
+        query_nhe = draw(sum(new), heads)
+        for window in (None, 16):
+            told = (query_nhe, keys_ske, values_ske, reads, features**-0.5, window)
+            try:
+                found = flash(*told)
+            except (RuntimeError, TypeError):  # this GPU or this PyTorch has it not
+                return False
+            if not torch.allclose(found.float(), sdpa(*told).float(), atol=0.03):
+                return False
+    return True

@@ -135,15 +135,14 @@ def bytes_a_token(layers: list[LayerShape], dtype: torch.dtype) -> int:
 
 
 def takes_flash(layers: list[LayerShape], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether every layer's attention can be had of PyTorch's FlashAttention."""
-    return (
-        device.type == "cuda"
-        and dtype in (torch.bfloat16, torch.float16)
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-        and all(
-            layer.key_features == layer.value_features
-            and layer.key_features % 8 == 0
-            and layer.key_features <= 256
-            for layer in layers
-        )
+    """Whether every layer's attention can be had of PyTorch's FlashAttention: it is tried."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    kinds = {
+        (layer.query_heads, layer.kv_heads, layer.key_features, layer.value_features)
+        for layer in layers
+    }
+    return all(
+        key == value and key % 8 == 0 and key <= 256 and attention.flash_agrees(h, k, key, dtype)
+        for h, k, key, value in kinds
     )

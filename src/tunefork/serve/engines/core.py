@@ -86,6 +86,10 @@ class Core:
 
     # The engine's thread
 
+    def end(self) -> None:
+        """Stop before the next pass."""
+        self.is_stopping = True
+
     def add(self, answer: Answer) -> None:
         """A new request."""
         self.waiting.append(answer)
@@ -190,14 +194,12 @@ class Core:
         """What is wrong with an adapter by what it does to logits: nothing, or not finite ones."""
         assert entry.slot is not None
         ids = [(7 * at + 3) % 64 for at in range(_CHECKED)]
-        starts = {BASE: region.start, entry.slot: region.start + _CHECKED}
+        starts = {entry.slot: region.start, BASE: region.start + _CHECKED}
         parts = [Part(ids, 0, start, slot, wants_logits=True) for slot, start in starts.items()]
-        logits_rv = self.passes.run(parts).logits_rv
-        if not bool(logits_rv[1].isfinite().all()):
+        own_v, base_v = self.passes.run(parts).logits_rv
+        if not bool(own_v.isfinite().all()):
             return "the logits it gives are not finite"
-        if torch.equal(logits_rv[0], logits_rv[1]):
-            return "it changes no logit of this base"
-        return None
+        return "it changes no logit of this base" if torch.equal(own_v, base_v) else None
 
     def _plan(self) -> list[tuple[Answer, Part]]:
         """Who computes what in the next pass: decoding rows first, in the order of their slots."""
@@ -216,6 +218,8 @@ class Core:
                 continue
             planned.append((answer, _part(answer, min(missing, left))))
             left -= min(missing, left)
+        if self.passes.flash:  # which takes them in any order; adapters' products want this one
+            planned.sort(key=lambda one: (one[1].slot == BASE, one[1].slot))
         return planned
 
     def _has_room(self, answer: Answer) -> bool:
@@ -246,13 +250,13 @@ class Core:
         self.waiting.appendleft(answer)
 
     def _launch(self, planned: Sequence[tuple[Answer, Part]]) -> Outcome | None:
-        """Run the pass. Where memory is short, the request that came last fails alone."""
+        """Run the pass. Where memory is short, the request that wants most of it fails alone."""
         try:
             return self.passes.run([part for _, part in planned])
         except (torch.OutOfMemoryError, MemoryError) as error:
             if self.passes.device.type == "cuda":
                 torch.cuda.empty_cache()
-            answer = max((a for a, _ in planned), key=lambda a: a.arrived)
+            answer, _ = max(planned, key=lambda one: (len(one[1].ids), one[0].arrived))
             why = f"no memory for a pass with this request ({type(error).__name__}); ask for less"
             self._end(answer, EngineError(why))
             return None

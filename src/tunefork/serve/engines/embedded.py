@@ -12,7 +12,8 @@ the models, with the attention interface through which they compute.
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import fields
 from threading import Thread
 from typing import Any
 
@@ -24,6 +25,7 @@ from tunefork.serve.engine import (
     EngineRequest,
     EngineState,
     Piece,
+    Sampling,
     ServedAdapter,
 )
 from tunefork.serve.engines.assemble import Assembled, assemble
@@ -32,23 +34,7 @@ from tunefork.serve.engines.grammar import KINDS, Matcher, is_available
 from tunefork.serve.engines.sequence import open_sequence
 from tunefork.serve.settings import ServeSettings
 
-_SAMPLING = frozenset(
-    [
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "seed",
-        "presence_penalty",
-        "frequency_penalty",
-        "logit_bias",
-        "stop",
-        "stop_ids",
-        "ignore_eos",
-        "logprobs",
-        "grammar",
-    ]
-)
+_SAMPLING = frozenset(one.name for one in fields(Sampling))
 
 
 class _Stream:
@@ -110,23 +96,18 @@ class EmbeddedEngine:
         parts, self._parts = self._parts, None
         if parts is None:
             return
-        core = parts.core
-
-        def end() -> None:
-            core.is_stopping = True
-
-        core.tell(end)
+        parts.core.tell(parts.core.end)
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
         self._thread = None
-        core.cache.close()
-        is_cuda = core.passes.device.type == "cuda"
-        del parts, core
+        parts.core.cache.close()
+        is_cuda = parts.core.passes.device.type == "cuda"
+        del parts
         gc.collect()
         if is_cuda:
             torch.cuda.empty_cache()
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[Piece]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[Piece]:
         """See `Engine.generate`."""
         parts = self._alive()
         self._check(request, parts)
@@ -159,7 +140,7 @@ class EmbeddedEngine:
         """Bring `adapter` into host memory while its request waits in the gateway's queue."""
         tiers = self._alive().core.tiers
         if tiers is not None:
-            self._alive().core.tell(lambda: tiers.bring(adapter) and None)
+            self._alive().core.tell(lambda: tiers.prefetch(adapter))
 
     async def forget(self, adapter_id: str) -> None:
         """Drop it from every tier once no request uses it."""

@@ -16,9 +16,12 @@ class EmbeddedSettings(Section):
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Of weights, activations and the cache. auto: bf16 where the device multiplies it quickly."""
 
-    base_storage: Literal["dense", "nf4"] = "dense"
-    """`nf4`: linear layers in 4 bits, as QLoRA trains. An adapter that was trained over NF4 answers
-    best over NF4."""
+    base_storage: Literal["dense", "nf4", "fp8"] = "dense"
+    """`nf4`: linear layers in 4 bits, as QLoRA trains; an adapter that was trained over NF4 answers
+    best over NF4. `fp8` (a GPU that has it): in 8 bits, multiplied in 8 bits."""
+
+    fuse: bool = True
+    """On a GPU in bf16: layers that read the same input (q, k, v; gate, up) as one product."""
 
     slots: PositiveInt = 8
     """Adapters that can be computed with at the same time. Each takes memory for `max_rank`."""
@@ -27,7 +30,7 @@ class EmbeddedSettings(Section):
     """Largest rank of an adapter; a slot is as large as it."""
 
     host_memory_bytes: Annotated[int, Field(ge=0)] = 2 * 2**30
-    """For adapters that wait in host memory, pinned where there is a GPU; older ones are dropped."""
+    """Host memory for adapters, pinned where there is a GPU; the least recently used go first."""
 
     max_requests: PositiveInt = 64
     """Answers computed at the same time."""

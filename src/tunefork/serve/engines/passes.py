@@ -8,21 +8,27 @@ than the GPU needs for them. Rows that only fill up write to a token of the cach
 Shape legend: N tokens of the pass, R rows of which logits are wanted, V tokens of the vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunefork.kernels.bank_stretches import Stretch
+from tunefork.model.layers import decoder_layers
 from tunefork.serve.engines.attention import Reads, Span
 from tunefork.serve.engines.choose import greedy
 
 _MANY_ROWS = 32
+_STEP = 8
+"""A CPU's passes are filled up to a multiple of so many tokens: oneDNN compiles its products anew
+for every number of them, and keeps them (about 1.5 MB each)."""
 BASE = -1
 """The slot of tokens that no adapter is for."""
 
@@ -92,14 +98,32 @@ class _Key(NamedTuple):
     """Without any, the base is spared their products."""
 
 
+class _Shape(NamedTuple):
+    """The sizes of a pass."""
+
+    rows: int
+    num_tokens: int
+    num_wanted: int
+    longest_q: int
+    longest_k: int
+
+
 @dataclass(frozen=True, slots=True)
 class _Graph:
     graph: Any
     outcome: Outcome
 
 
-Route = Callable[[Tensor, Sequence[Stretch]], None]
-"""Is told the slot of each token (N,), and the stretches of tokens that have one."""
+class Route(Protocol):
+    """Is told whose the tokens of the next pass are."""
+
+    def __call__(
+        self, index_n: Tensor, stretches: Sequence[Stretch], *, is_captured: bool = False
+    ) -> None:
+        """The slot of each token, and the stretches of tokens that have one.
+
+        A captured pass reads `index_n` whenever it is replayed.
+        """
 
 
 class Passes:
@@ -115,15 +139,19 @@ class Passes:
         max_model_len: int,
         flash: bool,
         graphs: bool,
+        compiles: bool = False,
     ) -> None:
         self.model, self.route, self.flash, self.graphs = model, route, flash, graphs
         self.max_model_len = max_model_len
         self.device = model.device
-        tokens = max(max_tokens, max_rows) + max_rows
+        tokens = max_tokens + max_rows + _STEP
         self.layout = _Layout(tokens, max_rows, self.device)
         self.captured: dict[_Key, _Graph] = {}
         self.max_rows = max_rows
         self._read: torch.cuda.Event | None = None
+        self._is_decoding = False
+        if compiles:
+            self._compile()
 
     @torch.inference_mode()
     def run(self, parts: Sequence[Part]) -> Outcome:
@@ -138,7 +166,7 @@ class Passes:
         longest_k = _limit(max(span.used for span in spans), self.max_model_len)
         self.layout.send()
         if self.device.type == "cuda":
-            self._read = torch.cuda.Event()
+            self._read = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._read.record()
         if decodes and self.graphs:
             # With many rows the kernel has enough to do without cutting them into pieces.
@@ -146,9 +174,32 @@ class Passes:
             outcome = self._replay(_Key(rows, limit, bool(stretches)))
         else:
             told = None if self.flash else tuple(spans)
-            self.route(self.layout.tensors["slots"][:num_tokens], stretches)
-            outcome = self._pass(rows, num_tokens, num_wanted, longest_q, longest_k, told)
+            shape = _Shape(rows, num_tokens, num_wanted, longest_q, longest_k)
+            outcome = self._pass(shape, stretches, told)
         return Outcome(outcome.logits_rv[:num_wanted], outcome.tokens_r[:num_wanted])
+
+    @torch.inference_mode()
+    def warm(self, *, has_slots: bool) -> None:
+        """Capture the graphs that short requests need, so that the first ones do not wait."""
+        sizes = sorted({self.filled(rows) for rows in range(1, self.max_rows + 1)}, reverse=True)
+        for rows in sizes:  # the largest first: the others find room in its memory
+            self._lay_out([], rows)
+            self.layout.send()
+            for has_adapters in (False, True) if has_slots else (False,):
+                limit = self.max_model_len if rows >= _MANY_ROWS else _limit(1, self.max_model_len)
+                try:
+                    self._replay(_Key(rows, limit, has_adapters))
+                    torch.cuda.synchronize(self.device)
+                except RuntimeError as error:
+                    self._is_decoding, self.graphs = False, False
+                    self.captured.clear()
+                    warnings.warn(
+                        "embedded.cuda_graphs: a decoding pass could not be captured "
+                        f"({str(error).splitlines()[0]}); passes are launched kernel by kernel, "
+                        "which is slower",
+                        stacklevel=2,
+                    )
+                    return
 
     def filled(self, rows: int) -> int:
         """Up to which number of rows a decoding pass is filled: powers of two, then eights."""
@@ -187,29 +238,34 @@ class Passes:
             at += 1
         numbers["starts_q"][rows] = at
         numbers["starts_k"][rows] = 0
-        return spans, at, wanted
+        end = at if self.device.type == "cuda" else -(-at // _STEP) * _STEP if at > 1 else at
+        for name in ("ids", "positions", "write"):
+            numbers[name][at:end] = 0
+        numbers["slots"][at:end] = BASE
+        return spans, end, wanted
 
     def _pass(
         self,
-        rows: int,
-        num_tokens: int,
-        num_wanted: int,
-        longest_q: int,
-        longest_k: int,
+        shape: _Shape,
+        stretches: Sequence[Stretch],
         spans: tuple[Span, ...] | None,
+        *,
+        is_captured: bool = False,
     ) -> Outcome:
-        tensors = self.layout.tensors
+        """`spans` for `attention.sdpa`, None for `flash`."""
+        tensors, num_tokens = self.layout.tensors, shape.num_tokens
         reads = Reads(
             tensors["write"][:num_tokens].long(),
-            tensors["starts_q"][: rows + 1],
-            tensors["starts_k"][: rows + 1],
-            tensors["used"][:rows],
-            longest_q,
-            longest_k,
+            tensors["starts_q"][: shape.rows + 1],
+            tensors["starts_k"][: shape.rows + 1],
+            tensors["used"][: shape.rows],
+            shape.longest_q,
+            shape.longest_k,
             spans,
         )
+        self.route(tensors["slots"][:num_tokens], stretches, is_captured=is_captured)
         # A pass that only fills the cache wants no logits at all; one row keeps shapes plain.
-        wanted = tensors["last"][: max(num_wanted, 1)].long()
+        wanted = tensors["last"][: max(shape.num_wanted, 1)].long()
         logits_rv = self.model(
             input_ids=tensors["ids"][None, :num_tokens].long(),
             position_ids=tensors["positions"][None, :num_tokens].long(),
@@ -229,21 +285,36 @@ class Passes:
     def _capture(self, key: _Key) -> _Graph:
         """The graph of a pass over so many decoding rows, by the numbers that lie there now."""
         rows = key.rows
-        self.route(
-            self.layout.tensors["slots"][:rows], [Stretch(0, 0, rows)] if key.has_adapters else []
-        )
-        told = (rows, rows, rows, 1, key.longest_k, None)
+        shape = _Shape(rows, rows, rows, 1, key.longest_k)
+        stretches = [Stretch(0, 0, rows)] if key.has_adapters else []
+        run = partial(self._pass, shape, stretches, None, is_captured=True)
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._is_decoding = True
         with torch.cuda.stream(stream):
-            self._pass(*told)  # what is made at the first call is made outside of the graph
+            run()  # what is made at the first call is made outside of the graph
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.captured.values())).graph.pool() if self.captured else None
         # Other threads (one that loads adapters) may use the GPU meanwhile.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            outcome = self._pass(*told)
+            outcome = run()
+        self._is_decoding = False
         return _Graph(graph, outcome)
+
+    def _compile(self) -> None:
+        """Decoder layers of captured passes run compiled; one form serves all layers and sizes."""
+
+        def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return type(layer).forward(layer, *args, **kwargs)
+
+        compiled = torch.compile(forward, dynamic=True)
+
+        def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return (compiled if self._is_decoding else forward)(layer, *args, **kwargs)
+
+        for layer in decoder_layers(self.model):
+            layer.forward = partial(run, layer)
 
 
 def _stretches(parts: Sequence[Part]) -> list[Stretch]:

@@ -1,13 +1,13 @@
 """A bank's slots as the tiers fill them: by threads, while passes read the other slots."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tunefork.kernels.bank_stretches import Stretch, lay_out
+from tunefork.kernels.bank_stretches import Stretch, lay_out, lay_out_sorted
 from tunefork.model.bank import Bank
-from tunefork.registry.peft_deltas import Deltas
+from tunefork.serve.engines.adapter_file import HostAdapter
 
 
 class BankSlots:
@@ -17,47 +17,47 @@ class BankSlots:
         self.bank, self.num_slots = bank, bank.num_slots
         self.ranks: dict[int, int] = {}
         """The largest rank in each slot."""
+        self.dtype = next(iter(bank.layers.values())).dtype
+        self._is_sorted = bank.device.type == "cuda" and self.dtype == torch.bfloat16
         self._emptied: dict[int, torch.cuda.Event] = {}
         is_cuda = bank.device.type == "cuda"
         self._stream = torch.cuda.Stream(bank.device) if is_cuda else None  # type: ignore[no-untyped-call]
 
-    def route(self, index_n: Tensor, stretches: Sequence[Stretch]) -> None:
-        """The next pass's tokens: each one's slot in `index_n` (N,), and those with an adapter."""
+    def route(
+        self, index_n: Tensor, stretches: Sequence[Stretch], *, is_captured: bool = False
+    ) -> None:
+        """The next pass's tokens: each one's slot in `index_n` (N,), and those with an adapter.
+
+        In bf16 on a GPU these come in the order of their slots, before those without one, unless
+        the pass is captured.
+        """
+        device = self.bank.device
         if not stretches:
             self.bank.route_none()
-        elif self._stream is not None:
+        elif is_captured:
             self.bank.route_tokens(index_n)
+        elif self._is_sorted:
+            self.bank.route_stretches(lay_out_sorted(stretches, self.num_slots, device))
         else:
             rank = max(self.ranks[stretch.slot] for stretch in stretches)
-            self.bank.route_stretches(lay_out(stretches, rank))
+            self.bank.route_stretches(lay_out(stretches, rank, device))
 
     @torch.inference_mode()
-    def load(self, slot: int, deltas: Deltas) -> None:
+    def load(self, slot: int, adapter: HostAdapter) -> None:
         """Put an adapter into `slot`; returns when it is there. Raises AdapterError."""
-        self.ranks[slot] = max(delta.lora_a.shape[0] for delta in deltas.values())
+        self.ranks[slot] = adapter.rank
         if self._stream is None:
-            self.bank.load(slot, deltas)
+            self.bank.load_ready(slot, adapter.matrices)
             return
         with torch.cuda.stream(self._stream):
             if slot in self._emptied:  # a pass in flight may still read what was there
                 self._stream.wait_event(self._emptied.pop(slot))
-            self.bank.load(slot, _on(deltas, self.bank.device))
+            self.bank.load_ready(slot, adapter.matrices)
         self._stream.synchronize()
 
     def clear(self, slot: int) -> None:
         """What is in `slot` is of no more use. It is overwritten by what comes next."""
         if self._stream is not None:
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(self.bank.device))
             self._emptied[slot] = event
-
-
-def _on(deltas: Deltas, device: torch.device) -> Mapping[str, tuple[Tensor, Tensor, float]]:
-    return {
-        path: (
-            delta.lora_a.to(device, non_blocking=True),
-            delta.lora_b.to(device, non_blocking=True),
-            delta.scale,
-        )
-        for path, delta in deltas.items()
-    }

@@ -5,9 +5,10 @@
                            that no running request computes with is taken
 
 Nobody waits for a load but the requests that asked for it. Slots are granted in the order in which
-adapters were first wanted. Where requests keep every slot in use, the one held longest takes no new
-requests any more once another adapter has waited for `PATIENCE_S`: it empties, and goes over. So an
-adapter in demand cannot keep the others out, and no slot lies idle meanwhile.
+adapters were first wanted. Where requests keep every slot in use, the one held longest (at least
+for `PATIENCE_S`) takes no new requests any more once another adapter has waited for as long: it
+empties, and goes over. So an adapter in demand cannot keep the others out, and no slot lies idle
+meanwhile.
 
 All but `load` runs in the engine's thread.
 """
@@ -20,7 +21,6 @@ from enum import Enum
 from typing import Protocol
 
 from tunefork.errors import EngineError, TuneforkError
-from tunefork.registry.peft_deltas import Deltas
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.engines.adapter_file import HostAdapter
 
@@ -32,7 +32,7 @@ class Slots(Protocol):
 
     num_slots: int
 
-    def load(self, slot: int, deltas: Deltas) -> None:
+    def load(self, slot: int, adapter: HostAdapter) -> None:
         """Put an adapter into a slot that nobody computes with; returns when it is there."""
 
     def clear(self, slot: int) -> None:
@@ -55,12 +55,14 @@ class Entry:
     host: HostAdapter | None = None
     slot: int | None = None
     granted: float = 0.0
-    """When it got its slot."""
+    """Since when it is in its slot."""
     users: int = 0
     """Running requests."""
     is_checked: bool = False
     """It was seen to change the logits."""
     is_pinned: bool = False
+    is_awaited: bool = False
+    """A request is about to come: worth a free slot, but nobody else's."""
     is_draining: bool = False
     is_forgotten: bool = False
 
@@ -110,7 +112,15 @@ class Tiers:
         if entry.stage is _Stage.IN_SLOT and not entry.is_draining:
             return entry
         self.wanted.setdefault(adapter.id, self.clock())
+        entry.is_awaited = False
         return None
+
+    def prefetch(self, adapter: ServedAdapter) -> None:
+        """A request for it is about to come: into a free slot, or at least into host memory."""
+        entry = self.bring(adapter)
+        if entry.stage is not _Stage.IN_SLOT and self.free:
+            self.wanted.setdefault(adapter.id, self.clock())
+            entry.is_awaited = True
 
     def bring(self, adapter: ServedAdapter) -> Entry:
         """Begin to read the adapter, unless it is there."""
@@ -164,10 +174,11 @@ class Tiers:
         for adapter_id in [i for i in self.failures if i not in waiting]:
             del self.failures[adapter_id]
         for adapter_id in list(self.wanted):
-            entry = self.entries.get(adapter_id)
-            if entry is None or not (adapter_id in waiting or entry.is_pinned):
+            awaited = self.entries.get(adapter_id)
+            is_of_use = awaited is not None and (awaited.is_pinned or awaited.is_awaited)
+            if awaited is None or not (is_of_use or adapter_id in waiting):
                 del self.wanted[adapter_id]
-        self._grant()
+        self._grant(waiting)
         self._trim_host()
 
     def close(self) -> None:
@@ -178,7 +189,7 @@ class Tiers:
         self.wanted.clear()
         self.failures.clear()
 
-    def _grant(self) -> None:
+    def _grant(self, waiting: set[str]) -> None:
         """Slots for those that want one, in their order, as far as there are any."""
         draining = sum(entry.is_draining for entry in self.entries.values())
         now = self.clock()
@@ -188,29 +199,41 @@ class Tiers:
                 del self.wanted[adapter_id]
             if entry.stage is not _Stage.HOST:
                 continue
-            if not self.free and not self._evict_one():
+            if not self.free and entry.is_awaited:
+                entry.is_awaited = False
+                continue
+            if not self.free and not self._evict_one(waiting):
                 if draining == 0 and now - since > PATIENCE_S:
-                    self._drain_one()
+                    self._drain_one(now)
                 draining = max(0, draining - 1)
                 continue
-            entry.slot, entry.stage, entry.granted = self.free.popleft(), _Stage.MOVING, now
+            entry.slot, entry.stage = self.free.popleft(), _Stage.MOVING
+            entry.is_awaited = False
             del self.wanted[adapter_id]
             self._threads.submit(self._load, entry)
 
-    def _evict_one(self) -> bool:
-        """Free the slot of the least recently used adapter that nobody computes with."""
+    def _evict_one(self, waiting: set[str]) -> bool:
+        """Free the slot of the least recently used adapter that nobody computes with.
+
+        Nor is about to: one that has only just come would never be computed with otherwise.
+        """
         for entry in self.entries.values():
-            if entry.stage is _Stage.IN_SLOT and not entry.users and not entry.is_pinned:
+            is_of_use = entry.users or entry.is_pinned
+            is_due = entry.adapter.id in waiting and not entry.is_draining
+            if entry.stage is _Stage.IN_SLOT and not is_of_use and not is_due:
                 self._leave_slot(entry)
                 self.evictions += 1
                 return True
         return False
 
-    def _drain_one(self) -> None:
+    def _drain_one(self, now: float) -> None:
         held = [
             entry
             for entry in self.entries.values()
-            if entry.stage is _Stage.IN_SLOT and not entry.is_pinned and not entry.is_draining
+            if entry.stage is _Stage.IN_SLOT
+            and not entry.is_pinned
+            and not entry.is_draining
+            and now - entry.granted > PATIENCE_S
         ]
         if held:
             min(held, key=lambda entry: entry.granted).is_draining = True
@@ -260,7 +283,7 @@ class Tiers:
         elif entry.stage is _Stage.READING:
             entry.host, entry.stage = found, _Stage.HOST
         else:
-            entry.stage = _Stage.IN_SLOT
+            entry.stage, entry.granted = _Stage.IN_SLOT, self.clock()
             self.loads += 1
 
     def _load(self, entry: Entry) -> None:
@@ -272,7 +295,7 @@ class Tiers:
                 found = self.read(entry.adapter)
             else:
                 assert entry.slot is not None and entry.host is not None
-                self.slots.load(entry.slot, entry.host.deltas)
+                self.slots.load(entry.slot, entry.host)
         except TuneforkError as error:
             found = error
         except (OSError, RuntimeError, MemoryError) as error:

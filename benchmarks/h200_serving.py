@@ -1,0 +1,275 @@
+"""Serving on one GPU: 64 requests at once over an 8B shape, adapters against the base and vLLM.
+
+    python -m benchmarks.h200_serving --work FOLDER [--site vllm=FOLDER] [--set slots=32 ...]
+
+Random weights, 128 tokens in, 128 out, greedy, rank 16 on all linear layers, all in one call:
+
+    base, 32_adapters   the embedded engine, through `generate` with texts; ratios of one engine
+    vllm_*              vLLM without texts, in a process of its own (--site: where its packages lie)
+    cold                an adapter never seen before, while 32 others decode: its first token, and
+                        what others' time per token was before and meanwhile
+    1000_registered     1,000 adapters, 64 slots, 64 requests at a time by Zipf's law: first token
+
+Writes results/h200_serving.json (not with --tiny, which is for a CPU).
+"""
+
+import argparse
+import asyncio
+import dataclasses
+import gc
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.results import write
+from benchmarks.serving_load import Load, Timing, answer, draw_load, percentiles, round_of, row
+from benchmarks.serving_world import many, random_weights, save_adapters, save_base
+from benchmarks.training_runs import EIGHT_B, TINY, Shape
+from tunefork.model.device import describe, pick_device
+from tunefork.recipe import ModelSection
+from tunefork.serve.engine import ServedAdapter
+from tunefork.serve.engines.embedded import EmbeddedEngine
+from tunefork.serve.engines.embedded_settings import EmbeddedSettings
+from tunefork.serve.settings import ServeSettings
+
+RANK, ADAPTERS, ROUNDS = 16, 32, 3
+
+
+def main() -> None:
+    """Measure, print and write."""
+    arguments = _arguments()
+    shape = TINY if arguments.tiny else EIGHT_B
+    base, folder = arguments.work / "base", arguments.work / "adapters"
+    save_base(base, shape)
+    began = time.perf_counter()
+    adapters = save_adapters(folder, shape, ADAPTERS + 1, RANK)
+    print(f"{len(adapters)} adapters written in {time.perf_counter() - began:.0f} s", flush=True)
+    size = (8, 16, 12) if arguments.tiny else (64, 128, 128)
+    load = draw_load(*size, shape.vocabulary)
+    rows: list[dict[str, Any]] = []
+    with random_weights():
+        if "speed" in arguments.cases:
+            settings = _settings(base, arguments, slots=ADAPTERS + 1)
+            rows += asyncio.run(_speed(settings, load, adapters))
+        if "registered" in arguments.cases:
+            registered = many(adapters, 40 if arguments.tiny else 1000, arguments.work / "many")
+            slots = 8 if arguments.tiny else 64
+            settings = _settings(base, arguments, slots=slots)
+            rows.append(asyncio.run(_registered(settings, registered, shape, arguments.tiny)))
+    if arguments.site:
+        rows += _vllm(arguments, base, folder, load, rows)
+    if not arguments.tiny:
+        print(write("h200_serving", rows, device=str(describe(pick_device())["name"])))
+
+
+async def _speed(
+    settings: ServeSettings, load: Load, adapters: list[ServedAdapter]
+) -> list[dict[str, Any]]:
+    engine = EmbeddedEngine(settings)
+    began = time.perf_counter()
+    await engine.start()
+    start_s = round(time.perf_counter() - began, 1)
+    warm, cold = adapters[:-1], adapters[-1]
+    common = {"start_s": start_s, "settings": _told(settings), **engine.info()}
+    await round_of(engine, load, [], "warm-base")
+    await round_of(engine, load, warm, "warm-adapters")
+    kinds: dict[str, list[ServedAdapter]] = {"base": [], f"{len(warm)}_adapters": warm}
+    found: dict[str, list[tuple[float, list[Timing]]]] = {case: [] for case in kinds}
+    for turn in range(ROUNDS):  # in turn, so that both see the same machine
+        for case, whose in kinds.items():
+            found[case].append(await round_of(engine, load, whose, f"{case}-{turn}"))
+    rows = [row(case, load, rounds, **common) for case, rounds in found.items()]
+    rows[1]["of_base"] = round(rows[1]["tokens_per_s"] / rows[0]["tokens_per_s"], 4)
+    if torch.cuda.is_available():
+        rows[1]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    for one in rows:
+        print(_line(one), flush=True)
+    rows.append(await _cold(engine, load, warm, cold))
+    await engine.stop()
+    gc.collect()
+    return rows
+
+
+async def _cold(
+    engine: EmbeddedEngine, load: Load, warm: list[ServedAdapter], cold: ServedAdapter
+) -> dict[str, Any]:
+    """The first request for `cold` in the middle of a round over `warm`."""
+    stamps: list[float] = []
+    others = Load(load.prompts[:-1], load.new)
+
+    async def watch(at: int, prompt: tuple[int, ...]) -> None:
+        from tunefork.serve.engine import EngineRequest, Sampling
+
+        sampling = Sampling(max_tokens=load.new, temperature=0.0, ignore_eos=True)
+        wanted = EngineRequest(f"watch-{at}", prompt, sampling, warm[at % len(warm)])
+        async for _ in engine.generate(wanted):
+            if at == 0:
+                stamps.append(time.perf_counter())
+
+    for file in cold.folder.iterdir():
+        _drop_from_page_cache(file)
+    tasks = [asyncio.ensure_future(watch(at, prompt)) for at, prompt in enumerate(others.prompts)]
+    while len(stamps) < load.new // 3:
+        await asyncio.sleep(0.001)
+    asked = time.perf_counter()
+    timing = await answer(engine, "cold", load.prompts[-1], max(4, load.new // 8), cold)
+    arrived = asked + timing.first
+    await asyncio.gather(*tasks)
+    gaps = [(later, later - one) for one, later in pairwise(stamps)]
+    before = [gap for at, gap in gaps[2:] if at < asked]
+    # The new one's own prompt, like any other, takes part in a pass of its own length.
+    meanwhile = [gap for at, gap in gaps if asked <= at < arrived]
+    found = {
+        "case": "cold",
+        "tool": "tunefork",
+        "ours": True,
+        "first_token_ms": round(1000 * timing.first, 1),
+        "others_token_ms_before": percentiles(before),
+        "others_token_ms_meanwhile": percentiles(meanwhile),
+        "mean_ratio": round((sum(meanwhile) / len(meanwhile)) / (sum(before) / len(before)), 3)
+        if meanwhile and before
+        else None,
+    }
+    print(json.dumps(found), flush=True)
+    return found
+
+
+def _drop_from_page_cache(file: Path) -> None:
+    """So that it is read from the disk."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+async def _registered(
+    settings: ServeSettings, adapters: list[ServedAdapter], shape: Shape, tiny: bool
+) -> dict[str, Any]:
+    """Closed loop: each of 64 clients asks again as soon as it has its answer."""
+    engine = EmbeddedEngine(settings)
+    await engine.start()
+    clients, number, prompt, new = (8, 60, 8, 4) if tiny else (64, 1500, 128, 32)
+    load = draw_load(number, prompt, new, shape.vocabulary, seed=1)
+    chosen = random.Random(2)
+    weights = [1.0 / (rank + 1) for rank in range(len(adapters))]
+    whose = chosen.choices(adapters, weights, k=number)
+    timings: list[Timing] = []
+    queue = iter(enumerate(load.prompts))
+
+    async def client() -> None:
+        for at, ids in queue:
+            timings.append(await answer(engine, f"r{at}", ids, new, whose[at]))
+
+    began = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(clients)))
+    seconds = time.perf_counter() - began
+    state = engine.state()
+    await engine.stop()
+    found = {
+        "case": f"{len(adapters)}_registered",
+        "tool": "tunefork",
+        "ours": True,
+        "slots": state.slots,
+        "requests": number,
+        "different_adapters": len({adapter.id for adapter in whose}),
+        "files_differ": min(ADAPTERS + 1, len(adapters)),
+        "first_token_ms": percentiles([timing.first for timing in timings]),
+        "token_ms": percentiles([gap for timing in timings for gap in timing.gaps]),
+        "tokens_per_s": round(number * new / seconds, 1),
+        "loads": state.loads,
+        "evictions": state.evictions,
+        "load_ms_mean": round(1000 * state.load_seconds / max(1, state.loads), 1),
+        "settings": _told(settings),
+    }
+    print(json.dumps(found), flush=True)
+    return found
+
+
+def _vllm(
+    arguments: argparse.Namespace, base: Path, folder: Path, load: Load, rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """vLLM's rows; ours get their ratios."""
+    site = dict(one.split("=", 1) for one in arguments.site)["vllm"]
+    file = arguments.work / "load.json"
+    file.write_text(json.dumps(dataclasses.asdict(load)))
+    script = Path(__file__).with_name("serving_vllm.py")
+    found = []
+    for case, slots in (("base", 0), (f"{ADAPTERS}_adapters", ADAPTERS)):
+        command = [sys.executable, str(script), str(base), str(folder), str(file), str(slots)]
+        peer: dict[str, Any] = {"case": case, "tool": "vllm", "ours": False}
+        try:
+            done = subprocess.run(
+                command,
+                env=os.environ | {"PYTHONPATH": str(Path(site).resolve())},
+                capture_output=True,
+                text=True,
+                timeout=arguments.limit,
+            )
+            said = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+            if said:
+                peer |= json.loads(said[-1].removeprefix("RESULT "))
+            else:
+                peer["error"] = (done.stderr.strip().splitlines() or ["no word"])[-1][:400]
+                print(done.stderr[-3000:], file=sys.stderr)
+        except subprocess.TimeoutExpired:
+            peer["error"] = f"not done after {arguments.limit} s"
+        for one in rows:
+            if one["case"] == case and "tokens_per_s" in peer:
+                one["ratios"] = {"vllm": round(one["tokens_per_s"] / peer["tokens_per_s"], 3)}
+        print(json.dumps(peer), flush=True)
+        found.append(peer)
+    return found
+
+
+def _settings(base: Path, arguments: argparse.Namespace, *, slots: int) -> ServeSettings:
+    embedded: dict[str, Any] = {
+        "slots": slots,
+        "max_rank": RANK,
+        "max_requests": 64,
+        "max_model_len": 2048,
+        "host_memory_bytes": 24 * 2**30,
+    }
+    for one in arguments.set:
+        key, _, value = one.partition("=")
+        embedded[key] = json.loads(value) if value[:1] in "0123456789tf" else value
+    return ServeSettings(
+        base=ModelSection(id=str(base)), embedded=EmbeddedSettings.model_validate(embedded)
+    )
+
+
+def _told(settings: ServeSettings) -> dict[str, Any]:
+    return settings.embedded.model_dump(exclude_defaults=True)
+
+
+def _line(one: dict[str, Any]) -> str:
+    return (
+        f"{one['case']:14s} {one['tokens_per_s']:,.0f} tokens/s, first token "
+        f"{one['first_token_ms']} ms, per token {one['token_ms']} ms, started in {one['start_s']} s"
+        + (f", {one['of_base']:.3f} of base" if "of_base" in one else "")
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--work", type=Path, required=True, help="for the base and the adapters")
+    parser.add_argument("--site", nargs="+", default=[], metavar="vllm=FOLDER")
+    parser.add_argument("--cases", nargs="+", default=["speed", "registered"])
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="embedded.KEY")
+    parser.add_argument("--limit", type=float, default=190.0, help="seconds for one run of vLLM")
+    parser.add_argument("--tiny", action="store_true", help="a tiny shape, nothing is written")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The embedded engine on a GPU: kernels against their definitions, and graphs against launches."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.serve.embedded import answers, base_folder, request, save_adapter, settings
+from tunefork.kernels.bank_stretches import Stretch, lay_out_sorted, sorted_delta
+from tunefork.serve.engine import Piece, ServedAdapter
+from tunefork.serve.engines.attention import flash_agrees
+from tunefork.serve.engines.embedded import EmbeddedEngine
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::UserWarning:peft")]
+PROMPT = [20, 60, 100, 140, 180, 220]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "features"), [(32, 8, 128), (9, 3, 64), (4, 4, 8)])
+def test_flash_reads_regions_of_the_cache(heads: int, kv_heads: int, features: int) -> None:
+    assert flash_agrees(heads, kv_heads, features, torch.bfloat16)
+
+
+def test_grouped_products_over_sorted_tokens() -> None:
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    a_nrd = torch.randn(5, 16, 64, device=device).bfloat16()
+    b_nro = torch.randn(5, 16, 96, device=device).bfloat16()
+    x_sd = torch.randn(310, 64, device=device).bfloat16()
+    stretches = [Stretch(0, 0, 7), Stretch(2, 7, 207), Stretch(4, 207, 300)]
+    found = sorted_delta(x_sd, a_nrd, b_nro, lay_out_sorted(stretches, 5, device))
+    expected = torch.zeros(310, 96, device=device)
+    for slot, first, last in stretches:
+        u = (x_sd[first:last] @ a_nrd[slot].t()).float()
+        expected[first:last] = u @ b_nro[slot].float()
+    assert torch.allclose(found.float(), expected, atol=1.0, rtol=0.02)  # sums up to 100 in bf16
+
+
+class Served:
+    """A base and three adapters on the disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.base = folder / "base"
+        model = base_folder(self.base)
+        self.adapters: list[ServedAdapter | None] = [
+            None,
+            *(save_adapter(model, folder / f"a{r}", rank=r, seed=r + 1) for r in (4, 16, 64)),
+        ]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    return Served(tmp_path_factory.mktemp("gpu"))
+
+
+def ask(served: Served, **embedded: Any) -> tuple[list[Piece], Any]:
+    wanted = [
+        request(f"{at}", PROMPT * (1 + at), served.adapters[at % 4], max_tokens=10, logprobs=0)
+        for at in range(12)
+    ]
+
+    async def run() -> Any:
+        engine = EmbeddedEngine(settings(served.base, **({"device": "cuda"} | embedded)))
+        await engine.start()
+        info = engine.info()
+        found = await answers(engine, wanted)
+        state = engine.state()
+        assert state.healthy and state.free_cache_tokens == state.total_cache_tokens
+        await engine.stop()
+        return found, info
+
+    found, info = asyncio.run(run())
+    return found, info
+
+
+def test_fp32_on_a_gpu_is_fp32_on_a_cpu(served: Served) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    assert [p.token_ids for p in ask(served, dtype="fp32")[0]] == [
+        p.token_ids for p in ask(served, dtype="fp32", device="cpu")[0]
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cuda_graphs": False},
+        {"fuse": False},
+        {"compile": True},
+        {"base_storage": "nf4"},
+        {"base_storage": "fp8"},
+    ],
+)
+def test_bf16_says_what_fp32_says(served: Served, options: dict[str, Any]) -> None:
+    """The first tokens' log probabilities, before rounding has led answers apart."""
+    exact, _ = ask(served, dtype="fp32", device="cpu")
+    found, info = ask(served, dtype="bf16", **options)
+    assert info["attention"] == "flash"
+    assert info["cuda_graphs"] == options.get("cuda_graphs", True)
+    is_rounded = "base_storage" in options
+    for one, other in zip(found, exact, strict=True):
+        if one.token_ids[0] == other.token_ids[0]:
+            difference = abs(one.logprobs[0].logprob - other.logprobs[0].logprob)
+            assert difference < (1.5 if is_rounded else 0.3)
+    same = sum(a.token_ids[0] == b.token_ids[0] for a, b in zip(found, exact, strict=True))
+    assert same >= (5 if is_rounded else 9)

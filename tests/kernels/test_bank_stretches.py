@@ -1,0 +1,50 @@
+"""Deltas stretch by stretch against the definition, token by token."""
+
+import pytest
+import torch
+
+from tunefork.kernels.bank_stretches import Stretch, add_stretches, lay_out
+
+D, O, R, SLOTS = 24, 40, 6, 9
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [(-1, 3), (0, 2), (1, 2), (2, 2)],  # decoding, as many each
+        [(0, 1), (1, 3), (2, 2), (8, 1)],  # padded, and a gap
+        [(-1, 1), (1, 1), (3, 2), (3, 90), (-1, 20), (0, 70), (1, 17)],  # pieces of prompts
+        [(4, 200)],
+        [(-1, 5)],
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stretches_are_the_sum_over_each_tokens_own(
+    lengths: list[tuple[int, int]], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    a_nrd, b_nro = torch.randn(SLOTS, R, D), torch.randn(SLOTS, R, O)
+    a_nrd[:, 4:], b_nro[:, 4:] = 0, 0
+    stretches, slots = [], []
+    for slot, length in lengths:
+        if slot >= 0:
+            stretches.append(Stretch(slot, len(slots), len(slots) + length))
+        slots += [slot] * length
+    x_sd, y_so = torch.randn(len(slots), D).to(dtype), torch.randn(len(slots), O).to(dtype)
+    expected = y_so.float()
+    for token, slot in enumerate(slots):
+        if slot >= 0:
+            expected[token] += x_sd[token].float() @ a_nrd[slot].t() @ b_nro[slot]
+    found = add_stretches(y_so, x_sd, a_nrd, b_nro, lay_out(stretches, rank=4))
+    assert found is y_so
+    # bf16: rounding of u, of B and of the sum, each 2^-8 of numbers up to 50.
+    tolerance = 1e-4 if dtype == torch.float32 else 0.6
+    assert torch.allclose(found.float(), expected, atol=tolerance)
+
+
+def test_a_slot_that_is_not_finite_spoils_no_other() -> None:
+    a_nrd, b_nro = torch.zeros(3, R, D), torch.zeros(3, R, O)
+    a_nrd[1] = torch.nan
+    x_sd, y_so = torch.ones(4, D), torch.ones(4, O)
+    layout = lay_out([Stretch(0, 0, 2), Stretch(2, 2, 4)], rank=R)  # slot 1 lies between
+    assert torch.equal(add_stretches(y_so, x_sd, a_nrd, b_nro, layout), torch.ones(4, O))

@@ -1,0 +1,119 @@
+"""What the spare columns give back: along the inputs' main directions, of the largest channels."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tunefork.kernels import fp8
+from tunefork.kernels.fp8_correction import correction, main_directions
+from tunefork.kernels.layout import Layout, Storage
+from tunefork.kernels.quantized import dequantize_nf4, nf4_tensors, quantize_nf4
+
+D, OUT = 256, 96
+
+
+def _inputs(tokens: int, seed: int) -> Tensor:
+    """As a layer's are: a mean, a few strong directions and channels, and a rest."""
+    common = torch.Generator().manual_seed(0)
+    mean, directions = torch.randn(D, generator=common), torch.randn(6, D, generator=common)
+    own = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, D, generator=own) * 0.3 + mean
+    x += torch.randn(tokens, 6, generator=own) @ directions
+    x[:, 7] *= 20
+    return x.bfloat16()
+
+
+def _weight() -> Tensor:
+    drawn: Tensor = torch.randn(OUT, D, generator=torch.Generator().manual_seed(9)) * D**-0.5
+    return drawn.bfloat16()
+
+
+def _error(actual: Tensor, truth: Tensor) -> float:
+    return float((actual.double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("rank", [0, 4, 64])
+@pytest.mark.parametrize("storage", ["fp8_twice", "fp8", "nf4"])
+def test_products_of_inputs_like_those_are_closer(storage: Storage, rank: int) -> None:
+    check(storage, rank, torch.device("cpu"))
+
+
+def check(storage: Storage, rank: int, device: torch.device) -> None:
+    """A product on `device` before and after it is corrected, against float64."""
+    weight = _weight().to(device)
+    layout = Layout(storage, "fp8", (OUT // 2, OUT // 2), (rank, 0), 2.0)
+    generator = torch.Generator().manual_seed(1)
+    a = [(torch.randn(rank, D, generator=generator) * D**-0.5).to(device)] if rank else []
+    b = [(torch.randn(OUT // 2, rank, generator=generator) * 0.01).to(device)] if rank else []
+    halves = list(weight.split(OUT // 2))
+    quantized = None
+    if storage == "nf4":
+        stored = [quantize_nf4(half) for half in halves]
+        weight = torch.cat([dequantize_nf4(*one) for one in stored])
+        own = [tensor for one in stored for tensor in nf4_tensors(*one)]
+        weights = (*own, *fp8.no_correction(layout, D, weight.device))
+    else:
+        quantized = fp8.quantize_weight(halves, layout)
+        weights = quantized.tensors()
+        if rank:
+            fp8.write_delta(quantized, a, b, layout)
+    x, like_it = _inputs(64, seed=3).to(device), _inputs(200, seed=2).to(device)
+    truth = x.double() @ weight.double().t()
+    if rank:
+        truth[:, : OUT // 2] += 2.0 * (x.double() @ a[0].double().t()) @ b[0].double().t()
+
+    def product() -> Tensor:
+        return torch.cat(fp8.fp8_lora(x, layout, weights, a, b), dim=1)
+
+    before = _error(product(), truth)
+    if quantized is None:
+        fp8.correct_nf4(like_it, weights, layout)
+    else:
+        fp8.correct(quantized, like_it, halves, layout)
+    after = _error(product(), truth)
+    assert before > 0.012
+    # 0.46 of it, and 0.11 where directions are taken out of x: what is left is the rounding of the
+    # rest of x, and of y to bf16.
+    assert after < (0.2 if storage == "nf4" else 0.5) * before
+    if quantized is not None and rank:  # a later delta leaves the columns alone
+        kept = quantized.codes_op.view(torch.uint8)[:, D + 3 * rank :].clone()
+        fp8.write_delta(quantized, a, [2 * b[0]], layout)
+        assert torch.equal(quantized.codes_op.view(torch.uint8)[:, D + 3 * rank :], kept)
+
+
+def test_the_input_gradient_is_that_of_an_uncorrected_base() -> None:
+    layout = Layout("fp8_twice", "fp8", (OUT,), (0,), 1.0)
+    quantized = fp8.quantize_weight([_weight()], layout)
+    x = _inputs(8, seed=3).requires_grad_()
+    upstream = torch.randn(8, OUT, generator=torch.Generator().manual_seed(4)).bfloat16()
+    gradients = list[Tensor]()
+    for _ in range(2):
+        [y] = fp8.fp8_lora(x, layout, quantized.tensors(), [], [])
+        gradients += torch.autograd.grad(y, x, upstream)
+        fp8.correct(quantized, x.detach(), [_weight()], layout)
+    assert torch.equal(*gradients)
+
+
+def test_directions_are_the_main_ones_first_and_alike_whatever_a_rows_size() -> None:
+    x = _inputs(300, seed=1).float()
+    x[::3] *= 1000
+    v = main_directions(x, 8)
+    torch.testing.assert_close(v.t() @ v, torch.eye(8), atol=1e-5, rtol=0)
+    unit = x / x.norm(dim=1, keepdim=True)
+    want = torch.linalg.svdvals(unit).square()
+    got = (unit @ v).square().sum(0)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-3, atol=0)
+    assert float(got.sum()) > 0.99 * float(want[:8].sum())
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_fewer_inputs_or_rows_than_columns_are_enough(size: int) -> None:
+    weight = torch.randn(OUT, size, generator=torch.Generator().manual_seed(0))
+    codes = (weight * 100).to(torch.float8_e4m3fn)
+    x = torch.zeros(3, size)
+    x[1] = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    for apart in (0, 16):
+        found = correction(x, [weight], codes, torch.full((OUT, 1), 0.01), 64, apart)
+        assert found.columns_oc.shape == (OUT, 64) and found.probe_cd.shape == (apart + 64, size)
+        for tensor in (found.apart_om, found.columns_oc.float(), found.probe_cd):
+            assert bool(tensor.isfinite().all())

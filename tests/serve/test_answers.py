@@ -1,0 +1,90 @@
+"""An answer that nobody takes is no longer computed; taken, it goes on; recorded once."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.serve.fake_engine import ALL, FakeEngine
+from tunefork.serve.answers import Answer
+from tunefork.serve.engine import Sampling
+from tunefork.serve.fair import FairQueue
+from tunefork.serve.ledger import Ledger, read_usage
+from tunefork.serve.metrics import Metrics
+from tunefork.serve.order import Order
+from tunefork.serve.parts import Parts
+from tunefork.serve.quotas import Quotas
+from tunefork.serve.tenants import Tenant
+
+TENANT = Tenant("a", tokens_per_month=10_000)
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Iterator[Parts]:
+    ledger = Ledger(tmp_path / "serve.sqlite")
+    yield Parts(FairQueue(4, 10, 10), Quotas(ledger), ledger, Metrics(10, places=4))
+    ledger.close()
+
+
+def _order(engine: FakeEngine, *, max_tokens: int, choices: int = 1) -> Order:
+    return Order(
+        id="x",
+        endpoint="completions",
+        tenant=TENANT,
+        key_id=None,
+        model="m",
+        engine=engine,
+        adapter=None,
+        prompts=((5, 6), (7,)),
+        choices=choices,
+        sampling=Sampling(max_tokens=max_tokens, ignore_eos=True),
+        deadline=time.monotonic() + 10,
+    )
+
+
+async def _engine() -> FakeEngine:
+    engine = FakeEngine(capabilities=replace(ALL, max_model_len=10_000))
+    await engine.start()
+    return engine
+
+
+def test_an_answer_that_nobody_takes_is_no_longer_computed(parts: Parts, tmp_path: Path) -> None:
+    async def run() -> None:
+        engine = await _engine()
+        answer = Answer(parts, _order(engine, max_tokens=1000))
+        computed = -1
+        while computed != engine.computed:
+            computed = engine.computed
+            await asyncio.sleep(0.05)
+        assert 256 <= computed <= 260
+        total = 0
+        while (pieces := await answer.take()) is not None:
+            total += sum(len(piece.token_ids) for _, piece in pieces)
+        assert total == engine.computed == answer.completion_tokens == 2000
+        await answer.finish()
+        answer.abandon()
+        await parts.settle()
+
+    asyncio.run(run())
+    (row,) = read_usage(tmp_path / "serve.sqlite")
+    assert (row.requests, row.prompt_tokens, row.completion_tokens) == (1, 3, 2000)
+    assert parts.quotas.left_this_month(TENANT) == 10_000 - 2003
+
+
+def test_what_was_set_aside_is_given_back_however_it_ends(parts: Parts) -> None:
+    async def run() -> None:
+        engine = await _engine()
+        engine.delay_s = 0.01
+        answer = Answer(parts, _order(engine, max_tokens=100, choices=2))
+        assert parts.quotas.left_this_month(TENANT) == 10_000 - 403
+        assert await answer.take()
+        answer.abandon()
+        await parts.settle()
+        used = answer.completion_tokens + answer.prompt_tokens
+        assert parts.quotas.left_this_month(TENANT) == 10_000 - used and used < 100
+        assert not engine.open and (parts.queue.running, parts.queue.waiting) == (0, 0)
+
+    asyncio.run(run())
