@@ -16,17 +16,12 @@ and plans each one there, with the very PyTorch that will run it; then it runs o
 
 import argparse
 import json
-import math
 import os
 import queue
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
-from datetime import date
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,42 +38,13 @@ from benchmarks.planner_cases import (
     lengths,
     read_case,
 )
+from benchmarks.planner_fit import fit, read_raw
+from benchmarks.workers import Worker
 
-FIRST_GRID: dict[str, float] = {
-    "gemm": 1.145,
-    "gemm_fp8": 1.52,
-    "fused": 1.3,
-    "skinny": 1.902,
-    "attention": 1.937,
-    "masked_attention": 7.459,
-    "memory": 2.78,
-    "dequantize": 2.0,
-    "optimizer": 2.07,
-    "eight_bit_s": 3.111e-11,
-    "rounding_s": 8.869e-12,
-    "host_operation_s": 2.66e-05,
-    "host_kernel_s": 8e-06,
-    "captured_operation_s": 4.5e-06,
-    "host_dequantize_s": 3.973e-05,
-    "host_update": 0.8146,
-    "host_layer_s": 0.0008746,
-    "pass_s": 0.001078,
-    "step_s": 0.001089,
-}
-"""What the first grid's 24 runs were fitted to (2026-11-25): where this fit starts and what it is
-drawn to. FP8 products, compiled layers and captured passes: four runs of an 8B shape beforehand."""
 _SIDE_BY_SIDE = 8
 """Processes that compile at the same time."""
-_MOST_S = {"prepare": 150.0, "run": 100.0}
-"""For one case."""
 _SHARE_TO_PREPARE = 0.4
 """Of the time given: what is not compiled by then is compiled in its own run."""
-_ENVIRONMENT = {
-    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-    "TORCHINDUCTOR_CACHE_DIR": "/tmp/planner_h200_cache",
-    "TORCHINDUCTOR_COMPILE_THREADS": "2",
-    "PYTHONHASHSEED": "0",  # for one graph to have one key in every process
-}
 
 
 def run_case(case: Case) -> dict[str, Any]:
@@ -178,8 +144,8 @@ def measure(out: Path, names: list[str], seconds: float) -> None:
         groups = [[n for n in names if read_case(n).shape == shape] for shape in SHAPES]
         groups = [group for group in groups if group]
         for group, after in zip(groups, [*groups[1:], None], strict=True):
-            worker = waiting or _Worker("run", group)
-            waiting = _Worker("run", after) if after else None  # imports meanwhile
+            worker = waiting or Worker(__file__, "run", group)
+            waiting = Worker(__file__, "run", after) if after else None  # imports meanwhile
             if not worker.finish(deadline, tell):
                 print("out of time", flush=True)
                 if waiting:
@@ -205,83 +171,13 @@ def _prepare(names: list[str], deadline: float, tell: Any) -> None:
                 name = left.get_nowait()
             except queue.Empty:
                 return
-            _Worker("prepare", [name]).finish(deadline, told)
+            Worker(__file__, "prepare", [name]).finish(deadline, told)
 
     threads = [threading.Thread(target=work) for _ in range(_SIDE_BY_SIDE)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-
-
-class _Worker:
-    """A process that does cases one after the other, once it is told to go."""
-
-    def __init__(self, verb: str, names: list[str]) -> None:
-        self.verb, self.left = verb, list(names)
-        self.process = self._start()
-
-    def _start(self) -> Any:
-        command = [sys.executable, __file__, self.verb, *self.left]
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | _ENVIRONMENT,
-        )
-
-    def finish(self, deadline: float, tell: Any) -> bool:
-        """Tell each case's row; False where time ran out. A case that ends its process, or hangs,
-        is told as an error, and the rest go on in another process."""
-        while self.left:
-            with _lines(self.process) as lines:
-                self.process.stdin.write("go\n")
-                self.process.stdin.flush()
-                ended = self._read(lines, deadline, tell)
-            self.end()
-            if ended is None:
-                return False
-            if self.left:
-                tell({"case": self.left.pop(0), "error": f"{self.verb}: {ended}"})
-            if self.left:
-                self.process = self._start()
-        self.end()
-        return True
-
-    def _read(self, lines: Any, deadline: float, tell: Any) -> str | None:
-        """Rows until the process ends: how it ended, or None where time ran out."""
-        while True:
-            most = _MOST_S[self.verb]
-            try:
-                line = lines.get(timeout=max(0.1, min(most, deadline - time.monotonic())))
-            except queue.Empty:
-                return None if time.monotonic() >= deadline else f"took longer than {most:g} s"
-            if line is None:
-                return f"its process ended with status {self.process.wait()}"
-            if line.startswith("{"):
-                row = json.loads(line)
-                self.left.remove(row["case"])
-                tell(row)
-
-    def end(self) -> None:
-        """Let nothing of it go on."""
-        self.process.kill()
-        self.process.wait()
-
-
-@contextmanager
-def _lines(process: Any) -> Iterator[Any]:
-    """A queue of what the process prints; None once it has ended."""
-    found = queue.Queue[Any]()
-
-    def read() -> None:
-        for line in process.stdout:
-            found.put(line)
-        found.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    yield found
 
 
 def work_on(verb: str, names: list[str]) -> None:
@@ -308,158 +204,6 @@ def _say(row: dict[str, Any]) -> None:
         sizes = f"{tensor / 2**30:7.2f} GiB {reserved / 2**30:7.2f} reserved"
         said = f"{sizes} {row['step_s']:.4f} s {row['step_s_spread']}"
     print(f"{time.strftime('%X')} {row['case']:34s} {said}", flush=True)
-
-
-def runs(raw: Path) -> list[Any]:
-    """The measured runs, ready to be predicted, by what was traced where they ran."""
-    from benchmarks.fitting import Run
-    from tunefork.plan import step as tracing
-    from tunefork.plan.catalogue import load_catalogue
-    from tunefork.plan.device import target_of
-    from tunefork.plan.method import Case as Planned
-    from tunefork.plan.passes import Shape
-    from tunefork.plan.shape import count_params
-
-    target = target_of(load_catalogue().machine(["h200"]))
-    measured, planned = read_raw(raw)
-    found = []
-    for name, row in measured.items():
-        if "error" in row:
-            continue
-        case = read_case(name)
-        made, whole = build_of(case), config(case.shape)
-        for there in planned.get(name, []):
-            shape = Shape(**there["shape"])
-            tracing.keep(whole, made, shape, step_from(there["step"]))
-        found.append(
-            Run(
-                name=case.name,
-                is_held_out=case.held_out,
-                case=Planned(whole, count_params(whole), made, target),
-                steps=[[Shape(**shape) for shape in step] for step in row["shapes"]],
-                tensor_bytes=row["tensor_bytes"],
-                process_bytes=row["process_bytes"],
-                context_bytes=row["context_bytes"],
-                step_s=row["step_s"],
-            )
-        )
-    return found
-
-
-def read_raw(raw: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The last row of each case's run, and what was planned of each; a run beats an error."""
-    measured: dict[str, Any] = {}
-    planned: dict[str, Any] = {}
-    for line in raw.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        name = row["case"]
-        if "planned" in row:
-            planned[name] = row["planned"]
-        elif "error" not in row or "error" in measured.get(name, {"error": ""}):
-            measured[name] = row
-    order = [name for name in CASES if name in measured]
-    return {name: measured[name] for name in order}, planned
-
-
-def step_from(fields: dict[str, Any]) -> Any:
-    """A `Step` from its fields as JSON holds them."""
-    from tunefork.plan.one_pass import Step
-    from tunefork.plan.optimizer import Update
-    from tunefork.plan.trace import Peak, Work
-
-    found = dict(fields)
-    found["peaks"] = {name: Peak(**peak) for name, peak in fields["peaks"].items()}
-    found["work"] = {kind: Work(**done) for kind, done in fields["work"].items()}
-    found["evaluation"] = fields["evaluation"] and Peak(**fields["evaluation"])
-    found["update"] = Update(**fields["update"])
-    return Step(**found)
-
-
-def fit(raw: Path) -> None:
-    """Fit on the cases that are not held out, judge on those that are, write both files."""
-    from benchmarks.fitting import fit_memory, fit_time, write_fit
-    from benchmarks.results import write
-    from tunefork.plan.fits import fit_for, installed, minor
-
-    if HELD_OUT_FILE.read_text(encoding="utf-8").split() != held_out():
-        raise SystemExit(f"{HELD_OUT_FILE.name} is not the list that the names' hash chooses")
-    lines, _ = read_raw(raw)
-    first = next(row for row in lines.values() if "error" not in row)
-    measured = [run.traced() for run in runs(raw)]
-    software = replace(installed("cuda"), torch=minor(first["versions"]["torch"]))
-    start = fit_for("h200", software).fit
-    found = start.model_copy(
-        update={
-            **asdict(software),
-            "date": date.fromtimestamp(raw.stat().st_mtime).isoformat(),
-            "runs": sum(not run.is_held_out for run in measured),
-            "memory": fit_memory(measured, start.memory),
-        }
-    )
-    found = found.model_copy(update={"time": fit_time(measured, start.time, FIRST_GRID)})
-    rows = [_judged(run.with_fit(found)) for run in measured]
-    held = [row for row in rows if row["held_out"]]
-    worst_held, worst = _worst(held), _worst(rows)
-    memory = {"tensor_error": _up(worst["tensor"]), "process_error": _up(worst["process"])}
-    found = found.model_copy(
-        update={
-            "memory": found.memory.model_copy(update=memory),
-            "time": found.time.model_copy(update={"error": _up(worst["step"])}),
-        }
-    )
-    write_fit(found)
-    judged = {row["case"]: row for row in rows}
-    kept = (
-        "step_s_spread",
-        "steps_s",
-        "host_operation_s",
-        "context_bytes",
-        "reserved_bytes",
-        "losses",
-        "error",
-    )
-    file = write(
-        "planner_h200",
-        [
-            judged.get(name, {"case": name, "held_out": read_case(name).held_out})
-            | {key: line[key] for key in kept if key in line}
-            for name, line in lines.items()
-        ],
-        device=first["device"],
-        command="python benchmarks/planner_h200.py measure; python benchmarks/planner_h200.py fit",
-        versions=first["versions"],
-    )
-    missing = [name for name in CASES if name not in judged]
-    print(f"worst of {len(held)} held out: {worst_held}; of all {len(rows)}: {worst}; {file}")
-    print(f"not measured: {', '.join(missing) or 'none'}")
-
-
-def _worst(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Largest relative error of each figure."""
-    return {n: max(abs(row["errors"][n]) for row in rows) for n in ("tensor", "process", "step")}
-
-
-def _judged(run: Any) -> dict[str, Any]:
-    predicted = {
-        "tensor_bytes": run.predicted_tensor_bytes(),
-        "process_bytes": run.predicted_process_bytes(),
-        "step_s": run.predicted_step_s(),
-    }
-    row: dict[str, Any] = {"case": run.name, "held_out": run.is_held_out}
-    for name, value in predicted.items():
-        row[f"predicted_{name}"] = value
-        row[f"measured_{name}"] = getattr(run, name)
-    row["errors"] = {
-        name.partition("_")[0]: round(value / getattr(run, name) - 1, 4)
-        for name, value in predicted.items()
-    }
-    print(f"{run.name:34s} {'held out' if run.is_held_out else '':9s} {row['errors']}", flush=True)
-    return row
-
-
-def _up(error: float) -> float:
-    """Rounded up to tenths of a per cent, at least one per cent."""
-    return max(10, math.ceil(1000 * error)) / 1000
 
 
 def main() -> None:

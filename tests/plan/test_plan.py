@@ -130,6 +130,7 @@ def test_the_largest_pass_fits_and_twice_that_does_not() -> None:
             full=FullSection(),
             methods=(Method.QLORA,),
             machine=machine,
+            checkpointing="auto",
             micro_batch_tokens=rows * 1024,
         )
         return _of(plan, Method.QLORA).fits

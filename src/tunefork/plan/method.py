@@ -228,7 +228,7 @@ def _largest(
     size = _on_line(case, of, low, high, least)
     if size > high:
         # Logits are held for so many tokens at most, so that far out the line is less steep.
-        size = max(size, _on_line(case, of, size // 2, size, least))
+        size = _on_line(case, of, high, size, least)
     while size > low and not case.fits(of(size)):  # the line is a hair off after the filling up
         tokens = _run_tokens(case, of(size))
         while size > low and _run_tokens(case, of(size)) == tokens:

@@ -1,0 +1,189 @@
+"""The planner's constants for an H200 from the raw file of its grid, and how far it goes wrong.
+
+What was planned where the runs ran, by the PyTorch that ran them, is what is judged.
+"""
+
+import json
+import math
+from dataclasses import asdict, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from benchmarks.planner_cases import CASES, HELD_OUT_FILE, build_of, config, held_out, read_case
+
+FIRST_GRID: dict[str, float] = {
+    "gemm": 1.145,
+    "gemm_fp8": 1.52,
+    "fused": 1.3,
+    "skinny": 1.902,
+    "attention": 1.937,
+    "masked_attention": 7.459,
+    "memory": 2.78,
+    "dequantize": 2.0,
+    "optimizer": 2.07,
+    "eight_bit_s": 3.111e-11,
+    "rounding_s": 8.869e-12,
+    "host_operation_s": 2.66e-05,
+    "host_kernel_s": 8e-06,
+    "captured_operation_s": 4.5e-06,
+    "host_dequantize_s": 3.973e-05,
+    "host_update": 0.8146,
+    "host_layer_s": 0.0008746,
+    "pass_s": 0.001078,
+    "step_s": 0.001089,
+}
+"""What the first grid's 24 runs were fitted to (2026-11-25): where this fit starts and what it is
+drawn to. FP8 products, compiled layers and captured passes: four runs of an 8B shape beforehand."""
+
+
+def runs(raw: Path) -> list[Any]:
+    """The measured runs, ready to be predicted, by what was traced where they ran."""
+    from benchmarks.fitting import Run
+    from tunefork.plan import step as tracing
+    from tunefork.plan.catalogue import load_catalogue
+    from tunefork.plan.device import target_of
+    from tunefork.plan.method import Case as Planned
+    from tunefork.plan.passes import Shape
+    from tunefork.plan.shape import count_params
+
+    target = target_of(load_catalogue().machine(["h200"]))
+    measured, planned = read_raw(raw)
+    found = []
+    for name, row in measured.items():
+        if "error" in row:
+            continue
+        case = read_case(name)
+        made, whole = build_of(case), config(case.shape)
+        for there in planned.get(name, []):
+            shape = Shape(**there["shape"])
+            tracing.keep(whole, made, shape, step_from(there["step"]))
+        found.append(
+            Run(
+                name=case.name,
+                is_held_out=case.held_out,
+                case=Planned(whole, count_params(whole), made, target),
+                steps=[[Shape(**shape) for shape in step] for step in row["shapes"]],
+                tensor_bytes=row["tensor_bytes"],
+                process_bytes=row["process_bytes"],
+                context_bytes=row["context_bytes"],
+                step_s=row["step_s"],
+            )
+        )
+    return found
+
+
+def read_raw(raw: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The last row of each case's run, and what was planned of each; a run beats an error."""
+    measured: dict[str, Any] = {}
+    planned: dict[str, Any] = {}
+    for line in raw.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        name = row["case"]
+        if "planned" in row:
+            planned[name] = row["planned"]
+        elif "error" not in row or "error" in measured.get(name, {"error": ""}):
+            measured[name] = row
+    order = [name for name in CASES if name in measured]
+    return {name: measured[name] for name in order}, planned
+
+
+def step_from(fields: dict[str, Any]) -> Any:
+    """A `Step` from its fields as JSON holds them."""
+    from tunefork.plan.one_pass import Step
+    from tunefork.plan.optimizer import Update
+    from tunefork.plan.trace import Peak, Work
+
+    found = dict(fields)
+    found["peaks"] = {name: Peak(**peak) for name, peak in fields["peaks"].items()}
+    found["work"] = {kind: Work(**done) for kind, done in fields["work"].items()}
+    found["evaluation"] = fields["evaluation"] and Peak(**fields["evaluation"])
+    found["update"] = Update(**fields["update"])
+    return Step(**found)
+
+
+def fit(raw: Path) -> None:
+    """Fit on the cases that are not held out, judge on those that are, write both files."""
+    from benchmarks.fitting import fit_memory, fit_time, write_fit
+    from benchmarks.results import write
+    from tunefork.plan.fits import fit_for, installed, minor
+
+    if HELD_OUT_FILE.read_text(encoding="utf-8").split() != held_out():
+        raise SystemExit(f"{HELD_OUT_FILE.name} is not the list that the names' hash chooses")
+    lines, _ = read_raw(raw)
+    first = next(row for row in lines.values() if "error" not in row)
+    measured = [run.traced() for run in runs(raw)]
+    software = replace(installed("cuda"), torch=minor(first["versions"]["torch"]))
+    start = fit_for("h200", software).fit
+    found = start.model_copy(
+        update={
+            **asdict(software),
+            "date": date.fromtimestamp(raw.stat().st_mtime).isoformat(),
+            "runs": sum(not run.is_held_out for run in measured),
+            "memory": fit_memory(measured, start.memory),
+        }
+    )
+    found = found.model_copy(update={"time": fit_time(measured, start.time, FIRST_GRID)})
+    rows = [_judged(run.with_fit(found)) for run in measured]
+    held = [row for row in rows if row["held_out"]]
+    worst_held, worst = _worst(held), _worst(rows)
+    memory = {"tensor_error": _up(worst["tensor"]), "process_error": _up(worst["process"])}
+    found = found.model_copy(
+        update={
+            "memory": found.memory.model_copy(update=memory),
+            "time": found.time.model_copy(update={"error": _up(worst["step"])}),
+        }
+    )
+    write_fit(found)
+    judged = {row["case"]: row for row in rows}
+    kept = (
+        "step_s_spread",
+        "steps_s",
+        "host_operation_s",
+        "context_bytes",
+        "reserved_bytes",
+        "losses",
+        "error",
+    )
+    file = write(
+        "planner_h200",
+        [
+            judged.get(name, {"case": name, "held_out": read_case(name).held_out})
+            | {key: line[key] for key in kept if key in line}
+            for name, line in lines.items()
+        ],
+        device=first["device"],
+        command="python benchmarks/planner_h200.py measure; python benchmarks/planner_h200.py fit",
+        versions=first["versions"],
+    )
+    missing = [name for name in CASES if name not in judged]
+    print(f"worst of {len(held)} held out: {worst_held}; of all {len(rows)}: {worst}; {file}")
+    print(f"not measured: {', '.join(missing) or 'none'}")
+
+
+def _worst(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Largest relative error of each figure."""
+    return {n: max(abs(row["errors"][n]) for row in rows) for n in ("tensor", "process", "step")}
+
+
+def _judged(run: Any) -> dict[str, Any]:
+    predicted = {
+        "tensor_bytes": run.predicted_tensor_bytes(),
+        "process_bytes": run.predicted_process_bytes(),
+        "step_s": run.predicted_step_s(),
+    }
+    row: dict[str, Any] = {"case": run.name, "held_out": run.is_held_out}
+    for name, value in predicted.items():
+        row[f"predicted_{name}"] = value
+        row[f"measured_{name}"] = getattr(run, name)
+    row["errors"] = {
+        name.partition("_")[0]: round(value / getattr(run, name) - 1, 4)
+        for name, value in predicted.items()
+    }
+    print(f"{run.name:34s} {'held out' if run.is_held_out else '':9s} {row['errors']}", flush=True)
+    return row
+
+
+def _up(error: float) -> float:
+    """Rounded up to tenths of a per cent, at least one per cent."""
+    return max(10, math.ceil(1000 * error)) / 1000
