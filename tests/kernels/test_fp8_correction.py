@@ -35,11 +35,16 @@ def _error(actual: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("rank", [0, 4, 64])
 @pytest.mark.parametrize("storage", ["fp8_twice", "fp8", "nf4"])
 def test_products_of_inputs_like_those_are_closer(storage: Storage, rank: int) -> None:
-    weight = _weight()
+    check(storage, rank, torch.device("cpu"))
+
+
+def check(storage: Storage, rank: int, device: torch.device) -> None:
+    """A product on `device` before and after it is corrected, against float64."""
+    weight = _weight().to(device)
     layout = Layout(storage, "fp8", (OUT // 2, OUT // 2), (rank, 0), 2.0)
     generator = torch.Generator().manual_seed(1)
-    a = [torch.randn(rank, D, generator=generator) * D**-0.5] if rank else []
-    b = [torch.randn(OUT // 2, rank, generator=generator) * 0.01] if rank else []
+    a = [(torch.randn(rank, D, generator=generator) * D**-0.5).to(device)] if rank else []
+    b = [(torch.randn(OUT // 2, rank, generator=generator) * 0.01).to(device)] if rank else []
     halves = list(weight.split(OUT // 2))
     quantized = None
     if storage == "nf4":
@@ -52,7 +57,7 @@ def test_products_of_inputs_like_those_are_closer(storage: Storage, rank: int) -
         weights = quantized.tensors()
         if rank:
             fp8.write_delta(quantized, a, b, layout)
-    x = _inputs(64, seed=3)
+    x, like_it = _inputs(64, seed=3).to(device), _inputs(200, seed=2).to(device)
     truth = x.double() @ weight.double().t()
     if rank:
         truth[:, : OUT // 2] += 2.0 * (x.double() @ a[0].double().t()) @ b[0].double().t()
@@ -62,9 +67,9 @@ def test_products_of_inputs_like_those_are_closer(storage: Storage, rank: int) -
 
     before = _error(product(), truth)
     if quantized is None:
-        fp8.correct_nf4(_inputs(200, seed=2), weights, layout)
+        fp8.correct_nf4(like_it, weights, layout)
     else:
-        fp8.correct(quantized, _inputs(200, seed=2), halves, layout)
+        fp8.correct(quantized, like_it, halves, layout)
     after = _error(product(), truth)
     assert before > 0.012
     # 0.46 of it, and 0.11 where directions are taken out of x: what is left is the rounding of the

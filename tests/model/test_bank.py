@@ -1,5 +1,7 @@
 """A bank's slots against the same adapters alone, over every form of the base."""
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +15,10 @@ from tunefork.model.bank import Bank, BankAdapter, add_bank, add_serving_bank
 from tunefork.model.bank_linear import BankLinear
 from tunefork.model.build import build, lora_scale, quantize_nf4
 from tunefork.model.fused import fuse
+from tunefork.model.layers import prepare_layers
 from tunefork.model.linear import LoraLinear
 from tunefork.recipe import LoraSection, Method
+from tunefork.registry.peft_save import save_adapter, save_deltas
 
 LORAS = (
     LoraSection(rank=4),
@@ -227,3 +231,50 @@ def test_a_slot_is_reused_or_resized() -> None:
     assert [m.ranks for m in bank.layers.values()].count((32, 0)) == 2
     assert isinstance(bank.model.get_submodule("lm_head"), nn.Linear)
     assert not any(isinstance(m, BankLinear) for m in bank.skeleton.modules())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch.compile about itself
+@pytest.mark.parametrize("fused", [("bf16", "bf16"), ("fp8_twice", "fp8")])
+def test_compiled_layers_serve_every_division_of_their_tokens(fused: Any) -> None:
+    """Dynamo and AOTAutograd as on a GPU, without a GPU's code: nothing is compiled for ends."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    found = []
+    for is_compiled in (False, True):
+        bank = _bank(nf4=fused[0] == "nf4", dtype=torch.bfloat16)
+        for slot in range(len(LORAS)):
+            _draw_b(bank.adapter(slot), slot)
+        storage, products = fused
+        fuse(bank.model, storage, products, torch.device("cpu"))
+        bank.model.train()
+        if is_compiled:
+            compiler = partial(torch.compile, backend="aot_eager", fullgraph=True)
+            prepare_layers(bank.model, "none", compiles=True, compiler=compiler)
+        for rows in ((1, 0, 2, 1), (1, 1, 1, 1), (0, 3, 1, 0)):
+            ends = [16 * sum(rows[: i + 1]) for i in range(len(rows))]
+            bank.route_segments(tuple(zip([0, *ends[:-1]], ends, strict=True)))
+            bank.model.zero_grad()
+            y = bank.model(input_ids=IDS, use_cache=False).logits
+            y.float().square().mean().backward()
+            grads = [rows.grad.clone() for la in bank.layers.values() for rows in la.rows]  # type: ignore[union-attr]
+            found.append([y.detach(), *grads])
+    for plain, compiled in zip(found[:3], found[3:], strict=True):
+        for actual, expected in zip(compiled, plain, strict=True):
+            assert (actual - expected).norm() <= 1e-3 * expected.norm()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 4  # the first layer's input has no gradient; even segments have a form
+
+
+def test_the_files_of_a_slot_are_those_of_the_adapter_alone(tmp_path: Path) -> None:
+    bank = _bank()
+    for slot, lora in enumerate(LORAS):
+        alone = _alone(lora, slot, nf4=False, dtype=torch.float32)
+        _draw_b(bank.adapter(slot), slot)
+        for path, (_, b) in bank.adapter(slot).items():
+            alone.get_submodule(path).lora_b.data.copy_(b)
+        ours, theirs = tmp_path / f"ours-{slot}", tmp_path / f"theirs-{slot}"
+        save_deltas(bank.model, ours, lora, bank.adapter(slot), base="tiny")
+        save_adapter(alone, theirs, lora, base="tiny")
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (ours / name).read_bytes() == (theirs / name).read_bytes()

@@ -31,6 +31,7 @@ def _plan(
         full=FullSection(**full),
         methods=tuple(Method) if method is None else (method,),
         machine=load_catalogue().machine(gpus),
+        checkpointing="auto",
         micro_batch_tokens=tokens,
     )
 
@@ -89,14 +90,11 @@ def test_without_details_the_figures_are_the_same_and_nothing_else_is_looked_for
 
 
 def test_qlora_70b_fits_48_gb_at_a_short_sequence_and_not_24() -> None:
-    qlora = _of(_plan(70.55e9, ["l40s"], length=256, method=Method.QLORA), Method.QLORA)
-    assert qlora.phases["load"].parts["weights"] / GB == pytest.approx(40.3, 0.01)
-    # Of these 48 GB 2.5 are LoRA's gradients and moments, which are there all the time, and 2 the
-    # dequantised weights of gate and up, so the interval's high end is above what this GPU has.
-    memory = load_catalogue().machine(["l40s"]).gpu.usable_bytes
-    assert qlora.may_fit and not qlora.fits
-    short = _of(_plan(70.55e9, ["l40s"], length=128, method=Method.QLORA, tokens=128), Method.QLORA)
-    assert short.may_fit and short.peak_process_bytes.mid < memory
+    for length in (128, 1024):  # at the high end of the interval
+        plan = _plan(70.55e9, ["l40s"], length=length, method=Method.QLORA, tokens=length)
+        qlora = _of(plan, Method.QLORA)
+        assert qlora.fits and qlora.activation_checkpointing in ("full", "offload")
+        assert qlora.peak_process_bytes.mid / GB < 45
     assert not _of(_plan(70.55e9, ["rtx4090"], method=Method.QLORA), Method.QLORA).may_fit
 
 

@@ -28,8 +28,11 @@ class Request:
     """It must be answered."""
 
 
-def valid(source: random.Random, models: list[str]) -> Request:
-    """A request that the API allows and every engine honours, with some of its parameters."""
+def valid(source: random.Random, models: list[str], without: str = "") -> Request:
+    """A request that the API allows and every engine honours, with some of its parameters.
+
+    `without`: a parameter that this engine does not honour.
+    """
     is_chat = source.random() < 0.6
     fields: dict[str, Any] = {"model": source.choice(models), "max_tokens": source.randint(1, 12)}
     if is_chat:
@@ -39,7 +42,7 @@ def valid(source: random.Random, models: list[str]) -> Request:
         ids = [source.randrange(20, 300) for _ in range(source.randint(1, 20))]
         fields["prompt"] = source.choice([_text(source) + "x", ids, [ids, ids], ["a", "b"]])
     for name, draw in (CHAT_OPTIONS if is_chat else COMPLETION_OPTIONS).items():
-        if source.random() < 0.25:
+        if source.random() < 0.25 and name != without:
             fields[name] = draw(source)
     if fields.get("stream_options") and not fields.get("stream"):
         del fields["stream_options"]

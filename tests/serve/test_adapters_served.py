@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,5 +229,4 @@ def test_many_at_once_open_a_version_once(
             said = list(pool.map(lambda _: _said(server, "acme"), range(16)))
         assert said == ["acme:v1"] * 16
         assert store.database.execute("SELECT count(*) FROM holds").fetchone()[0] >= 1
-        time.sleep(0)
         eventually(lambda: store.show("acme").holds == ())

@@ -14,9 +14,9 @@ def _order(running: Running, keys: dict[str, str], flood: int) -> list[str]:
     engine = running.gateway.engine
     assert isinstance(engine, FakeEngine)
     with ThreadPoolExecutor(flood + 4) as pool:
-        first = [pool.submit(running.ask, keys["a"]) for _ in range(flood)]
+        first = [pool.submit(running.ask, keys["a"], max_tokens=8) for _ in range(flood)]
         eventually(lambda: running.gateway.parts.queue.waiting >= flood - 6)
-        others = [pool.submit(running.ask, keys["b"]) for _ in range(4)]
+        others = [pool.submit(running.ask, keys["b"], max_tokens=8) for _ in range(4)]
         assert {f.result().status_code for f in [*first, *others]} == {200}
     return [request.tenant for request in engine.seen]
 

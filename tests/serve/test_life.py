@@ -207,6 +207,7 @@ def test_while_it_loads_health_is_told_and_ready_is_not(settings: ServeSettings)
         eventually(lambda: http.get("/ready").status_code == 200)
 
 
+@pytest.mark.slow
 def test_health_is_told_while_large_inputs_are_read(server: Running) -> None:
     text = "ab" * 250_000
     with ThreadPoolExecutor(8) as pool, server.http() as http:

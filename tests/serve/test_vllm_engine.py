@@ -56,7 +56,7 @@ def make(
     made: list[VllmEngine] = []
 
     def start(**fields: Any) -> VllmEngine:
-        options = {"base_in_slot": "never", "spool": tmp_path / "spool"}
+        options = {"device": "gpu", "spool": tmp_path / "spool"}
         if "url" not in fields:
             options["python"] = program
         settings = ServeSettings.model_validate({"base": str(base), "vllm": options | fields})
@@ -122,6 +122,7 @@ def test_a_request_is_put_in_vllms_words(make: Any, run: Run, tmp_path: Path) ->
     shutil.rmtree(one.folder)
     assert Path(load["lora_path"], "adapter_model.safetensors").is_file(), "vLLM may read it again"
     assert engine.capabilities.max_model_len == 256
+    assert "seed" in engine.capabilities.sampling
     state = engine.state()
     assert (state.healthy, state.running, state.loads, state.resident) == (True, 0, 1, ("one:v1",))
     assert engine.info()["version"] == "0.0-fake"
@@ -361,7 +362,7 @@ def test_a_parent_that_is_killed_takes_all_with_it(
         "    print('up', flush=True); await asyncio.sleep(60)\n"
         "asyncio.run(main())"
     )
-    vllm = {"python": str(program), "base_in_slot": "never", "spool": str(tmp_path / "spool")}
+    vllm = {"python": str(program), "device": "gpu", "spool": str(tmp_path / "spool")}
     settings = json.dumps({"base": str(base), "vllm": vllm})
     with subprocess.Popen([sys.executable, "-c", code, settings], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None and parent.stdout.readline() == b"up\n"
@@ -421,13 +422,14 @@ def test_a_server_that_forgot_its_adapters_is_met_anew(make: Any, run: Run, tmp_
 def test_on_a_cpu_the_base_has_a_slot_of_zeros(
     make: Any, run: Run, base: Path, tmp_path: Path
 ) -> None:
-    engine = make(base_in_slot="always", slots=1, host_adapters=1)
+    engine = make(device="cpu", slots=1, host_adapters=1)
     run(answer(engine, request()))
     run(answer(engine, request(adapter(tmp_path, "a"))))
     run(answer(engine, request(adapter(tmp_path, "b"))))
     asked = [call["model"] for call in calls(engine, "/v1/completions")]
     assert asked == ["tunefork-base:v0", "a:v1", "b:v1"]
     assert engine.state().in_host_memory == ("b:v1",), "it takes no place of others, nor leaves"
+    assert "seed" not in engine.capabilities.sampling, "it would end the server"
     zeros = save_zeros(engine._section, tmp_path / "zeros")
     with safe_open(zeros.folder / "adapter_model.safetensors", "pt") as file:
         names = list(file.keys())

@@ -232,7 +232,7 @@ def test_logprobs_are_the_models_own(world: World) -> None:
     assert told[0].logprob == pytest.approx(value[0].item(), abs=1e-4)
 
 
-def test_stop_texts_stop_ids_seeds_bias_and_lengths_are_honoured(world: World) -> None:
+def test_stop_texts_stop_ids_bias_and_lengths_are_honoured(world: World) -> None:
     run, engine = world.run, world.engine
     plain = run(answer(engine, request(0)))
     assert plain[-1].finish_reason == "length"
@@ -248,10 +248,6 @@ def test_stop_texts_stop_ids_seeds_bias_and_lengths_are_honoured(world: World) -
     assert len([one for piece in by_id for one in piece.logprobs]) == len(ids_of(by_id)) - 1
     biased = run(answer(engine, request(0, logit_bias={77: 100.0})))
     assert set(ids_of(biased)) == {77}
-    drawn = [
-        ids_of(run(answer(engine, request(0, temperature=1.0, seed=seed)))) for seed in (1, 1, 2)
-    ]
-    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_a_grammar_shapes_the_answer_and_a_bad_one_is_the_requests_fault(world: World) -> None:

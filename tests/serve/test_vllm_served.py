@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ import psutil
 import pytest
 
 from tests.serve.programs import Program, served
+from tests.serve.test_abuse import draw_and_send, is_as_before
 from tests.serve.test_vllm_real import ARGS, PYTHON, RANKS, save_adapter, save_base
 from tests.serve.test_vllm_real import pytestmark as pytestmark
 from tunefork.model.fingerprint import identify
@@ -32,7 +34,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
         write_provenance(folder, told)
     settings: dict[str, object] = {
         "engine": "vllm", "vllm.python": PYTHON, "vllm.args": list(ARGS), "vllm.slots": 2,
-        "vllm.host_adapters": 3, "vllm.max_rank": 32, "vllm.max_requests": 8,
+        "vllm.host_adapters": 3, "vllm.log": str(root / "vllm.log"), "vllm.max_rank": 32,
+        "vllm.max_requests": 8,
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -93,6 +96,24 @@ def test_tenants_do_not_share_prefixes_names_or_bills(program: Program) -> None:
     with program.http("other") as http:
         assert ask(http, "acme/r8").status_code == 404
         assert "acme" not in http.get("/v1/models").text
+
+
+@dataclass(frozen=True)
+class AsTenant:
+    """The program, with a tenant's key in every request."""
+
+    program: Program
+    url: str
+
+    def http(self) -> httpx.Client:
+        return self.program.http("acme")
+
+
+def test_hostile_requests_reach_vllm_only_where_they_are_valid(program: Program) -> None:
+    server = AsTenant(program, program.url)
+    seen = draw_and_send(server, 300, 1, ["tiny-base", "acme/r8:prod", "acme/r16"], without="seed")
+    assert seen.answered >= 60, seen.statuses
+    is_as_before(server)
 
 
 def test_200_clients_that_vanish_leave_nothing_in_vllm(program: Program) -> None:

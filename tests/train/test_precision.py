@@ -59,7 +59,6 @@ def settle(recipe: Recipe, tmp_path: Path) -> Settle:
             recipe.model_copy(update={"train": section}),
             method,
             examples(),
-            learning_rate=1e-3,
             seed=0,
             pad_id=0,
             device=device,

@@ -22,6 +22,7 @@ from tests.train.groups import (
 from tests.train.test_loss import examples
 from tunefork.data.example import Encoded
 from tunefork.data.pack import pack
+from tunefork.errors import NoMemoryError
 from tunefork.model.attention import NAME, register
 from tunefork.model.bank import BankAdapter, add_bank
 from tunefork.model.build import build
@@ -29,7 +30,7 @@ from tunefork.model.head import find_head
 from tunefork.recipe import Method
 from tunefork.train.loss import token_losses
 from tunefork.train.member import MemberDone, MemberFailed
-from tunefork.train.runner import Runner
+from tunefork.train.runner import Laid, Runner
 from tunefork.train.state import State, restore_weights
 from tunefork.train.together import Group
 from tunefork.train.together_losses import group_losses
@@ -241,3 +242,58 @@ def _in_segments() -> PreTrainedModel:
     model = base()
     model.set_attn_implementation(NAME)
     return model
+
+
+class _Cramped(Runner):
+    """Has room for passes of 50 tokens, and spoils the gradients of larger ones."""
+
+    def loss(self, laid: Laid, supervised: int | torch.Tensor, where: str) -> torch.Tensor:
+        if laid.batch.input_ids.numel() > 50:
+            for parameter in self.trained:
+                assert parameter.grad is not None
+                parameter.grad.fill_(7.0)
+            raise NoMemoryError(where)
+        return super().loss(laid, supervised, where)
+
+
+def test_a_step_without_memory_is_taken_again_in_smaller_passes() -> None:
+    chosen = members(3, (0, 3))
+    expected = group_of(chosen)
+    run(expected)
+    for wish in ("shrink", "error"):
+        bank = add_bank(base(), [BankAdapter(m.lora, m.seed) for m in chosen])
+        runner = _Cramped(bank.model, find_head(bank.model), bank=bank)
+        settings = replace(SETTINGS, on_out_of_memory=wish)
+        group = Group(bank, chosen, settings, runner=runner)
+        if wish == "error":
+            with pytest.raises(NoMemoryError, match="group's pass"):
+                run(group)
+            return
+        run(group)
+        assert group.cut.limit <= 50 < SETTINGS.micro_batch_tokens
+        for one in chosen:
+            assert distance(group.state(one.name), expected.state(one.name)) < 1e-4
+
+
+def test_figures_that_are_read_late_tell_the_same() -> None:
+    """As on a GPU: a step is under way when the one before it is told to have failed."""
+    healthy = members(8, range(3))
+    rates = [*healthy[0].learning_rates[:2], 1e38, *healthy[0].learning_rates[3:]]
+    broken = _Broken(healthy[1].examples, healthy[1].steps[5][0])
+    sick = [
+        replace(healthy[0], learning_rates=rates),
+        replace(healthy[1], examples=broken),
+        healthy[2],
+    ]
+    groups = [group_of(sick), group_of(sick)]
+    groups[1].reads_late = True
+    told = [run(group) for group in groups]
+    assert groups[1].reads_late and not groups[1]._pending
+    early, late = groups
+    first, second = ({e.name: e for e in events if isinstance(e, MemberFailed)} for events in told)
+    assert first == second and first["member-0"].step == 4
+    assert first["member-1"].step <= 6
+    for one in healthy:
+        assert records(told[0], one.name) == records(told[1], one.name)
+        assert _same_bits(early.state(one.name), late.state(one.name)), one.name
+        assert early.state(one.name).progress.step == late.state(one.name).progress.step

@@ -108,7 +108,7 @@ def _run(folder: Path, run: str, stop_after: int) -> None:
     checkpoints.policy = Policy(keep=1)
     dtype = pick_dtype(recipe.train.precision, device)
     train_method(
-        load_for_training(recipe, method, dtype=dtype, device=device, seed=seed),
+        load_for_training(recipe, method, dtype=dtype, device=device, seed=seed, examples=examples),
         examples,
         recipe,
         method,

@@ -53,6 +53,18 @@ def fastest_that_fits(case: Case, shape: Shape) -> Case:
     return least
 
 
+def keeping_least(case: Case, shape: Shape) -> Case:
+    """`case` with the kind that keeps the least: what the largest batch will be run with."""
+    for made in reversed(kinds_of(case.made, case.target)):
+        tried = replace(case, made=made)
+        try:
+            tried.step(shape)
+        except BadInputError:
+            continue
+        return tried
+    return case
+
+
 def kinds_of(made: Build, target: Target) -> list[Build]:
     """`made` with each kind of checkpointing that a run on `target` has, the fastest first."""
     kinds: list[Checkpointing] = ["none", "selective", "full", "offload"]

@@ -76,10 +76,13 @@ class Case:
         return self.memory(shape).process.high <= self.target.memory_bytes
 
 
-def plan_method(case: Case, batches: Batches, *, has_limits: bool = True) -> MethodPlan:
+def plan_method(
+    case: Case, batches: Batches, *, has_limits: bool = True, at_most: Case | None = None
+) -> MethodPlan:
     """Everything but `next_option`, which needs other cases.
 
     Without `has_limits` the largest batch and sequence are looked for only where it does not fit.
+    They are those of the case `at_most`, where larger ones would be run otherwise.
     """
     step, target = case.step(batches.largest, evaluates=True), case.target
     memory, seconds = case.memory(batches.largest), step_seconds(case, batches)
@@ -106,9 +109,9 @@ def plan_method(case: Case, batches: Batches, *, has_limits: bool = True) -> Met
         cost_usd=usd,
         artifact_bytes=artifact_bytes(case, step),
         largest_micro_batch_tokens=(
-            largest_rows_tokens(case, batches.largest) if is_limited else None
+            largest_rows_tokens(at_most or case, batches.largest) if is_limited else None
         ),
-        largest_length=largest_length(case, batches.largest) if is_limited else None,
+        largest_length=largest_length(at_most or case, batches.largest) if is_limited else None,
         next_option=None,
     )
 
@@ -227,7 +230,9 @@ def _largest(
         # Logits are held for so many tokens at most, so that far out the line is less steep.
         size = max(size, _on_line(case, of, size // 2, size, least))
     while size > low and not case.fits(of(size)):  # the line is a hair off after the filling up
-        size = max(low, size - max(1, size // 32))
+        tokens = _run_tokens(case, of(size))
+        while size > low and _run_tokens(case, of(size)) == tokens:
+            size = max(low, size - max(1, size // 32))
     if size > low or case.fits(of(size)):
         return size
     if not case.fits(of(least)):

@@ -13,7 +13,7 @@ from typing import Any
 from tunefork.data.example import Encoded
 from tunefork.data.loader import load_data
 from tunefork.model.load import load_tokenizer, new_ids
-from tunefork.plan.auto import fastest_that_fits
+from tunefork.plan.auto import fastest_that_fits, keeping_least
 from tunefork.plan.batches import Batches, Work, batches_of_data, batches_of_numbers
 from tunefork.plan.built import Build
 from tunefork.plan.catalogue import Catalogue, Machine, load_catalogue
@@ -204,9 +204,11 @@ def _plan(
             new_ids=forms.new_ids,
         )
         case = Case(config, total, made, target)
+        at_most = None
         if forms.checkpointing == "auto":
             case = fastest_that_fits(case, batches.largest)
-        found = plan_method(case, batches, has_limits=has_details)
+            at_most = keeping_least(case, batches.largest)
+        found = plan_method(case, batches, has_limits=has_details, at_most=at_most)
         if has_details and not found.fits:
             option = next_option(case, batches, machines)
             found = found.model_copy(update={"next_option": option})

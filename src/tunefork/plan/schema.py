@@ -99,10 +99,11 @@ class MethodPlan(_Model):
     artifact_bytes: int
     """Of what is saved: adapter or model."""
     largest_micro_batch_tokens: int | None
-    """Most tokens in one forward pass that fit, at this length; None where one row does not fit."""
+    """Most tokens in one forward pass that fit, at this length; None where one row does not fit.
+    Where the recipe leaves checkpointing to the plan, by the kind that keeps the least."""
     largest_length: int | None
-    """Longest single row that fits, at most the model's context; None where not even 128 tokens
-    do."""
+    """Longest single row that fits, likewise, at most the model's context; None where not even 128
+    tokens do."""
     next_option: str | None
     """Where it does not fit: the cheapest change that would make it fit."""
 

@@ -26,13 +26,7 @@ def trace_step(config: Any, made: Build, shape: Shape, *, evaluates: bool = Fals
     """
     key = (config.to_json_string(), made, shape)
     if key not in _TRACED:
-        # The optimiser's form changes none of a pass's moments but what lies beside them.
-        plain = replace(made, full=FullSection())
-        if made == plain:
-            with traceable(config):
-                _TRACED[key] = _trace_whole(config, made, shape)
-        else:
-            _TRACED[key] = _with_optimizer(trace_step(config, plain, shape), config, made)
+        _TRACED[key] = _of_few_sizes(config, made, shape) or _traced(config, made, shape)
     if not evaluates:
         return _TRACED[key]
     if _TRACED[key].evaluation is None:
@@ -40,6 +34,31 @@ def trace_step(config: Any, made: Build, shape: Shape, *, evaluates: bool = Fals
             peak = _evaluation(config, made, shape)
         _TRACED[key] = replace(_TRACED[key], evaluation=peak)
     return _TRACED[key]
+
+
+def _of_few_sizes(config: Any, made: Build, shape: Shape) -> Step | None:
+    """Of a compiled pass, from that of the size that it is filled up to.
+
+    How its tokens fall into segments changes attention's work alone, which is in proportion.
+    """
+    standard = replace(shape.padded(), squares=1.0)
+    if not made.is_compiled or shape == standard:
+        return None
+    step = trace_step(config, made, standard)
+    if not step.is_compiled:
+        return None
+    attention = step.work["attention"]
+    scaled = replace(attention, flops=attention.flops * shape.padded().attended)
+    return replace(step, work=step.work | {"attention": scaled})
+
+
+def _traced(config: Any, made: Build, shape: Shape) -> Step:
+    # The optimiser's form changes none of a pass's moments but what lies beside them.
+    plain = replace(made, full=FullSection())
+    if made != plain:
+        return _with_optimizer(trace_step(config, plain, shape), config, made)
+    with traceable(config):
+        return _trace_whole(config, made, shape)
 
 
 def keep(config: Any, made: Build, shape: Shape, step: Step) -> None:
@@ -85,8 +104,6 @@ _CAPTURED: dict[Any, list[Layer] | None] = {}
 def _trace_whole(config: Any, made: Build, shape: Shape) -> Step:
     low, high = depths(config)
     programs = _captured(at_depth(config, high), made)
-    if programs is not None:
-        shape = shape.padded()
     at_high = trace_pass(at_depth(config, high), made, shape, programs)
     if low == high:
         return at_high

@@ -109,6 +109,7 @@ class BankGroup:
                     dtype=pick_dtype(recipe.train.precision, device),
                     device=device,
                     announced=[member.recipe.lora for member in self.members],
+                    examples=self.members[0].examples,  # whoever is left: the same base each time
                 )
             reset_peak(bank.device)
             self.inner = group_of(

@@ -51,7 +51,8 @@ def _pareto(
         for each in result.configurations
         if each.status == "ok" and (x := of(each)) is not None
     ]
-    if len(points) < 2:
+    costs = [x for x, _ in points]
+    if len(points) < 2 or max(costs) - min(costs) <= _SAME * abs(max(costs)):
         return None
     figure, axes = make_axes(height=2.9)
     ranks = sorted({each.rank for _, each in points})
@@ -92,6 +93,8 @@ def _pareto(
     return Drawing(title, caption, svg_element(figure, f"pareto-{cost}", f"{title}: {said}."))
 
 
+_SAME = 0.1
+"""Costs that differ by less than this share of the highest are one, and no picture."""
 _COSTS = {
     "parameters": "trained parameters",
     "forgetting": "forgetting, nats per token",
@@ -127,7 +130,7 @@ def _ranks(result: SweepResult) -> Drawing | None:
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.grid(axis="x")
-    axes.set_xlabel(f"{_unit(result)} (right: better)")
+    axes.set_xlabel(f"{_gain_unit(result)} (right: better)")
     reference = next(rank for rank in effect.ranks if rank.gain is None)
     title = f"Each rank at its best setting, against rank {reference.rank}"
     caption = (
@@ -169,3 +172,8 @@ def _factor(result: SweepResult) -> int:
 def _unit(result: SweepResult) -> str:
     name = METRIC_NAMES[result.primary_metric]
     return f"{name}, %" if result.primary_metric in SHARES else name
+
+
+def _gain_unit(result: SweepResult) -> str:
+    name = METRIC_NAMES[result.primary_metric]
+    return f"points of {name}" if result.primary_metric in SHARES else name

@@ -24,6 +24,10 @@ _WORTH_COMPILING = 100
 """Optimiser steps from which on `train.compile: auto` compiles: they take longer than compiling."""
 
 
+_BANK_FORMS = 64
+"""Compiled forms of a layer, after which torch.compile would give up and run it as written."""
+
+
 @dataclass(frozen=True, slots=True)
 class BaseForm:
     """How a frozen base is kept and multiplied."""
@@ -106,8 +110,11 @@ def prepare(
     """
     checkpointing = recipe.train.checkpointing
     is_compiled = compiles(recipe.train.compile, model.device.type, num_steps)
-    if bank is not None and not bank.is_fused:  # its loop over segments knows their ends
-        is_compiled = False
+    if bank is not None:
+        is_compiled &= bank.is_fused  # the loop over segments knows their ends
+    if bank is not None and is_compiled:
+        # Even and uneven segments, a bank that was cut anew: more forms than one adapter has.
+        torch._dynamo.config.recompile_limit = _BANK_FORMS
     prepare_layers(model, checkpointing, compiles=is_compiled)
     head = find_head(model)
     # Random numbers that a replay draws are not those of a launch: a resumed run, which launches

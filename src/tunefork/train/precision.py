@@ -68,7 +68,6 @@ def settle_precision(
     method: Method,
     examples: Sequence[Encoded],
     *,
-    learning_rate: float,
     seed: int,
     pad_id: int,
     device: torch.device,
@@ -88,7 +87,7 @@ def settle_precision(
             precision="fp8" if begun == "fp8" else "bf16", why="as the run began"
         )
     else:
-        choice = _decide(recipe, method, examples, learning_rate, seed, pad_id, device)
+        choice = _decide(recipe, method, examples, seed, pad_id, device)
         (folder / FILE).write_text(choice.model_dump_json(indent=2) + "\n", encoding="utf-8")
     if choice.precision == "fp8":
         train = recipe.train.model_copy(update={"precision": "fp8"})
@@ -107,7 +106,6 @@ def _decide(
     recipe: Recipe,
     method: Method,
     examples: Sequence[Encoded],
-    learning_rate: float,
     seed: int,
     pad_id: int,
     device: torch.device,
@@ -120,7 +118,6 @@ def _decide(
             recipe,
             method,
             examples,
-            learning_rate=learning_rate,
             seed=seed,
             pad_id=pad_id,
             device=device,

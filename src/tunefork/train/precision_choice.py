@@ -30,7 +30,7 @@ class BatchAgreement(_Part):
 
 
 class Agreement(_Part):
-    """Two batches through both forms of the base: with B = 0, and after one step of Adam's."""
+    """Two batches through both forms of the base: with B = 0, and with a random B."""
 
     batches: tuple[BatchAgreement, ...]
     agrees: bool

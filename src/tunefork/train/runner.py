@@ -11,7 +11,10 @@ second time. Where memory would not hold a second pass's activations beside the 
 captured: a graph keeps its own. Where a capture fails, passes are launched.
 """
 
+import gc
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,10 +206,24 @@ class Runner:
         torch.cuda.empty_cache()  # what is free goes to the graph's pool
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else None
-        with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+        with _no_garbage(), torch.cuda.graph(graph, pool=pool, stream=self.stream):
             loss = self._loss(static, divisor)
             loss.sum().backward()  # type: ignore[no-untyped-call]
         return _Graph(graph, static, divisor, loss.detach())
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Nothing is collected within: the graphs of a runner that is no longer used are freed by calls
+    that a capture forbids, and a destructor's error ends the process."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _inputs(batch: MicroBatch) -> tuple[Tensor, ...]:

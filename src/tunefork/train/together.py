@@ -25,89 +25,26 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from tunefork.data.example import Encoded
-from tunefork.errors import CheckpointError, NoMemoryError, TuneforkError
+from tunefork.errors import CheckpointError, TuneforkError
 from tunefork.model.bank import Bank, BankAdapter
 from tunefork.model.head import find_head
-from tunefork.train.accumulate import random_states, restore_random
 from tunefork.train.adamw_bank import BankAdamW, SlotUpdate
 from tunefork.train.checkpoints import Checkpoints
 from tunefork.train.guard import SpikeWatch
 from tunefork.train.kernels import attention_kernels
-from tunefork.train.loop import StepRecord
-from tunefork.train.member import (
-    Member,
-    MemberDone,
-    MemberEvent,
-    MemberFailed,
-    MemberStep,
-    MemberWarned,
-)
+from tunefork.train.member import Member, MemberDone, MemberEvent, MemberFailed
 from tunefork.train.runner import Runner
 from tunefork.train.state import RANDOM, Progress, State
-from tunefork.train.together_layout import passes, unsupervised
+from tunefork.train.together_cut import GroupSettings, PassCut
+from tunefork.train.together_layout import unsupervised
+from tunefork.train.together_place import Begun, Pending, Place, names
 from tunefork.train.together_state import put_in, take_out
 
-_MOST_NAMED = 16
-
-
-@dataclass(frozen=True, slots=True)
-class GroupSettings:
-    """What the members of a group share."""
-
-    micro_batch_tokens: int
-    """Most tokens of a pass over all members, padding included."""
-    packing: bool = True
-    pad_id: int = 0
-    on_out_of_memory: Literal["error", "shrink"] = "error"
-
-
-@dataclass(slots=True)
-class _Place:
-    """A member in its slot."""
-
-    member: Member
-    progress: Progress
-    """Of the steps whose figures were read."""
-    updates: int
-    """AdamW's, of those steps."""
-    launched: int
-    """Number of the last step that was begun."""
-    watch: SpikeWatch
-    clock: float
-    is_padding: bool = False
-    """It failed: the slot is empty, and its tokens keep the others' where they are."""
-    last: Sequence[Encoded] = ()
-    """The examples of the last step that could be read."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Begun:
-    """One member's part of a step that is under way."""
-
-    slot: int
-    name: str
-    step: int
-    chosen: Sequence[Encoded]
-    supervised: int
-    learning_rate: float
-
-
-@dataclass(slots=True)
-class _Pending:
-    """A step that was launched, and its figures as they come back."""
-
-    begun: list[_Begun]
-    figures: Tensor
-    """(2, G): losses and norms."""
-    arrived: Any
-    """A CUDA event; None where they are there."""
+__all__ = ["Group", "GroupSettings"]
 
 
 class Group:
@@ -127,21 +64,22 @@ class Group:
         `starts` are the states from which some of them go on. Raises CheckpointError for one of
         another adapter.
         """
-        names = [member.name for member in members]
-        if len(set(names)) < len(names):
-            raise ValueError(f"two members of a group are called {max(names, key=names.count)}")
+        called = [member.name for member in members]
+        if len(set(called)) < len(called):
+            raise ValueError(f"two members of a group are called {max(called, key=called.count)}")
         self.bank, self.settings = bank, settings
         self.model = bank.model
         self.model.train()
         torch.manual_seed(members[0].seed)
         self.runner = runner or Runner(self.model, find_head(self.model), bank=bank)
         self.optimizer = BankAdamW(bank)
-        self.limit = settings.micro_batch_tokens
-        self.places: dict[int, _Place] = {}
+        self.cut = PassCut(self.runner, settings)
+        self.reads_late = bank.device.type == "cuda"
+        self.places: dict[int, Place] = {}
         self.failed: dict[str, MemberFailed] = {}
         self.done: dict[str, MemberDone] = {}
         self._states: dict[str, State] = {}
-        self._pending: list[_Pending] = []
+        self._pending: list[Pending] = []
         self._events: list[MemberEvent] = []
         for slot, member in enumerate(members):
             self._enter(slot, member, (starts or {}).get(member.name))
@@ -153,7 +91,7 @@ class Group:
     @property
     def live(self) -> list[str]:
         """Members with steps left."""
-        return [p.member.name for p in self.places.values() if self._is_live(p)]
+        return [p.member.name for p in self.places.values() if p.is_live]
 
     @property
     def is_at_work(self) -> bool:
@@ -184,26 +122,19 @@ class Group:
 
         Raises NoMemoryError where the smallest passes do not fit, or may not be tried.
         """
-        before = list(self._pending)
         with attention_kernels():
             self._launch()
-        is_late = self.bank.device.type == "cuda" and bool(self.live)
-        for pending in before if is_late else list(self._pending):
-            self._collect(pending)
+        self._settle(left=1 if self.reads_late and self.live else 0)
         return self._take_events()
 
     def drain(self) -> list[MemberEvent]:
         """Wait for what was launched, and tell of it."""
-        for pending in list(self._pending):
-            self._collect(pending)
+        self._settle()
         return self._take_events()
 
     def _take_events(self) -> list[MemberEvent]:
         events, self._events = self._events, []
         return events
-
-    def _is_live(self, place: _Place) -> bool:
-        return not place.is_padding and place.launched < len(place.member.steps)
 
     def _launch(self) -> None:
         chosen: list[Sequence[Encoded]] = [()] * self.bank.num_slots
@@ -222,7 +153,7 @@ class Group:
             counts_g[part.slot] = part.supervised
         if self.bank.device.type == "cuda":
             counts_g = counts_g.pin_memory()
-        loss_g = self._gradient(chosen, counts_g)
+        loss_g = self.cut.gradient(chosen, counts_g)
         updates = {part.slot: self._update(part) for part in begun}
         norm_g = self.optimizer.step(updates, loss_g)
         figures, arrived = torch.stack([loss_g, norm_g]), None
@@ -231,41 +162,25 @@ class Group:
             figures = on_host.copy_(figures, non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
-        self._pending.append(_Pending(begun, figures, arrived))
+        self._pending.append(Pending(begun, figures, arrived))
 
-    def _next(self, slot: int, place: _Place) -> _Begun | None:
+    def _next(self, slot: int, place: Place) -> Begun | None:
         """The next step of what is in `slot`; a failed member's moves its padding on."""
-        member = place.member
-        if place.launched >= len(member.steps):
-            place.last = ()
+        if not place.go_on():
             return None
-        while (number := place.launched + 1) in place.progress.skipped:
-            place.launched = number
-        place.launched = number
         try:
-            chosen = [member.examples[at] for at in member.steps[number - 1]]
-            longest = max(len(example.input_ids) for example in chosen)
-            if longest > self.settings.micro_batch_tokens:
-                raise TuneforkError(
-                    f"an example of {longest} tokens is longer than a pass of the group "
-                    f"({self.settings.micro_batch_tokens})"
-                )
-            supervised = sum(int(example.supervised[1:].sum()) for example in chosen)
-            if supervised == 0:
-                raise TuneforkError(f"no token is supervised in {_names(chosen)}")
+            part = place.read(slot, self.settings.micro_batch_tokens)
         except Exception as error:  # of this member's data, whatever it is: not the others' affair
+            self._settle()  # the figures of its steps before
             if not place.is_padding:
                 # An unknown error's text may quote a row.
                 why = str(error) if isinstance(error, TuneforkError) else type(error).__name__
-                self._set_aside(slot, number, f"step {number}: its examples cannot be used: {why}")
+                step = place.launched
+                self._set_aside(slot, step, f"step {step}: its examples cannot be used: {why}")
             return None
-        place.last = chosen
-        if place.is_padding:
-            return None
-        rate = member.learning_rates[number - 1]
-        return _Begun(slot, member.name, number, chosen, supervised, rate)
+        return None if place.is_padding else part
 
-    def _update(self, part: _Begun) -> SlotUpdate:
+    def _update(self, part: Begun) -> SlotUpdate:
         place = self.places[part.slot]
         member = place.member
         under_way = sum(b.slot == part.slot for p in self._pending for b in p.begun)
@@ -277,38 +192,8 @@ class Group:
             member.max_grad_norm,
         )
 
-    def _gradient(self, chosen: Sequence[Sequence[Encoded]], counts_g: Tensor) -> Tensor:
-        """Each slot's loss (G,), its gradient added up; in smaller passes where memory wants."""
-        longest = max(len(example.input_ids) for own in chosen for example in own)
-        random = random_states(self.bank.device)
-        while True:
-            limit = max(self.limit, longest)
-            batches = passes(
-                chosen,
-                max_tokens=limit,
-                packing=self.settings.packing,
-                pad_id=self.settings.pad_id,
-                in_segments=self.runner.head.takes_segments,
-            )
-            try:
-                total_g = torch.zeros(len(counts_g), device=self.bank.device)
-                for batch in batches:
-                    rows, width = batch.input_ids.shape
-                    where = f"a group's pass of {rows} x {width} tokens"
-                    total_g += self.runner.loss(self.runner.lay_out(batch), counts_g, where)
-                return total_g
-            except NoMemoryError:
-                if self.settings.on_out_of_memory == "error" or limit == longest:
-                    raise
-            # Outside of `except`: the error holds the failed pass's tensors.
-            self.runner.drop_graphs()
-            self.optimizer.flat.gradient.zero_()
-            restore_random(random, self.bank.device)
-            self.limit = max(longest, limit // 2)
-
-    def _collect(self, pending: _Pending) -> None:
+    def _collect(self, pending: Pending) -> None:
         """Read a step's figures."""
-        self._pending.remove(pending)
         if pending.arrived is not None:
             pending.arrived.synchronize()
         losses, norms = pending.figures.tolist()
@@ -323,35 +208,14 @@ class Group:
                     part.step,
                     f"step {part.step}: the loss is {loss} and the gradient's norm {norm}; the "
                     "weights were left as they were before the step. The step's rows: "
-                    f"{_names(part.chosen)}. Lower train.learning_rate, mend or remove those rows, "
+                    f"{names(part.chosen)}. Lower train.learning_rate, mend or remove those rows, "
                     "or set train.precision: fp32",
                 )
                 continue
-            self._record(place, part, loss, norm)
-
-    def _record(self, place: _Place, part: _Begun, loss: float, norm: float) -> None:
-        spike = place.watch.found(loss)
-        now = time.perf_counter()
-        done = place.progress
-        place.progress = replace(
-            done,
-            step=part.step,
-            tokens=done.tokens + sum(len(example.input_ids) for example in part.chosen),
-            supervised_tokens=done.supervised_tokens + part.supervised,
-            seconds=done.seconds + now - place.clock,
-            losses=tuple(place.watch.losses),
-        )
-        place.clock = now
-        place.updates += 1
-        name, tokens = part.name, place.progress.tokens
-        if spike is not None:
-            message = f"step {part.step}: {spike} (rows {_names(part.chosen)})"
-            self._events.append(MemberWarned(name, part.step, message))
-        record = StepRecord(part.step, tokens, loss, part.learning_rate, norm)
-        self._events.append(MemberStep(name, record))
-        if part.step == len(place.member.steps):
-            self.done[name] = MemberDone(name, place.progress)
-            self._events.append(self.done[name])
+            self._events += place.record(part, loss, norm)
+            if part.step == len(place.member.steps):
+                self.done[part.name] = MemberDone(part.name, place.progress)
+                self._events.append(self.done[part.name])
 
     # Members come and go
 
@@ -360,7 +224,7 @@ class Group:
         if start is not None:
             updates = put_in(self.bank, self.optimizer, slot, member, start)
             progress = start.progress
-        self.places[slot] = _Place(
+        self.places[slot] = Place(
             member,
             progress,
             updates,
@@ -394,10 +258,10 @@ class Group:
         self._settle()
         return self._states[name] if name in self._states else self._take_out(self.slot_of(name))
 
-    def _settle(self) -> None:
-        """Wait for what was launched; its events are told by the next step."""
-        for pending in list(self._pending):
-            self._collect(pending)
+    def _settle(self, left: int = 0) -> None:
+        """Wait for what was launched, but for the last `left` steps; events are told later."""
+        while len(self._pending) > left:
+            self._collect(self._pending.pop(0))
 
     def remove(self, name: str) -> State:
         """Free a member's slot, or a failed one's padding; returns its state.
@@ -462,9 +326,3 @@ class Group:
         torch.set_rng_state(state.tensors[f"{RANDOM}cpu"])
         if (on_gpu := state.tensors.get(f"{RANDOM}cuda")) is not None:
             torch.cuda.set_rng_state(on_gpu, self.bank.device)
-
-
-def _names(examples: Sequence[Encoded]) -> str:
-    named = ", ".join(example.source for example in examples[:_MOST_NAMED])
-    more = len(examples) - _MOST_NAMED
-    return f"{named} and {more} more" if more > 0 else named

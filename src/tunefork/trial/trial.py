@@ -143,7 +143,6 @@ def _run(
             folder,
             told,
             seed=seed,
-            learning_rate=learning_rate,
         )
         prediction = predict(recipe, method, examples)
         with failure_recorded(
@@ -197,7 +196,6 @@ def _settle(
     told: Following,
     *,
     seed: int,
-    learning_rate: float,
 ) -> tuple[Recipe, PrecisionChoice | None]:
     """The recipe with what it left to the program (`auto`) settled, in the run's precision first:
     what fits depends on it."""
@@ -205,7 +203,6 @@ def _settle(
         recipe,
         method,
         examples,
-        learning_rate=learning_rate,
         seed=seed,
         pad_id=pad,
         device=pick_device(),

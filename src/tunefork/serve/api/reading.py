@@ -1,5 +1,6 @@
 """A request's body: JSON of a bounded size and depth, as its model allows it."""
 
+import re
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -23,6 +24,8 @@ from tunefork.serve.gateway import Gateway
 _SMALL_BYTES = 32 * 1024
 """Up to here parsing takes less than going to a thread does."""
 _MOST_KEYS = 2048
+_MOST_CONTAINERS = 16_384
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _MODELS: tuple[type[BaseModel], ...] = (
     *(ChatRequest, CompletionRequest, ChatMessage, TextPart, JsonSchemaFormat, NamedSchema),
     StreamOptions,
@@ -52,6 +55,7 @@ async def read_body(request: Request, gateway: Gateway, model: type[Body]) -> Bo
 
 def parse(content: bytes, model: type[Body]) -> Body:
     """JSON as `model`; raises ApiError (400)."""
+    _check_containers(content)
     try:
         # Goes 200 levels deep at most, and refuses what is no Unicode.
         fields: Any = from_json(content, allow_inf_nan=False, cache_strings="keys")
@@ -68,6 +72,17 @@ def parse(content: bytes, model: type[Body]) -> Body:
         return model.model_validate(fields)
     except ValidationError as error:
         raise from_validation(error, _KNOWN) from None
+
+
+def _check_containers(content: bytes) -> None:
+    """Refuse very many arrays and objects, of which each takes Python's time to make and to free.
+
+    A text may hold as many brackets as it likes.
+    """
+    if content.count(b"[") + content.count(b"{") > _MOST_CONTAINERS:
+        bare = _STRING.sub(b"", content)
+        if bare.count(b"[") + bare.count(b"{") > _MOST_CONTAINERS:
+            raise bad(f"The body has more than {_MOST_CONTAINERS} arrays and objects", None)
 
 
 def _check_widths(fields: dict[str, Any]) -> None:

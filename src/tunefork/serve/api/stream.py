@@ -5,7 +5,8 @@ fails later is the last event. A client that goes away is noticed while the engi
 that leaves the stream unread for too long is cut off.
 
 By hand, and not by sse-starlette: each token of each stream comes through here, in the process of
-the embedded engine, and a scope, a lock and a timer a token took a third of the gateway's time.
+the embedded engine, and that has a scope, a lock and a timer for each. It also ends all streams at
+the first sign of a shutdown, where ours finish.
 """
 
 import asyncio

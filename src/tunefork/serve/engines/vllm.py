@@ -49,7 +49,7 @@ class VllmEngine:
         if self._tokenizer is None:
             self._tokenizer = await asyncio.to_thread(load_tokenizer, self._section)
         self._server = await Server.open(self._section, self.settings, self._tokenizer)
-        self.capabilities = self._capabilities(self._server.max_model_len)
+        self.capabilities = self._capabilities(self._server.max_model_len, self._server.on_cpu)
 
     async def stop(self) -> None:
         """End a child, or leave a server as it was found; idempotent."""
@@ -174,13 +174,16 @@ class VllmEngine:
             seconds += now.load_seconds
         return loads, evictions, seconds
 
-    def _capabilities(self, max_model_len: int) -> Capabilities:
+    def _capabilities(self, max_model_len: int, on_cpu: bool = False) -> Capabilities:
+        # On a CPU, a seeded request whose prompt is read in two steps ends the server: a CPU's
+        # generator has no offset (v1/worker/gpu_model_runner.py, _bookkeeping_sync, of 0.32).
+        honoured = _SAMPLING - {"seed"} if on_cpu else _SAMPLING
         return Capabilities(
             max_model_len=max_model_len,
             max_logprobs=20,  # vLLM's --max-logprobs
             grammars=frozenset({"json_object", "json_schema", "regex"}),
             max_rank=self.settings.rank_step,
-            sampling=frozenset(_SAMPLING),
+            sampling=frozenset(honoured),
             max_requests=self.settings.max_requests,
         )
 

@@ -48,6 +48,7 @@ class Server:
     base_name: str = SERVED_NAME
     max_model_len: int = 1
     version: str = ""
+    on_cpu: bool = False
     healthy: bool = False
     gauges: dict[str, float] = field(default_factory=dict)
     """Of vLLM's metrics, as of the last look."""
@@ -59,19 +60,20 @@ class Server:
 
         Raises TuneforkError, and leaves nothing behind then.
         """
-        in_slot, child = settings.base_in_slot == "always", None
+        on_cpu, child = settings.device == "cpu", None
         if settings.url is None:
             python = find_python(settings)
-            if settings.base_in_slot == "auto":
-                in_slot = await is_built_for_cpus(python)
+            if settings.device == "auto":
+                on_cpu = await is_built_for_cpus(python)
             base = await asyncio.to_thread(find, section)
-            child = await Child.start(base, settings, more=int(in_slot))
-        server = cls._reach(settings, child, more=int(in_slot))
+            child = await Child.start(base, settings, more=int(on_cpu))
+        server = cls._reach(settings, child, more=int(on_cpu))
+        server.on_cpu = on_cpu
         try:
             await server._wait_until_ready()
             await server._learn()
             await server._check_tokenizer(tokenizer)
-            if in_slot:
+            if on_cpu:
                 await server._put_base_in_slot(section)
         except BaseException:
             await server.close()

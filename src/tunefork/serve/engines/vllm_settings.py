@@ -73,10 +73,11 @@ class VllmSettings(Section):
     max_model_len: PositiveInt | None = None
     """Most tokens of prompt and answer. None: the model's own."""
 
-    base_in_slot: Literal["auto", "always", "never"] = "auto"
-    """Whether the base is asked for as an adapter of zeros, with a slot of its own: vLLM's kernels
-    for CPUs mix the adapter of the last slot into answers of the base otherwise. auto: where the
-    child's PyTorch is built for CPUs. Say `always` for a server at `url` that has no GPU."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """What the server computes on. auto: of a child, what its PyTorch is built for; of a server at
+    `url`, a GPU. vLLM for CPUs has two faults that are lived with. The adapter of the last slot is
+    mixed into answers of the base, which is therefore asked for as an adapter of zeros, with a slot
+    of its own. And a request with a seed can end the server, so that `seed` is refused."""
 
     max_requests: PositiveInt = 256
     """Answers computed at the same time (--max-num-seqs)."""

@@ -1,0 +1,18 @@
+"""Corrected FP8 products on a GPU: what holds on a CPU holds there."""
+
+import pytest
+import torch
+
+from tests.kernels.test_fp8_correction import check
+from tunefork.kernels.layout import Storage
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("rank", [0, 16, 64])
+@pytest.mark.parametrize("storage", ["fp8_twice", "fp8", "nf4"])
+def test_products_of_inputs_like_those_are_closer(storage: Storage, rank: int) -> None:
+    check(storage, rank, torch.device("cuda"))
