@@ -25,7 +25,8 @@ def test_stretches_are_the_sum_over_each_tokens_own(
     torch.manual_seed(0)
     a_nrd, b_nro = torch.randn(SLOTS, RANK, WIDE), torch.randn(SLOTS, RANK, OUT)
     a_nrd[:, 4:], b_nro[:, 4:] = 0, 0
-    stretches, slots = [], []
+    stretches: list[Stretch] = []
+    slots: list[int] = []
     for slot, length in lengths:
         if slot >= 0:
             stretches.append(Stretch(slot, len(slots), len(slots) + length))
