@@ -61,9 +61,8 @@ async def _measure(
     adapters: list[ServedAdapter], dtype: str, rank: int, rounds: int
 ) -> list[dict[str, Any]]:
     load = draw_load(REQUESTS, PROMPT, NEW, 40_000)
-    embedded = EmbeddedSettings(
-        device="cpu", dtype=dtype, slots=ADAPTERS, max_rank=rank, max_model_len=1024
-    )
+    fields = {"device": "cpu", "dtype": dtype, "slots": ADAPTERS, "max_rank": rank}
+    embedded = EmbeddedSettings.model_validate(fields | {"max_model_len": 1024})
     engine = EmbeddedEngine(ServeSettings(base=ModelSection(id=BASE), embedded=embedded))
     await engine.start()
     peft = _peft(adapters, dtype)
@@ -99,7 +98,7 @@ async def _measure(
 
 
 def _ratio(one: dict[str, Any], other: dict[str, Any], key: str) -> float:
-    return round(one[key] / other[key], 3)
+    return round(float(one[key] / other[key]), 3)
 
 
 def _save_adapters(folder: Path, rank: int) -> list[ServedAdapter]:

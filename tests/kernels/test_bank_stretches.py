@@ -5,7 +5,7 @@ import torch
 
 from tunefork.kernels.bank_stretches import Stretch, add_stretches, lay_out
 
-D, O, R, SLOTS = 24, 40, 6, 9
+WIDE, OUT, RANK, SLOTS = 24, 40, 6, 9
 
 
 @pytest.mark.parametrize(
@@ -23,14 +23,15 @@ def test_stretches_are_the_sum_over_each_tokens_own(
     lengths: list[tuple[int, int]], dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
-    a_nrd, b_nro = torch.randn(SLOTS, R, D), torch.randn(SLOTS, R, O)
+    a_nrd, b_nro = torch.randn(SLOTS, RANK, WIDE), torch.randn(SLOTS, RANK, OUT)
     a_nrd[:, 4:], b_nro[:, 4:] = 0, 0
-    stretches, slots = [], []
+    stretches: list[Stretch] = []
+    slots: list[int] = []
     for slot, length in lengths:
         if slot >= 0:
             stretches.append(Stretch(slot, len(slots), len(slots) + length))
         slots += [slot] * length
-    x_sd, y_so = torch.randn(len(slots), D).to(dtype), torch.randn(len(slots), O).to(dtype)
+    x_sd, y_so = torch.randn(len(slots), WIDE).to(dtype), torch.randn(len(slots), OUT).to(dtype)
     expected = y_so.float()
     for token, slot in enumerate(slots):
         if slot >= 0:
@@ -43,8 +44,8 @@ def test_stretches_are_the_sum_over_each_tokens_own(
 
 
 def test_a_slot_that_is_not_finite_spoils_no_other() -> None:
-    a_nrd, b_nro = torch.zeros(3, R, D), torch.zeros(3, R, O)
+    a_nrd, b_nro = torch.zeros(3, RANK, WIDE), torch.zeros(3, RANK, OUT)
     a_nrd[1] = torch.nan
-    x_sd, y_so = torch.ones(4, D), torch.ones(4, O)
-    layout = lay_out([Stretch(0, 0, 2), Stretch(2, 2, 4)], rank=R)  # slot 1 lies between
-    assert torch.equal(add_stretches(y_so, x_sd, a_nrd, b_nro, layout), torch.ones(4, O))
+    x_sd, y_so = torch.ones(4, WIDE), torch.ones(4, OUT)
+    layout = lay_out([Stretch(0, 0, 2), Stretch(2, 2, 4)], rank=RANK)  # slot 1 lies between
+    assert torch.equal(add_stretches(y_so, x_sd, a_nrd, b_nro, layout), torch.ones(4, OUT))

@@ -17,7 +17,9 @@ from tunefork.serve.engines.embedded_settings import EmbeddedSettings
 from tunefork.serve.settings import ServeSettings
 
 
-def save_adapter(model: Any, folder: Path, *, rank: int, seed: int) -> ServedAdapter:
+def save_adapter(
+    model: Any, folder: Path, *, rank: int, seed: int, size: float = 1.0
+) -> ServedAdapter:
     """A PEFT adapter that changes what `model` says; `model` comes back as it was."""
     torch.manual_seed(seed)
     targets = "all-linear" if seed % 2 else ["q_proj", "v_proj", "down_proj"]
@@ -26,6 +28,7 @@ def save_adapter(model: Any, folder: Path, *, rank: int, seed: int) -> ServedAda
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn_like(parameter) / parameter.shape[1] ** 0.5
+            parameter.data *= size if "lora_B" in name else 1.0
     wrapped.save_pretrained(folder)
     wrapped.unload()
     if hasattr(model, "peft_config"):

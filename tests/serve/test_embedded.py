@@ -156,7 +156,7 @@ def test_a_gpus_way_by_stand_ins(
         core = engine._parts.core
         core.passes.flash = core.passes.graphs = core.overlaps = True
         assert core.tiers is not None
-        core.tiers.slots._is_sorted = True
+        core.tiers.slots._is_sorted = True  # type: ignore[attr-defined]
         core.passes.warm(has_slots=True)
         try:
             found = await answers(engine, wanted)

@@ -275,7 +275,7 @@ def test_a_load_that_breaks_is_an_error_of_its_requests(served: Served) -> None:
             def broken(*_: Any) -> None:
                 raise RuntimeError("bus error")
 
-            tiers_of(engine).slots.load = broken
+            tiers_of(engine).slots.load = broken  # type: ignore[method-assign, assignment]
             with pytest.raises(EngineError, match="cannot be loaded"):
                 await answer(engine, request("a", PROMPT, served.adapters[0]))
             assert len((await answer(engine, request("b", PROMPT))).token_ids) == 8

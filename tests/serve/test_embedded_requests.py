@@ -240,7 +240,7 @@ def test_a_request_whose_logits_are_not_finite_fails_alone(base: Any) -> None:
                 outcome.tokens_r[tensors["ids"][last] == 77] = -1
                 return outcome
 
-            passes._pass = spoiled
+            passes._pass = spoiled  # type: ignore[method-assign, assignment]
             sick = asyncio.ensure_future(answer(engine, request("a", [5, 77])))
             well = await answer(engine, request("b", PROMPT))
             assert len(well.token_ids) == 8
@@ -262,7 +262,7 @@ def test_a_pass_without_memory_costs_the_largest_request_alone(base: Any) -> Non
                     raise torch.OutOfMemoryError("no memory")
                 return original(parts)
 
-            passes.run = short
+            passes.run = short  # type: ignore[method-assign]
             small = asyncio.ensure_future(answer(engine, request("a", PROMPT, max_tokens=30)))
             with pytest.raises(EngineError, match="no memory"):
                 await answer(engine, request("b", PROMPT * 30, max_tokens=5))
@@ -287,7 +287,7 @@ def test_a_dead_engine_says_so_to_everyone_and_can_be_started_again(base: Any) -
             for at in range(3)
         ]
         await asyncio.sleep(0.1)
-        engine._parts.core.passes.run = broken
+        engine._parts.core.passes.run = broken  # type: ignore[method-assign, assignment]
         for found in await asyncio.gather(*running, return_exceptions=True):
             assert isinstance(found, EngineDeadError) and "device is gone" in str(found)
         with pytest.raises(EngineDeadError):

@@ -15,6 +15,8 @@ from torch import Tensor
 from tunefork.errors import BadInputError
 from tunefork.serve.engine import Grammar
 
+_JSON = {"whitespace_pattern": r"\n? {0,16}"}
+"""Indentation, but no white space without end, which small models fall into."""
 KINDS = frozenset({"json_object", "json_schema", "regex"})
 
 
@@ -41,9 +43,10 @@ class Grammars:
         try:
             match grammar.kind:
                 case "json_object":
-                    text = LLMatcher.grammar_from_json_schema(json.dumps({"type": "object"}))
+                    anything = json.dumps({"type": "object"})
+                    text = LLMatcher.grammar_from_json_schema(anything, overrides=_JSON)
                 case "json_schema":
-                    text = LLMatcher.grammar_from_json_schema(grammar.value)
+                    text = LLMatcher.grammar_from_json_schema(grammar.value, overrides=_JSON)
                 case "regex":
                     text = LLMatcher.grammar_from_regex(grammar.value)
             matcher = LLMatcher(self._tokenizer, text, log_level=0)
