@@ -99,6 +99,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
+        if fields.get("structured_outputs") == {"regex": "(fails"}:
+            self.event({"error": {"message": "Internal server error", "code": 500}})
+            self.chunk(b"")
+            return
         for number in range(fields["max_tokens"]):
             is_last = number + 1 == fields["max_tokens"]
             choice = {

@@ -271,6 +271,8 @@ def test_failures_of_one_answer_are_its_own(make: Any, run: Run) -> None:
     ):
         with pytest.raises(kind, match=said):
             run(answer(engine, request(first=first)))
+    with pytest.raises(BadInputError, match="grammar"):
+        run(answer(engine, request(grammar=Grammar("regex", "(fails"))))
     assert engine.state().healthy
     assert len(run(answer(engine, request()))) == 5
 

@@ -312,16 +312,19 @@ def test_a_deadline_ends_an_answer(world: World) -> None:
 
 def test_a_killed_server_is_dead_until_it_is_started_again(world: World) -> None:
     async def kill() -> list[psutil.Process]:
-        stream = world.engine.generate(request(0, max_tokens=200))
-        await anext(stream)
         server = world.engine._server
         assert server is not None and server.child is not None
         below = psutil.Process(server.child.process.pid).children(recursive=True)
         engine_core = max(below, key=lambda one: len(one.parents()))
+        asked = [request(n, max_tokens=200) for n in range(8)]
+        running = [asyncio.create_task(answer(world.engine, one)) for one in asked]
+        await asyncio.sleep(0.1)
         engine_core.kill()
+        ends = await asyncio.gather(*running, return_exceptions=True)
+        assert {type(end) for end in ends} <= {EngineDeadError, list}  # some may have been whole
         with pytest.raises(EngineDeadError):
-            async for _ in stream:
-                pass
+            for _ in range(100):
+                await answer(world.engine, request(0, max_tokens=200))
         return below
 
     async def again() -> None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from tunefork.errors import EngineDeadError, EngineError
+from tunefork.errors import BadInputError, EngineDeadError, EngineError
 from tunefork.model.load import load_tokenizer
 from tunefork.serve.engine import Capabilities, EngineRequest, EngineState, Piece, ServedAdapter
 from tunefork.serve.engines import vllm_api as api
@@ -61,7 +61,7 @@ class VllmEngine:
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[Piece]:
         """See `Engine`. vLLM drops a request when its connection closes."""
-        server = self._running()
+        server, has_begun = self._running(), False
         self._open += 1
         try:
             async with contextlib.AsyncExitStack() as held:
@@ -75,13 +75,18 @@ class VllmEngine:
                         raise StreamBrokenError("the answer has no end")
                     piece = api.piece(event, request.sampling, self._text_of)
                     if piece is not None:
+                        has_begun = True
                         yield piece
                         if piece.finish_reason is not None:
                             return
         except TimeoutError:
             yield Piece("", (), finish_reason="deadline")
         except (StreamBrokenError, EngineError) as error:
-            raise await server.what_broke(error) from error
+            broken = await server.what_broke(error)
+            if request.sampling.grammar and isinstance(broken, EngineError) and not has_begun:
+                # vLLM looks at a grammar before it takes a request, but compiles it only after
+                raise BadInputError("vLLM cannot follow this grammar") from error
+            raise broken from error
         finally:
             self._open -= 1
 
