@@ -19,6 +19,7 @@ from tests.serve.embedded import (
     save_adapter,
     settings,
 )
+from tunefork.errors import EngineDeadError
 from tunefork.kernels.bank_stretches import Stretch
 from tunefork.kernels.bank_tokens import add_masked
 from tunefork.model import fused
@@ -213,3 +214,21 @@ def test_fused_layers_take_the_same_way(tmp_path: Path, monkeypatch: pytest.Monk
     expected = [greedy(served.model, one.adapter, one.prompt_ids, 12) for one in wanted]
     assert [list(piece.token_ids) for piece in found] == expected
     assert set(products) == {1, 2, 3}  # o and down; gate and up; q, k and v
+
+
+def test_a_request_is_told_of_an_engine_that_stopped_meanwhile(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        engine = EmbeddedEngine(settings(served.base))
+        await engine.start()
+
+        async def stops(*_: Any) -> None:
+            await engine.stop()
+
+        monkeypatch.setattr(engine, "_matcher", stops)
+        async with asyncio.timeout(5):
+            with pytest.raises(EngineDeadError):
+                await answers(engine, [request("1", served.prompts[0], None, max_tokens=2)])
+
+    asyncio.run(run())

@@ -8,7 +8,7 @@ import pytest
 
 from tests.serve.fake_engine import ALL, FakeEngine
 from tests.serve.servers import eventually, serving
-from tunefork.errors import BadInputError
+from tunefork.errors import BadInputError, EngineError
 from tunefork.registry.store import Store
 from tunefork.serve.choose import make_replica
 from tunefork.serve.engine import ServedAdapter
@@ -39,6 +39,23 @@ def test_pins_are_told_to_an_engine_that_was_started_again(
         engine.pinned.clear()
         engine.die()
         eventually(lambda: engine.pinned == {"acme:v1"})
+
+
+def test_a_pin_that_fails_after_a_restart_does_not_keep_the_server_down(
+    settings: ServeSettings, adapter: Path
+) -> None:
+    class Unwilling(FakeEngine):
+        async def pin(self, adapter: ServedAdapter, pinned: bool) -> None:
+            if self.starts > 1:
+                raise EngineError("no room")
+            await super().pin(adapter, pinned)
+
+    engine = Unwilling()
+    with Store.open() as store:
+        store.publish(adapter, "acme")
+    with serving(engine, settings.model_copy(update={"pin": ("acme",)})) as running:
+        engine.die()
+        eventually(lambda: engine.starts == 2 and running.gateway.state == "ready")
 
 
 def test_a_merged_version_is_answered_by_its_replica(

@@ -226,7 +226,10 @@ class Gateway:
                 await asyncio.sleep(wait_s)
                 wait_s = min(_MOST_BACK_OFF_S, 2 * wait_s)
                 continue
-            await self._pins.again()
+            try:
+                await self._pins.again()
+            except Exception as error:  # the engine answers without; if it died, we come again
+                logger.error("what is pinned cannot be brought back: %s", error)
             if self.state == "failed":
                 self.state = "ready"
             return

@@ -125,6 +125,8 @@ class Core:
 
     def close(self, error: TuneforkError | None) -> None:
         """Give everything back; open requests end with `error`, or as cancelled."""
+        while self.inbox:  # a request that came while the last pass failed is open too
+            self.inbox.popleft()()
         for answer in (*self.running, *self.waiting):
             cancelled = Piece("", (), finish_reason="cancelled")
             self._end(answer, cancelled if error is None else error)

@@ -123,6 +123,8 @@ class EmbeddedEngine:
             core.tell(lambda: core.add(answer))
             if self._death is not None:
                 raise self._death
+            if self._parts is not parts:  # stopped while the grammar was made: nobody would answer
+                raise EngineDeadError("the engine was stopped")
             while not is_over:
                 try:
                     piece = await stream.take()

@@ -194,7 +194,10 @@ class Tiers:
         draining = sum(entry.is_draining for entry in self.entries.values())
         now = self.clock()
         for adapter_id, since in list(self.wanted.items()):
-            entry = self.entries[adapter_id]
+            entry = self.entries.get(adapter_id)
+            if entry is None:  # evicted just now, with no copy in host memory: it is read again
+                del self.wanted[adapter_id]
+                continue
             if entry.stage is _Stage.IN_SLOT and not entry.is_draining:
                 del self.wanted[adapter_id]
             if entry.stage is not _Stage.HOST:
