@@ -98,6 +98,7 @@ def test_qlora_70b_fits_48_gb_at_a_short_sequence_and_not_24() -> None:
     assert not _of(_plan(70.55e9, ["rtx4090"], method=Method.QLORA), Method.QLORA).may_fit
 
 
+@pytest.mark.slow
 def test_24_gb_hold_qlora_of_13b() -> None:
     plan = _plan(13.02e9, ["rtx4090"], length=1024)
     assert _of(plan, Method.QLORA).fits
@@ -106,6 +107,7 @@ def test_24_gb_hold_qlora_of_13b() -> None:
     assert _of(plan, Method.LORA).next_option == "train.precision: fp8"
 
 
+@pytest.mark.slow
 def test_the_peak_is_the_highest_phase() -> None:
     for method in _plan(1.236e9, ["h200"]).methods.values():
         highest = max(phase.tensor_bytes for phase in method.phases.values())
@@ -144,6 +146,7 @@ def test_adapters_of_70b_are_under_a_gigabyte() -> None:
     assert _of(plan, Method.FULL).artifact_bytes / GB == pytest.approx(141, rel=0.01)
 
 
+@pytest.mark.slow
 def test_more_gpus_never_take_more_memory_each() -> None:
     one, eight = _plan(8.03e9, ["h100"]), _plan(8.03e9, ["h100"] * 8)
     for method in Method:
@@ -182,6 +185,7 @@ def test_a_line_of_another_version_is_passed_over(home: Path) -> None:
     assert correction([]).time == 1.0
 
 
+@pytest.mark.slow
 def test_one_row_that_cannot_fit_is_not_said_to() -> None:
     plan = plan_numbers(
         model=8.03e9,

@@ -49,7 +49,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("qlora", marks=pytest.mark.slow)])
 def test_variants_that_come_and_go_end_as_alone(
     recipe: Recipe, tmp_path: Path, method: str
 ) -> None:

@@ -57,6 +57,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_each_is_trained_as_alone_and_published(entries: list[Entry], tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = _train(entries, out)

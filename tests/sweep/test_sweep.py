@@ -59,6 +59,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_each_variant_is_a_run_as_train_would_leave_it(make: Make, tmp_path: Path) -> None:
     (tmp_path / "general.txt").write_text("\n\n".join(f"It was said {n} times." for n in range(12)))
     recipe = make(evaluate={"forgetting": str(tmp_path / "general.txt")})
@@ -107,6 +108,7 @@ _SEEDED = {
 }
 
 
+@pytest.mark.slow
 def test_variants_of_all_seeds_choose_and_are_judged_by_the_same_examples(
     make: Make, tmp_path: Path
 ) -> None:
