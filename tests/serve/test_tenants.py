@@ -67,6 +67,11 @@ def test_a_tenant_s_name_is_narrow(file: Path, name: str) -> None:
         add_key(file, Tenant(name))
 
 
+def test_the_name_of_keyless_use_is_taken(file: Path) -> None:
+    with pytest.raises(BadInputError, match="without keys"):
+        add_key(file, Tenant("local"))
+
+
 @pytest.mark.parametrize(
     ("patterns", "seen", "hidden"),
     [

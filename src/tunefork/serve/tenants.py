@@ -98,6 +98,11 @@ def add_key(file: Path, tenant: Tenant) -> str:
             f"{tenant.name!r} is no name for a tenant: 1 to 64 of a-z, 0-9, '.', '_' and '-', "
             "beginning with a letter or a digit"
         )
+    if tenant.name == LOCAL.name:
+        raise BadInputError(
+            f"{tenant.name!r} stands for whoever asks a server without keys; give the tenant another "
+            "name"
+        )
     key_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
     key = f"tf_{key_id}_{secret}"
     values = (
