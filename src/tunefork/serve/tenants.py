@@ -100,8 +100,8 @@ def add_key(file: Path, tenant: Tenant) -> str:
         )
     if tenant.name == LOCAL.name:
         raise BadInputError(
-            f"{tenant.name!r} stands for whoever asks a server without keys; give the tenant another "
-            "name"
+            f"{tenant.name!r} stands for whoever asks a server without keys; give the tenant "
+            "another name"
         )
     key_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
     key = f"tf_{key_id}_{secret}"
