@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tunefork.errors import StoreError, is_disk_full
+from tunefork.registry.database import writing
 
 _SCHEMA = """
 CREATE TABLE tenants (
@@ -91,19 +92,6 @@ def _prepare(database: sqlite3.Connection, file: Path) -> None:
 
 def _version(database: sqlite3.Connection) -> int:
     return int(database.execute("PRAGMA user_version").fetchone()[0])
-
-
-@contextmanager
-def writing(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    """One transaction: all of it is on the disk afterwards or, after an exception, none."""
-    database.execute("BEGIN IMMEDIATE")
-    try:
-        yield database
-        database.execute("COMMIT")
-    except BaseException:
-        if database.in_transaction:
-            database.execute("ROLLBACK")
-        raise
 
 
 @contextmanager

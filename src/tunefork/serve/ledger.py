@@ -16,7 +16,8 @@ from queue import SimpleQueue
 from threading import Thread
 
 from tunefork.errors import StoreError
-from tunefork.serve.database import as_store_error, connect, writing
+from tunefork.registry.database import writing
+from tunefork.serve.database import as_store_error, connect
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from tunefork.errors import BadInputError, nearest
-from tunefork.serve.database import as_store_error, connect, writing
+from tunefork.registry.database import writing
+from tunefork.serve.database import as_store_error, connect
 
 _KEY = re.compile(r"tf_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
