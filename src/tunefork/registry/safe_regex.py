@@ -10,8 +10,8 @@ Groups, alternatives, repeats, classes and anchors are all that module names tak
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from re import _constants as c  # type: ignore[attr-defined]
-from re import _parser  # type: ignore[attr-defined]
+from re import _constants as c
+from re import _parser
 from typing import Any
 
 LONGEST = 4096
