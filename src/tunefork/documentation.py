@@ -24,7 +24,7 @@ def recipe_markdown() -> str:
         "The recipe",
         "One YAML file says what a run is. Only `model` and `data.train` must be given.\n"
         "`--set section.key=value` beats the file. Unknown keys are errors.\n\n"
-        "Generated from `src/tunefork/recipe.py` by `python -m tunefork.documentation docs`.",
+        "Generated from `src/tunefork/recipe/` by `python -m tunefork.documentation docs`.",
     )
 
 

@@ -25,7 +25,7 @@ from tunefork.plan.capture import Layer
 
 _MOST_FILES = 100
 _PACKAGES = ("torch", "transformers", "bitsandbytes")
-_SOURCES = ("kernels", "model", "plan", "train/engine.py", "recipe.py")
+_SOURCES = ("kernels", "model", "plan", "recipe", "train/engine.py")
 """Of this library: what the programs follow from."""
 
 
