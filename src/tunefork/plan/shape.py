@@ -133,7 +133,14 @@ def on_meta(config: Any, *, dtype: torch.dtype, attention: str | None = None) ->
 
 def count_params(config: Any) -> int:
     """Parameters of the whole model, tied ones once. Raises PlanError."""
-    return _extrapolated(config, lambda model: sum(p.numel() for p in model.parameters()))
+    key = config.to_json_string()
+    if key not in _COUNTED:
+        _COUNTED[key] = _extrapolated(config, lambda m: sum(p.numel() for p in m.parameters()))
+    return _COUNTED[key]
+
+
+_COUNTED: dict[str, int] = {}
+"""Asked for by the plan of each machine."""
 
 
 def lora_params(config: Any, lora: LoraSection) -> int:
