@@ -15,8 +15,11 @@ import tunefork.trial.artifact as artifact
 import tunefork.trial.training as training
 import tunefork.trial.trial as trial
 from tests.folders import save_model
+from tunefork.data.loader import load_data
 from tunefork.errors import IdentityError, ModelError, RunFolderError, TuneforkError
+from tunefork.model.asked import asked_sha256
 from tunefork.model.fingerprint import identify
+from tunefork.model.load import load_tokenizer
 from tunefork.recipe import Method, Recipe
 from tunefork.registry.claim import CLAIM
 from tunefork.registry.opening import open_model
@@ -337,6 +340,9 @@ def test_a_run_records_its_base_and_its_artefact_too(
     assert provenance.recipe is not None
     resolved = Recipe.model_validate(provenance.recipe)
     assert resolved.train.learning_rate == record.learning_rate
+    assert (resolved.data.format, resolved.data.labels) == ("classification", ("dog", "fox"))
+    data = load_data(recipe, load_tokenizer(recipe.model))
+    assert provenance.asked_sha256 == asked_sha256(data) is not None
     assert (provenance.own is not None) == (method is Method.FULL)
     open_model(str(run))
     save_model(own_base, seed=1)

@@ -174,7 +174,7 @@ def _run(
             record = with_prediction(record, prediction, result)
         told.log.state("saving")
         with phase("save", Remedies.of(recipe, method)):
-            record = save(model, tokenizer, recipe, record, folder, data.fingerprint())
+            record = save(model, tokenizer, recipe, record, folder, data)
         if record.status == "interrupted":
             return record
         if recipe.train.checkpoints_when_done == "remove":
