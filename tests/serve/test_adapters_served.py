@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,24 @@ def test_a_version_is_held_while_in_use_and_then_let_go(
         assert server.ask(model="acme:v1").status_code == 404
         eventually(lambda: engine.forgotten == ["acme:v1"])
         eventually(lambda: server.gateway.adapters.in_use() == 0)
+
+
+def test_a_store_that_cannot_be_read_is_no_missing_model(
+    server: Running, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Store.open() as store:
+        store.publish(adapter, "acme")
+    _said(server, "acme")
+
+    def fail(*_: object) -> None:
+        raise sqlite3.OperationalError("database is locked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "_find", fail)
+        answer = server.ask(model="acme")
+        assert answer.status_code == 503 and answer.headers["retry-after"] == "5"
+        assert answer.json()["error"]["code"] == "store_unusable" and "locked" not in answer.text
+    assert _said(server, "acme") == "acme:v1"
 
 
 def test_holds_end_with_the_server(

@@ -68,8 +68,8 @@ class FairQueue:
         self.waiting = 0
         self._most_waiting, self._most_per_tenant = most_waiting, most_waiting_per_tenant
         self._lanes: dict[str, _Lane] = {}
-        self._last_counter = 0.0
-        """Of the tenant that last had something waiting."""
+        self._last: _Lane | None = None
+        """The tenant that last had something waiting; its counter grows while its answers run."""
         self._turns: set[Turn] = set()
         self._begun: dict[Turn, float] = {}
         self._mean_s = 1.0
@@ -105,7 +105,7 @@ class FairQueue:
             lane.waiting.remove(turn)
             self.waiting -= 1
             if not lane.waiting:
-                self._last_counter = lane.counter
+                self._last = lane
         else:
             lane.running -= 1
             self.running -= 1
@@ -122,7 +122,9 @@ class FairQueue:
 
     def _lift(self, lane: _Lane) -> None:
         others = [other.counter for other in self._lanes.values() if other.waiting]
-        lane.counter = max(lane.counter, min(others) if others else self._last_counter)
+        if not others and self._last is not None:
+            others = [self._last.counter]
+        lane.counter = max(lane.counter, min(others, default=0.0))
 
     def _begin(self) -> None:
         while self.running < self.most_running and self.waiting:
@@ -135,7 +137,7 @@ class FairQueue:
             lane.running += 1
             lane.counter += PROMPT_COST * turn.prompt_tokens / lane.weight
             if not lane.waiting:
-                self._last_counter = lane.counter
+                self._last = lane
             self._begun[turn] = asyncio.get_running_loop().time()
             if not turn.granted.done():
                 turn.granted.set_result(None)

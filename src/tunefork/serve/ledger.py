@@ -53,7 +53,8 @@ class Ledger:
         self._queue: SimpleQueue[tuple[Usage, Future[None]] | None] = SimpleQueue()
         database = connect(file)
         with as_store_error(file):
-            for row in database.execute("SELECT * FROM months WHERE month = ?", (month(),)):
+            # All of them: a clock that is not set yet may say another month than it soon will.
+            for row in database.execute("SELECT * FROM months"):
                 self._months[row["tenant"], row["month"]] = row["tokens"]
         database.close()
         self._thread = Thread(target=self._write, name="usage", daemon=True)

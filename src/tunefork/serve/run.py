@@ -30,6 +30,7 @@ def serve(engine: Engine, settings: ServeSettings, say: Callable[[str], None] = 
     app = create_app(engine, settings)
     config = uvicorn.Config(
         app,
+        http="h11",  # httptools, taken where it is installed, bounds no header
         log_level="warning",
         access_log=False,
         server_header=False,

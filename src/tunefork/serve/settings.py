@@ -60,6 +60,9 @@ class ServeSettings(Section):
     max_open_requests: PositiveInt = 2048
     """Requests at the same time, waiting ones too; more are sent away with 503."""
 
+    max_open_requests_per_tenant: PositiveInt = 512
+    """The same of one tenant, so that none keeps the others out; more get 429."""
+
     max_queued: PositiveInt = 1024
     """Answers that wait for the engine; more are sent away with 429."""
 

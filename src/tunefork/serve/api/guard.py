@@ -44,8 +44,8 @@ class Guard:
             elif scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1003})
             return
-        scope["cleanup"] = []
-        sending, body = _Sending(send), _Body()
+        scope["cleanup"], scope["limits"] = [], dict
+        sending, body = _Sending(send, scope), _Body()
         self._open += 1
         try:
             self._check(scope)
@@ -152,13 +152,15 @@ class _Body:
 class _Sending:
     """Remembers whether an answer has begun, and adds what every answer has."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    def __init__(self, send: Send, scope: Scope) -> None:
+        self._send, self._scope = send, scope
         self.has_begun = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.has_begun = True
+            limits: dict[str, str] = self._scope["limits"]()
             headers = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
+            headers += [(name.encode(), value.encode()) for name, value in limits.items()]
             message = {**message, "headers": headers}
         await self._send(message)

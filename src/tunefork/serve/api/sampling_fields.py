@@ -84,7 +84,7 @@ class SamplingFields(ApiModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-_TOOLS = "tools are not; the adapters here were trained on plain turns"
+_TOOLS = "models here are trained and asked in plain turns"
 UNSUPPORTED = {
     "audio": "answers are text",
     "function_call": _TOOLS,
