@@ -1,5 +1,7 @@
 """Tenant A cannot name, list, use or bill to tenant B, nor learn whether what is B's exists."""
 
+import asyncio
+import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +15,7 @@ from tests.serve.servers import ASKED, Running, eventually, serving
 from tunefork.data.example import Message
 from tunefork.registry.store import Store
 from tunefork.serve.door import Door
+from tunefork.serve.gateway import Gateway
 from tunefork.serve.ledger import read_usage
 from tunefork.serve.prompts import Prompts
 from tunefork.serve.settings import ServeSettings
@@ -139,6 +142,54 @@ def test_large_inputs_of_one_tenant_do_not_hold_up_another(
         is_over.set()
         assert {asked.result().status_code for asked in flood} == {200}
     assert answered == 200
+
+
+def test_a_thread_that_nobody_waits_for_keeps_its_place(settings: ServeSettings) -> None:
+    """Or a tenant that sends and hangs up would have them all."""
+
+    async def run() -> None:
+        gateway = Gateway(FakeEngine(), settings, lambda _: FakeEngine())
+        is_over, begun = Event(), []
+
+        def slow(number: int) -> None:
+            begun.append(number)
+            is_over.wait(20)
+
+        tasks = [asyncio.create_task(gateway.read(Tenant("a"), slow, n)) for n in range(6)]
+        await asyncio.sleep(0)
+        for task in tasks[:4]:
+            task.cancel()
+        await asyncio.sleep(0.05)
+        assert await asyncio.wait_for(gateway.read(Tenant("b"), max, 1, 2), 10) == 2
+        assert len(begun) == 2
+        is_over.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert len(begun) == 4
+        await gateway.stop()
+
+    asyncio.run(run())
+
+
+def test_one_tenant_s_bodies_leave_room_for_another(
+    keys: dict[str, str], settings: ServeSettings
+) -> None:
+    small = settings.model_copy(update={"max_body_bytes": 1000})
+    padding = b" " * 900
+    with serving(FakeEngine(delay_s=0.05), small) as running, ThreadPoolExecutor(40) as pool:
+
+        def ask(key: str, model: str) -> int:
+            body = json.dumps({"model": model, "messages": ASKED, "max_tokens": 8}).encode()
+            with running.http(key) as http:
+                headers = {"Content-Type": "application/json"}
+                content = body + padding[: 990 - len(body)]
+                return http.post(
+                    "/v1/chat/completions", content=content, headers=headers
+                ).status_code
+
+        flood = [pool.submit(ask, keys["a"], "tiny-base") for _ in range(40)]
+        eventually(lambda: any(asked.done() for asked in flood))
+        assert ask(keys["b"], "b/one") == 200
+        assert {asked.result() for asked in flood} == {200, 503}
 
 
 def test_one_tenant_s_open_requests_leave_room_for_another(

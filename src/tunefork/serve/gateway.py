@@ -178,8 +178,12 @@ class Gateway:
 
     async def read(self, tenant: Tenant, function: Callable[..., Any], *arguments: Any) -> Any:
         """Parse or tokenise what `tenant` sent, never in all threads: others have some to send."""
-        async with self._reading.setdefault(tenant.name, asyncio.Semaphore(_THREADS // 2)):
-            return await self.in_thread(function, *arguments)
+        places = self._reading.setdefault(tenant.name, asyncio.Semaphore(_THREADS // 2))
+        await places.acquire()
+        work = asyncio.ensure_future(self.in_thread(function, *arguments))
+        # A thread goes on when its request is cancelled, and so does its place.
+        work.add_done_callback(lambda _: places.release())
+        return await asyncio.shield(work)
 
     async def in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run what is not quick beside the event loop."""

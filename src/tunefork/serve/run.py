@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from prometheus_client import disable_created_metrics
 
 from tunefork.errors import BadInputError
 from tunefork.serve.app import create_app
@@ -26,6 +27,7 @@ def serve(engine: Engine, settings: ServeSettings, say: Callable[[str], None] = 
     """Serve until a signal comes. Raises what kept the engine from starting."""
     check_exposure(settings)
     _raise_open_files()
+    disable_created_metrics()  # else half of the time series would tell when the others began
     listening = bind(settings)
     app = create_app(engine, settings)
     config = uvicorn.Config(
