@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 from prometheus_client import disable_created_metrics
 
 from tunefork.errors import BadInputError
@@ -30,16 +31,7 @@ def serve(engine: Engine, settings: ServeSettings, say: Callable[[str], None] = 
     disable_created_metrics()  # else half of the time series would tell when the others began
     listening = bind(settings)
     app = create_app(engine, settings)
-    config = uvicorn.Config(
-        app,
-        http="h11",  # httptools, taken where it is installed, bounds no header
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
-        timeout_keep_alive=30,
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(configure(app, settings))
     gateway: Gateway = app.state.gateway
     drain_on_signal(server, gateway)
     gateway.on_failure = lambda: setattr(server, "should_exit", True)
@@ -49,6 +41,19 @@ def serve(engine: Engine, settings: ServeSettings, say: Callable[[str], None] = 
     server.run(sockets=[listening])
     if gateway.failure is not None:
         raise gateway.failure
+
+
+def configure(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:
+    """How uvicorn serves `app`."""
+    return uvicorn.Config(
+        app,
+        http="h11",  # httptools, which is preferred where it is installed, bounds no header
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
+        timeout_keep_alive=30,
+    )
 
 
 def _welcome(gateway: Gateway, listening: socket.socket) -> str:
