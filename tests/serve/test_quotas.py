@@ -1,5 +1,6 @@
 """Limits hold, are told with the time to wait, and the month's survives a restart."""
 
+import asyncio
 import subprocess
 import sys
 from contextlib import closing
@@ -16,7 +17,7 @@ from tunefork.serve import ledger as ledger_module
 from tunefork.serve import quotas as quotas_module
 from tunefork.serve.api.errors import ApiError
 from tunefork.serve.database import connect
-from tunefork.serve.ledger import Ledger, month, read_usage
+from tunefork.serve.ledger import Ledger, Usage, month, read_usage
 from tunefork.serve.quotas import Quotas
 from tunefork.serve.settings import ServeSettings
 from tunefork.serve.tenants import Tenant, add_key
@@ -125,6 +126,30 @@ def test_a_clock_that_was_not_set_yet_forgets_no_month(
         ledger = Ledger(file)
     assert Quotas(ledger).left_this_month(Tenant("a", tokens_per_month=100)) == 30
     ledger.close()
+
+
+def test_servers_with_one_file_share_a_month(tmp_path: Path) -> None:
+    file = tmp_path / "serve.sqlite"
+    ledgers = [Ledger(file), Ledger(file)]
+    told = (
+        f"{month()}-26T00:00:00",
+        "a",
+        None,
+        "completions",
+        "m",
+        None,
+        "ok",
+        1,
+        40,
+        30,
+        0.1,
+        0.2,
+    )
+    asyncio.run(ledgers[0].record(Usage("r", *told)))
+    ledgers[1].refresh()
+    assert Quotas(ledgers[1]).left_this_month(Tenant("a", tokens_per_month=100)) == 30
+    for ledger in ledgers:
+        ledger.close()
 
 
 def _ask(running: Any, key: str, **fields: Any) -> httpx.Response:

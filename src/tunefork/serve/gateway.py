@@ -237,6 +237,7 @@ class Gateway:
         if not self.engine.state().healthy:
             await self._restart()
         await self.in_thread(self.door.read)
+        await self.in_thread(self.parts.ledger.refresh)
         await self._pins.follow(self.adapters)
         await self.adapters.sweep(self.settings.hold_idle_s)
 

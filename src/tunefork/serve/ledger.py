@@ -51,14 +51,22 @@ class Ledger:
         self._file = file
         self._months: dict[tuple[str, str], int] = {}
         self._queue: SimpleQueue[tuple[Usage, Future[None]] | None] = SimpleQueue()
-        database = connect(file)
-        with as_store_error(file):
-            # All of them: a clock that is not set yet may say another month than it soon will.
-            for row in database.execute("SELECT * FROM months"):
-                self._months[row["tenant"], row["month"]] = row["tokens"]
-        database.close()
+        self.refresh()
         self._thread = Thread(target=self._write, name="usage", daemon=True)
         self._thread.start()
+
+    def refresh(self) -> None:
+        """Heed what other servers with this file have recorded. Raises StoreError."""
+        database = connect(self._file)
+        try:
+            with as_store_error(self._file):
+                # Not the present month alone: a clock that is not set yet says another one.
+                rows = database.execute("SELECT tenant, month, tokens FROM months").fetchall()
+        finally:
+            database.close()
+        for tenant, of_month, tokens in rows:
+            if tokens > self._months.get((tenant, of_month), 0):
+                self._months[tenant, of_month] = tokens
 
     def used_this_month(self, tenant: str) -> int:
         """Tokens that are on record."""

@@ -28,7 +28,8 @@ def serve(engine: Engine, settings: ServeSettings, say: Callable[[str], None] = 
     """Serve until a signal comes. Raises what kept the engine from starting."""
     check_exposure(settings)
     _raise_open_files()
-    disable_created_metrics()  # else half of the time series would tell when the others began
+    # Else half of the time series would tell when the others began.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     listening = bind(settings)
     app = create_app(engine, settings)
     server = uvicorn.Server(configure(app, settings))
