@@ -11,11 +11,13 @@ import torch
 from tests.tiny import tiny_model
 from tests.train.test_loss import examples
 from tunefork.errors import DivergedError, ModelError, RecipeError
+from tunefork.model.head import find_head
 from tunefork.model.layers import decoder_layers, prepare_layers
 from tunefork.recipe import Checkpointing, DataSection, FullSection, Method, ModelSection, Recipe
 from tunefork.recipe import TrainSection as Train
 from tunefork.recipe_file import parse
-from tunefork.train import loop, method
+from tunefork.train import method
+from tunefork.train.accumulate import Accumulator
 from tunefork.train.checkpoints import Checkpoints, Policy
 from tunefork.train.loop import TrainResult, train
 from tunefork.train.recovery import OnFault
@@ -97,7 +99,8 @@ def test_the_bits_are_those_of_a_run_that_keeps_its_gradients(
     full: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    most, forms = [0], {"dtype": dtype, "checkpointing": checkpointing, "num_steps": 3, **full}
+    most = [0]
+    forms: dict[str, Any] = {"dtype": dtype, "checkpointing": checkpointing, "num_steps": 3, **full}
     end = Release.end
 
     def watch(model: Any) -> None:
@@ -108,8 +111,13 @@ def test_the_bits_are_those_of_a_run_that_keeps_its_gradients(
             parameter.register_post_accumulate_grad_hook(count)
 
     kept, there = _run(releases=False, **forms)
-    ends: list[float] = []
-    monkeypatch.setattr(Release, "end", lambda self: ends.append(end(self)) or ends[-1])
+    ends: list[Release] = []
+
+    def ended(release: Release) -> float:
+        ends.append(release)
+        return end(release)
+
+    monkeypatch.setattr(Release, "end", ended)
     released, here = _run(on_built=watch, **forms)
     assert released == kept
     assert here.steps == there.steps  # losses and the gradient's norms too
@@ -117,7 +125,8 @@ def test_the_bits_are_those_of_a_run_that_keeps_its_gradients(
 
 
 def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
-    form = {"dtype": torch.bfloat16, "weights": "bf16", "optimizer": "adamw_bf16", "num_steps": 6}
+    form: dict[str, Any] = {"dtype": torch.bfloat16, "weights": "bf16", "num_steps": 6}
+    form |= {"optimizer": "adamw_bf16"}
     whole, _ = _run(**form)
     _, first = _run(folder=tmp_path, **form | {"stop_after": 3})
     resumed, second = _run(folder=tmp_path, **form)
@@ -161,14 +170,14 @@ def test_a_sick_loss_ends_the_run_before_any_weight_moves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, _ = _run(num_steps=18)
-    forward = loop.Accumulator.forward
+    forward = Accumulator.forward
     for factor, said in ((float("nan"), "the loss is nan"), (1e3, "standard deviations")):
 
         def planted(self: Any, chosen: Any, step: int, by: float = factor) -> tuple[float, int]:
             loss, supervised = forward(self, chosen, step)
             return loss * (by if step == 19 else 1.0), supervised
 
-        monkeypatch.setattr(loop.Accumulator, "forward", planted)
+        monkeypatch.setattr(Accumulator, "forward", planted)
         with pytest.raises(DivergedError, match=rf"step 19: .*{said}.*checkpoint of step 18"):
             _run(folder=tmp_path, loss_spike="stop")
     monkeypatch.undo()
@@ -183,7 +192,7 @@ def test_a_rehearsal_changes_no_bit_and_keeps_no_gradient() -> None:
     assert release is not None
     with release:
         found = rehearse(
-            Runner(model, loop.find_head(model)),
+            Runner(model, find_head(model)),
             EXAMPLES,
             STEPS * (FEWEST // NUM_STEPS + 1),
             optimizer,
