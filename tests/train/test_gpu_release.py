@@ -46,8 +46,8 @@ def _run(*, releases: bool, compiles: bool, **full: Any) -> tuple[str, TrainResu
         full=FullSection(gradient_release=releases, weights="bf16", **full),
         train=TrainSection(max_grad_norm=None, compile="always" if compiles else "never"),
     )
-    ids = np.random.default_rng(0).integers(3, 2048, (8, 64)).astype(np.int32)
-    examples = [Encoded("-", row, np.ones(64, dtype=np.bool_)) for row in ids]
+    ids = np.random.default_rng(0).integers(3, 2048, (8, 16)).astype(np.int32)
+    examples = [Encoded("-", row, np.ones(16, dtype=np.bool_)) for row in ids]
     optimizer = make_optimizer(model, recipe, Method.FULL, seed=0)
     release = make_release(model, optimizer, recipe, Method.FULL)
     runner = prepare_engine(model, recipe, num_steps=4, releases=release is not None)
@@ -58,7 +58,7 @@ def _run(*, releases: bool, compiles: bool, **full: Any) -> tuple[str, TrainResu
             [[0, 1], [2, 3], [4, 5], [6, 7]],
             optimizer,
             learning_rates=[1e-3] * 4,
-            micro_batch_tokens=128,
+            micro_batch_tokens=32,
             packing=True,
             pad_id=0,
             max_grad_norm=None,
@@ -82,5 +82,5 @@ def test_the_peak_loses_the_gradients_and_the_weights_are_the_same(
     assert [r.loss for r in here.steps] == [r.loss for r in there.steps]
     norms = [r.grad_norm for r in there.steps]
     assert [r.grad_norm for r in here.steps] == pytest.approx(norms, rel=1e-4)
-    # What is left is one layer's at most (compiled, its gradients come together): a twelfth.
-    assert there.peak_memory_bytes - here.peak_memory_bytes > 0.7 * gradients
+    # What is left: one layer's (compiled, they come together), the room of an update, activations.
+    assert there.peak_memory_bytes - here.peak_memory_bytes > 0.6 * gradients
