@@ -116,10 +116,6 @@ class FairQueue:
         """How many answers of each tenant wait."""
         return {name: len(lane.waiting) for name, lane in self._lanes.items()}
 
-    def counters(self) -> dict[str, float]:
-        """The virtual token counters."""
-        return {name: lane.counter for name, lane in self._lanes.items()}
-
     def _lift(self, lane: _Lane) -> None:
         others = [other.counter for other in self._lanes.values() if other.waiting]
         lane.counter = max(lane.counter, min(others) if others else self._last_counter)
