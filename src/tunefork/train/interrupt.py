@@ -7,7 +7,7 @@ Ctrl-C, SIGTERM (Kubernetes, `docker stop`, Slurm at its limit), SIGUSR1 (Slurm'
 import signal
 import threading
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
 
 
@@ -35,12 +35,7 @@ class Interrupt:
             self._previous = {s: signal.signal(s, self._note) for s in self.SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
