@@ -164,13 +164,13 @@ class Fleet:
         start = time.perf_counter()
         with nullcontext() if self._has_passed else self._interrupt.at_once():
             stepped = self.group.step()
-        self._has_passed = True
+        self._has_passed, seconds = True, time.perf_counter() - start
         self.bench.meter.note()
         has_left = self._take(stepped, start)
         if self.moments.is_due(has_left=has_left, state_bytes=self._state_bytes()):
             self._take(self.group.sync(), time.perf_counter())
             self._save()
-        self.view.tick()
+        self.view.on_pass(seconds)
 
     def _take(self, stepped: Sequence[Stepped], start: float) -> bool:
         """Hear of steps, whose passes began at `start`; returns whether a member left."""
