@@ -24,6 +24,7 @@ from tunefork.serve.engine import (
     Capabilities,
     EngineRequest,
     EngineState,
+    Meter,
     Piece,
     Sampling,
     ServedAdapter,
@@ -40,23 +41,29 @@ _SAMPLING = frozenset(one.name for one in fields(Sampling))
 class _Stream:
     """Pieces of one answer on their way to whoever reads them. Event loop only."""
 
-    def __init__(self) -> None:
-        self.items: list[Piece | TuneforkError] = []
+    def __init__(self, meter: Meter) -> None:
+        self.pieces: list[Piece] = []
+        self.error: TuneforkError | None = None
+        self.meter = meter
         self.something = asyncio.Event()
 
     def put(self, item: Piece | TuneforkError) -> None:
-        self.items.append(item)
+        if isinstance(item, Piece):
+            self.meter.tokens += len(item.token_ids)
+            self.pieces.append(item)
+        else:
+            self.error = item
         self.something.set()
 
     async def take(self) -> Piece:
         """All that has come since, as one piece. Raises what the request ended with."""
         await self.something.wait()
-        self.something.clear()
-        items, self.items = self.items, []
-        pieces = [item for item in items if isinstance(item, Piece)]
-        for item in items:
-            if isinstance(item, TuneforkError):
-                raise item
+        if not self.pieces:
+            assert self.error is not None
+            raise self.error
+        pieces, self.pieces = self.pieces, []
+        if self.error is None:
+            self.something.clear()
         return pieces[0] if len(pieces) == 1 else _joined(pieces)
 
 
@@ -114,7 +121,7 @@ class EmbeddedEngine:
         limit = self.settings.embedded.max_requests + self.settings.embedded.max_queued
         if self._num_open >= limit:
             raise EngineBusyError(f"{self._num_open} requests are open; at most {limit} may be")
-        stream, core, is_over = _Stream(), parts.core, False
+        stream, core, is_over = _Stream(request.meter), parts.core, False
         self._num_open += 1
         try:
             matcher = await self._matcher(request, parts)
