@@ -16,7 +16,6 @@ one are no places of another. What a tenant was served counts wherever it was.
 
 import asyncio
 from collections import defaultdict, deque
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 PROMPT_COST = 1.0
@@ -81,7 +80,7 @@ class FairQueue:
 
     def __init__(self, most_running: int, most_waiting: int, most_waiting_per_tenant: int) -> None:
         self._main = _Pool(most_running)
-        self._pools: dict[Hashable, _Pool] = {}
+        self._pools: dict[object, _Pool] = {}
         self._most_waiting, self._most_per_tenant = most_waiting, most_waiting_per_tenant
         self._lanes: dict[str, _Lane] = {}
         self._last_counter = 0.0
@@ -90,7 +89,7 @@ class FairQueue:
         self._begun: dict[Turn, float] = {}
         self._mean_s = 1.0
 
-    def add_places(self, engine: Hashable, places: int) -> None:
+    def add_places(self, engine: object, places: int) -> None:
         """Answers of `engine` have places of their own."""
         self._pools[engine] = _Pool(places)
 
@@ -105,7 +104,7 @@ class FairQueue:
         return sum(pool.waiting for pool in (self._main, *self._pools.values()))
 
     def enter(
-        self, tenant: str, weight: float, prompt_tokens: list[int], engine: Hashable = None
+        self, tenant: str, weight: float, prompt_tokens: list[int], engine: object = None
     ) -> list[Turn]:
         """Places for answers to prompts of so many tokens: all of them, or QueueFullError."""
         lane = self._lanes.setdefault(tenant, _Lane(weight))

@@ -12,6 +12,7 @@ the models, with the attention interface through which they compute.
 
 import asyncio
 import gc
+import logging
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import fields
 from threading import Thread
@@ -35,6 +36,7 @@ from tunefork.serve.engines.grammar import KINDS, Matcher, is_available
 from tunefork.serve.engines.sequence import open_sequence
 from tunefork.serve.settings import ServeSettings
 
+logger = logging.getLogger(__name__)
 _SAMPLING = frozenset(one.name for one in fields(Sampling))
 
 
@@ -193,7 +195,10 @@ class EmbeddedEngine:
             death = EngineDeadError(f"the engine stopped: {type(error).__name__}: {error}"[:500])
             death.__cause__ = error
             self._death = death
-        parts.core.close(death)
+        try:
+            parts.core.close(death)
+        except Exception as error:  # everyone was told: what is left belongs to a dead device
+            logger.error("the engine's memory cannot be given back", exc_info=error)
 
     def _alive(self) -> Assembled:
         if self._death is not None:
