@@ -110,3 +110,20 @@ def test_a_full_queue_takes_all_or_nothing_and_says_when() -> None:
             _enter(queue, "c", 1)
 
     asyncio.run(run())
+
+
+def test_a_replicas_places_are_no_places_of_the_engine() -> None:
+    async def run() -> None:
+        queue, replica = _queue(running=1), object()
+        queue.add_places(replica, 2)
+        first, second = _enter(queue, "a"), _enter(queue, "a")
+        assert first[0].granted.done() and not second[0].granted.done()
+        merged = queue.enter("a", 1.0, [1, 1, 1], replica)
+        assert [turn.granted.done() for turn in merged] == [True, True, False]
+        assert (queue.running, queue.waiting) == (3, 2)
+        first[0].leave()
+        assert second[0].granted.done() and not merged[2].granted.done()
+        merged[0].leave()
+        assert merged[2].granted.done()
+
+    asyncio.run(run())

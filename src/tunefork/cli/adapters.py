@@ -79,10 +79,12 @@ def publish(
     as_json: AsJson = False,
 ) -> None:
     """Copy an artefact into the store as the next version of a name."""
-    from tunefork.registry.store import Store
+    from tunefork.registry.store import Store, unfinished
 
     with Store.open() as store:
         version = store.publish(folder, name, tags=tag or (), note=note)
+    if (told := unfinished(folder)) is not None:
+        typer.echo(f"warning: {told}; {version} is published all the same", err=True)
     _print_version(version, as_json)
 
 

@@ -154,6 +154,9 @@ class Gateway:
         adapter, prompts = lease.checked.adapter, lease.checked.prompts
         if (replica := self._replicas.find(adapter.id)) is not None:
             return Target(adapter.id, replica, None, prompts, lease)
+        if lease.checked.needs_replica:
+            lease.release()
+            raise not_ready("failed")
         return Target(adapter.id, self.engine, adapter, prompts, lease)
 
     async def in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -197,8 +200,11 @@ class Gateway:
         self._adapters = Adapters(self.engine, checks, base.identity.weights_sha256)
         await self._replicas.start(settings.merge, self._adapters)
         await self._pins.start(self._adapters)
-        places = capabilities.max_requests + self._replicas.places()
-        queue = FairQueue(places, settings.max_queued, settings.max_queued_per_tenant)
+        queue = FairQueue(
+            capabilities.max_requests, settings.max_queued, settings.max_queued_per_tenant
+        )
+        for replica in self._replicas.engines():
+            queue.add_places(replica, replica.capabilities.max_requests)
         metrics = Metrics(settings.max_metric_adapters, places=capabilities.max_requests)
         metrics.watch(self._snapshot)
         self._parts = Parts(queue, Quotas(ledger), ledger, metrics)
@@ -206,6 +212,7 @@ class Gateway:
 
     async def _look(self) -> None:
         await self.in_thread(self.door.read)
+        self._replicas.revive()
         if not self.engine.state().healthy:
             await self._restart()
             return

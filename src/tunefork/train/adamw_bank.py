@@ -19,8 +19,9 @@ from tunefork.model.bank import Bank
 from tunefork.train.clip import clip_factor
 from tunefork.train.flat import FlatParameters
 
-_BLOCK = 128
-"""Most elements of a block: `FlatParameters` starts every parameter at a multiple of it."""
+_BLOCK = 1024
+"""Most elements of a block. The fewer, the more there are to number, 8 bytes and more each. A power
+of two, so that a parameter of whole blocks, or any aligned as `FlatParameters` does, begins one."""
 
 
 @dataclass(frozen=True, slots=True)
