@@ -4,11 +4,16 @@ Ctrl-C, SIGTERM (Kubernetes, `docker stop`, Slurm at its limit), SIGUSR1 (Slurm'
 `--signal=USR1@60`) or the appearance of `train.preemption_file`.
 """
 
+import os
 import signal
 import threading
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
+
+
+_STDERR = 2
+_SAID = b"\nstopping after this step; Ctrl-C again stops at once\n"
 
 
 class Interrupt:
@@ -45,6 +50,8 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self._noted and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            if self._noted:
+                raise KeyboardInterrupt
+            os.write(_STDERR, _SAID)  # print must not be called from a signal's handler
         self._noted = True
