@@ -23,7 +23,8 @@ TenantsFile = Annotated[
     typer.Option(
         "--tenants",
         metavar="FILE",
-        help="Tenants, keys and usage. [default: TUNEFORK_HOME/serve.sqlite]",
+        help="Tenants, keys and usage.",
+        show_default="TUNEFORK_HOME/serve.sqlite",
     ),
 ]
 
@@ -35,14 +36,16 @@ def run(
         str | None, typer.Option(metavar="MODEL", help="A hub id, folder, .gguf or packaged name.")
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="embedded or vllm. [default: embedded]")
+        str | None, typer.Option(help="embedded or vllm.", show_default="embedded")
     ] = None,
     host: Annotated[
-        str | None, typer.Option(help="Beyond 127.0.0.1 keys are demanded. [default: 127.0.0.1]")
+        str | None,
+        typer.Option(help="Beyond 127.0.0.1 keys are demanded.", show_default="127.0.0.1"),
     ] = None,
-    port: Annotated[int | None, typer.Option(help="0: any free one. [default: 8000]")] = None,
+    port: Annotated[int | None, typer.Option(help="0: any free one.", show_default="8000")] = None,
     name: Annotated[
-        str | None, typer.Option(help="The base's name for clients. [default: its id's last part]")
+        str | None,
+        typer.Option(help="The base's name for clients.", show_default="its id's last part"),
     ] = None,
     tenants: TenantsFile = None,
     merge: Annotated[
@@ -124,7 +127,7 @@ def add(
     models: Annotated[
         list[str] | None,
         typer.Option(
-            "--models", metavar="PATTERN", help="Adapters it sees ('acme/*'). [default: all]"
+            "--models", metavar="PATTERN", help="Adapters it sees ('acme/*').", show_default="all"
         ),
     ] = None,
     base: Annotated[

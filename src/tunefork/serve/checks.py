@@ -43,6 +43,8 @@ class Checked:
 
     adapter: ServedAdapter
     prompts: Prompts
+    needs_replica: bool
+    """The engine of all adapters cannot apply it."""
 
 
 class Checks:
@@ -71,13 +73,14 @@ class Checks:
             "modules_to_save": bool(config.modules_to_save),
             "token_rows": bool(config.trainable_token_indices),
         }
-        for kind, is_used in kinds.items():
-            if is_used and not is_merged and kind not in self._capabilities.adapter_kinds:
-                raise _unusable(
-                    name,
-                    f"has {kind}, which the engine of this server cannot apply beside others; its "
-                    "operator can give it a replica (--merge)",
-                )
+        used = [kind for kind, is_used in kinds.items() if is_used]
+        foreign = [kind for kind in used if kind not in self._capabilities.adapter_kinds]
+        if foreign and not is_merged:
+            raise _unusable(
+                name,
+                f"has {foreign[0]}, which the engine of this server cannot apply beside others; "
+                "its operator can give it a replica (--merge)",
+            )
         provenance = self._check_base(name, provenance)
         data = _data_of(name, provenance)
         with _told(name, "does not fit the layers of this server's base"):
@@ -86,14 +89,15 @@ class Checks:
         self._check_rendering(name, details, folder)
         rank = max((delta.rank for delta in targets.deltas.values()), default=0)
         most = self._capabilities.max_rank
-        if most is not None and rank > most and not is_merged:
+        is_large = most is not None and rank > most
+        if is_large and not is_merged:
             raise _unusable(name, f"has rank {rank}; the engine of this server takes {most}")
         with _told(name, "was trained with a template that this server's base does not have"):
             prompts = self._base.prompts_of(data)
         self._check_asked(name, provenance, data)
         elements = sum(_size(entry.shape) for entry in header.values())
         served = ServedAdapter(name, folder, rank, elements * self._bytes_per_element)
-        return Checked(served, prompts)
+        return Checked(served, prompts, bool(foreign) or is_large)
 
     def _check_base(self, name: str, provenance: Provenance | None) -> Provenance:
         """That it says it belongs to the base."""

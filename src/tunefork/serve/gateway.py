@@ -174,6 +174,9 @@ class Gateway:
         adapter, prompts = lease.checked.adapter, lease.checked.prompts
         if (replica := self._replicas.find(adapter.id)) is not None:
             return Target(adapter.id, replica, None, prompts, lease)
+        if lease.checked.needs_replica:
+            lease.release()
+            raise not_ready("failed")
         return Target(adapter.id, self.engine, adapter, prompts, lease)
 
     async def read(self, tenant: Tenant, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -226,14 +229,18 @@ class Gateway:
         self._adapters = Adapters(self.engine, checks, base.identity.weights_sha256)
         await self._replicas.start(settings.merge, self._adapters)
         await self._pins.start(self._adapters)
-        places = capabilities.max_requests + self._replicas.places()
-        queue = FairQueue(places, settings.max_queued, settings.max_queued_per_tenant)
+        queue = FairQueue(
+            capabilities.max_requests, settings.max_queued, settings.max_queued_per_tenant
+        )
+        for replica in self._replicas.engines():
+            queue.add_places(replica, replica.capabilities.max_requests)
         metrics = Metrics(base.name, settings.max_metric_adapters, capabilities.max_requests)
         metrics.watch(self._snapshot)
         self._parts = Parts(queue, Quotas(ledger), ledger, metrics)
         logger.info("serving %s: %s", base.name, dict(self.engine.info()))
 
     async def _look(self) -> None:
+        self._replicas.revive()
         if not self.engine.state().healthy:
             await self._restart()
         await self.in_thread(self.door.read)

@@ -182,6 +182,8 @@ def _run(
         if result.is_asked_to_stop:  # during the last step: the same call goes on here
             raise KeyboardInterrupt
     told.log.state("evaluating")
+    if method is not None:
+        told.say(f"evaluating on {len(data.eval)} examples")
     with phase("evaluation", None if method is None else Remedies.of(recipe, method)):
         evaluation = evaluate(model, tokenizer, data, recipe)
     return finish(evaluation, recipe, record, folder)
