@@ -165,6 +165,8 @@ def test_quotas_hold_over_http_and_over_a_restart(settings: ServeSettings) -> No
         assert refused.status_code == 429
         assert refused.json()["error"]["code"] == "insufficient_quota"
         assert int(refused.headers["retry-after"]) > 0
+        told = 'tunefork_refused_total{reason="month",tenant="a"} 1.0'
+        assert told in running.gateway.parts.metrics.text().decode()
     with serving(FakeEngine(), settings) as running:
         cut = _ask(running, key, ignore_eos=True)  # nobody said how long: what the month has left
         assert cut.json()["usage"]["total_tokens"] == 55

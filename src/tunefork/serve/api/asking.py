@@ -173,4 +173,9 @@ def begin(
         end_user=end_user,
         lease=target.lease,
     )
-    return Answer(gateway.parts, order)
+    try:
+        return Answer(gateway.parts, order)
+    except ApiError as error:
+        if error.code == "insufficient_quota":
+            gateway.parts.metrics.refused(caller.tenant.name, "month")
+        raise
