@@ -11,7 +11,6 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
-
 _STDERR = 2
 _SAID = b"\nstopping after this step; Ctrl-C again stops at once\n"
 
