@@ -171,7 +171,7 @@ def test_a_sick_loss_ends_the_run_before_any_weight_moves(
 ) -> None:
     before, _ = _run(num_steps=18)
     forward = Accumulator.forward
-    for factor, said in ((float("nan"), "the loss is nan"), (1e3, "standard deviations")):
+    for factor, said in ((float("nan"), "the loss is nan;"), (1e3, "standard deviations")):
 
         def planted(self: Any, chosen: Any, step: int, by: float = factor) -> tuple[float, int]:
             loss, supervised = forward(self, chosen, step)
