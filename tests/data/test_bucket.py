@@ -1,6 +1,5 @@
 """Batches of few sizes: how few, and what they are filled with."""
 
-
 import numpy as np
 import pytest
 import torch

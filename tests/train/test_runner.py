@@ -55,7 +55,7 @@ def test_a_replay_reads_the_batch_and_divisor_that_it_is_given() -> None:
     size = replace(size_of(first), supervised=192)
     static, other = padded(first, size), padded(second, size)
     seen: list[float] = []
-    graph = _Graph(
+    graph: _Graph = _Graph(
         SimpleNamespace(replay=lambda: seen.append(float(graph.divisor))),
         static,
         torch.tensor(1.0),
