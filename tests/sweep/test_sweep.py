@@ -318,7 +318,7 @@ class _Late(_Stopping):
         return told
 
 
-@pytest.mark.parametrize("stopped_at", [0, 3])
+@pytest.mark.parametrize("stopped_at", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_steps_that_are_told_late_are_all_told(make: Make, tmp_path: Path, stopped_at: int) -> None:
     recipe = make(
         train={"max_steps": 6, "batch_size": 2, "epochs": 9, "checkpoint_every_steps": 2},
