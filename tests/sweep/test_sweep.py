@@ -268,7 +268,7 @@ def test_stopped_or_killed_the_same_call_goes_on_to_the_same_end(
 def test_a_finished_sweep_is_only_read(make: Make, tmp_path: Path) -> None:
     first = _sweep(make(), tmp_path / "out")
     again = _sweep(make(), tmp_path / "out", SoloGroup({"r2-lr1e-3": 1}))
-    assert again.variants == first.variants
+    assert again.variants == first.variants and again.together == first.together == 4
 
 
 @pytest.mark.parametrize(
