@@ -92,7 +92,7 @@ def publish(
 def adopt(
     folder: Annotated[Path, typer.Argument(help="An adapter's folder, made elsewhere.")],
     base: Annotated[
-        str | None, typer.Option(help="Its base. [default: as adapter_config.json says]")
+        str | None, typer.Option(help="Its base.", show_default="as adapter_config.json says")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="The base's revision on the hub.")] = None,
     name: Annotated[

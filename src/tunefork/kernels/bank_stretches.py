@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _SHORT = 64
@@ -75,13 +74,13 @@ def lay_out_sorted(stretches: Sequence[Stretch], slots: int, device: torch.devic
     return Layout(0, (), (), host.to(device, non_blocking=True), at)
 
 
-def sorted_delta(x_sd: Tensor, a_nrd: Tensor, b_nro: Tensor, layout: Layout) -> Tensor:
-    """B_n A_n x of tokens in the order of their slots: (S, O), zero behind them. bf16."""
+def add_sorted(y_so: Tensor, x_sd: Tensor, a_nrd: Tensor, b_nro: Tensor, layout: Layout) -> Tensor:
+    """y += B_n A_n x of tokens in the order of their slots, in place; returns y. bf16."""
     assert layout.ends_n is not None
-    u_sr = torch._grouped_mm(x_sd[: layout.num_tokens], a_nrd.transpose(1, 2), offs=layout.ends_n)
-    delta_so = torch._grouped_mm(u_sr, b_nro, offs=layout.ends_n)
-    missing = x_sd.shape[0] - layout.num_tokens
-    return F.pad(delta_so, (0, 0, 0, missing)) if missing else delta_so
+    tokens = slice(layout.num_tokens)
+    u_sr = torch._grouped_mm(x_sd[tokens], a_nrd.transpose(1, 2), offs=layout.ends_n)
+    y_so[tokens] += torch._grouped_mm(u_sr, b_nro, offs=layout.ends_n)
+    return y_so
 
 
 def lay_out(stretches: Sequence[Stretch], rank: int, device: torch.device | None = None) -> Layout:

@@ -22,6 +22,7 @@ from tunefork.data.slots import is_even
 from tunefork.errors import AdapterError, ModelError
 from tunefork.kernels.bank import Bounds, Padded, padded_rank, spans
 from tunefork.kernels.bank_stretches import Layout
+from tunefork.kernels.bank_tokens import is_own
 from tunefork.model.bank_linear import BankLinear, Routing
 from tunefork.model.build import check_lora, linear_paths, lora_scale, replace
 from tunefork.model.linear import Nf4Linear, first_a
@@ -174,7 +175,7 @@ class Bank:
     def route_tokens(self, index_s: Tensor) -> None:
         """Each token's slot, or -1, is read from `index_s` (S,) whenever a pass runs."""
         self.routing.index_s, self.routing.mode = index_s, "tokens"
-        self.routing.is_own_sn = None
+        self.routing.is_own_sn = is_own(index_s, self.num_slots)
 
     def route_stretches(self, layout: Layout) -> None:
         """The next pass's tokens are whose the host says: a bank on a CPU that is only read."""

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunefork.kernels.bank import Bounds, Padded, add_segments, grouped, spans
-from tunefork.kernels.bank_stretches import Layout, add_stretches, sorted_delta
-from tunefork.kernels.bank_tokens import bank_tokens, is_own
+from tunefork.kernels.bank_stretches import Layout, add_sorted, add_stretches
+from tunefork.kernels.bank_tokens import bank_tokens
 from tunefork.model.linear import FrozenBase, Nf4Linear
 
 
@@ -44,16 +44,9 @@ class Routing:
     index_s: Tensor | None = None
     """(S,) each token's slot, -1 for none; mode "tokens"."""
     is_own_sn: Tensor | None = None
-    """Which slot is a token's own, made of `index_s` by the first layer of a pass that asks."""
+    """(S, G) which slot is a token's own, made of `index_s` once a pass; mode "tokens"."""
     layout: Layout | None = None
     """What the host knows of a pass that is only read from; mode "stretches"."""
-
-    def own(self, slots: int) -> Tensor:
-        """(S, G) which slot is a token's own; mode "tokens"."""
-        assert self.index_s is not None
-        if self.is_own_sn is None:
-            self.is_own_sn = is_own(self.index_s, slots)
-        return self.is_own_sn
 
 
 class BankLinear(nn.Module):
@@ -124,8 +117,8 @@ class BankLinear(nn.Module):
             return y_o
         x_sd = self.dropped(x_d.reshape(-1, x_d.shape[-1]))
         y_so = y_o.view(-1, y_o.shape[-1])
-        if routing.mode == "stretches" and routing.layout and routing.layout.ends_n is None:
-            return add_stretches(y_so, x_sd, *self.stacks, routing.layout).view(y_o.shape)
+        if routing.mode == "stretches":
+            return self.add_read(y_so, x_sd).view(y_o.shape)
         if routing.mode == "segments" and isinstance(self.base, nn.Linear | Nf4Linear):
             scales = tuple(routing.scales)
             y_so = add_segments(
@@ -134,6 +127,13 @@ class BankLinear(nn.Module):
         else:
             y_so = y_so + deltas([self], x_sd)[0]
         return y_so.view(y_o.shape)
+
+    def add_read(self, y_so: Tensor, x_sd: Tensor) -> Tensor:
+        """y with the deltas of a pass that is only read from, in place; mode "stretches"."""
+        layout = self.routing.layout
+        assert layout is not None
+        add = add_stretches if layout.ends_n is None else add_sorted
+        return add(y_so, x_sd, *self.stacks, layout)
 
     def dropped(self, x_sd: Tensor) -> Tensor:
         """x with each slot's dropout, while training; drawn for all tokens at once."""
@@ -177,8 +177,7 @@ def deltas(layers: Sequence[BankLinear], x_sd: Tensor) -> tuple[Tensor, ...]:
                 for layer in layers
             )
         case "stretches":
-            assert routing.layout is not None
-            return tuple(sorted_delta(x_sd, *la.stacks, routing.layout) for la in layers)
+            raise NotImplementedError("these are added in place: BankLinear.add_read")
         case "none":
             return tuple(x_sd.new_zeros(x_sd.shape[0], la.out_features) for la in layers)
 

@@ -16,7 +16,6 @@ import sqlite3
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from tunefork.errors import StoreError
@@ -57,12 +56,7 @@ class Store:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def publish(
@@ -135,7 +129,10 @@ class Store:
                     f"(tunefork adapters tag {found} {found.tags[0]} --remove)"
                 )
             if held := owners(database, self.root, found.id):
-                raise StoreError(f"{found}: is held by {', '.join(held)}; stop that first")
+                raise StoreError(
+                    f"{found}: is held by {', '.join(held)}; a server lets go of it hold_idle_s "
+                    "(60) after its last request, or when it is stopped"
+                )
             database.execute("DELETE FROM holds WHERE version_id = ?", (found.id,))
             database.execute("DELETE FROM versions WHERE id = ?", (found.id,))
             return found

@@ -7,7 +7,7 @@ figures, a step later, and by then nothing has happened to the slot.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, inf
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class SlotUpdate:
     learning_rate: float
     betas: tuple[float, float]
     weight_decay: float
-    max_grad_norm: float
+    max_grad_norm: float | None
 
 
 class BankAdamW:
@@ -138,7 +138,7 @@ class BankAdamW:
                 gradient_scale=1.0,
             )
             rows[slot] = [*known, 1.0]
-            limits[slot] = update.max_grad_norm
+            limits[slot] = inf if update.max_grad_norm is None else update.max_grad_norm
         device, both = self.m.device, (torch.tensor(rows), torch.tensor(limits))
         factors, limits_g = (x.pin_memory().to(device, non_blocking=True) for x in both)
         return factors, limits_g

@@ -10,20 +10,22 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
+
+_TOLD = "stopping after this step; Ctrl-C again stops at once"
 
 
 class Interrupt:
     """While entered, a signal is only noted (`requested`); a second Ctrl-C interrupts.
 
     A scheduler may send SIGTERM after SIGUSR1, or twice: that does not end what is being saved.
-    `told` goes to standard error when a signal is noted, where what it waits for may take long.
+    `told` goes to standard error when a signal is noted.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self, preemption_file: Path | None = None, told: str | None = None) -> None:
+    def __init__(self, preemption_file: Path | None = None, told: str = _TOLD) -> None:
         self._noted = self._is_at_once = False
         self._file, self._told = preemption_file, told
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
@@ -48,12 +50,7 @@ class Interrupt:
             self._previous = {s: signal.signal(s, self._note) for s in self.SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -61,6 +58,6 @@ class Interrupt:
         if self._is_at_once or (self._noted and number == signal.SIGINT):
             self._noted = True
             raise KeyboardInterrupt
-        if self._told and not self._noted:
-            os.write(2, f"{self._told}\n".encode())  # a handler may come amidst another's print
+        if not self._noted:
+            os.write(2, f"\n{self._told}\n".encode())  # a handler may come amidst another's print
         self._noted = True
