@@ -68,7 +68,7 @@ def test_variants_that_come_and_go_end_as_alone(
             assert (ours - theirs[name]).norm() <= 1e-4 * theirs[name].norm(), name
 
 
-@pytest.mark.parametrize("amidst_saving", [False, True])
+@pytest.mark.parametrize("amidst_saving", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_killed_a_group_goes_on_bit_for_bit(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amidst_saving: bool
 ) -> None:

@@ -157,7 +157,7 @@ class Fleet:
         if self._parked.is_past(member, step):
             self._leave_out(member)
         if step >= member.num_steps or self._parked.rung_at(member, step) is not None:
-            self._arrive(seat)  # killed between what its step leads to and what says that it did
+            self._arrive(seat, step)  # killed between what its step leads to and what says that it did
 
     def _pass(self) -> None:
         """A step of each, and what follows from it; the states are saved where that is due."""
@@ -200,11 +200,12 @@ class Fleet:
             del self._seats[each.name]
             self._fail(member, seat, each.error)
             return True
-        return self._arrive(seat)
+        assert each.record is not None
+        return self._arrive(seat, each.record.step)
 
-    def _arrive(self, seat: Seat) -> bool:
-        """What follows on the step that a member has taken; returns whether it left the group."""
-        member, step = seat.member, seat.progress.step
+    def _arrive(self, seat: Seat, step: int) -> bool:
+        """What follows on a step that a member has taken; returns whether it left the group."""
+        member = seat.member
         every, is_last = member.recipe.train.validate_every_steps, step >= member.num_steps
         rung = self._parked.rung_at(member, step)
         is_due = is_last or rung is not None or (every is not None and step % every == 0)
