@@ -133,8 +133,16 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def collect(files: list[Path], name: str) -> Path:
-    """Write the table; each case's rows are of the newest call that has its own run."""
-    raw = [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
+    """Write the table; each case's rows are of the newest call that has its own run.
+
+    A case without such a run is left out, a line that was cut off as its writer was killed too.
+    """
+    raw = [
+        row
+        for file in files
+        for line in file.read_text("utf-8").splitlines()
+        if (row := _read(line))
+    ]
     fine = [row for row in raw if "error" not in row]
     rows: list[dict[str, Any]] = []
     for case, (own, peers, asked, ratio) in CASES.items():
@@ -153,6 +161,10 @@ def collect(files: list[Path], name: str) -> Path:
             reached = ours["ratios"].get(ratio[0])
             ours["asked"][f"times_{ratio[0]}"] = [ratio[1], reached and reached >= ratio[1]]
         rows += [ours, *found]
+    if not rows:
+        sys.exit(
+            f"{', '.join(map(str, files))}: no run of ours came to its end; nothing is written"
+        )
     used = {key: value for row in fine for key, value in row["versions"].items()}
     kept = [{k: v for k, v in row.items() if k not in ("versions", "process_s")} for row in rows]
     return results.write(
@@ -162,6 +174,15 @@ def collect(files: list[Path], name: str) -> Path:
         command="python -m benchmarks.h200_together measure, then collect",
         versions=used,
     )
+
+
+def _read(line: str) -> dict[str, Any] | None:
+    try:
+        row: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError:
+        print(f"left out, as it is no whole line: {line[:60]}", file=sys.stderr)
+        return None
+    return row
 
 
 def _arguments() -> argparse.Namespace:

@@ -102,7 +102,7 @@ def measure_group(run: Run, folder: Path) -> dict[str, Any]:
     timed = steps_s[WARM_UP + 1 : -1]  # the first has no step before it to wait for
     median = statistics.median(timed)
     gpu = torch.cuda.is_available()
-    parameters = sum(a.numel() + b.numel() for a, b in (la.rows for la in bank.layers.values()))
+    parameters = sum(la.rows_a.numel() + la.rows_b.numel() for la in bank.layers.values())
     return {
         "device": torch.cuda.get_device_name() if gpu else "cpu",
         "step_s": median,

@@ -25,7 +25,7 @@ TENANT = Tenant("a", tokens_per_month=10_000)
 @pytest.fixture
 def parts(tmp_path: Path) -> Iterator[Parts]:
     ledger = Ledger(tmp_path / "serve.sqlite")
-    yield Parts(FairQueue(4, 10, 10), Quotas(ledger), ledger, Metrics(10, places=4))
+    yield Parts(FairQueue(4, 10, 10), Quotas(ledger), ledger, Metrics("base", 10, places=4))
     ledger.close()
 
 

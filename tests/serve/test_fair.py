@@ -69,6 +69,17 @@ def test_nobody_saves_up_service() -> None:
     asyncio.run(run())
 
 
+def test_a_newcomer_is_lifted_to_what_the_last_one_was_served_since() -> None:
+    async def run() -> None:
+        queue = _queue(running=2)
+        (turn,) = _enter(queue, "busy", 10)
+        turn.charge(500)  # after it had nothing waiting any more
+        _enter(queue, "new", 10)
+        assert [lane.counter for lane in queue._lanes.values()] == [1010, 1020]
+
+    asyncio.run(run())
+
+
 def test_one_tenant_alone_has_all_the_room() -> None:
     async def run() -> None:
         queue = _queue(running=3)

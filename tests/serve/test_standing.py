@@ -1,5 +1,6 @@
 """Pinned adapters stay and follow their tag; a merged one has an engine more."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -141,11 +142,11 @@ def test_heat_is_the_mean_number_of_running_answers() -> None:
 
 
 def test_only_so_many_adapters_are_told_apart() -> None:
-    metrics = Metrics(2, places=8)
-    for number in range(5):
+    metrics = Metrics("base", 2, places=8)
+    for model in (*(f"x{number}:v1" for number in range(5)), "base"):
         metrics.ended(
             "a",
-            f"x{number}:v1",
+            model,
             "ok",
             prompt_tokens=1,
             completion_tokens=2,
@@ -153,8 +154,9 @@ def test_only_so_many_adapters_are_told_apart() -> None:
             first_token_s=0.1,
             total_s=0.2,
         )
+    assert metrics.heat.mean_running(time.monotonic()).keys() == {"x0", "x1"}
     text = metrics.text().decode()
-    assert 'model="x1"' in text and 'model="x2"' not in text
+    assert 'model="base"' in text and 'model="x1"' in text and 'model="x2"' not in text
     assert f'tunefork_prompt_tokens_total{{model="{OTHER}",tenant="a"}} 3.0' in text
 
 

@@ -56,7 +56,7 @@ def advise(
     recipe_out: Annotated[Path | None, typer.Option(help="Write the recipe to this file.")] = None,
     runs: Annotated[
         list[Path] | None,
-        typer.Option(help="Folder with comparisons of yours; repeatable. [default: runs]"),
+        typer.Option(help="Folder with comparisons of yours; repeatable.", show_default="runs"),
     ] = None,
     catalogue: Annotated[
         Path | None, typer.Option(help="GPUs and prices of your own (YAML).")

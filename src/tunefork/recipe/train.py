@@ -60,8 +60,8 @@ class TrainSection(Section):
     beta2: Share = 0.999
     """AdamW's decay of the second moment."""
 
-    max_grad_norm: PositiveFloat = 1.0
-    """Gradients are scaled down to this global L2 norm."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Gradients are scaled down to this global L2 norm; null: never."""
 
     precision: Literal["auto", "bf16", "fp8", "fp32"] = "auto"
     """Dtype of weights and activations in the forward pass. `fp8`: products with a frozen base in

@@ -83,8 +83,8 @@ class FairQueue:
         self._pools: dict[object, _Pool] = {}
         self._most_waiting, self._most_per_tenant = most_waiting, most_waiting_per_tenant
         self._lanes: dict[str, _Lane] = {}
-        self._last_counter = 0.0
-        """Of the tenant that last had something waiting."""
+        self._last: _Lane | None = None
+        """The tenant that last had something waiting; its counter grows while its answers run."""
         self._turns: set[Turn] = set()
         self._begun: dict[Turn, float] = {}
         self._mean_s = 1.0
@@ -137,7 +137,7 @@ class FairQueue:
             lane.waiting[pool].remove(turn)
             pool.waiting -= 1
             if not lane.num_waiting:
-                self._last_counter = lane.counter
+                self._last = lane
         else:
             pool.running -= 1
             self._mean_s += 0.1 * (asyncio.get_running_loop().time() - begun - self._mean_s)
@@ -147,13 +147,11 @@ class FairQueue:
         """How many answers of each tenant wait."""
         return {name: lane.num_waiting for name, lane in self._lanes.items()}
 
-    def counters(self) -> dict[str, float]:
-        """The virtual token counters."""
-        return {name: lane.counter for name, lane in self._lanes.items()}
-
     def _lift(self, lane: _Lane) -> None:
         others = [other.counter for other in self._lanes.values() if other.num_waiting]
-        lane.counter = max(lane.counter, min(others) if others else self._last_counter)
+        if not others and self._last is not None:
+            others = [self._last.counter]
+        lane.counter = max(lane.counter, min(others, default=0.0))
 
     def _begin(self, pool: _Pool) -> None:
         while pool.running < pool.places and pool.waiting:
@@ -164,7 +162,7 @@ class FairQueue:
             pool.running += 1
             lane.counter += PROMPT_COST * turn.prompt_tokens / lane.weight
             if not lane.num_waiting:
-                self._last_counter = lane.counter
+                self._last = lane
             self._begun[turn] = asyncio.get_running_loop().time()
             if not turn.granted.done():
                 turn.granted.set_result(None)

@@ -57,7 +57,9 @@ def told_of(error: Exception) -> ApiError:
         )
     if isinstance(error, BadInputError):
         logger.warning("the engine refuses a request: %s", error)
-        return bad("The engine cannot honour this request's response_format", "response_format")
+        return bad(
+            "response_format: the engine can make no grammar of this schema", "response_format"
+        )
     if isinstance(error, EngineBusyError):
         return unavailable("overloaded", "The engine is full; try again later", error.retry_after)
     logger.error("an answer failed", exc_info=error)

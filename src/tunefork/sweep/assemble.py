@@ -93,8 +93,9 @@ def _run(
     columns = load_columns(member.folder / COLUMNS) if is_ok else None
     history = [] if rungs is None else rungs.history(variant.name)
     validation = None
-    if is_ok:
-        validation = load_columns(member.folder / VALIDATION)
+    if is_ok:  # without one where it was gone on with alone
+        file = member.folder / VALIDATION
+        validation = load_columns(file) if file.is_file() else None
     elif rungs is not None and rungs.count(variant.name):
         validation = rungs.measured(rungs.count(variant.name) - 1, variant.name)
     result = VariantResult(

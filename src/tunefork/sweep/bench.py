@@ -108,8 +108,7 @@ class Bench:
             if name.startswith(WEIGHTS)
         }
         model = shell(recipe, weights)
-        sha256 = member.data.fingerprint()
-        return save(model, self.tokenizer, recipe, record, member.folder, sha256)
+        return save(model, self.tokenizer, recipe, record, member.folder, member.data)
 
     def say_of(self, member: Member) -> Callable[[str], None]:
         """`say`, which names the member."""

@@ -20,6 +20,7 @@ from tunefork.sweep.halving import mean_loss
 from tunefork.train.checkpoints import FOLDER as CHECKPOINTS
 from tunefork.train.checkpoints import Checkpoints, Found
 from tunefork.train.events import Validated
+from tunefork.train.interrupt import Interrupt
 from tunefork.train.loop import StepRecord
 from tunefork.train.state import Progress, State
 from tunefork.trial.following import Following, following
@@ -50,7 +51,8 @@ class Seat:
 
     @classmethod
     def open(cls, bench: Bench, member: Member, *, at_most: int | None) -> Self:
-        """A member about to train, from its newest checkpoint (of at most so many steps) on."""
+        """A member about to train, from its newest checkpoint on: of at most so many steps, where
+        there is such a one still."""
         recipe, rate = member.recipe, member.learning_rate
         stack = ExitStack()
         try:
@@ -61,6 +63,8 @@ class Seat:
             checkpoints.on_written = told.on_written
             stack.enter_context(checkpoints)
             start = checkpoints.newest(at_most)
+            if start is None and at_most is not None:
+                start = checkpoints.newest()
             record = read_record(member.folder)
             if record is not None:
                 check_base(record, bench.identity, member.folder)
@@ -123,10 +127,11 @@ class Seat:
         save_columns(columns, member.folder / VALIDATION)
         return columns
 
-    def finish(self, group: Group) -> RunRecord:
+    def finish(self, group: Group, interrupt: Interrupt) -> RunRecord:
         """Save, evaluate, and leave the folder as a finished run's.
 
         Its last state is a checkpoint first: killed from here on, only this is done again.
+        Raises KeyboardInterrupt where the evaluation, which may take long, was interrupted.
         """
         member = self.member
         with self.stack:
@@ -134,7 +139,7 @@ class Seat:
             self.save(group)
             record = self.bench.leave(member, self.state(group), "ok")
             self.told.log.state("evaluating")
-            with group.only(member.name) as model:
+            with interrupt.at_once(), group.only(member.name) as model:
                 evaluation = evaluate(model, self.bench.tokenizer, member.data, member.recipe)
             self.bench.meter.forget()
             record = finish(evaluation, member.recipe, record, member.folder)
