@@ -26,8 +26,10 @@ from tests.serve.embedded import (
 )
 from tunefork.errors import AdapterError, EngineError
 from tunefork.serve.engine import Piece, ServedAdapter
+from tunefork.serve.engines import core
 from tunefork.serve.engines.embedded import EmbeddedEngine
 from tunefork.serve.engines.tiers import Tiers
+from tunefork.serve.engines.trial import try_adapter
 
 PROMPT = [20, 60, 100, 140, 180, 220]
 
@@ -268,12 +270,37 @@ def test_others_go_on_while_an_adapter_is_read(
     run(ask())
 
 
-def test_a_load_that_breaks_is_an_error_of_its_requests(served: Served) -> None:
+def test_a_trial_without_memory_ends_the_request_that_wanted_it(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def first_fails(passes: Any, slot: int, region: Any) -> str | None:
+        tried.append(slot)
+        if len(tried) == 1:
+            torch.empty(1 << 50)
+        return try_adapter(passes, slot, region)
+
+    monkeypatch.setattr(core, "try_adapter", first_fails)
+
+    async def ask() -> None:
+        async with started(served.base) as engine:
+            with pytest.raises(EngineError, match="no memory to try"):
+                await answer(engine, request("a", PROMPT, served.adapters[0]))
+            found = await answer(engine, request("b", PROMPT, served.adapters[0]))
+            assert list(found.token_ids) == served.expected(served.adapters[0])
+            assert len(tried) == 2
+
+    run(ask())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bus error"), KeyError("lost")])
+def test_a_load_that_breaks_is_an_error_of_its_requests(served: Served, error: Exception) -> None:
     async def ask() -> None:
         async with started(served.base) as engine:
 
             def broken(*_: Any) -> None:
-                raise RuntimeError("bus error")
+                raise error
 
             tiers_of(engine).slots.load = broken  # type: ignore[method-assign, assignment]
             with pytest.raises(EngineError, match="cannot be loaded"):
