@@ -4,45 +4,31 @@ SmolLM2-135M, 8 adapters (ranks 8, 16, 32 and 64, twice) on all linear layers, a
 tokens of each, every token supervised, bf16, the same threads. The group trains all eight in one
 pass of 2,048 tokens; PEFT trains them one after the other, each in passes of its own 256. A figure
 is tokens over time: for the group of the median step, for PEFT of the sum of each adapter's median
-step. Each tool runs in a process of its own, the tools take turns, `--rounds` times over. Both
-start from the same adapter files and see the same batches, so the first 20 losses of every adapter
-must agree: a fast wrong kernel would show there.
+step (`cpu_turns.py`). Both start from the same adapter files and see the same batches, so the first
+20 losses of every adapter must agree: a fast wrong kernel would show there. `peak_gib` is the most
+memory held from the first step on.
 
-PEFT runs twice: with its default fp32 adapters, which it multiplies in fp32, and with adapters in
-bf16, its faster setting. `peak_gib` is the most memory held from the first step on.
-
-    python benchmarks/cpu_together.py [--rounds 2] [--steps 12]
+    python -m benchmarks.cpu_together [--rounds 2] [--steps 12]
 """
 
-import argparse
-import json
-import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from benchmarks.results import write
+from benchmarks.cpu_turns import CPU, LEARNING_RATE, MODEL, Figures, compare, peft_base, train_peft
 from tunefork.data.example import Encoded
 from tunefork.model.bank import BankAdapter, add_bank
-from tunefork.model.device import describe, peak_bytes, reset_peak
-from tunefork.model.load import find, load_model
-from tunefork.recipe import LoraSection, ModelSection
+from tunefork.model.device import reset_peak
+from tunefork.model.load import load_model
+from tunefork.recipe import LoraSection
 from tunefork.registry.peft_save import save_deltas
 from tunefork.train.member import Member, MemberStep
 from tunefork.train.together import Group, GroupSettings
 
-MODEL = ModelSection(id="smollm2-135m-instruct")
 RANKS = (8, 16, 32, 64, 8, 16, 32, 64)
-BATCH, LENGTH, LEARNING_RATE, WARM_UP = 4, 64, 1e-4, 2
-CPU = torch.device("cpu")
-TOOLS = ("tunefork", "peft", "peft_bf16_adapters")
+BATCH, LENGTH = 4, 64
+TOKENS = len(RANKS) * BATCH * LENGTH
 
 
 def adapters() -> list[BankAdapter]:
@@ -71,10 +57,10 @@ def member(adapter: int, steps: int) -> Member:
     )
 
 
-def run_tunefork(steps: int, folder: Path) -> dict[str, Any]:
-    """All in one pass: seconds of each step, losses of each adapter."""
+def run_tunefork(steps: int) -> Figures:
+    """All in one pass."""
     bank = add_bank(load_model(MODEL, dtype=torch.bfloat16, device=CPU), adapters())
-    settings = GroupSettings(micro_batch_tokens=len(RANKS) * BATCH * LENGTH)
+    settings = GroupSettings(micro_batch_tokens=TOKENS)
     group = Group(bank, [member(at, steps) for at in range(len(RANKS))], settings)
     losses: dict[str, list[float]] = {f"adapter-{at}": [] for at in range(len(RANKS))}
     seconds = []
@@ -86,119 +72,37 @@ def run_tunefork(steps: int, folder: Path) -> dict[str, Any]:
         for event in events:
             if isinstance(event, MemberStep):
                 losses[event.name].append(event.record.loss)
-    return {"seconds": [seconds], "losses": list(losses.values())}
+    return Figures(list(losses.values()), [seconds])
 
 
-def run_peft(steps: int, folder: Path, *, fp32_adapters: bool) -> dict[str, Any]:
-    """One after the other by PEFT + transformers, in a plain loop with PyTorch's fused AdamW."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(find(MODEL).location, dtype=torch.bfloat16)
-    losses: list[list[float]] = []
-    seconds: list[list[float]] = []
+def run(tool: str, steps: int, folder: Path) -> Figures:
+    """One tool's steps of all adapters."""
+    if tool == "tunefork":
+        return run_tunefork(steps)
+    figures = Figures()
+    base = peft_base()
     reset_peak(CPU)
     for at in range(len(RANKS)):
-        model = PeftModel.from_pretrained(
-            base,
-            str(folder / str(at)),
-            is_trainable=True,
-            autocast_adapter_dtype=fp32_adapters,
-        )
-        if not fp32_adapters:
-            for name, parameter in model.named_parameters():
-                if "lora_" in name:
-                    parameter.data = parameter.data.bfloat16()
-        model.train()
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-        losses.append([])
-        seconds.append([])
-        for batch in batches(at, steps):
-            start = time.perf_counter()
-            loss = model(input_ids=batch, labels=batch).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[-1].append(loss.item())
-            seconds[-1].append(time.perf_counter() - start)
-        base = model.unload()
-    return {"seconds": seconds, "losses": losses}
+        base = train_peft(base, folder / str(at), batches(at, steps), tool, figures).unload()
+    return figures
 
 
-def child(tool: str, steps: int, folder: Path) -> None:
-    """Run one tool and print its figures as a JSON line."""
-    if tool == "tunefork":
-        found = run_tunefork(steps, folder)
-    else:
-        found = run_peft(steps, folder, fp32_adapters=tool == "peft")
-    print(json.dumps(found | {"peak": peak_bytes(CPU)}))
-
-
-def rate(seconds: list[list[float]]) -> float:
-    """Tokens/s of all adapters' steps, `seconds` by what ran in turn."""
-    tokens = len(RANKS) * BATCH * LENGTH
-    return tokens / sum(statistics.median(own) for own in seconds)
-
-
-def main() -> None:
-    """Run the tools in turn and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=12)
-    options = parser.parse_args()
-    timed: dict[str, list[list[float]]] = {tool: [] for tool in TOOLS}
-    rates: dict[str, list[float]] = {tool: [] for tool in TOOLS}
-    peaks: dict[str, int] = dict.fromkeys(TOOLS, 0)
-    losses: dict[str, list[list[float]]] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        model = load_model(MODEL, dtype=torch.bfloat16, device=CPU)
-        bank = add_bank(model, adapters())
-        for at, adapter in enumerate(adapters()):
-            own = bank.adapter(at)
-            save_deltas(model, Path(scratch) / str(at), adapter.lora, own, base=MODEL.id)
-        del bank, model
-        for round_ in range(options.rounds):
-            for tool in TOOLS:
-                steps = max(20, options.steps) if round_ == 0 else options.steps
-                command = [sys.executable, __file__, "--child", tool, str(steps), scratch]
-                output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                figures = json.loads(output.strip().splitlines()[-1])
-                seconds = [own[WARM_UP:] for own in figures["seconds"]]
-                timed[tool] = [
-                    [*old, *new]
-                    for old, new in zip(timed[tool] or [[] for _ in seconds], seconds, strict=True)
-                ]
-                rates[tool].append(rate(seconds))
-                peaks[tool] = max(peaks[tool], figures["peak"])
-                losses.setdefault(tool, [own[:20] for own in figures["losses"]])
-                print(f"round {round_ + 1}  {tool:20s} {rates[tool][-1]:7.0f} tokens/s", flush=True)
-    whole = {tool: rate(timed[tool]) for tool in TOOLS}
-    ratios = {t: round(whole["tunefork"] / whole[t], 3) for t in TOOLS if t != "tunefork"}
-    rows = [
-        {
-            "case": f"together_{len(RANKS)}x{BATCH}x{LENGTH}",
-            "tool": "peft" if tool.startswith("peft") else tool,
-            "setting": tool,
-            "ours": tool == "tunefork",
-            "tokens_per_s": round(whole[tool], 1),
-            "spread": [round(min(rates[tool]), 1), round(max(rates[tool]), 1)],
-            "peak_gib": round(peaks[tool] / 2**30, 2),
-            "timed_steps": sum(map(len, timed[tool])),
-            "ranks": RANKS,
-            "first_losses": [[round(loss, 4) for loss in own] for own in losses[tool]],
-        }
-        | ({"ratios": ratios} if tool == "tunefork" else {})
-        for tool in TOOLS
-    ]
-    device = describe(CPU)
-    file = write("cpu_together", rows, device=f"{device['name']}, {device['threads']} threads")
-    print(f"ratios {ratios}; {file}")
+def prepare(folder: Path) -> None:
+    """The adapters that both start from."""
+    model = load_model(MODEL, dtype=torch.bfloat16, device=CPU)
+    bank = add_bank(model, adapters())
+    for at, adapter in enumerate(adapters()):
+        save_deltas(model, folder / str(at), adapter.lora, bank.adapter(at), base=MODEL.id)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))
-    else:
-        main()
+    case = f"together_{len(RANKS)}x{BATCH}x{LENGTH}"
+    compare(
+        "cpu_together",
+        case,
+        tokens=TOKENS,
+        prepare=prepare,
+        run=run,
+        rounds=2,
+        more={"ranks": RANKS},
+    )

@@ -1,13 +1,11 @@
 """Batches of few sizes: how few, and what they are filled with."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
 from tests.data.test_pack import LENGTHS, random_examples
-from tunefork.data.bucket import WHOLE_ROWS, bucket, flattened, limit, overwrite, padded, size_of
+from tunefork.data.bucket import WHOLE_ROWS, bucket, flattened, limit, padded, size_of
 from tunefork.data.pack import MicroBatch, pack
 
 
@@ -100,14 +98,3 @@ def test_flattened() -> None:
     assert torch.equal(flat.segments.starts, batch.segments.starts)
     rows = _batch([WHOLE_ROWS] * 2, row_length=WHOLE_ROWS)
     assert rows.segments.is_uniform and not flattened(rows).segments.is_uniform
-
-
-def test_overwrite() -> None:
-    first, second = (_batch([40, 50, 60], seed=seed) for seed in (0, 1))
-    size = replace(size_of(first), supervised=192)
-    static, other = padded(first, size), padded(second, size)
-    overwrite(static, other)
-    for name in ("input_ids", "position_ids", "labels"):
-        assert torch.equal(getattr(static, name), getattr(other, name))
-    assert torch.equal(torch.stack(static.supervised), torch.stack(other.supervised))
-    assert torch.equal(static.segments.starts, other.segments.starts)

@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig
 
 from tests.data.test_pack import random_examples
-from tunefork.data.bucket import overwrite, padded, size_of
+from tunefork.data.bucket import padded, size_of
 from tunefork.data.pack import MicroBatch, Segments, pack
 from tunefork.model.attention import NAME, register
 from tunefork.model.head import Head, find_head
@@ -33,6 +33,7 @@ from tunefork.model.packed_attention import (
 from tunefork.train.deterministic import deterministic
 from tunefork.train.kernels import attention_kernels
 from tunefork.train.loss import loss_sum
+from tunefork.train.runner import _inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -330,7 +331,8 @@ def test_captured_and_replayed_with_other_batches(lengths: list[int], is_compile
     with torch.cuda.graph(graph):
         loss = step()
     for batch in batches[1:]:
-        overwrite(static, batch)
+        for ours, theirs in zip(_inputs(static), _inputs(batch), strict=True):
+            ours.copy_(theirs)
         graph.replay()
         found = loss.clone(), [parameter.grad.clone() for parameter in model.parameters()]
         with torch.compiler.set_stance("force_eager"):

@@ -1,6 +1,7 @@
 """Filled-up passes, gradients that stay where they are, and steps laid out ahead."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 
 from tests.model.packed_models import TAKE, made
 from tests.train.test_loss import examples
+from tunefork.data.bucket import padded, size_of
 from tunefork.data.pack import pack
 from tunefork.model.head import find_head
 from tunefork.train.accumulate import Accumulator
-from tunefork.train.runner import Runner
+from tunefork.train.runner import Runner, _Graph
 
 
 def _runner(*, pads: bool = False, captures: bool = False) -> Runner:
@@ -46,6 +48,25 @@ def test_gradients_go_where_the_graphs_add_to_them() -> None:
     runner._attach_gradients()
     assert first.grad is kept and not kept.any()
     assert second.grad is other and bool((other == 2.0).all())
+
+
+def test_a_replay_reads_the_batch_and_divisor_that_it_is_given() -> None:
+    first, second = (pack(examples(seed=s), max_tokens=64, packing=True)[0] for s in (0, 1))
+    size = replace(size_of(first), supervised=192)
+    static, other = padded(first, size), padded(second, size)
+    seen: list[float] = []
+    graph: _Graph = _Graph(
+        SimpleNamespace(replay=lambda: seen.append(float(graph.divisor))),
+        static,
+        torch.tensor(1.0),
+        torch.tensor(0.0),
+    )
+    graph.replay(other, torch.tensor(2.0))
+    assert seen == [2.0]
+    for name in ("input_ids", "position_ids", "labels"):
+        assert torch.equal(getattr(static, name), getattr(other, name))
+    assert torch.equal(torch.stack(static.supervised), torch.stack(other.supervised))
+    assert torch.equal(static.segments.starts, other.segments.starts)
 
 
 def _accumulator(limit: int = 24) -> Accumulator:

@@ -15,8 +15,12 @@ import tunefork.trial.artifact as artifact
 import tunefork.trial.training as training
 import tunefork.trial.trial as trial
 from tests.folders import save_model
+from tests.recipes import recipe_in
+from tunefork.data.loader import load_data
 from tunefork.errors import IdentityError, ModelError, RunFolderError, TuneforkError
+from tunefork.model.asked import asked_sha256
 from tunefork.model.fingerprint import identify
+from tunefork.model.load import load_tokenizer
 from tunefork.recipe import Method, Recipe
 from tunefork.registry.claim import CLAIM
 from tunefork.registry.opening import open_model
@@ -70,8 +74,14 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     _stop_after_each_step(monkeypatch)
 
 
-@pytest.mark.parametrize("method", list(Method))
-@pytest.mark.parametrize("error", [TuneforkError("no"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [
+        (Method.LORA, TuneforkError("no")),
+        (Method.QLORA, KeyboardInterrupt()),
+        (Method.FULL, TuneforkError("no")),
+    ],
+)
 def test_what_ends_the_evaluation_costs_no_training(
     make_recipe: Make,
     tmp_path: Path,
@@ -97,12 +107,17 @@ def test_what_ends_the_evaluation_costs_no_training(
     assert train_run(recipe, folder) == done
 
 
-@pytest.fixture(params=list(Method))
-def whole(request: pytest.FixtureRequest, make_recipe: Make, tmp_path: Path) -> tuple[Recipe, Path]:
+@pytest.fixture(scope="module", params=list(Method))
+def whole(
+    request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Recipe, Path]:
     """A recipe, and the folder of its run that was never stopped."""
-    recipe = make_recipe(method=request.param, lora={"dropout": 0.1})
-    train_run(recipe, tmp_path / "whole")
-    return recipe, tmp_path / "whole"
+    folder = tmp_path_factory.mktemp("whole")
+    recipe = recipe_in(folder, base, method=request.param, lora={"dropout": 0.1})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNEFORK_HOME", str(folder / "home"))
+        train_run(recipe, folder / "whole")
+    return recipe, folder / "whole"
 
 
 def _artefact(folder: Path) -> dict[str, bytes]:
@@ -131,6 +146,7 @@ def test_an_interrupted_run_is_usable_and_the_same_call_goes_on(
     assert [line.partition(" (")[0] for line in said] == [
         "going on after step 1",
         "going on after step 2",
+        "evaluating on 6 examples",
     ]
     uninterrupted = read_record(whole[1])
     assert uninterrupted is not None
@@ -143,9 +159,9 @@ def test_an_interrupted_run_is_usable_and_the_same_call_goes_on(
 
 
 def test_ctrl_c_during_the_last_step_is_heeded_once_the_training_is_saved(
-    whole: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, folder = whole[0], tmp_path / "run"
+    recipe, folder = make_recipe(), tmp_path / "run"
 
     def on_step(self: TrainProgress, record: StepRecord) -> None:
         if record.step == 3:
@@ -201,7 +217,7 @@ def test_what_auto_came_to_is_recorded_told_and_trained_in(
     assert told in said and told in (tmp_path / "run" / EVENTS).read_text()
 
 
-@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize("torn", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(
     whole: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bool
 ) -> None:
@@ -220,7 +236,7 @@ def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(
         os.truncate(folder / "checkpoints" / "step-000002" / "state.safetensors", 999)
     train_run(recipe, folder, say=said.append)
     last = 1 if torn else 2
-    assert said[-1].startswith(f"going on after step {last} ")
+    assert said[-2].startswith(f"going on after step {last} ")
     assert torn == any("step-000002/state.safetensors: has 999 bytes, not" in s for s in said)
     assert _artefact(folder) == _artefact(whole[1])
     assert _steps(folder) == _steps(whole[1])
@@ -337,6 +353,9 @@ def test_a_run_records_its_base_and_its_artefact_too(
     assert provenance.recipe is not None
     resolved = Recipe.model_validate(provenance.recipe)
     assert resolved.train.learning_rate == record.learning_rate
+    assert (resolved.data.format, resolved.data.labels) == ("classification", ("dog", "fox"))
+    data = load_data(recipe, load_tokenizer(recipe.model))
+    assert provenance.asked_sha256 == asked_sha256(data) is not None
     assert (provenance.own is not None) == (method is Method.FULL)
     open_model(str(run))
     save_model(own_base, seed=1)
@@ -347,7 +366,7 @@ def test_a_run_records_its_base_and_its_artefact_too(
             open_model(str(run))
 
 
-@pytest.mark.parametrize("method", list(Method))
+@pytest.mark.parametrize("method", [Method.LORA, Method.FULL])
 def test_what_was_trained_on_another_base_is_not_evaluated(
     make_recipe: Make,
     own_base: Path,

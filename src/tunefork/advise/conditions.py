@@ -5,7 +5,7 @@ The docstring of each is its description in docs/advice.md.
 
 from tunefork.advise.amount import FEW_STEPS
 from tunefork.advise.estimate import SMALL_MODEL
-from tunefork.advise.facts import FEW_EXAMPLES, FEWEST_EXAMPLES, LARGE_MODEL, MUCH_TEXT, Facts
+from tunefork.advise.facts import FEW_EXAMPLES, FEWEST_EXAMPLES, MUCH_TEXT, Facts
 from tunefork.recipe import Method
 
 DELTAS = (Method.LORA, Method.QLORA)
@@ -131,11 +131,6 @@ def points_pay(facts: Facts) -> bool:
 def is_small_model(facts: Facts) -> bool:
     """a model under 2B parameters for one tenant"""
     return facts.is_size_known and facts.params < SMALL_MODEL and facts.tenants == 1
-
-
-def is_large_model(facts: Facts) -> bool:
-    """a model of 30B parameters and more"""
-    return facts.params >= LARGE_MODEL
 
 
 def nothing_to_spend(facts: Facts) -> bool:

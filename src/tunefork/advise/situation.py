@@ -133,9 +133,6 @@ MISSING: dict[str, str] = {
 }
 """Key -> what the advice does without it."""
 
-ESSENTIAL = ("model_params", "task", "examples")
-"""Without these the advice is less sure; `tokens` do for `examples`, a `model` for its size."""
-
 CONTRADICTIONS: tuple[tuple[Callable[[Situation], bool], str], ...] = (
     (
         lambda s: s.budget_usd == 0 and s.deadline_hours is not None and not s.gpus,

@@ -8,12 +8,12 @@ numbers in the units that each field names; what was not measured is null, never
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from tunefork.errors import RunFolderError, TuneforkError
+from tunefork.errors import TuneforkError
 from tunefork.page.estimate import Count, Estimate, Part, Proportion, Quantity
 from tunefork.recipe import Metric
-from tunefork.registry.run import write_atomically
+from tunefork.registry.run import read_json, write_atomically
 from tunefork.schema_markdown import schema_markdown
 
 Trained = Literal["lora", "qlora", "full"]
@@ -267,19 +267,12 @@ class Comparison(Part):
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read `path`. Raises RunFolderError where it is missing or is not a comparison."""
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise RunFolderError(
-                f"{path}: cannot be read ({error.strerror}); give a folder made by tunefork compare"
-            ) from error
-        except ValidationError as error:
-            first = error.errors(include_input=False)[0]
-            at = ".".join(map(str, first["loc"])) or "the file"
-            raise RunFolderError(
-                f"{path}: is not a comparison of this version of tunefork: {at}: {first['msg']}; "
-                "run tunefork compare again"
-            ) from error
+        return read_json(
+            cls,
+            path,
+            "is not a comparison of this version of tunefork; run tunefork compare again",
+            "; give a folder made by tunefork compare",
+        )
 
 
 def comparison_markdown() -> str:

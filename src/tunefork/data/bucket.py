@@ -123,23 +123,6 @@ def flattened(batch: MicroBatch) -> MicroBatch:
     )
 
 
-def overwrite(static: MicroBatch, batch: MicroBatch) -> None:
-    """Put `batch` where a captured pass reads: into the tensors of `static`, of the same size."""
-    for target, source in zip(_read(static), _read(batch), strict=True):
-        target.copy_(source, non_blocking=True)
-
-
-def _read(batch: MicroBatch) -> tuple[Tensor, ...]:
-    """What a training pass reads of a batch."""
-    return (
-        batch.input_ids,
-        batch.position_ids,
-        *batch.supervised,
-        batch.labels,
-        batch.segments.starts,
-    )
-
-
 def _lengthened(batch: MicroBatch, size: Size) -> MicroBatch:
     """One row, filled up by segments of padding that are no longer than `size.longest`."""
     used = batch.input_ids.shape[1]

@@ -27,13 +27,12 @@ _TYPES = {
     "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
-TYPES = tuple(_TYPES)
 _BLOCK = 32
 """Values that share a scale in Q8_0."""
 
 
 def write_model(folder: Path, config: Any, tokenizer: Any, file: Path, *, kind: str) -> None:
-    """Write the model in the Hugging Face `folder` to `file`, matrices as `kind` (of TYPES).
+    """Write the model in the Hugging Face `folder` to `file`, matrices as `kind` (of _TYPES).
 
     Vectors (norms, biases) stay fp32, as llama.cpp wants them. Raises ModelError.
     """

@@ -110,12 +110,16 @@ def read_record(folder: Path) -> RunRecord | None:
     return read_json(RunRecord, file, "is not a run's record; move it or its folder away")
 
 
-def read_json(kind: type[Content], file: Path, otherwise: str) -> Content:
-    """`file` as a `kind`; raises RunFolderError, which says `otherwise`, for what is none."""
+def read_json(kind: type[Content], file: Path, otherwise: str, hint: str = "") -> Content:
+    """`file` as a `kind`.
+
+    Raises RunFolderError, which says `otherwise` for what is none, and `hint` for what cannot be
+    read.
+    """
     try:
         return kind.model_validate_json(file.read_bytes())
     except OSError as error:
-        raise RunFolderError(f"{file}: cannot be read ({error.strerror})") from error
+        raise RunFolderError(f"{file}: cannot be read ({error.strerror}){hint}") from error
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         at = ".".join(map(str, first["loc"])) or "the file"

@@ -8,12 +8,11 @@ where better, whichever way the metric goes.
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from tunefork.errors import RunFolderError
 from tunefork.page.estimate import Count, Estimate, Part, Proportion, Quantity
 from tunefork.recipe import Metric
-from tunefork.registry.run import write_atomically
+from tunefork.registry.run import read_json, write_atomically
 
 RESULT = "sweep.json"
 
@@ -237,16 +236,9 @@ class SweepResult(Part):
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read `path`. Raises RunFolderError where it is missing or is not a sweep's."""
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise RunFolderError(
-                f"{path}: cannot be read ({error.strerror}); give a folder made by tunefork sweep"
-            ) from error
-        except ValidationError as error:
-            first = error.errors(include_input=False)[0]
-            at = ".".join(map(str, first["loc"])) or "the file"
-            raise RunFolderError(
-                f"{path}: is not a sweep of this version of tunefork: {at}: {first['msg']}; run "
-                "tunefork sweep again"
-            ) from error
+        return read_json(
+            cls,
+            path,
+            "is not a sweep of this version of tunefork; run tunefork sweep again",
+            "; give a folder made by tunefork sweep",
+        )

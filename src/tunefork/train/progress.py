@@ -4,7 +4,6 @@ A bar in a log file is thousands of lines of noise; silence in one is worse.
 """
 
 import time
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -54,12 +53,7 @@ class TrainProgress:
             self.bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.bar:
             self.bar.stop()
 
