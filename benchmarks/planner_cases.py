@@ -53,6 +53,7 @@ CASES = [
     "8b-lora-8x64-fp8",
     "8b-qlora-8x1024-fp8-offload",
     "8b-full-4x2048-bf16-8bit-full-eager",
+    "8b-full-4x2048-bf16-full-released",
     "1.7b-lora-4x1536-fp8",
     "1.7b-qlora-8x1024-full",
     "1.7b-full-4x2048-adamwbf16-full",
@@ -103,6 +104,8 @@ class Case:
     """Examples of many lengths share rows."""
     weights: str
     optimizer: str
+    released: bool
+    """Each weight is updated, and its gradient let go, within the backward pass."""
 
     @property
     def held_out(self) -> bool:
@@ -129,6 +132,7 @@ def read_case(name: str) -> Case:
         packed="packed" in options,
         weights="bf16" if {"bf16", "adamwbf16"} & set(options) else "fp32",
         optimizer=next((kind for name, kind in OPTIMIZERS.items() if name in options), "adamw"),
+        released="released" in options,
     )
 
 
@@ -167,7 +171,11 @@ def build_of(case: Case) -> Any:
     return Build(
         method=Method(case.method),
         lora=LoraSection(rank=case.rank),
-        full=FullSection(weights=case.weights, optimizer=case.optimizer),  # type: ignore[arg-type]
+        full=FullSection(
+            weights=case.weights,  # type: ignore[arg-type]
+            optimizer=case.optimizer,  # type: ignore[arg-type]
+            gradient_release=case.released,
+        ),
         dtype=torch.bfloat16,
         checkpointing=case.checkpointing,  # type: ignore[arg-type]
         device="cuda",
