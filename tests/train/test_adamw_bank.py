@@ -12,7 +12,7 @@ from tunefork.train.adamw_bank import BankAdamW
 
 
 @pytest.mark.parametrize(
-    ("sizes", "block"), [((64, 96), 32), ((256, 512), 256), ((2048, 3072), 1024)]
+    ("sizes", "block"), [((64, 96), 32), ((256, 512), 256), ((1024, 2048), 1024)]
 )
 def test_each_block_is_one_slots(sizes: tuple[int, int], block: int) -> None:
     routing = Routing(torch.zeros(3, dtype=torch.int32), [1.0] * 3, torch.zeros(3))
@@ -20,7 +20,7 @@ def test_each_block_is_one_slots(sizes: tuple[int, int], block: int) -> None:
     bases = {"up": nn.Linear(narrow, wide), "down": nn.Linear(wide, narrow)}
     ranks = {"up": (1, 3, 2), "down": (3, 0, 1)}
     layers = {path: BankLinear(base, ranks[path], routing) for path, base in bases.items()}
-    bank: Any = SimpleNamespace(layers=layers, num_slots=3, held=[dict(up=1), {}, {}])
+    bank: Any = SimpleNamespace(layers=layers, num_slots=3, held=[{"up": 1}, {}, {}])
     optimizer = BankAdamW(bank)
     assert optimizer.block == block
     with torch.no_grad():
