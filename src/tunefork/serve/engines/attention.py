@@ -103,12 +103,10 @@ def flash(
 
     A row's last token sees all that is used, those before it one less each.
     """
-    rows, longest = (
-        [reads.starts_q, reads.starts_k, reads.used_r],
-        (reads.longest_q, reads.longest_k),
-    )
-    told = (query_nhe, keys_ske, values_ske, rows, *longest, scale, window)
-    return flash_in_a_graph(*told) if torch.compiler.is_compiling() else _kernel(*told)
+    rows = [reads.starts_q, reads.starts_k, reads.used_r]
+    run = flash_in_a_graph if torch.compiler.is_compiling() else _kernel
+    longest_q, longest_k = reads.longest_q, reads.longest_k
+    return run(query_nhe, keys_ske, values_ske, rows, longest_q, longest_k, scale, window)
 
 
 def _kernel(
