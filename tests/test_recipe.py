@@ -212,8 +212,8 @@ def test_unknown_keys_name_the_nearest(sections: dict[str, Any], message: str) -
     ("sections", "message"),
     [
         ({"lora": {"rank": 0}}, "lora.rank: should be greater than or equal to 1 (found 0)"),
-        ({"lora": {"rank": "many"}}, "lora.rank: should be a valid integer"),
-        ({"lora": {"rank": 1.5}}, "lora.rank: should be a valid integer"),
+        ({"lora": {"rank": "many"}}, "lora.rank: should be a whole number"),
+        ({"lora": {"rank": 1.5}}, "lora.rank: should be a whole number"),
         ({"lora": {"rank": True}}, "lora.rank: must not be True"),
         ({"lora": {"targets": []}}, "lora.targets: is an empty list"),
         ({"lora": {"targets": ["q", 5]}}, "lora.targets.1: should be a valid string (found 5)"),

@@ -169,7 +169,7 @@ def _explain(detail: ErrorDetails) -> str:
     if kind in ("literal_error", "enum") and isinstance(found, str):
         allowed = detail.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ")
         hint = nearest(found, allowed.split(", "))
-    message = _PLAIN.get(kind) or detail["msg"].removeprefix("Input ")
+    message = PLAIN.get(kind) or detail["msg"].removeprefix("Input ")
     return f"{at}: {message}{f' (found {found!r})' if is_scalar else ''}{hint}"
 
 
@@ -180,7 +180,14 @@ def _field(detail: ErrorDetails) -> str:
 
 _NO_FIELDS = ("literal[", "tuple[", "[key]")
 """Parts of pydantic's locations that name a choice of types, not a field."""
-_PLAIN = {"tuple_type": "must be a list", "dict_type": "must be a mapping"}
+PLAIN = {
+    "tuple_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "int_parsing": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "float_parsing": "should be a number",
+    "bool_parsing": "should be true or false",
+}
 """Words for those who write YAML, not Python."""
 
 

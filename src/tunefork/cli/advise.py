@@ -122,7 +122,10 @@ def _ask() -> dict[str, Any]:
         )
     from tunefork.advise.questions import ask_all
 
-    return ask_all(lambda text: str(typer.prompt(text, default="", show_default=False)), typer.echo)
+    def ask(text: str) -> str:
+        return str(typer.prompt(text, default="", show_default=False, prompt_suffix=" "))
+
+    return ask_all(ask, typer.echo)
 
 
 def _is_terminal() -> bool:

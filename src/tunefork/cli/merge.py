@@ -24,7 +24,7 @@ MaxKl = Annotated[float | None, typer.Option(min=0.0, help="Most KL at a token."
 MinTop1 = Annotated[
     float | None,
     typer.Option(
-        "--min-top1", min=0.0, max=1.0, help="Least top-1 agreement.", show_default="0.93"
+        "--min-top1", min=0.0, max=1.0, help="Least top-1 agreement.", show_default="0.85"
     ),
 ]
 
