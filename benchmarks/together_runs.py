@@ -89,6 +89,8 @@ def measure_group(run: Run, folder: Path) -> dict[str, Any]:
     is_looped = run.options.get("looped", False)
     with patch("tunefork.model.bank_linear.grouped", Looped(bank)) if is_looped else nullcontext():
         group = group_of(bank, members, recipe, pad_id=0)
+        if run.options.get("keeps_operands"):  # else made again (`model/layers.py`)
+            torch._functorch.config.cse = True
         steps_s, losses = list[float](), {"a0": list[float](), f"a{run.rows - 1}": list[float]()}
         while group.is_at_work:
             begin = time.perf_counter()

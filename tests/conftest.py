@@ -20,9 +20,18 @@ def imports_left_to_themselves() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session")
+def fingerprints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is remembered of models by their files' state: of those that tests share, once."""
+    return tmp_path_factory.mktemp("fingerprints")
+
+
 @pytest.fixture(autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, fingerprints: Path
+) -> Path:
     """A TUNEFORK_HOME of the test's own: its runs correct no plan but its own."""
     folder = tmp_path_factory.mktemp("home")
+    (folder / "fingerprints").symlink_to(fingerprints)
     monkeypatch.setenv("TUNEFORK_HOME", str(folder))
     return folder

@@ -8,6 +8,7 @@ import pytest
 import tunefork
 import tunefork.compare.compare
 import tunefork.train.loop
+from tests.advise.fake import FakePlanner
 from tests.folders import save_model
 from tunefork.errors import BadInputError
 
@@ -40,14 +41,16 @@ def test_verbs_with_a_package_of_their_name_can_be_called(recipe: Path, tmp_path
 
 
 def test_plan(recipe: Path) -> None:
-    plan = tunefork.plan(recipe, gpus=["l4"])
+    resolved = tunefork.load_recipe(recipe, "train.compile=never")  # not: asking the compiler
+    plan = tunefork.plan(resolved, gpus=["l4"])
     assert plan.machine.gpu == "l4" and set(plan.methods) == {"lora", "qlora", "full"}
-    assert tunefork.plan(recipe, ["l4"], examples=100, tokens=900).work.tokens == 900
+    assert tunefork.plan(resolved, ["l4"], examples=100, tokens=900).work.tokens == 900
     with pytest.raises(BadInputError, match="give both"):
         tunefork.plan(recipe, examples=100)
 
 
-def test_advise() -> None:
+def test_advise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunefork.advise.resolve.TracedPlanner", FakePlanner)
     advice = tunefork.advise(model="8B", task="classification", examples="50k", gpus=["h100"])
     assert advice.method == "lora"
     with pytest.raises(BadInputError, match="task"):

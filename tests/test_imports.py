@@ -14,6 +14,7 @@ ORDER = [
     "schema_markdown",
     "errors",
     "home",
+    "installed",
     "yaml_text",
     "recipe",
     "recipe_file",

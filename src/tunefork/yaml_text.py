@@ -4,6 +4,8 @@ PyYAML keeps to YAML 1.1, where 1e-4 is a string and 2026-11-25 a date.
 """
 
 import re
+from copy import deepcopy
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -14,7 +16,7 @@ from tunefork.errors import RecipeError
 def read_yaml(text: str, where: str) -> Any:
     """`text` as plain values; raises RecipeError naming `where` and the line."""
     try:
-        return yaml.load(text, Loader=Loader)
+        return deepcopy(_read(text))
     except yaml.MarkedYAMLError as error:
         at, began = error.problem_mark, error.context_mark
         line = f":{at.line + 1}" if at else ""
@@ -25,6 +27,11 @@ def read_yaml(text: str, where: str) -> Any:
         raise RecipeError(f"{where}{line}: is not YAML: {error.reason}") from error
     except (ValueError, RecursionError) as error:  # 0x_ is a number to PyYAML until it converts it
         raise RecipeError(f"{where}: is not YAML: {error}") from error
+
+
+@lru_cache(maxsize=8)  # a run's own recipe is read at each of its stages, 20 ms a time
+def _read(text: str) -> Any:
+    return yaml.load(text, Loader=Loader)
 
 
 class Loader(yaml.SafeLoader):

@@ -9,13 +9,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
+from tunefork.compare import worker
 from tunefork.compare.worker import start
 from tunefork.registry.run import RECIPE
 
@@ -102,7 +107,16 @@ def test_a_piece_does_not_outlive_its_parent(parent: subprocess.Popen[str]) -> N
     _wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
 
 
-def test_what_a_piece_says_of_its_failure_comes_back(tmp_path: Path) -> None:
+def test_what_a_piece_says_of_its_failure_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def here(folder: Path, *task: str, lock: int | None) -> Iterator[tuple[Any, threading.Event]]:
+        """In the place of a process, which takes seconds to load."""
+        assert lock is None
+        yield SimpleNamespace(wait=lambda: worker.main([str(folder), *task])), threading.Event()
+
+    monkeypatch.setattr(worker, "_child", here)
     (tmp_path / RECIPE).write_text("model: [")
     failure = start(tmp_path, "base")
     assert failure is not None and failure.is_bad_input

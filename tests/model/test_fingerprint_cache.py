@@ -12,6 +12,12 @@ from tunefork.model.fingerprint_cache import key_of, recall, remember
 
 
 @pytest.fixture
+def fingerprints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The test's own, in the place of the session's."""
+    return tmp_path_factory.mktemp("fingerprints")
+
+
+@pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
     paths = [tmp_path / name for name in ("b", "a")]
     for path in paths:

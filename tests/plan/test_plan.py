@@ -22,6 +22,7 @@ def _plan(
     length: int = 512,
     method: Method | None = None,
     tokens: int | None = None,
+    has_details: bool = False,
     **full: Any,
 ) -> Plan:
     return plan_numbers(
@@ -33,6 +34,7 @@ def _plan(
         machine=load_catalogue().machine(gpus),
         checkpointing="auto",
         micro_batch_tokens=tokens,
+        has_details=has_details,
     )
 
 
@@ -41,7 +43,7 @@ def _of(plan: Plan, method: Method) -> MethodPlan:
 
 
 def test_full_mixed_precision_70b_never_fits_eight_80_gb_gpus() -> None:
-    full = _of(_plan(70.55e9, ["h100"] * 8, method=Method.FULL), Method.FULL)
+    full = _of(_plan(70.55e9, ["h100"] * 8, method=Method.FULL, has_details=True), Method.FULL)
     states = full.phases["optimizer"].parts
     a_gpu = states["weights"] + states["gradients"] + states["optimizer"]
     assert 8 * a_gpu / GB == pytest.approx(1129, rel=0.01)  # 16 bytes a parameter
@@ -60,7 +62,7 @@ def test_full_8_bit_70b_fits_eight_80_gb_gpus_with_a_margin() -> None:
 
 
 def test_full_bf16_70b_with_fp32_moments_needs_more_than_eight_80_gb_gpus() -> None:
-    plan = _plan(70.55e9, ["h100"] * 8, method=Method.FULL, weights="bf16")
+    plan = _plan(70.55e9, ["h100"] * 8, method=Method.FULL, has_details=True, weights="bf16")
     full = _of(plan, Method.FULL)
     states = full.phases["optimizer"].parts
     a_gpu = states["weights"] + states["gradients"] + states["optimizer"]
@@ -100,7 +102,7 @@ def test_qlora_70b_fits_48_gb_at_a_short_sequence_and_not_24() -> None:
 
 @pytest.mark.slow
 def test_24_gb_hold_qlora_of_13b() -> None:
-    plan = _plan(13.02e9, ["rtx4090"], length=1024)
+    plan = _plan(13.02e9, ["rtx4090"], length=1024, has_details=True)
     assert _of(plan, Method.QLORA).fits
     assert not _of(plan, Method.LORA).may_fit
     # In e4m3 the base takes half of bf16's two bytes where layers are run again.
@@ -120,7 +122,8 @@ def test_the_peak_is_the_highest_phase() -> None:
 
 def test_the_largest_pass_fits_and_twice_that_does_not() -> None:
     machine = load_catalogue().machine(["rtx4090"])
-    small = _of(_plan(13.02e9, ["rtx4090"], length=1024, method=Method.QLORA), Method.QLORA)
+    plan = _plan(13.02e9, ["rtx4090"], length=1024, method=Method.QLORA, has_details=True)
+    small = _of(plan, Method.QLORA)
     assert small.largest_micro_batch_tokens is not None and small.largest_length is not None
     rows = small.largest_micro_batch_tokens // 1024
 
@@ -134,6 +137,7 @@ def test_the_largest_pass_fits_and_twice_that_does_not() -> None:
             machine=machine,
             checkpointing="auto",
             micro_batch_tokens=rows * 1024,
+            has_details=False,
         )
         return _of(plan, Method.QLORA).fits
 
@@ -141,9 +145,9 @@ def test_the_largest_pass_fits_and_twice_that_does_not() -> None:
 
 
 def test_adapters_of_70b_are_under_a_gigabyte() -> None:
-    plan = _plan(70.55e9, ["b200"])
-    assert _of(plan, Method.LORA).artifact_bytes == 4 * 207_093_760
-    assert _of(plan, Method.FULL).artifact_bytes / GB == pytest.approx(141, rel=0.01)
+    for method, size in ((Method.LORA, 4 * 207_093_760), (Method.FULL, 141e9)):
+        found = _of(_plan(70.55e9, ["b200"], method=method), method).artifact_bytes
+        assert found == pytest.approx(size, rel=0.01 if method is Method.FULL else 0)
 
 
 @pytest.mark.slow

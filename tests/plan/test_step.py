@@ -50,10 +50,16 @@ def _deep(name: str) -> PretrainedConfig:
     return type(CONFIGS[name]).from_dict(fields)
 
 
+_OTHERS = [(name, method, False) for name in CONFIGS if name != "llama" for method in Method]
+
+
 @pytest.mark.parametrize(
     ("name", "method", "recompute"),
-    [(name, method, False) for name in CONFIGS for method in Method]
-    + [("llama", method, True) for method in Method],
+    [("llama", method, recompute) for method in Method for recompute in (False, True)]
+    + [
+        case if case[1] is Method.LORA else pytest.param(*case, marks=pytest.mark.slow)
+        for case in _OTHERS
+    ],
 )
 def test_two_depths_extrapolate_to_the_whole(
     name: str, method: Method, recompute: bool, monkeypatch: pytest.MonkeyPatch

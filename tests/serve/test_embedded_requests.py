@@ -347,7 +347,9 @@ def test_what_was_computed_before_an_error_is_told_and_all_of_it_is_metered(base
     run(ask())
 
 
-def test_a_dead_engine_says_so_to_everyone_and_can_be_started_again(base: Any) -> None:
+def test_a_dead_engine_says_so_to_everyone_and_can_be_started_again(
+    base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def ask() -> None:
         engine = EmbeddedEngine(settings(base.folder))
         with pytest.raises(EngineDeadError):
@@ -355,7 +357,7 @@ def test_a_dead_engine_says_so_to_everyone_and_can_be_started_again(base: Any) -
         await engine.start()
         assert engine._parts is not None
 
-        def broken(_: Any) -> Any:
+        def broken(*_: Any) -> Any:
             raise RuntimeError("the device is gone")
 
         running = [
@@ -363,6 +365,10 @@ def test_a_dead_engine_says_so_to_everyone_and_can_be_started_again(base: Any) -
             for at in range(3)
         ]
         await asyncio.sleep(0.1)
+        assert engine._parts.core.tiers is not None
+        monkeypatch.setattr(
+            engine._parts.core.tiers, "close", broken
+        )  # nor is its memory given back
         engine._parts.core.passes.run = broken  # type: ignore[method-assign, assignment]
         for found in await asyncio.gather(*running, return_exceptions=True):
             assert isinstance(found, EngineDeadError) and "device is gone" in str(found)

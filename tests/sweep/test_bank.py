@@ -31,7 +31,6 @@ def recipe(make_recipe: Make) -> Recipe:
         train={"max_steps": 4, "batch_size": 2, "epochs": 4},
         sweep={
             "rank": [2, 5],
-            "learning_rate": [1e-4, 1e-2],
             "targets": ["all-linear", ["q_proj", "v_proj"]],
             "validation_share": 0.3,
             "halving": {"rungs": 1},
@@ -56,8 +55,8 @@ def test_variants_that_come_and_go_end_as_alone(
     recipe = Recipe.model_validate(recipe.model_dump() | {"method": method})
     result = _sweep(recipe, tmp_path / "sweep")
     assert result.together == 3
-    assert sorted(v.status for v in result.variants) == ["dropped"] * 4 + ["ok"] * 4
-    for variant in [v for v in result.variants if v.status == "ok"][:2]:
+    assert sorted(v.status for v in result.variants) == ["dropped"] * 2 + ["ok"] * 2
+    for variant in [v for v in result.variants if v.status == "ok"]:
         folder = tmp_path / "sweep" / variant.folder
         alone = train_run(load(folder / "recipe.yaml"), tmp_path / variant.name, say=lambda _: None)
         record = read_record(folder)
@@ -68,7 +67,7 @@ def test_variants_that_come_and_go_end_as_alone(
             assert (ours - theirs[name]).norm() <= 1e-4 * theirs[name].norm(), name
 
 
-@pytest.mark.parametrize("amidst_saving", [False, True])
+@pytest.mark.parametrize("amidst_saving", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_killed_a_group_goes_on_bit_for_bit(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amidst_saving: bool
 ) -> None:

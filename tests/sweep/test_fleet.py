@@ -74,6 +74,7 @@ def test_weights_that_are_not_finite_at_a_rung_are_not_ranked(make: Make, tmp_pa
     assert result.chosen == kept.name and kept.rungs[0].place == 1
 
 
+@pytest.mark.slow
 def test_one_that_was_trained_on_alone_holds_nobody_up(make: Make, tmp_path: Path) -> None:
     class Stopping(SoloGroup):
         def step(self) -> Sequence[Stepped]:
@@ -89,8 +90,10 @@ def test_one_that_was_trained_on_alone_holds_nobody_up(make: Make, tmp_path: Pat
     assert (done.status, done.num_steps) == ("ok", 4)
     result = _sweep(make(max_steps=4), out)
     assert [(v.status, v.num_steps) for v in result.variants] == [("ok", 4), ("ok", 4)]
+    assert result.variants[1].validation_loss == done.validation_loss
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_first_pass_at_once(make: Make, tmp_path: Path) -> None:
     class Signalled(SoloGroup):
         def step(self) -> Sequence[Stepped]:

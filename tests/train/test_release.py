@@ -169,19 +169,19 @@ def test_a_sick_gradient_ends_the_run_saves_nothing_and_names_the_newest_checkpo
 def test_a_sick_loss_ends_the_run_before_any_weight_moves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, _ = _run(num_steps=18)
+    monkeypatch.setattr("tunefork.train.guard._FEWEST", 4)
+    before, _ = _run(num_steps=6)
     forward = Accumulator.forward
-    for factor, said in ((float("nan"), "the loss is nan"), (1e3, "standard deviations")):
+    for factor, said in ((float("nan"), "the loss is nan;"), (1e3, "standard deviations")):
 
         def planted(self: Any, chosen: Any, step: int, by: float = factor) -> tuple[float, int]:
             loss, supervised = forward(self, chosen, step)
-            return loss * (by if step == 19 else 1.0), supervised
+            return loss * (by if step == 7 else 1.0), supervised
 
         monkeypatch.setattr(Accumulator, "forward", planted)
-        with pytest.raises(DivergedError, match=rf"step 19: .*{said}.*checkpoint of step 18"):
+        with pytest.raises(DivergedError, match=rf"step 7: .*{said}.*checkpoint of step 6"):
             _run(folder=tmp_path, loss_spike="stop")
-    monkeypatch.undo()
-    assert _run(folder=tmp_path, num_steps=18)[0] == before
+    assert _run(folder=tmp_path, num_steps=6)[0] == before
 
 
 def test_a_rehearsal_changes_no_bit_and_keeps_no_gradient() -> None:
@@ -218,6 +218,8 @@ def test_what_it_cannot_be_had_with_is_refused_by_name() -> None:
     said = r"step 1 of 20 takes 2 micro-batches .*\(10\).*set train.micro_batch_tokens: 20"
     with pytest.raises(RecipeError, match=said):
         check_one_pass(EXAMPLES, STEPS, micro_batch_tokens=10, packing=False)
+    with pytest.raises(RecipeError, match=r"set train.micro_batch_tokens: 32"):
+        check_one_pass(EXAMPLES, STEPS, micro_batch_tokens=4, packing=False)  # less than an example
     model = tiny_model("llama")
     first, second, *_ = decoder_layers(model)
     second.mlp.up_proj.weight = first.mlp.up_proj.weight  # type: ignore[union-attr]

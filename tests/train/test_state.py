@@ -3,6 +3,7 @@
 import copy
 import os
 import signal
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -128,8 +129,16 @@ def _batches(step: int, packing: bool) -> list[Any]:
     return pack(chosen, max_tokens=17, packing=packing, pad_id=0)
 
 
-@pytest.mark.parametrize("cut", [1, 2, 4, 7])
-@pytest.mark.parametrize("kind", KINDS)
+def _some(kinds: Iterable[str], cuts: Sequence[int]) -> list[Any]:
+    """Every kind at every cut, by default each at one of them in turn."""
+    return [
+        pytest.param(kind, cut, marks=() if number % len(cuts) == at else pytest.mark.slow)
+        for number, kind in enumerate(kinds)
+        for at, cut in enumerate(cuts)
+    ]
+
+
+@pytest.mark.parametrize(("kind", "cut"), _some(KINDS, [1, 2, 4, 7]))
 def test_a_stop_between_steps_changes_no_bit(kind: str, cut: int, tmp_path: Path) -> None:
     def on_step(record: StepRecord) -> None:
         if record.step == cut:
@@ -148,8 +157,10 @@ def test_a_stop_between_steps_changes_no_bit(kind: str, cut: int, tmp_path: Path
     assert digest(end.tensors) == digest(expected.tensors)
 
 
-@pytest.mark.parametrize("cut", [2, 5])
-@pytest.mark.parametrize("kind", ["lora", "qlora", "full_bf16", "full_small", "lora_dropout"])
+@pytest.mark.parametrize(
+    ("kind", "cut"),
+    _some(["lora", "qlora", "full_bf16", "full_small", "lora_dropout"], [2, 5]),
+)
 def test_a_kill_within_a_step_changes_no_bit(
     kind: str, cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

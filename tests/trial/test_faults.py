@@ -34,13 +34,13 @@ def long_recipe(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Recipe]:
     """Enough micro-batches to be rehearsed; the last row of the file is much the longest."""
-    monkeypatch.setattr("tunefork.train.rehearsal.FEWEST", 16)
+    monkeypatch.setattr("tunefork.train.rehearsal.FEWEST", 6)
 
     def make(**train: Any) -> Recipe:
-        options = {"max_steps": 20, "batch_size": 2, "packing": False} | train
+        options = {"max_steps": 8, "batch_size": 2, "packing": False} | train
         recipe = make_recipe(train=options, lora={"dropout": 0.1})
         long = {"text": f"{SECRET} " * 5, "label": "dog"}
-        lines = [json.dumps(row) for row in (*rows(39), long)]
+        lines = [json.dumps(row) for row in (*rows(15), long)]
         Path(recipe.data.train).write_text("\n".join(lines) + "\n")
         return recipe
 
@@ -76,7 +76,7 @@ def _room(tokens: int) -> Callable[[Any], None]:
 def test_a_sound_run_tells_its_story(long_recipe: Make, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     said: list[str] = []
-    record = train_run(long_recipe(checkpoint_every_steps=8), folder, say=said.append)
+    record = train_run(long_recipe(checkpoint_every_steps=3), folder, say=said.append)
     assert record.status == "ok"
     assert _states(folder) == [
         "preparing",
@@ -89,15 +89,22 @@ def test_a_sound_run_tells_its_story(long_recipe: Make, tmp_path: Path) -> None:
     lines = list(read_events(folder / EVENTS))
     assert [line.seq for line in lines] == list(range(1, len(lines) + 1))
     steps = [line.what for line in lines if isinstance(line.what, StepDone)]
-    assert [step.step for step in steps] == list(range(1, 21))
+    assert [step.step for step in steps] == list(range(1, 9))
     assert all(step.tokens_per_s > 0 and step.memory_bytes > 0 for step in steps)
     saved = [line.what.step for line in lines if isinstance(line.what, CheckpointSaved)]
-    assert saved == [8, 16]
+    assert saved == [3, 6]
     assert SECRET not in (folder / EVENTS).read_text()
     assert any(line.startswith("rehearsed in ") and "a save takes" in line for line in said)
 
 
-@pytest.mark.parametrize("method", list(Method))
+@pytest.mark.parametrize(  # of each method's training alone: `train/test_rehearsal.py`
+    "method",
+    [
+        Method.LORA,
+        pytest.param(Method.QLORA, marks=pytest.mark.slow),
+        pytest.param(Method.FULL, marks=pytest.mark.slow),
+    ],
+)
 def test_the_rehearsal_changes_no_bit(long_recipe: Make, tmp_path: Path, method: Method) -> None:
     artefacts = []
     for rehearse in (True, False):
@@ -131,7 +138,7 @@ def test_a_run_may_shrink_its_micro_batches(
         folder = tmp_path / str(rehearse)
         recipe = long_recipe(on_out_of_memory="shrink", rehearse=rehearse)
         record = train_run(recipe, folder, say=lambda line: None)
-        assert record.status == "ok" and record.num_steps == 20
+        assert record.status == "ok" and record.num_steps == 8
         changes = [
             e.what for e in read_events(folder / EVENTS) if isinstance(e.what, SettingChanged)
         ]
@@ -162,7 +169,7 @@ def test_a_diverged_run_is_not_taken_for_a_good_one(
     with pytest.raises(DivergedError) as raised:
         train_run(recipe, folder, say=lambda line: None)
     said = str(raised.value)
-    assert "Rows whose own loss is not finite: " in said and "train.jsonl:40" in said
+    assert "Rows whose own loss is not finite: " in said and "train.jsonl:16" in said
     assert SECRET not in said and raised.value.exit_status == 1
     record = read_record(folder)
     assert record is not None and (record.status, record.error) == ("failed", said)

@@ -40,7 +40,9 @@ def _logits(model: Any, ids: list[int]) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("method", list(Method))
+@pytest.mark.parametrize(
+    "method", [Method.LORA, pytest.param(Method.QLORA, marks=pytest.mark.slow), Method.FULL]
+)
 def test_added_tokens_are_trained_saved_and_opened(
     make_recipe: Make, tmp_path: Path, method: Method
 ) -> None:

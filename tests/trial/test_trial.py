@@ -15,6 +15,7 @@ import tunefork.trial.artifact as artifact
 import tunefork.trial.training as training
 import tunefork.trial.trial as trial
 from tests.folders import save_model
+from tests.recipes import recipe_in
 from tunefork.data.loader import load_data
 from tunefork.errors import IdentityError, ModelError, RunFolderError, TuneforkError
 from tunefork.model.asked import asked_sha256
@@ -73,8 +74,14 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     _stop_after_each_step(monkeypatch)
 
 
-@pytest.mark.parametrize("method", list(Method))
-@pytest.mark.parametrize("error", [TuneforkError("no"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [
+        (Method.LORA, TuneforkError("no")),
+        (Method.QLORA, KeyboardInterrupt()),
+        (Method.FULL, TuneforkError("no")),
+    ],
+)
 def test_what_ends_the_evaluation_costs_no_training(
     make_recipe: Make,
     tmp_path: Path,
@@ -100,12 +107,17 @@ def test_what_ends_the_evaluation_costs_no_training(
     assert train_run(recipe, folder) == done
 
 
-@pytest.fixture(params=list(Method))
-def whole(request: pytest.FixtureRequest, make_recipe: Make, tmp_path: Path) -> tuple[Recipe, Path]:
+@pytest.fixture(scope="module", params=list(Method))
+def whole(
+    request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Recipe, Path]:
     """A recipe, and the folder of its run that was never stopped."""
-    recipe = make_recipe(method=request.param, lora={"dropout": 0.1})
-    train_run(recipe, tmp_path / "whole")
-    return recipe, tmp_path / "whole"
+    folder = tmp_path_factory.mktemp("whole")
+    recipe = recipe_in(folder, base, method=request.param, lora={"dropout": 0.1})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNEFORK_HOME", str(folder / "home"))
+        train_run(recipe, folder / "whole")
+    return recipe, folder / "whole"
 
 
 def _artefact(folder: Path) -> dict[str, bytes]:
@@ -147,9 +159,9 @@ def test_an_interrupted_run_is_usable_and_the_same_call_goes_on(
 
 
 def test_ctrl_c_during_the_last_step_is_heeded_once_the_training_is_saved(
-    whole: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, folder = whole[0], tmp_path / "run"
+    recipe, folder = make_recipe(), tmp_path / "run"
 
     def on_step(self: TrainProgress, record: StepRecord) -> None:
         if record.step == 3:
@@ -205,7 +217,7 @@ def test_what_auto_came_to_is_recorded_told_and_trained_in(
     assert told in said and told in (tmp_path / "run" / EVENTS).read_text()
 
 
-@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize("torn", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(
     whole: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bool
 ) -> None:
@@ -354,7 +366,7 @@ def test_a_run_records_its_base_and_its_artefact_too(
             open_model(str(run))
 
 
-@pytest.mark.parametrize("method", list(Method))
+@pytest.mark.parametrize("method", [Method.LORA, Method.FULL])
 def test_what_was_trained_on_another_base_is_not_evaluated(
     make_recipe: Make,
     own_base: Path,

@@ -300,11 +300,11 @@ def add_bank(
 
 
 def add_serving_bank(
-    model: PreTrainedModel, *, slots: int, rank: int, dtype: torch.dtype | None = None
+    model: PreTrainedModel, *, slots: int, rank: int, dtype_a: torch.dtype | None = None
 ) -> Bank:
     """Give every linear layer of `model` but the head empty slots of `rank`, to be read; in place.
 
-    `dtype` is the deltas', by default the model's.
+    `dtype_a` is A's, by default the model's.
     """
     model.requires_grad_(False)
     routing, layers = _routing(model, slots), {}
@@ -312,7 +312,12 @@ def add_serving_bank(
         base = model.get_submodule(path)
         assert isinstance(base, nn.Linear | Nf4Linear)
         layers[path] = BankLinear(
-            base, [rank] * slots, routing, dtype=dtype or model.dtype, is_trained=False
+            base,
+            [rank] * slots,
+            routing,
+            dtype=dtype_a or model.dtype,
+            dtype_b=model.dtype,
+            is_trained=False,
         )
     for path, layer in layers.items():
         replace(model, path, layer)

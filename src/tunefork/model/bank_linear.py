@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunefork.kernels.bank import Bounds, Padded, add_segments, grouped, spans
-from tunefork.kernels.bank_stretches import Layout, add_sorted, add_stretches
+from tunefork.kernels.bank_stretches import Layout, Matrices, add_sorted, add_stretches
 from tunefork.kernels.bank_tokens import bank_tokens
 from tunefork.model.linear import FrozenBase, Nf4Linear
 
@@ -62,12 +62,13 @@ class BankLinear(nn.Module):
         routing: Routing,
         *,
         dtype: torch.dtype = torch.float32,
+        dtype_b: torch.dtype | None = None,
         dropout: float = 0.0,
         is_trained: bool = True,
     ) -> None:
         super().__init__()
         self.base: nn.Linear | FrozenBase = base
-        self.routing, self.dtype = routing, dtype
+        self.routing, self.dtype, self.dtype_b = routing, dtype, dtype_b or dtype
         self.dropout = dropout
         """The most of any slot; 0: none ever draws, and the deltas' input is the base's."""
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -84,8 +85,10 @@ class BankLinear(nn.Module):
             torch.zeros(rows, self.in_features, dtype=self.dtype, device=device), self.is_trained
         )
         self.rows_b = nn.Parameter(
-            torch.zeros(rows, self.out_features, dtype=self.dtype, device=device), self.is_trained
+            torch.zeros(rows, self.out_features, dtype=self.dtype_b, device=device), self.is_trained
         )
+        self.matrices: Matrices | None = None
+        """`stacks` as passes on a CPU read them, made by the first one."""
         self.kind = 0
         """Which of `routing.padded` says how its rows lie in the grouped product."""
 
@@ -115,10 +118,11 @@ class BankLinear(nn.Module):
         routing = self.routing
         if routing.mode == "none" or not sum(self.ranks):
             return y_o
-        x_sd = self.dropped(x_d.reshape(-1, x_d.shape[-1]))
         y_so = y_o.view(-1, y_o.shape[-1])
         if routing.mode == "stretches":
-            return self.add_read(y_so, x_sd).view(y_o.shape)
+            self.add_read(y_so, x_d)
+            return y_o
+        x_sd = self.dropped(x_d.reshape(-1, x_d.shape[-1]))
         if routing.mode == "segments" and isinstance(self.base, nn.Linear | Nf4Linear):
             scales = tuple(routing.scales)
             y_so = add_segments(
@@ -128,12 +132,16 @@ class BankLinear(nn.Module):
             y_so = y_so + deltas([self], x_sd)[0]
         return y_so.view(y_o.shape)
 
-    def add_read(self, y_so: Tensor, x_sd: Tensor) -> Tensor:
-        """y with the deltas of a pass that is only read from, in place; mode "stretches"."""
+    def add_read(self, y_so: Tensor, x_d: Tensor) -> None:
+        """Add the deltas of a pass that is only read from, in place; mode "stretches"."""
         layout = self.routing.layout
         assert layout is not None
-        add = add_stretches if layout.ends_n is None else add_sorted
-        return add(y_so, x_sd, *self.stacks, layout)
+        if layout.ends_n is None:
+            if self.matrices is None:
+                self.matrices = Matrices(*(stack.detach() for stack in self.stacks))
+            add_stretches(y_so, x_d, self.matrices, layout)
+        else:
+            add_sorted(y_so, x_d.view(-1, x_d.shape[-1]), *self.stacks, layout)
 
     def dropped(self, x_sd: Tensor) -> Tensor:
         """x with each slot's dropout, while training; drawn for all tokens at once."""

@@ -5,11 +5,11 @@ What is computed is remembered by the files that it came from, so that only the 
 
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tunefork.errors import IdentityError, ModelError
+from tunefork.installed import version
 from tunefork.model.fingerprint_cache import key_of, recall, remember
 from tunefork.model.fingerprint_config import config_sha256
 from tunefork.model.fingerprint_tokenizer import (

@@ -37,11 +37,23 @@ class Prediction:
     raw_step_s: float
 
 
-def plan_here(recipe: Recipe, methods: Sequence[Method], examples: Sequence[Encoded]) -> Plan:
+def plan_here(
+    recipe: Recipe,
+    methods: Sequence[Method],
+    examples: Sequence[Encoded],
+    *,
+    has_details: bool = True,
+) -> Plan:
     """The recipe on this machine, with the prepared training examples."""
     catalogue = load_catalogue()
-    target = here(catalogue, recipe.compare.usd_per_hour)
-    return plan_examples(recipe, examples, target=target, methods=methods, catalogue=catalogue)
+    return plan_examples(
+        recipe,
+        examples,
+        target=here(catalogue, recipe.compare.usd_per_hour),
+        methods=methods,
+        catalogue=catalogue,
+        has_details=has_details,
+    )
 
 
 def refuse_what_cannot_fit(
@@ -55,7 +67,9 @@ def refuse_what_cannot_fit(
     Where only its high end is, `say` gets a warning.
     """
     try:
-        plan = plan_here(recipe, methods, examples)
+        plan = plan_here(recipe, methods, examples, has_details=False)
+        if not all(method.fits for method in plan.methods.values()):
+            plan = plan_here(recipe, methods, examples)  # what would fit, too
     except PlanError as error:
         say(f"warning: {error}; whether it fits in memory will show")
         return
@@ -84,7 +98,12 @@ def predict(recipe: Recipe, method: Method, examples: Sequence[Encoded]) -> Pred
         catalogue = load_catalogue()
         target = here(catalogue, recipe.compare.usd_per_hour)
         plan = plan_examples(
-            recipe, examples, target=target, methods=(method,), catalogue=catalogue
+            recipe,
+            examples,
+            target=target,
+            methods=(method,),
+            catalogue=catalogue,
+            has_details=False,
         )
     except BadInputError:
         return None

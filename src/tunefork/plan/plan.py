@@ -108,8 +108,9 @@ def plan_examples(
     target: Target,
     methods: Sequence[Method],
     catalogue: Catalogue | None = None,
+    has_details: bool = True,
 ) -> Plan:
-    """Plan a recipe whose training examples are at hand."""
+    """Plan a recipe whose training examples are at hand; `has_details` as in `plan_numbers`."""
     work = Work(
         examples=len(examples),
         tokens=sum(len(example.input_ids) for example in examples),
@@ -119,7 +120,7 @@ def plan_examples(
         batch_size=recipe.train.batch_size,
     )
     batches = batches_of_data(examples, recipe, seed=recipe.train.seed)
-    return _plan_batches(recipe, work, batches, target, methods, catalogue)
+    return _plan_batches(recipe, work, batches, target, methods, catalogue, has_details)
 
 
 def _plan_batches(
@@ -129,6 +130,7 @@ def _plan_batches(
     target: Target,
     methods: Sequence[Method],
     catalogue: Catalogue | None,
+    has_details: bool = True,
 ) -> Plan:
     return _plan(
         name=recipe.model.id,
@@ -146,6 +148,7 @@ def _plan_batches(
         methods=methods,
         target=target,
         catalogue=catalogue,
+        has_details=has_details,
     )
 
 
@@ -207,7 +210,8 @@ def _plan(
         at_most = None
         if forms.checkpointing == "auto":
             case = fastest_that_fits(case, batches.largest)
-            at_most = keeping_least(case, batches.largest)
+            if has_details or not case.fits(batches.largest):
+                at_most = keeping_least(case, batches.largest)
         found = plan_method(case, batches, has_limits=has_details, at_most=at_most)
         if has_details and not found.fits:
             option = next_option(case, batches, machines)

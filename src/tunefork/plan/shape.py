@@ -132,8 +132,16 @@ def on_meta(config: Any, *, dtype: torch.dtype, attention: str | None = None) ->
 
 
 def count_params(config: Any) -> int:
-    """Parameters of the whole model, tied ones once. Raises PlanError."""
-    return _extrapolated(config, lambda model: sum(p.numel() for p in model.parameters()))
+    """Parameters of the whole model, tied ones once; counted once a process. Raises PlanError."""
+    key = config.to_json_string()
+    if key not in _COUNTED:
+        _COUNTED[key] = _extrapolated(
+            config, lambda model: sum(p.numel() for p in model.parameters())
+        )
+    return _COUNTED[key]
+
+
+_COUNTED: dict[str, int] = {}
 
 
 def lora_params(config: Any, lora: LoraSection) -> int:

@@ -6,13 +6,13 @@ transformers leave files that they do not know alone.
 
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tunefork.errors import AdapterError
+from tunefork.installed import version
 from tunefork.model.identity import Identity
 from tunefork.recipe import Method
 from tunefork.registry.run import write_atomically

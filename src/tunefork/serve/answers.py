@@ -127,7 +127,7 @@ class Answer:
         except TimeoutError:
             self._fail(too_late())
         except Exception as error:
-            self._fail(told_of(error))
+            self._fail(told_of(error, self.order.sampling))
         finally:
             turn.leave()
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 from tunefork.errors import DivergedError, TuneforkError
 from tunefork.evaluate.statistics import Columns
-from tunefork.registry.run import RunRecord, read_record
+from tunefork.registry.run import RunRecord
 from tunefork.sweep.bench import Bench
 from tunefork.sweep.group import Group, Member, Stepped
 from tunefork.sweep.halving import mean_loss
@@ -157,7 +157,9 @@ class Fleet:
         if self._parked.is_past(member, step):
             self._leave_out(member)
         if step >= member.num_steps or self._parked.rung_at(member, step) is not None:
-            self._arrive(seat)  # killed between what its step leads to and what says that it did
+            self._arrive(
+                seat, step
+            )  # killed between what its step leads to and what says that it did
 
     def _pass(self) -> None:
         """A step of each, and what follows from it; the states are saved where that is due."""
@@ -167,9 +169,9 @@ class Fleet:
         self._has_passed, seconds = True, time.perf_counter() - start
         self.bench.meter.note()
         has_left = self._take(stepped, start)
-        if self.moments.is_due(has_left=has_left, state_bytes=self._state_bytes()):
+        if self.moments.is_due(self._seats.values(), has_left=has_left):
             self._take(self.group.sync(), time.perf_counter())
-            self._save()
+            self.moments.save(self._seats, self.group)
         self.view.on_pass(seconds)
 
     def _take(self, stepped: Sequence[Stepped], start: float) -> bool:
@@ -200,11 +202,12 @@ class Fleet:
             del self._seats[each.name]
             self._fail(member, seat, each.error)
             return True
-        return self._arrive(seat)
+        assert each.record is not None
+        return self._arrive(seat, each.record.step)
 
-    def _arrive(self, seat: Seat) -> bool:
-        """What follows on the step that a member has taken; returns whether it left the group."""
-        member, step = seat.member, seat.progress.step
+    def _arrive(self, seat: Seat, step: int) -> bool:
+        """What follows on a step that a member has taken; returns whether it left the group."""
+        member = seat.member
         every, is_last = member.recipe.train.validate_every_steps, step >= member.num_steps
         rung = self._parked.rung_at(member, step)
         is_due = is_last or rung is not None or (every is not None and step % every == 0)
@@ -246,19 +249,12 @@ class Fleet:
             self.view.on_state(member.name, "waiting")
         self._queue.extendleft(reversed(going))
         for member in dropped:
-            self._drop(member)
+            self._end(member, Outcome("dropped", self.bench.dropped(member)))
 
     def _leave_out(self, member: Member) -> None:
         """A member comes to no further rung: the others wait for it no longer."""
         self._parked.leave_out(member)
         self._decide()
-
-    def _drop(self, member: Member) -> None:
-        """A member of those that are worse leaves what it learnt: it can be gone on with alone."""
-        record = read_record(member.folder)  # of an earlier call, maybe
-        if record is None and (found := self.bench.checkpoints(member).newest()) is not None:
-            record = self.bench.leave(member, found.read(), "interrupted")
-        self._end(member, Outcome("dropped", record))
 
     def _finish(self, seat: Seat) -> None:
         member = seat.member
@@ -284,7 +280,7 @@ class Fleet:
     def _leave(self) -> None:
         """All that are in leave what they learnt; the rest is as it was."""
         self._take(self.group.sync(), time.perf_counter())
-        self._save()
+        self.moments.save(self._seats, self.group)
         for name, seat in list(self._seats.items()):
             self._end(seat.member, Outcome("interrupted", seat.interrupt(self.group)))
             del self._seats[name]
@@ -299,15 +295,3 @@ class Fleet:
         steps = None if outcome.record is None else outcome.record.num_steps
         self.view.on_state(member.name, outcome.status, steps)
         self.on_done(member, outcome)
-
-    def _save(self) -> None:
-        """The state of all that are in, at one moment; nothing they launched is left untold."""
-        if not self._seats:
-            return
-        for seat in self._seats.values():
-            seat.save(self.group)
-        order = [name for name in self.group.order() if name in self._seats]
-        self.moments.write({name: self._seats[name].progress.step for name in order})
-
-    def _state_bytes(self) -> int:
-        return sum(seat.state_bytes for seat in self._seats.values())

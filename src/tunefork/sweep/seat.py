@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-from tunefork.evaluate.evaluate import evaluate, pad_id, save_columns
+from tunefork.evaluate.evaluate import evaluate, pad_id
 from tunefork.evaluate.loss import loss_columns
 from tunefork.evaluate.statistics import Columns
 from tunefork.registry.claim import Claim, claimed
@@ -26,9 +26,6 @@ from tunefork.train.state import Progress, State
 from tunefork.trial.following import Following, following
 from tunefork.trial.record import check_base, finish
 from tunefork.trial.training import may_begin, record_failure
-
-VALIDATION = "validation.npz"
-"""One value a validation example, at the last validation."""
 
 
 @dataclass(slots=True)
@@ -124,7 +121,6 @@ class Seat:
         self.told.on_event(Validated(step=done.step, validation_loss=loss, is_best=is_best))
         if is_best:
             self.progress = replace(done, best_step=done.step, best_loss=loss)
-        save_columns(columns, member.folder / VALIDATION)
         return columns
 
     def finish(self, group: Group, interrupt: Interrupt) -> RunRecord:

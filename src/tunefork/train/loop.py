@@ -155,7 +155,8 @@ def train(
             else:  # what may keep the step from its update is looked at before the first one
                 (loss, num_supervised), grad_norm = cut.forward(chosen, number), 0.0
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                what = f"the loss is {loss} and the gradient's norm {grad_norm}"
+                what = f"the loss is {loss}"
+                what += "" if release is not None else f" and the gradient's norm {grad_norm}"
                 raise recovery.stop(what, done, random, chosen, find_rows=True)
             if (spike := watch.found(loss)) is not None:
                 back = recovery.spike(spike, done, random, chosen)

@@ -119,14 +119,12 @@ def check_one_pass(
 ) -> None:
     """Raise RecipeError where a step takes several micro-batches: its gradient is complete only
     after the last, and would have to be kept until then."""
-    for number, step in enumerate(steps, start=1):
-        lengths = [len(examples[at].input_ids) for at in step]
-        count = len(arrange(lengths, max_tokens=micro_batch_tokens, packing=packing))
+    lengths = [[len(examples[at].input_ids) for at in step] for step in steps]
+    for number, step in enumerate(lengths, start=1):
+        limit = max(micro_batch_tokens, max(step))  # as the accumulator's: no example is cut
+        count = len(arrange(step, max_tokens=limit, packing=packing))
         if count > 1:
-            needed = max(
-                _whole([len(examples[at].input_ids) for at in other], micro_batch_tokens, packing)
-                for other in steps
-            )
+            needed = max(_whole(other, micro_batch_tokens, packing) for other in lengths)
             raise RecipeError(
                 f"full.gradient_release: step {number} of {len(steps)} takes {count} micro-batches "
                 f"of train.micro_batch_tokens ({micro_batch_tokens}), and a gradient that is added "
@@ -137,7 +135,7 @@ def check_one_pass(
 
 def _whole(lengths: Sequence[int], tokens: int, packing: bool) -> int:
     """The fewest tokens, of doublings of `tokens`, that hold a step's examples at once."""
-    while len(arrange(lengths, max_tokens=tokens, packing=packing)) > 1:
+    while max(lengths) > tokens or len(arrange(lengths, max_tokens=tokens, packing=packing)) > 1:
         tokens *= 2
     return tokens
 

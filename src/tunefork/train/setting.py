@@ -9,11 +9,11 @@ up among them). Going on there is allowed and said.
 import hashlib
 import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 
 import torch
 
 from tunefork.data.example import Encoded
+from tunefork.installed import version
 from tunefork.model.device import describe
 from tunefork.recipe import Method, Recipe
 from tunefork.train.checkpoint import Value

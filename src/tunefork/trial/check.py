@@ -54,12 +54,13 @@ def check_recipe(
         first = f" {places[0].strip()}, ...; `tunefork data check` says more" if places else ""
         say(f"warning: {head}{first}")
     if Method.FULL in methods and recipe.full.gradient_release:
-        check_one_pass(
-            data.train,
-            plan_steps(recipe, len(data.train), seed=recipe.train.seed),
-            micro_batch_tokens=recipe.train.micro_batch_tokens,
-            packing=recipe.train.packing,
-        )
+        for seed in {recipe.train.seed, *(recipe.compare.seeds if len(methods) > 1 else ())}:
+            check_one_pass(
+                data.train,
+                plan_steps(recipe, len(data.train), seed=seed),
+                micro_batch_tokens=recipe.train.micro_batch_tokens,
+                packing=recipe.train.packing,
+            )
     plan = plan_evaluation(recipe, data, tokenizer)
     check_tokens(skeleton, recipe, data, plan, tokenizer, say)
     if not ignore_plan:
