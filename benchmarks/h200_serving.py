@@ -9,6 +9,11 @@ Random weights, 128 tokens in, 128 out, greedy, rank 16 on all linear layers, al
     cold                an adapter never seen before, while 32 others decode: its first token, and
                         what others' time per token was before and meanwhile
     1000_registered     1,000 adapters, 64 slots, 64 requests at a time by Zipf's law: first token
+    profile_*           kernels of a decoding step, and how long the GPU is busy (--cases profile)
+
+Forms of the engine are compared in one call with --variants: each is a list of settings to be
+changed, as `compile=true,prefill_tokens=8192`; `plain` changes none. `reads_own=false` is no
+setting: compiled layers then multiply all slots' B (`model/joint_banks.py`).
 
 Writes results/h200_serving.json (not with --tiny, which is for a CPU).
 """
@@ -23,17 +28,23 @@ import random
 import subprocess
 import sys
 import time
-from itertools import pairwise
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from benchmarks.results import write
+from benchmarks.serving_cold import cold_adapter
 from benchmarks.serving_load import Load, Timing, answer, draw_load, percentiles, round_of, row
+from benchmarks.serving_profile import profile
 from benchmarks.serving_world import many, random_weights, save_adapters, save_base
 from benchmarks.training_runs import EIGHT_B, TINY, Shape
 from tunefork.model.device import describe, pick_device
+from tunefork.model.fused import FusedGroup
 from tunefork.recipe import ModelSection
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.engines.embedded import EmbeddedEngine
@@ -56,9 +67,15 @@ def main() -> None:
     load = draw_load(*size, shape.vocabulary)
     rows: list[dict[str, Any]] = []
     with random_weights():
-        if "speed" in arguments.cases:
-            settings = _settings(base, arguments, slots=ADAPTERS + 1)
-            rows += asyncio.run(_speed(settings, load, adapters))
+        takes_speed = bool({"speed", "profile"} & set(arguments.cases))
+        for variant, settings in _forms(base, arguments).items() if takes_speed else ():
+            try:
+                with _reading_own("reads_own=false" not in variant):
+                    found = asyncio.run(_speed(settings, load, adapters, arguments.cases))
+            except Exception as error:  # the other variants are to be measured
+                traceback.print_exc()
+                found = [{"case": "failed", "error": f"{type(error).__name__}: {error}"[:400]}]
+            rows += [one | {"variant": variant} for one in found]
         if "registered" in arguments.cases:
             registered = many(adapters, 40 if arguments.tiny else 1000, arguments.work / "many")
             slots = 8 if arguments.tiny else 64
@@ -70,8 +87,29 @@ def main() -> None:
         print(write("h200_serving", rows, device=str(describe(pick_device())["name"])))
 
 
+def _forms(base: Path, arguments: argparse.Namespace) -> dict[str, ServeSettings]:
+    """Variant -> settings: all of them, before anything is measured."""
+    changes = {one: [] if one == "plain" else one.split(",") for one in arguments.variants}
+    return {
+        one: _settings(base, arguments, slots=ADAPTERS + 1, changed=changed)
+        for one, changed in changes.items()
+    }
+
+
+@contextmanager
+def _reading_own(reads_own: bool) -> Iterator[None]:
+    """Within, compiled layers read each token's own B alone, or multiply all slots'."""
+    join = FusedGroup.join_banks
+
+    def joined(group: FusedGroup, **told: bool) -> None:
+        join(group, reads_own=reads_own and told["reads_own"])
+
+    with patch.object(FusedGroup, "join_banks", joined):
+        yield
+
+
 async def _speed(
-    settings: ServeSettings, load: Load, adapters: list[ServedAdapter]
+    settings: ServeSettings, load: Load, adapters: list[ServedAdapter], cases: list[str]
 ) -> list[dict[str, Any]]:
     engine = EmbeddedEngine(settings)
     began = time.perf_counter()
@@ -92,65 +130,15 @@ async def _speed(
         rows[1]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     for one in rows:
         print(_line(one), flush=True)
-    rows.append(await _cold(engine, load, warm, cold))
+    if "speed" in cases:
+        rows.append(await cold_adapter(engine, load, warm, cold))
+    if "profile" in cases and torch.cuda.is_available():
+        for whose in ([], warm):
+            rows.append(await profile(engine, load, whose, f"profile-{len(whose)}"))
+            print(json.dumps(rows[-1], indent=1), flush=True)
     await engine.stop()
     gc.collect()
     return rows
-
-
-async def _cold(
-    engine: EmbeddedEngine, load: Load, warm: list[ServedAdapter], cold: ServedAdapter
-) -> dict[str, Any]:
-    """The first request for `cold` in the middle of a round over `warm`."""
-    stamps: list[float] = []
-    others = Load(load.prompts[:-1], load.new)
-
-    async def watch(at: int, prompt: tuple[int, ...]) -> None:
-        from tunefork.serve.engine import EngineRequest, Sampling
-
-        sampling = Sampling(max_tokens=load.new, temperature=0.0, ignore_eos=True)
-        wanted = EngineRequest(f"watch-{at}", prompt, sampling, warm[at % len(warm)])
-        async for _ in engine.generate(wanted):
-            if at == 0:
-                stamps.append(time.perf_counter())
-
-    for file in cold.folder.iterdir():
-        _drop_from_page_cache(file)
-    tasks = [asyncio.ensure_future(watch(at, prompt)) for at, prompt in enumerate(others.prompts)]
-    while len(stamps) < load.new // 3:
-        await asyncio.sleep(0.001)
-    asked = time.perf_counter()
-    timing = await answer(engine, "cold", load.prompts[-1], max(4, load.new // 8), cold)
-    arrived = asked + timing.first
-    await asyncio.gather(*tasks)
-    gaps = [(later, later - one) for one, later in pairwise(stamps)]
-    before = [gap for at, gap in gaps[2:] if at < asked]
-    # The new one's own prompt, like any other, takes part in a pass of its own length.
-    meanwhile = [gap for at, gap in gaps if asked <= at < arrived]
-    found = {
-        "case": "cold",
-        "tool": "tunefork",
-        "ours": True,
-        "first_token_ms": round(1000 * timing.first, 1),
-        "others_token_ms_before": percentiles(before),
-        "others_token_ms_meanwhile": percentiles(meanwhile),
-        "mean_ratio": round((sum(meanwhile) / len(meanwhile)) / (sum(before) / len(before)), 3)
-        if meanwhile and before
-        else None,
-    }
-    print(json.dumps(found), flush=True)
-    return found
-
-
-def _drop_from_page_cache(file: Path) -> None:
-    """So that it is read from the disk."""
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
 
 
 async def _registered(
@@ -232,7 +220,9 @@ def _vllm(
     return found
 
 
-def _settings(base: Path, arguments: argparse.Namespace, *, slots: int) -> ServeSettings:
+def _settings(
+    base: Path, arguments: argparse.Namespace, *, slots: int, changed: Sequence[str] = ()
+) -> ServeSettings:
     embedded: dict[str, Any] = {
         "slots": slots,
         "max_rank": RANK,
@@ -240,9 +230,10 @@ def _settings(base: Path, arguments: argparse.Namespace, *, slots: int) -> Serve
         "max_model_len": 2048,
         "host_memory_bytes": 24 * 2**30,
     }
-    for one in arguments.set:
+    for one in (*arguments.set, *changed):
         key, _, value = one.partition("=")
-        embedded[key] = json.loads(value) if value[:1] in "0123456789tf" else value
+        if key != "reads_own":
+            embedded[key] = json.loads(value) if value[:1] in "0123456789tf" else value
     return ServeSettings(
         base=ModelSection(id=str(base)), embedded=EmbeddedSettings.model_validate(embedded)
     )
@@ -266,6 +257,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--site", nargs="+", default=[], metavar="vllm=FOLDER")
     parser.add_argument("--cases", nargs="+", default=["speed", "registered"])
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="embedded.KEY")
+    parser.add_argument("--variants", nargs="+", default=["plain"], metavar="KEY=VALUE,...")
     parser.add_argument("--limit", type=float, default=190.0, help="seconds for one run of vLLM")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, nothing is written")
     return parser.parse_args()

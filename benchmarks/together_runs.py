@@ -89,6 +89,8 @@ def measure_group(run: Run, folder: Path) -> dict[str, Any]:
     is_looped = run.options.get("looped", False)
     with patch("tunefork.model.bank_linear.grouped", Looped(bank)) if is_looped else nullcontext():
         group = group_of(bank, members, recipe, pad_id=0)
+        if run.options.get("keeps_operands"):  # else made again (`model/layers.py`)
+            torch._functorch.config.cse = True
         steps_s, losses = list[float](), {"a0": list[float](), f"a{run.rows - 1}": list[float]()}
         while group.is_at_work:
             begin = time.perf_counter()
@@ -102,7 +104,7 @@ def measure_group(run: Run, folder: Path) -> dict[str, Any]:
     timed = steps_s[WARM_UP + 1 : -1]  # the first has no step before it to wait for
     median = statistics.median(timed)
     gpu = torch.cuda.is_available()
-    parameters = sum(a.numel() + b.numel() for a, b in (la.rows for la in bank.layers.values()))
+    parameters = sum(la.rows_a.numel() + la.rows_b.numel() for la in bank.layers.values())
     return {
         "device": torch.cuda.get_device_name() if gpu else "cpu",
         "step_s": median,

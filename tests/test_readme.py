@@ -1,11 +1,16 @@
-"""What the README shows is what was measured."""
+"""What the README shows is what was measured, and what it and the examples name is there."""
 
 from pathlib import Path
 
+import pytest
+
+from tunefork.advise.situation import load_situation
 from tunefork.compare.comparison import Comparison
 from tunefork.compare.table import markdown_table
+from tunefork.recipe_file import load
 
 ROOT = Path(__file__).parent.parent
+DOCS = sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -22,8 +27,18 @@ def test_the_table_is_the_demos() -> None:
         assert sentence in comparison.verdict.text and sentence in words
 
 
-def test_its_links_lead_somewhere() -> None:
-    targets = [part.partition(")")[0] for part in README.split("](")[1:]]
-    assert targets
-    for target in targets:
-        assert target.startswith("http") or (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "examples/README.md", *DOCS])
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in (part.partition(")")[0] for part in text.split("](")[1:]):
+        is_there = (ROOT / page).parent.joinpath(target.partition("#")[0]).exists()
+        assert is_there or target.startswith(("http", "#")), target
+
+
+def test_every_example_loads_and_is_explained() -> None:
+    recipes = sorted((ROOT / "examples").glob("*.yaml"))
+    situations = sorted((ROOT / "examples" / "situations").glob("*.yaml"))
+    assert [load(file).model.id for file in recipes] == ["smollm2-135m-instruct"] * 4
+    assert [load_situation(file, {}).task for file in situations][-1] == "distillation"
+    explained = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    assert all(f"{file.name}](" in explained for file in [*recipes, *situations])

@@ -177,8 +177,10 @@ def test_a_path_in_an_override_is_the_recipes_too(file: Path) -> None:
         ("=3", "--set =3: write KEY=VALUE"),
         ("method.x=3", "--set method.x=3: 'method' is not a section"),
         ("lora.rank=[1", "--set lora.rank:1: is not YAML: expected ',' or ']'"),
-        ("lora.rnk=3", "mine.yaml: lora.rnk: unknown key; did you mean 'rank'?"),
-        ("lora.rank=0", "mine.yaml: lora.rank: should be greater than or equal to 1 (found 0)"),
+        ("lora.rnk=3", "--set: lora.rnk: unknown key; did you mean 'rank'?"),
+        ("lorra.rank=3", "--set: lorra: unknown key; did you mean 'lora'?"),
+        ("lora.targets=[q, 5]", "--set: lora.targets.1: should be a valid string"),
+        ("lora.rank=0", "--set: lora.rank: should be greater than or equal to 1 (found 0)"),
     ],
 )
 def test_wrong_overrides(file: Path, override: str, message: str) -> None:
@@ -210,8 +212,8 @@ def test_unknown_keys_name_the_nearest(sections: dict[str, Any], message: str) -
     ("sections", "message"),
     [
         ({"lora": {"rank": 0}}, "lora.rank: should be greater than or equal to 1 (found 0)"),
-        ({"lora": {"rank": "many"}}, "lora.rank: should be a valid integer"),
-        ({"lora": {"rank": 1.5}}, "lora.rank: should be a valid integer"),
+        ({"lora": {"rank": "many"}}, "lora.rank: should be a whole number"),
+        ({"lora": {"rank": 1.5}}, "lora.rank: should be a whole number"),
         ({"lora": {"rank": True}}, "lora.rank: must not be True"),
         ({"lora": {"targets": []}}, "lora.targets: is an empty list"),
         ({"lora": {"targets": ["q", 5]}}, "lora.targets.1: should be a valid string (found 5)"),

@@ -3,7 +3,7 @@
 Paths in a file are relative to its folder. Unknown keys are errors that name the nearest right one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,7 +25,8 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     fields = read_fields(path)
     for override in overrides:
         _override(fields, override)
-    return parse(absolute(fields, path.resolve().parent), where=str(path))
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    return parse(absolute(fields, path.resolve().parent), where=str(path), overridden=keys)
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -57,13 +58,24 @@ def relative(recipe: Recipe, folder: Path) -> Recipe:
     return parse(_with_paths(recipe.model_dump(mode="json"), shorten))
 
 
-def parse(fields: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Validate `fields`; raises RecipeError naming each wrong field under `where`."""
+def parse(fields: dict[str, Any], where: str = "recipe", overridden: Sequence[str] = ()) -> Recipe:
+    """Validate `fields`; raises RecipeError naming each wrong field under `where`, or under --set
+    where it is one of the keys `overridden`."""
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors()]
-        raise RecipeError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from error
+        lines = dict.fromkeys(
+            f"{'--set' if _is_overridden(detail, overridden) else where}: {_explain(detail)}"
+            for detail in error.errors()
+        )
+        raise RecipeError("\n".join(lines)) from error
+
+
+def _is_overridden(detail: ErrorDetails, keys: Sequence[str]) -> bool:
+    """Whether a --set gave what pydantic complains of."""
+    at = _field(detail) + "."
+    is_unknown = detail["type"] == "extra_forbidden"  # and may be a section that a --set made
+    return any(at.startswith(f"{key}.") or (is_unknown and key.startswith(at)) for key in keys)
 
 
 def dump(recipe: Recipe) -> str:
@@ -139,7 +151,7 @@ _FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".txt", ".gguf"}
 
 def _explain(detail: ErrorDetails) -> str:
     """One line for one of pydantic's findings: the field, what was found, what is allowed."""
-    at = ".".join(part for part in map(str, detail["loc"]) if not part.startswith(_NO_FIELDS))
+    at = _field(detail)
     found, kind = detail["input"], detail["type"]
     if kind == "extra_forbidden":
         allowed = _fields_at(detail["loc"][:-1])
@@ -157,13 +169,25 @@ def _explain(detail: ErrorDetails) -> str:
     if kind in ("literal_error", "enum") and isinstance(found, str):
         allowed = detail.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ")
         hint = nearest(found, allowed.split(", "))
-    message = _PLAIN.get(kind) or detail["msg"].removeprefix("Input ")
+    message = PLAIN.get(kind) or detail["msg"].removeprefix("Input ")
     return f"{at}: {message}{f' (found {found!r})' if is_scalar else ''}{hint}"
+
+
+def _field(detail: ErrorDetails) -> str:
+    """Such as `lora.rank`."""
+    return ".".join(part for part in map(str, detail["loc"]) if not part.startswith(_NO_FIELDS))
 
 
 _NO_FIELDS = ("literal[", "tuple[", "[key]")
 """Parts of pydantic's locations that name a choice of types, not a field."""
-_PLAIN = {"tuple_type": "must be a list", "dict_type": "must be a mapping"}
+PLAIN = {
+    "tuple_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "int_parsing": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "float_parsing": "should be a number",
+    "bool_parsing": "should be true or false",
+}
 """Words for those who write YAML, not Python."""
 
 

@@ -53,7 +53,7 @@ def test_an_empty_file_says_nothing(tmp_path: Path) -> None:
     [
         ({"examples": -5}, r"examples: .*greater than or equal to 0 \(found -5\)"),
         ({"examples": "-5"}, "examples: "),
-        ({"examples": 1.5}, "examples: .*integer"),
+        ({"examples": 1.5}, "examples: .*whole number"),
         ({"examples": True}, "examples: must be a number, not True"),
         ({"budget_usd": -1}, "budget_usd: .*greater than or equal to 0"),
         ({"deadline_hours": 0}, "deadline_hours: .*greater than 0"),

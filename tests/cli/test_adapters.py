@@ -17,6 +17,7 @@ from tunefork.registry.history import remember_run
 from tunefork.registry.peft_format import save_adapter
 from tunefork.registry.run import write_record
 from tunefork.registry.store import Store
+from tunefork.train.events import StepDone, event_log
 
 
 @pytest.fixture
@@ -102,6 +103,24 @@ def test_runs_without_a_folder_are_all_that_is_known(
     assert str(tmp_path / "far") in tunefork("runs").out
     only = [row["folder"] for row in json.loads(tunefork("runs", tmp_path / "far", "--json").out)]
     assert only == [str(tmp_path / "far")]
+
+
+def test_what_an_interrupted_run_left_is_published_with_a_warning(
+    tunefork: Call, tmp_path: Path, home: Path
+) -> None:
+    save_artefact(tmp_path / "run" / "adapter")
+    write_record(tmp_path / "run", make_record(status="interrupted", num_steps=2))
+    with event_log(tmp_path / "run") as log:
+        for step in (1, 2):
+            done = {"step": step, "num_steps": 8, "tokens": 9, "loss": 1.0, "learning_rate": 1e-4}
+            rest = {"grad_norm": 1.0, "tokens_per_s": 9.0, "memory_bytes": 9}
+            log.write(StepDone.model_validate(done | rest))
+    for folder in (tmp_path / "run", tmp_path / "run" / "adapter"):
+        ended = tunefork("adapters", "publish", folder, "acme")
+        assert ended.status == 0 and "run: was stopped after step 2 of 8" in ended.err
+    write_record(tmp_path / "run", make_record(status="failed", artifact=None))
+    ended = tunefork("adapters", "publish", tmp_path / "run", "acme")
+    assert ended.status == 2 and "the run failed and left no artefact" in ended.err
 
 
 def test_runs_goes_on_without_the_store(

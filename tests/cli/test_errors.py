@@ -264,7 +264,10 @@ def test_failures_end_in_1(
 def test_ctrl_c_ends_in_130(on: Call, write_recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     _fail(monkeypatch, KeyboardInterrupt())
     ended = on(("train",), write_recipe())
-    assert (ended.status, ended.err.strip()) == (130, "stopped; what was finished is kept")
+    assert (ended.status, ended.err.strip()) == (
+        130,
+        "stopped; the same command goes on from there",
+    )
 
 
 def test_ctrl_c_that_a_library_makes_an_error_of(
@@ -279,7 +282,10 @@ def test_ctrl_c_that_a_library_makes_an_error_of(
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     ended = on(("train",), write_recipe())
     signal.signal(signal.SIGINT, before)
-    assert (ended.status, ended.err.strip()) == (130, "stopped; what was finished is kept")
+    assert (ended.status, ended.err.strip()) == (
+        130,
+        "stopped; the same command goes on from there",
+    )
 
 
 def test_ctrl_c_while_the_verbs_are_imported(
@@ -293,7 +299,7 @@ def test_ctrl_c_while_the_verbs_are_imported(
     monkeypatch.delitem(sys.modules, "tunefork.cli.app")
     monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
     ended = tunefork("train", "mine.yaml")
-    assert (ended.status, ended.err) == (130, "stopped; what was finished is kept\n")
+    assert (ended.status, ended.err) == (130, "stopped; the same command goes on from there\n")
 
 
 @pytest.mark.parametrize(

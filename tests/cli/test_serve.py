@@ -40,6 +40,7 @@ def test_another_key_leaves_what_is_not_given(home: Path) -> None:
     )["key"]
     found = read_accounts(home / "serve.sqlite").find(key)
     assert found and found[0] == Tenant("acme", ("acme/*",), has_base=False, weight=2.0)
+    assert "acme: acme/* (weight 2, not the base)" in _run("keys", "list")
 
 
 def test_usage_is_summed_by_tenant_and_version(home: Path) -> None:
@@ -68,6 +69,8 @@ def test_usage_is_summed_by_tenant_and_version(home: Path) -> None:
 
     asyncio.run(fill())
     ledger.close()
+    with pytest.raises(BadInputError, match="--since: 'Nov' is no date; write 2026, 2026-11"):
+        _run("usage", "--since", "Nov")
     assert _run("usage", "--tenant", "a", "--since", "2026-11") == (
         "a  x:v1  2 requests  20 + 10 tokens"
     )

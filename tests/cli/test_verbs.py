@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -10,9 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 from tests.cli.conftest import SECRET, Call
 from tests.registry.conftest import make_record
+from tunefork.cli.app import app
 from tunefork.recipe import Recipe
 from tunefork.recipe_file import load
 from tunefork.registry.run import RunRecord, read_record, write_record
@@ -26,6 +29,16 @@ def test_no_verb_and_help_show_the_verbs(tunefork: Call) -> None:
         for verb in ("compare", "train", "evaluate", "chat", "runs", "data", "recipe"):
             assert verb in ended.out + ended.err
         assert ended.status in ((0,) if arguments else (0, 2))  # which of them is typer's affair
+
+
+def test_no_help_is_lost_as_markup() -> None:
+    """Rich takes [words] for markup and prints nothing of them: a default is `show_default`."""
+    verbs, texts = [get_command(app)], list[str]()
+    while verbs:
+        verb = verbs.pop()
+        verbs += getattr(verb, "commands", {}).values()
+        texts += [verb.help or "", *(getattr(each, "help", None) or "" for each in verb.params)]
+    assert len(texts) > 100 and [text for text in texts if re.search(r"\[[a-z]", text)] == []
 
 
 def test_version(tunefork: Call) -> None:
@@ -56,6 +69,7 @@ def test_data_check_counts(tunefork: Call, write_recipe: Write) -> None:
 def test_data_show_marks_what_is_supervised(tunefork: Call, write_recipe: Write) -> None:
     ended = tunefork("data", "show", write_recipe(), "--row", 2)
     assert ended.status == 0 and f"{SECRET} 1" in ended.out and "fox" in ended.out
+    assert re.match(r"train.jsonl:2: \d+ tokens, \d of them supervised\n", ended.out)
 
 
 def test_train_then_evaluate_chat_and_runs(
@@ -98,7 +112,7 @@ def test_a_run_folder_is_named_by_recipe_and_method(
     monkeypatch.setattr("tunefork.trial.trial.train_run", train_run)
     ended = tunefork("train", write_recipe(), "--method", "full")
     assert seen == [Path("runs/mine-full")]
-    assert ended.status == 130 and "stopped; what was finished is kept" in ended.err
+    assert ended.status == 130 and "stopped; the same command goes on from there" in ended.err
     assert "lora: interrupted, 3 steps" in ended.out and "95 %" not in ended.out
 
 

@@ -111,7 +111,7 @@ def test_the_most_frequent_label_is_named_and_warned_of() -> None:
     text = fabricate().verdict.text
     assert "most frequent label would reach 14.2 %." in text
     low = fabricate({"base": 0.02, "lora": 0.10, "qlora": 0.09, "full": 0.11}).verdict.text
-    assert "would reach 14.2 %, and the best method is not above that." in low
+    assert "would reach 14.2 %, and the best method is not detectably above." in low
 
 
 def test_examples_needed_follow_from_the_width_of_the_interval() -> None:

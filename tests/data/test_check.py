@@ -29,7 +29,7 @@ def test_everything_wrong_is_reported_and_nothing_raised(
 
     text = render_report(report)
     assert all(f"train.jsonl:{line}: is not JSON" in text for line in range(12, 42))
-    assert "supervised" in text and "duplicates 1" in text and "60.0% right" in text
+    assert "supervised" in text and "duplicates 1" in text and "most frequent: 60.0%" in text
     assert "error: data.eval: 1 of 2 evaluation examples are training examples" in text
     assert "secret" not in text
 

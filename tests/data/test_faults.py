@@ -88,7 +88,7 @@ CASES: dict[str, tuple[list[Any], list[Any], str]] = {
     "few_eval": (
         BALANCED,
         BALANCED_HELD[:-3],
-        "train.jsonl:9: its label has 2 evaluation examples",
+        "train.jsonl:9: evaluation examples of its label: 2",
     ),
 }
 """What has the fault, and no other."""

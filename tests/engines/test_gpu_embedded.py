@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.serve.embedded import answers, base_folder, request, save_adapter, settings
-from tunefork.kernels.bank_stretches import Stretch, lay_out_sorted, sorted_delta
+from tunefork.kernels.bank_stretches import Stretch, add_sorted, lay_out_sorted
 from tunefork.serve.engine import Piece, ServedAdapter
 from tunefork.serve.engines.attention import flash_agrees
 from tunefork.serve.engines.embedded import EmbeddedEngine
@@ -29,7 +29,8 @@ def test_grouped_products_over_sorted_tokens() -> None:
     b_nro = torch.randn(5, 16, 96, device=device).bfloat16()
     x_sd = torch.randn(310, 64, device=device).bfloat16()
     stretches = [Stretch(0, 0, 7), Stretch(2, 7, 207), Stretch(4, 207, 300)]
-    found = sorted_delta(x_sd, a_nrd, b_nro, lay_out_sorted(stretches, 5, device))
+    y_so = torch.zeros(310, 96, device=device).bfloat16()
+    found = add_sorted(y_so, x_sd, a_nrd, b_nro, lay_out_sorted(stretches, 5, device))
     expected = torch.zeros(310, 96, device=device)
     for slot, first, last in stretches:
         u = (x_sd[first:last] @ a_nrd[slot].t()).float()

@@ -106,6 +106,14 @@ def test_directions_are_the_main_ones_first_and_alike_whatever_a_rows_size() -> 
     assert float(got.sum()) > 0.99 * float(want[:8].sum())
 
 
+def test_what_is_taken_out_along_a_direction_is_given_back_along_the_same() -> None:
+    """V is read from x in bf16: W V must be of that V, or each token errs the same way."""
+    weight, scale = _weight(), torch.full((OUT, 1), 0.5)
+    found = correction(_inputs(64, 1), [weight], weight.to(torch.float8_e4m3fn), scale, 64, 16)
+    want = weight.float() @ found.probe_cd[:16].t().float() / 0.5
+    assert torch.equal(found.apart_om, want.bfloat16())
+
+
 @pytest.mark.parametrize("size", [16, 32])
 def test_fewer_inputs_or_rows_than_columns_are_enough(size: int) -> None:
     weight = torch.randn(OUT, size, generator=torch.Generator().manual_seed(0))

@@ -56,3 +56,20 @@ def test_a_row_that_is_not_finite_leaves_the_others_alone() -> None:
     others = [row for row in range(8) if row != 3]
     assert torch.equal(after.view(torch.uint8)[others], before.view(torch.uint8)[others])
     assert after[3].float().isnan().any()
+
+
+def test_a_delta_that_is_not_finite_is_seen_in_its_own_row() -> None:
+    """Saturated to a number, it would leave a loss that looks sound."""
+    x = torch.randn(8, 256, device="cuda").bfloat16()
+    u = torch.randn(8, 16, device="cuda").bfloat16()
+    read = torch.randn(8, 16, device="cuda").bfloat16()
+    balance = torch.tensor(1.0, device="cuda")
+    before, scale = quantize_rows([x], None, u, balance, 64, read)
+    for spoilt, value in ((u, torch.nan), (u, torch.inf), (read, torch.nan)):
+        kept, spoilt[3, 2] = spoilt[3, 2].clone(), value
+        after, after_scale = quantize_rows([x], None, u, balance, 64, read)
+        assert (after[3].float() * after_scale[3]).isnan().any()
+        others = [row for row in range(8) if row != 3]
+        assert torch.equal(after.view(torch.uint8)[others], before.view(torch.uint8)[others])
+        assert torch.equal(after_scale[others], scale[others])
+        spoilt[3, 2] = kept

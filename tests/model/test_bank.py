@@ -141,16 +141,25 @@ def test_one_slot_is_the_whole_models(fused: bool) -> None:
     assert torch.equal(bank.model(input_ids=IDS).logits, base)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_server_tells_each_token_its_adapter(fused: bool) -> None:
+def _about_equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((found - expected).norm() < 0.01 * expected.norm())
+
+
+@pytest.mark.parametrize("form", ["plain", "bf16", "bf16 masked", "bf16 own", "fp8 own"])
+def test_a_server_tells_each_token_its_adapter(form: str) -> None:
+    """Layers by themselves, and groups of them: deltas by layer, or A with the group's product."""
     model = tiny_model("llama").bfloat16()
     bank = add_serving_bank(model, slots=3, rank=16)
     train = _bank(dtype=torch.bfloat16)
     for slot in (0, 1, 2):
         _draw_b(train.adapter(slot), slot)
-    if fused:
-        fuse(model, "bf16", "bf16", torch.device("cpu"))
+    kind, _, joined = form.partition(" ")
+    if kind != "plain":
+        for group in fuse(model, kind, kind, torch.device("cpu")):  # type: ignore[arg-type]
+            if joined:
+                group.join_banks(reads_own=joined == "own")
     base = model(input_ids=IDS).logits
+    same = torch.equal if not joined else _about_equal  # another product, other roundings
 
     def load(slot: int, source: int) -> None:
         scale = train.routing.scales[source]
@@ -168,15 +177,17 @@ def test_a_server_tells_each_token_its_adapter(fused: bool) -> None:
         else:
             with train.only(source):
                 expected = train.model(input_ids=IDS[row : row + 1]).logits[0]
-        assert (mixed[row] - expected).norm() < 0.02 * expected.norm(), row
+        most = 0.02 if kind != "fp8" else 0.1
+        assert (mixed[row] - expected).norm() < most * expected.norm(), row
     load(0, 0)  # replaced: row 2 changes, and no bit of the others
     index[:16] = 0  # and the index is read where it lies
+    bank.route_tokens(index)
     again = model(input_ids=IDS).logits
     assert torch.equal(again[[1, 3]], mixed[[1, 3]])
     assert not torch.equal(again[2], mixed[2])
     bank.clear(0)
     cleared = model(input_ids=IDS).logits
-    assert torch.equal(cleared[[0, 2]], base[[0, 2]])
+    assert same(cleared[[0, 2]], base[[0, 2]])
     bank.route_none()
     assert torch.equal(model(input_ids=IDS).logits, base)
 
@@ -251,13 +262,16 @@ def test_compiled_layers_serve_every_division_of_their_tokens(fused: Any) -> Non
         if is_compiled:
             compiler = partial(torch.compile, backend="aot_eager", fullgraph=True)
             prepare_layers(bank.model, "none", compiles=True, compiler=compiler)
+            # Or bf16 copies of all layers' A and B are kept for the backward pass.
+            assert not torch._functorch.config.cse
         for rows in ((1, 0, 2, 1), (1, 1, 1, 1), (0, 3, 1, 0)):
             ends = [16 * sum(rows[: i + 1]) for i in range(len(rows))]
             bank.route_segments(tuple(zip([0, *ends[:-1]], ends, strict=True)))
             bank.model.zero_grad()
             y = bank.model(input_ids=IDS, use_cache=False).logits
             y.float().square().mean().backward()
-            grads = [rows.grad.clone() for la in bank.layers.values() for rows in la.rows]  # type: ignore[union-attr]
+            layers = bank.layers.values()
+            grads = [p.grad.clone() for la in layers for p in (la.rows_a, la.rows_b)]  # type: ignore[union-attr]
             found.append([y.detach(), *grads])
     for plain, compiled in zip(found[:3], found[3:], strict=True):
         for actual, expected in zip(compiled, plain, strict=True):

@@ -140,9 +140,15 @@ def test_names_of_nothing(name: str, message: str, offline: None) -> None:
     assert str(caught.value).startswith("model.id: ") and message in str(caught.value)
 
 
-def test_an_unknown_hub_id_offline_says_what_it_needs(offline: None) -> None:
+def test_an_unknown_hub_id_offline_says_what_it_needs(
+    offline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ModelError, match=r"owner/nothing cannot be loaded: .*needs the network"):
         _load("owner/nothing")
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"loaded; the folder runs has no gone, and as a hub id: "):
+        _load("runs/gone")
 
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:

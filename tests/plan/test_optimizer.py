@@ -8,7 +8,11 @@ import torch
 from tests.tiny import CONFIGS, tiny_model
 from tunefork.model.build import build
 from tunefork.plan.built import Build
+from tunefork.plan.catalogue import load_catalogue
+from tunefork.plan.device import target_of
+from tunefork.plan.method import Case
 from tunefork.plan.optimizer import state_bytes, update
+from tunefork.plan.option import changes
 from tunefork.plan.passes import Shape
 from tunefork.plan.step import trace_step
 from tunefork.recipe import DataSection, FullSection, LoraSection, Method, ModelSection, Recipe
@@ -23,6 +27,9 @@ FORMS: list[tuple[Method, dict[str, Any]]] = [
     (Method.FULL, {"weights": "bf16", "optimizer": "adamw_bf16"}),
     (Method.FULL, {"weights": "bf16", "optimizer": "adamw_8bit"}),
 ]
+
+
+RELEASED = FullSection(gradient_release=True)
 
 
 @pytest.mark.parametrize(("method", "form"), FORMS)
@@ -75,9 +82,36 @@ def test_loras_gradients_are_planned_all_the_time_and_fulls_from_pass_to_update(
         for method in (Method.LORA, Method.FULL)
     ]
     kept, freed = steps
+    released = trace_step(
+        CONFIGS["qwen3"],
+        Build(Method.FULL, LoraSection(), RELEASED, torch.bfloat16, "none", "cuda"),
+        Shape(2, 24, 40, is_masked=False),
+    )
+    largest = 2 * 96 * 32  # the head's, in bf16
+    assert released.held_gradients == largest < released.gradients
+    parts = [moment.parts.get("gradients") or 0 for moment in released.peaks.values()]
+    assert max(parts) <= largest
     moments = [*kept.peaks.values(), *([kept.evaluation] if kept.evaluation else [])]
     assert len(moments) == len(kept.peaks) + 1
     assert kept.static["gradients"] >= kept.gradients
     assert {moment.parts["gradients"] for moment in moments} == {kept.static["gradients"]}
     assert "gradients" not in freed.static
     assert not freed.peaks["forward: head"].parts.get("gradients")
+
+
+def test_release_is_a_change_for_steps_of_one_pass_only() -> None:
+    made = Build(Method.FULL, LoraSection(), FullSection(), torch.bfloat16, "full", "cuda")
+    case = Case(CONFIGS["llama"], 1, made, target_of(load_catalogue().machine(["h100"])))
+    one, several = (list(changes(case, is_one_pass=is_one)) for is_one in (True, False))
+    assert [changed.made.releases for _, changed in one] == [
+        False,
+        False,
+        *([True, False] * 2),
+        True,
+    ]
+    assert not any(changed.made.releases for _, changed in several)
+    words, last = one[-1]
+    assert last.made.full.optimizer == "adamw_8bit" and last.made.full.weights == "bf16"
+    assert words.endswith(
+        "full.gradient_release: true with train.max_grad_norm: null (no clipping)"
+    )

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.data.conftest import make_tokenizer
 from tests.folders import save_model
+from tests.recipes import make_recipe
 from tests.registry.conftest import trained
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.servers import Running, serving
@@ -19,7 +20,7 @@ from tunefork.registry.provenance import Provenance, write_provenance
 from tunefork.registry.store import Store
 from tunefork.serve.settings import ServeSettings
 
-__all__ = ["make_tokenizer"]
+__all__ = ["make_recipe", "make_tokenizer"]
 
 
 @pytest.fixture(scope="session")

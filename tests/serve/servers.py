@@ -13,7 +13,7 @@ import uvicorn
 from tunefork.serve.app import create_app
 from tunefork.serve.engine import Engine, ServedAdapter
 from tunefork.serve.gateway import Gateway
-from tunefork.serve.run import bind, drain_on_signal
+from tunefork.serve.run import bind, configure, drain_on_signal
 from tunefork.serve.settings import ServeSettings
 
 ASKED = [{"role": "user", "content": "hello dog"}]
@@ -56,8 +56,7 @@ def serving(
     settings = settings.model_copy(update={"port": 0})
     listening = bind(settings)
     app = create_app(engine, settings, replicate)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(configure(app, settings.model_copy(update={"drain_timeout_s": 5.0})))
     drain_on_signal(server, app.state.gateway)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.folders import save_model
+from tests.recipes import rows
 from tests.serve.fake_engine import ALL, FakeEngine
 from tests.serve.servers import Running, eventually, serving
+from tunefork.data.loader import load_data
 from tunefork.errors import StoreError
+from tunefork.model.asked import asked_sha256
 from tunefork.model.fingerprint import identify
-from tunefork.recipe import ModelSection
+from tunefork.recipe import ModelSection, Recipe
 from tunefork.registry.garbage import collect_garbage
 from tunefork.registry.peft_config import CONFIG, WEIGHTS
 from tunefork.registry.provenance import FILE, read_provenance, write_provenance
@@ -81,6 +85,24 @@ def test_a_version_is_held_while_in_use_and_then_let_go(
         assert server.ask(model="acme:v1").status_code == 404
         eventually(lambda: engine.forgotten == ["acme:v1"])
         eventually(lambda: server.gateway.adapters.in_use() == 0)
+
+
+def test_a_store_that_cannot_be_read_is_no_missing_model(
+    server: Running, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Store.open() as store:
+        store.publish(adapter, "acme")
+    _said(server, "acme")
+
+    def fail(*_: object) -> None:
+        raise sqlite3.OperationalError("database is locked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "_find", fail)
+        answer = server.ask(model="acme")
+        assert answer.status_code == 503 and answer.headers["retry-after"] == "5"
+        assert answer.json()["error"]["code"] == "store_unusable" and "locked" not in answer.text
+    assert _said(server, "acme") == "acme:v1"
 
 
 def test_holds_end_with_the_server(
@@ -180,30 +202,31 @@ def test_the_engine_is_told_rank_and_size(
     assert (seen.adapter.folder / WEIGHTS).is_file()
 
 
-def test_what_the_recipe_says_is_rendered_as_in_training(
-    server: Running, engine: FakeEngine, adapter: Path, tmp_path: Path
+def test_what_the_trainer_rendered_is_what_the_server_renders(
+    server: Running,
+    engine: FakeEngine,
+    adapter: Path,
+    make_recipe: Callable[..., Recipe],
+    tmp_path: Path,
 ) -> None:
-    from tunefork.data.chat import Renderer
-    from tunefork.data.convert import add_instruction, convert
-    from tunefork.data.example import Example, Row
-    from tunefork.recipe import DataSection
-
-    data = {
-        "train": "/etc/passwd",
-        "format": "classification",
-        "labels": ["yes", "no"],
-        "system": "the fox",
-    }
-    folder = _changed(adapter, tmp_path / "labels", lambda f: _set(f, FILE, recipe={"data": data}))
+    """Of a classifier whose labels only its rows tell, with a system turn."""
+    recipe = make_recipe(data={"system": "the fox"})
+    data = load_data(recipe, server.gateway.base.tokenizer)
+    told = {"data": data.section.model_dump(mode="json")}
+    asked = {"recipe": told, "asked_sha256": asked_sha256(data)}
+    right = _changed(adapter, tmp_path / "right", lambda f: _set(f, FILE, **asked))
+    told["data"]["labels"].reverse()
+    wrong = _changed(adapter, tmp_path / "wrong", lambda f: _set(f, FILE, **asked))
+    for path in tmp_path.glob("*.jsonl"):
+        path.unlink()  # a server reads no file that an adapter names
     with Store.open() as store:
-        store.publish(folder, "labels")
-    server.ask(model="labels", messages=[{"role": "user", "content": "the dog"}])
-    section = DataSection.model_validate(data)
-    row = convert(Row("row", {"text": "the dog", "label": "no"}), "classification", section.system)
-    assert isinstance(row, Example)
-    row = add_instruction(row, "Classify the text. Answer with one of: yes, no.")
-    encoded = Renderer(server.gateway.base.tokenizer, section).encode(row)
-    assert list(engine.seen[0].prompt_ids) == encoded.input_ids[: encoded.prompt_length].tolist()
+        store.publish(right, "right")
+        store.publish(wrong, "wrong")
+    server.ask(model="right", messages=[{"role": "user", "content": rows(1)[0]["text"]}])
+    row = data.train[0]
+    assert list(engine.seen[0].prompt_ids) == row.input_ids[: row.prompt_length].tolist()
+    answer = server.ask(model="wrong")
+    assert answer.status_code == 400 and "render otherwise" in answer.text
 
 
 def test_a_plain_template_is_kept_to(

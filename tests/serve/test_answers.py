@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import pytest
 
 from tests.serve.fake_engine import ALL, FakeEngine
 from tunefork.serve.answers import Answer
-from tunefork.serve.engine import Sampling
+from tunefork.serve.engine import EngineRequest, Piece, Sampling
 from tunefork.serve.fair import FairQueue
 from tunefork.serve.ledger import Ledger, read_usage
 from tunefork.serve.metrics import Metrics
@@ -25,7 +25,7 @@ TENANT = Tenant("a", tokens_per_month=10_000)
 @pytest.fixture
 def parts(tmp_path: Path) -> Iterator[Parts]:
     ledger = Ledger(tmp_path / "serve.sqlite")
-    yield Parts(FairQueue(4, 10, 10), Quotas(ledger), ledger, Metrics(10, places=4))
+    yield Parts(FairQueue(4, 10, 10), Quotas(ledger), ledger, Metrics("base", 10, places=4))
     ledger.close()
 
 
@@ -72,6 +72,27 @@ def test_an_answer_that_nobody_takes_is_no_longer_computed(parts: Parts, tmp_pat
     (row,) = read_usage(tmp_path / "serve.sqlite")
     assert (row.requests, row.prompt_tokens, row.completion_tokens) == (1, 3, 2000)
     assert parts.quotas.left_this_month(TENANT) == 10_000 - 2003
+
+
+def test_what_an_engine_had_ahead_is_billed(parts: Parts, tmp_path: Path) -> None:
+    """A client that vanishes after its first token; the engine is 49 further."""
+
+    class Ahead(FakeEngine):
+        async def generate(self, request: EngineRequest) -> AsyncIterator[Piece]:
+            request.meter.tokens = 50
+            yield Piece("x", (5,))
+            await asyncio.sleep(60)
+
+    async def run() -> None:
+        answer = Answer(parts, _order(Ahead(), max_tokens=1000))
+        assert await answer.take()
+        answer.abandon()
+        await parts.settle()
+
+    asyncio.run(run())
+    (row,) = read_usage(tmp_path / "serve.sqlite")
+    assert row.completion_tokens == 2 * 50
+    assert parts.quotas.left_this_month(TENANT) == 10_000 - 103
 
 
 def test_what_was_set_aside_is_given_back_however_it_ends(parts: Parts) -> None:

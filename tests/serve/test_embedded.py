@@ -20,14 +20,14 @@ from tests.serve.embedded import (
     settings,
 )
 from tunefork.errors import EngineDeadError
-from tunefork.kernels.bank_stretches import Stretch
 from tunefork.kernels.bank_tokens import add_masked
-from tunefork.model import fused
+from tunefork.model import fused, joint_banks
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.engines import attention
 from tunefork.serve.engines.attention import Reads
 from tunefork.serve.engines.embedded import EmbeddedEngine
-from tunefork.serve.engines.passes import Outcome, Passes, _Shape
+from tunefork.serve.engines.graphs import Graphs, Key
+from tunefork.serve.engines.passes import Outcome
 from tunefork.serve.engines.slots import BankSlots
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -114,24 +114,29 @@ def _flash_by_numbers(
 class _Again:
     """A graph that runs the pass again, over the numbers that then lie there."""
 
-    def __init__(self, passes: Passes, key: Any) -> None:
-        self.passes, self.key = passes, key
-        self.outcome = self.run()
-
-    def run(self) -> Outcome:
-        rows = self.key.rows
-        stretches = [Stretch(0, 0, rows)] if self.key.has_adapters else []
-        shape = _Shape(rows, rows, rows, 1, self.key.longest_k)
-        return self.passes._pass(shape, stretches, None, is_captured=True)
+    def __init__(self, graphs: Graphs, key: Key) -> None:
+        self.run, self.key = graphs.run, key
+        self.outcome: Outcome = self.run(key)
 
     def replay(self) -> None:
-        found = self.run()
+        found = self.run(self.key)
         self.outcome.logits_rv.copy_(found.logits_rv)
         self.outcome.tokens_r.copy_(found.tokens_r)
 
     @property
     def graph(self) -> "_Again":
         return self
+
+
+def _as_a_gpu(engine: EmbeddedEngine) -> Graphs:
+    """Has `engine` take the way of a GPU."""
+    assert engine._parts is not None
+    core = engine._parts.core
+    assert core.tiers is not None and isinstance(core.tiers.slots, BankSlots)
+    core.passes.flash = core.overlaps = True
+    core.tiers.slots.sorts_tokens = core.scheduler.sorts_tokens = True
+    graphs = core.passes.graphs = core.passes.make_graphs(core.scheduler.max_requests, None)
+    return graphs
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
@@ -143,7 +148,7 @@ def test_a_gpus_way_by_stand_ins(
     served = Served(tmp_path, architecture)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(attention, "flash", _flash_by_numbers)
-    monkeypatch.setattr(Passes, "_capture", lambda passes, key: _Again(passes, key))
+    monkeypatch.setattr(Graphs, "_capture", lambda graphs, key: _Again(graphs, key))
     whose: list[ServedAdapter | None] = [None, *served.adapters]
     wanted = [
         request(str(at), prompt, whose[at % 4], max_tokens=12, ignore_eos=True)
@@ -153,15 +158,12 @@ def test_a_gpus_way_by_stand_ins(
     async def run() -> Any:
         engine = EmbeddedEngine(settings(served.base, prefill_tokens=40))
         await engine.start()
+        graphs = _as_a_gpu(engine)
         assert engine._parts is not None
-        core = engine._parts.core
-        core.passes.flash = core.passes.graphs = core.overlaps = True
-        assert core.tiers is not None
-        core.tiers.slots._is_sorted = True  # type: ignore[attr-defined]
-        core.passes.warm(has_slots=True)
+        engine._parts.core.passes.warm(has_slots=True)
         try:
             found = await answers(engine, wanted)
-            assert len(core.passes.captured) > 20
+            assert len(graphs.captured) == 20
             return found
         finally:
             await engine.stop()
@@ -176,7 +178,7 @@ def test_fused_layers_take_the_same_way(tmp_path: Path, monkeypatch: pytest.Monk
     served = Served(tmp_path, "llama")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(attention, "flash", _flash_by_numbers)
-    monkeypatch.setattr(Passes, "_capture", lambda passes, key: _Again(passes, key))
+    monkeypatch.setattr(Graphs, "_capture", lambda graphs, key: _Again(graphs, key))
     whose: list[ServedAdapter | None] = [None, *served.adapters]
     wanted = [
         request(str(at), prompt, whose[at % 4], max_tokens=12, ignore_eos=True)
@@ -188,23 +190,18 @@ def test_fused_layers_take_the_same_way(tmp_path: Path, monkeypatch: pytest.Monk
         products[len(ys)] += 1
         add_masked(ys, *told)
 
-    monkeypatch.setattr(fused, "add_masked", counted)
+    monkeypatch.setattr(joint_banks, "add_masked", counted)
 
     async def run() -> Any:
         engine = EmbeddedEngine(settings(served.base, prefill_tokens=40))
         await engine.start()
         assert engine._parts is not None
-        core = engine._parts.core
-        assert core.tiers is not None
-        slots = core.tiers.slots
-        assert isinstance(slots, BankSlots)
         model = engine._parts.model
         model.set_attn_implementation("sdpa")  # layers with one input are found by a pass
         for group in fused.fuse(model, "bf16", "bf16", torch.device("cpu")):
-            group.join_banks()
+            group.join_banks(reads_own=False)
         model.set_attn_implementation(attention.NAME)
-        core.passes.flash = core.passes.graphs = core.overlaps = True
-        slots._is_sorted = True
+        _as_a_gpu(engine)
         try:
             return await answers(engine, wanted)
         finally:

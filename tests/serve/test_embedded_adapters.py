@@ -3,7 +3,7 @@
 import asyncio
 import json
 import shutil
-import time
+import threading
 from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +26,10 @@ from tests.serve.embedded import (
 )
 from tunefork.errors import AdapterError, EngineError
 from tunefork.serve.engine import Piece, ServedAdapter
+from tunefork.serve.engines import core
 from tunefork.serve.engines.embedded import EmbeddedEngine
 from tunefork.serve.engines.tiers import Tiers
+from tunefork.serve.engines.trial import try_adapter
 
 PROMPT = [20, 60, 100, 140, 180, 220]
 
@@ -246,34 +248,59 @@ def test_a_rank_above_the_slots_is_refused_with_what_to_do(served: Served) -> No
 def test_others_go_on_while_an_adapter_is_read(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading takes a second here; who does not need it does not wait for it."""
+    """Reading takes until the others are answered; who does not need it does not wait for it."""
 
     async def ask() -> None:
         async with started(served.base) as engine:
             tiers = tiers_of(engine)
-            read = tiers.read
+            read, others = tiers.read, threading.Event()
 
             def slowly(adapter: ServedAdapter) -> Any:
-                time.sleep(1.0)
+                assert others.wait(20)
                 return read(adapter)
 
             tiers.read = slowly
             late = asyncio.ensure_future(answer(engine, request("l", PROMPT, served.adapters[0])))
-            began = time.monotonic()
-            for at in range(5):
+            for at in range(3):
                 await answer(engine, request(f"{at}", PROMPT))
-            assert time.monotonic() - began < 0.8
+            assert not late.done()
+            others.set()
             assert list((await late).token_ids) == served.expected(served.adapters[0])
 
     run(ask())
 
 
-def test_a_load_that_breaks_is_an_error_of_its_requests(served: Served) -> None:
+def test_a_trial_without_memory_ends_the_request_that_wanted_it(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def first_fails(passes: Any, slot: int, region: Any) -> str | None:
+        tried.append(slot)
+        if len(tried) == 1:
+            torch.empty(1 << 50)
+        return try_adapter(passes, slot, region)
+
+    monkeypatch.setattr(core, "try_adapter", first_fails)
+
+    async def ask() -> None:
+        async with started(served.base) as engine:
+            with pytest.raises(EngineError, match="no memory to try"):
+                await answer(engine, request("a", PROMPT, served.adapters[0]))
+            found = await answer(engine, request("b", PROMPT, served.adapters[0]))
+            assert list(found.token_ids) == served.expected(served.adapters[0])
+            assert len(tried) == 2
+
+    run(ask())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bus error"), KeyError("lost")])
+def test_a_load_that_breaks_is_an_error_of_its_requests(served: Served, error: Exception) -> None:
     async def ask() -> None:
         async with started(served.base) as engine:
 
             def broken(*_: Any) -> None:
-                raise RuntimeError("bus error")
+                raise error
 
             tiers_of(engine).slots.load = broken  # type: ignore[method-assign, assignment]
             with pytest.raises(EngineError, match="cannot be loaded"):

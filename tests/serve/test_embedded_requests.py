@@ -19,10 +19,12 @@ from tests.serve.embedded import (
     started,
 )
 from tunefork.errors import BadInputError, EngineBusyError, EngineDeadError, EngineError
+from tunefork.serve.engine import Piece
 from tunefork.serve.engines import sequence
 from tunefork.serve.engines.cache import Cache
-from tunefork.serve.engines.core import Core
+from tunefork.serve.engines.choose import log_probabilities
 from tunefork.serve.engines.embedded import EmbeddedEngine
+from tunefork.serve.engines.scheduler import Scheduler
 
 PROMPT = [20, 60, 100, 140, 180, 220]
 
@@ -184,7 +186,7 @@ def test_a_full_cache_puts_the_last_ones_off_and_changes_no_answer(
         monkeypatch.setattr(owner, name, call)
 
     monkeypatch.setattr(sequence, "HEADROOM", 8)
-    counted(Core, "_put_back")
+    counted(Scheduler, "_put_back")
     counted(Cache, "move")
     wanted = [request(f"{at}", PROMPT[at % 6 :] + PROMPT, max_tokens=90) for at in range(6)]
 
@@ -259,7 +261,7 @@ def test_a_pass_without_memory_costs_the_largest_request_alone(base: Any) -> Non
 
             def short(parts: Any) -> Any:
                 if sum(len(part.ids) for part in parts) > 100:
-                    raise torch.OutOfMemoryError("no memory")
+                    torch.empty(1 << 50)  # what a CPU's allocator says of it is no exception's name
                 return original(parts)
 
             passes.run = short  # type: ignore[method-assign]
@@ -271,7 +273,83 @@ def test_a_pass_without_memory_costs_the_largest_request_alone(base: Any) -> Non
     run(ask())
 
 
-def test_a_dead_engine_says_so_to_everyone_and_can_be_started_again(base: Any) -> None:
+def test_what_an_answers_choice_or_text_fails_with_is_its_own(
+    base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory for log probabilities, a grammar, a tokenizer."""
+    choice = sequence.Sequence.choice
+
+    def short(*told: Any) -> Any:
+        torch.empty(1 << 50) if told[2] == 7 else None
+        return log_probabilities(*told)
+
+    def lost(answer: Any) -> Any:
+        if answer.request.id == "grammar" and answer.num_answered == 2:
+            raise ValueError("lexer")
+        return choice(answer)
+
+    def silent(*_: Any) -> str:
+        raise KeyError("no such token")
+
+    monkeypatch.setattr("tunefork.serve.engines.telling.log_probabilities", short)
+    monkeypatch.setattr(sequence.Sequence, "choice", lost)
+
+    async def ask() -> None:
+        async with started(base.folder) as engine:
+            alone = await answer(engine, request("w", PROMPT, temperature=1.0, seed=3))
+            stream = engine.generate(request("text", PROMPT, max_tokens=100))
+            await anext(stream)
+            assert engine._parts is not None
+            [running] = engine._parts.core.scheduler.running
+            monkeypatch.setattr(running.detokenizer, "push", silent)
+            with pytest.raises(EngineError, match="its text"):
+                async for _ in stream:
+                    pass
+            wanted = [
+                request("w2", PROMPT, temperature=1.0, seed=3),
+                request("grammar", PROMPT),
+                request("memory", PROMPT * 2, logprobs=7),
+            ]
+            found = await asyncio.gather(
+                *(answer(engine, one) for one in wanted), return_exceptions=True
+            )
+            assert isinstance(found[0], Piece) and found[0].token_ids == alone.token_ids
+            assert [str(one).split(":")[0][:13] for one in found[1:]] == [
+                "its grammar c",
+                "no memory for",
+            ]
+
+    run(ask())
+
+
+def test_what_was_computed_before_an_error_is_told_and_all_of_it_is_metered(base: Any) -> None:
+    async def ask() -> None:
+        async with started(base.folder) as engine:
+            wanted = request("a", PROMPT, max_tokens=200)
+            stream = engine.generate(wanted)
+            first = await anext(stream)
+            await asyncio.sleep(0.1)  # nobody reads
+            assert engine._parts is not None
+            engine._parts.core.passes.run = None  # type: ignore[assignment, method-assign]
+            told = len(first.token_ids)
+            with pytest.raises(EngineDeadError):
+                async for piece in stream:
+                    told += len(piece.token_ids)
+            assert told == wanted.meter.tokens > 1
+            await engine.start()
+            vanishing = request("b", PROMPT, max_tokens=200)
+            stream = engine.generate(vanishing)
+            await anext(stream)
+            while vanishing.meter.tokens < 5:
+                await asyncio.sleep(0.01)
+            await stream.aclose()
+
+    run(ask())
+
+
+def test_a_dead_engine_says_so_to_everyone_and_can_be_started_again(
+    base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def ask() -> None:
         engine = EmbeddedEngine(settings(base.folder))
         with pytest.raises(EngineDeadError):
@@ -279,7 +357,7 @@ def test_a_dead_engine_says_so_to_everyone_and_can_be_started_again(base: Any) -
         await engine.start()
         assert engine._parts is not None
 
-        def broken(_: Any) -> Any:
+        def broken(*_: Any) -> Any:
             raise RuntimeError("the device is gone")
 
         running = [
@@ -287,6 +365,10 @@ def test_a_dead_engine_says_so_to_everyone_and_can_be_started_again(base: Any) -
             for at in range(3)
         ]
         await asyncio.sleep(0.1)
+        assert engine._parts.core.tiers is not None
+        monkeypatch.setattr(
+            engine._parts.core.tiers, "close", broken
+        )  # nor is its memory given back
         engine._parts.core.passes.run = broken  # type: ignore[method-assign, assignment]
         for found in await asyncio.gather(*running, return_exceptions=True):
             assert isinstance(found, EngineDeadError) and "device is gone" in str(found)

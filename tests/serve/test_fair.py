@@ -69,6 +69,17 @@ def test_nobody_saves_up_service() -> None:
     asyncio.run(run())
 
 
+def test_a_newcomer_is_lifted_to_what_the_last_one_was_served_since() -> None:
+    async def run() -> None:
+        queue = _queue(running=2)
+        (turn,) = _enter(queue, "busy", 10)
+        turn.charge(500)  # after it had nothing waiting any more
+        _enter(queue, "new", 10)
+        assert [lane.counter for lane in queue._lanes.values()] == [1010, 1020]
+
+    asyncio.run(run())
+
+
 def test_one_tenant_alone_has_all_the_room() -> None:
     async def run() -> None:
         queue = _queue(running=3)
@@ -108,5 +119,22 @@ def test_a_full_queue_takes_all_or_nothing_and_says_when() -> None:
         _enter(queue, "b", 1, 1)
         with pytest.raises(QueueFullError):
             _enter(queue, "c", 1)
+
+    asyncio.run(run())
+
+
+def test_a_replicas_places_are_no_places_of_the_engine() -> None:
+    async def run() -> None:
+        queue, replica = _queue(running=1), object()
+        queue.add_places(replica, 2)
+        first, second = _enter(queue, "a"), _enter(queue, "a")
+        assert first[0].granted.done() and not second[0].granted.done()
+        merged = queue.enter("a", 1.0, [1, 1, 1], replica)
+        assert [turn.granted.done() for turn in merged] == [True, True, False]
+        assert (queue.running, queue.waiting) == (3, 2)
+        first[0].leave()
+        assert second[0].granted.done() and not merged[2].granted.done()
+        merged[0].leave()
+        assert merged[2].granted.done()
 
     asyncio.run(run())

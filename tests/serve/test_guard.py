@@ -2,9 +2,11 @@
 
 import json
 import socket
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from pydantic import ValidationError
 
 from tests.serve.fake_engine import FakeEngine
@@ -15,7 +17,7 @@ from tunefork.serve.api.chat_request import ChatRequest
 from tunefork.serve.api.completion_request import CompletionRequest
 from tunefork.serve.api.errors import ApiError, from_validation
 from tunefork.serve.api.sampling_fields import SamplingFields
-from tunefork.serve.run import bind, check_exposure
+from tunefork.serve.run import bind, check_exposure, configure
 from tunefork.serve.settings import ServeSettings
 from tunefork.serve.tenants import Tenant, add_key
 
@@ -166,6 +168,16 @@ def test_a_body_without_end_is_cut_off(settings: ServeSettings) -> None:
             assert b" 413 " in endless.recv(1000)
 
 
+def test_a_head_is_bounded(shared: Running) -> None:
+    with socket.create_connection(("127.0.0.1", shared.port), timeout=10) as endless:
+        endless.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
+        with suppress(ConnectionError):
+            for number in range(100):
+                endless.sendall(f"X-{number}: {'a' * 1000}\r\n".encode())
+        assert b" 400 " in endless.recv(1000)
+    assert configure(FastAPI(), shared.gateway.settings).http == "h11"
+
+
 def test_unknown_paths_and_methods_have_the_api_s_shape(shared: Running) -> None:
     with shared.http() as http:
         assert http.get("/v2").json()["error"]["code"] == "unknown_url"
@@ -180,7 +192,7 @@ def test_what_fails_unforeseen_is_a_503(shared: Running, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(shared.gateway.parts.queue, "enter", fail)
     answer = shared.ask()
-    assert answer.status_code == 503 and answer.headers["retry-after"] == "2"
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
     assert answer.json()["error"]["code"] == "internal_error" and "secret" not in answer.text
 
 

@@ -1,15 +1,23 @@
 """Tenant A cannot name, list, use or bill to tenant B, nor learn whether what is B's exists."""
 
-from collections.abc import Iterator
+import asyncio
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.servers import ASKED, Running, eventually, serving
+from tunefork.data.example import Message
 from tunefork.registry.store import Store
+from tunefork.serve.door import Door
+from tunefork.serve.gateway import Gateway
 from tunefork.serve.ledger import read_usage
+from tunefork.serve.prompts import Prompts
 from tunefork.serve.settings import ServeSettings
 from tunefork.serve.tenants import Tenant, add_key, revoke_key
 
@@ -110,6 +118,100 @@ def test_metrics_are_for_operators(two: Running, keys: dict[str, str]) -> None:
     assert 'tunefork_prompt_tokens_total{model="a/one",tenant="a"} 25.0' in text
     assert "tunefork_engine_up 1.0" in text and "tunefork_adapter_loads_total 1.0" in text
     assert 'tunefork_time_to_first_token_seconds_count{model="a/one"} 1.0' in text
+
+
+def test_large_inputs_of_one_tenant_do_not_hold_up_another(
+    two: Running, keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the threads that render, one tenant never has all."""
+    is_over, begun = Event(), []
+    render = Prompts.chat
+
+    def slow(self: Prompts, turns: Sequence[Message]) -> list[int]:
+        if turns[0].content == "slow":
+            begun.append(1)
+            is_over.wait(20)
+        return render(self, turns)
+
+    monkeypatch.setattr(Prompts, "chat", slow)
+    turns = [{"role": "user", "content": "slow"}]
+    with ThreadPoolExecutor(8) as pool:
+        flood = [pool.submit(two.ask, keys["a"], messages=turns) for _ in range(8)]
+        eventually(lambda: sum(two.gateway._open.values()) == 8 and len(begun) >= 2)
+        answered = two.ask(keys["b"], model="b/one").status_code
+        is_over.set()
+        assert {asked.result().status_code for asked in flood} == {200}
+    assert answered == 200
+
+
+def test_a_thread_that_nobody_waits_for_keeps_its_place(settings: ServeSettings) -> None:
+    """Or a tenant that sends and hangs up would have them all."""
+
+    async def run() -> None:
+        gateway = Gateway(FakeEngine(), settings, lambda _: FakeEngine())
+        is_over, begun = Event(), []
+
+        def slow(number: int) -> None:
+            begun.append(number)
+            is_over.wait(20)
+
+        tasks = [asyncio.create_task(gateway.read(Tenant("a"), slow, n)) for n in range(6)]
+        await asyncio.sleep(0)
+        for task in tasks[:4]:
+            task.cancel()
+        await asyncio.sleep(0.05)
+        assert await asyncio.wait_for(gateway.read(Tenant("b"), max, 1, 2), 10) == 2
+        assert len(begun) == 2
+        is_over.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert len(begun) == 4
+        await gateway.stop()
+
+    asyncio.run(run())
+
+
+def test_one_tenant_s_bodies_leave_room_for_another(
+    keys: dict[str, str], settings: ServeSettings
+) -> None:
+    small = settings.model_copy(update={"max_body_bytes": 1000})
+    padding = b" " * 900
+    with serving(FakeEngine(delay_s=0.05), small) as running, ThreadPoolExecutor(40) as pool:
+
+        def ask(key: str, model: str) -> int:
+            body = json.dumps({"model": model, "messages": ASKED, "max_tokens": 8}).encode()
+            with running.http(key) as http:
+                headers = {"Content-Type": "application/json"}
+                content = body + padding[: 990 - len(body)]
+                return http.post(
+                    "/v1/chat/completions", content=content, headers=headers
+                ).status_code
+
+        flood = [pool.submit(ask, keys["a"], "tiny-base") for _ in range(40)]
+        eventually(lambda: any(asked.done() for asked in flood))
+        assert ask(keys["b"], "b/one") == 200
+        assert {asked.result() for asked in flood} == {200, 503}
+
+
+def test_one_tenant_s_open_requests_leave_room_for_another(
+    keys: dict[str, str], settings: ServeSettings
+) -> None:
+    few = settings.model_copy(update={"max_open_requests_per_tenant": 2})
+    with serving(FakeEngine(delay_s=0.05), few) as running, ThreadPoolExecutor(2) as pool:
+        slow = [pool.submit(running.ask, keys["a"]) for _ in range(2)]
+        eventually(lambda: sum(running.gateway._open.values()) == 2)
+        refused = running.ask(keys["a"])
+        assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+        assert refused.json()["error"]["code"] == "too_many_open_requests"
+        assert running.ask(keys["b"], model="b/one", max_tokens=1).status_code == 200
+        assert {asked.result().status_code for asked in slow} == {200}
+        assert running.ask(keys["a"], max_tokens=1).status_code == 200
+
+
+def test_before_the_keys_are_read_nobody_is_an_operator(tmp_path: Path) -> None:
+    door = Door(tmp_path / "serve.sqlite", may_be_open=True)
+    assert not door.is_operator({})
+    door.read()
+    assert door.is_operator({})
 
 
 def test_a_revoked_key_ends_while_the_server_runs(

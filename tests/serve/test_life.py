@@ -154,6 +154,10 @@ def test_a_request_that_fails_in_the_engine_fails_alone(
     assert "secret" not in answer.text and ("retry-after" in answer.headers) == (status == 503)
     events = server.ask(stream=True).text.split("\n\n")
     assert json.loads(events[-2][6:])["error"]["code"] == code
+    asked = server.ask(response_format={"type": "json_object"})
+    blamed = [told.json()["error"]["param"] for told in (answer, asked)]
+    known = {BadInputError: [None, "response_format"], AdapterError: ["model", "model"]}
+    assert blamed == known.get(type(error), [None, None])
     engine.fails = None
     assert server.ask().status_code == 200
     eventually(lambda: _is_at_rest(server))

@@ -1,7 +1,10 @@
 """Limits hold, are told with the time to wait, and the month's survives a restart."""
 
+import asyncio
 import subprocess
 import sys
+from contextlib import closing
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,11 @@ import pytest
 
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.servers import serving
+from tunefork.serve import ledger as ledger_module
 from tunefork.serve import quotas as quotas_module
 from tunefork.serve.api.errors import ApiError
-from tunefork.serve.ledger import Ledger, month, read_usage
+from tunefork.serve.database import connect
+from tunefork.serve.ledger import Ledger, Usage, month, read_usage
 from tunefork.serve.quotas import Quotas
 from tunefork.serve.settings import ServeSettings
 from tunefork.serve.tenants import Tenant, add_key
@@ -83,6 +88,70 @@ def test_the_month_is_never_passed(quotas: Quotas) -> None:
     assert quotas.left_this_month(tenant) == 60
 
 
+def test_a_minute_s_limits_are_told_as_the_api_tells_them(quotas: Quotas, clock: Clock) -> None:
+    tenant = Tenant("a", requests_per_minute=6, tokens_per_minute=600)
+    quotas.admit_request(tenant)
+    quotas.spend(tenant, 640)
+    assert quotas.headers(tenant) == {
+        "x-ratelimit-limit-requests": "6",
+        "x-ratelimit-remaining-requests": "5",
+        "x-ratelimit-reset-requests": "10s",
+        "x-ratelimit-limit-tokens": "600",
+        "x-ratelimit-remaining-tokens": "0",
+        "x-ratelimit-reset-tokens": "1m4s",
+    }
+    clock.now += 63.95
+    assert quotas.headers(tenant)["x-ratelimit-reset-tokens"] == "50ms"
+    assert quotas.headers(Tenant("b")) == {}
+
+
+def test_the_next_month_begins_when_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Now(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> "Now":
+            return cls(2028, 2, 28, 23, 59, 30, tzinfo=tz)
+
+    monkeypatch.setattr(quotas_module, "datetime", Now)
+    assert quotas_module._until_next_month_s() == 86_430
+
+
+def test_a_clock_that_was_not_set_yet_forgets_no_month(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "serve.sqlite"
+    with closing(connect(file)) as database:
+        database.execute("INSERT INTO months VALUES ('a', ?, 70)", (month(),))
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger_module, "month", lambda: "1970-01")
+        ledger = Ledger(file)
+    assert Quotas(ledger).left_this_month(Tenant("a", tokens_per_month=100)) == 30
+    ledger.close()
+
+
+def test_servers_with_one_file_share_a_month(tmp_path: Path) -> None:
+    file = tmp_path / "serve.sqlite"
+    ledgers = [Ledger(file), Ledger(file)]
+    told = (
+        f"{month()}-26T00:00:00",
+        "a",
+        None,
+        "completions",
+        "m",
+        None,
+        "ok",
+        1,
+        40,
+        30,
+        0.1,
+        0.2,
+    )
+    asyncio.run(ledgers[0].record(Usage("r", *told)))
+    ledgers[1].refresh()
+    assert Quotas(ledgers[1]).left_this_month(Tenant("a", tokens_per_month=100)) == 30
+    for ledger in ledgers:
+        ledger.close()
+
+
 def _ask(running: Any, key: str, **fields: Any) -> httpx.Response:
     answer: httpx.Response = running.ask(key, **fields)
     return answer
@@ -96,6 +165,8 @@ def test_quotas_hold_over_http_and_over_a_restart(settings: ServeSettings) -> No
         assert refused.status_code == 429
         assert refused.json()["error"]["code"] == "insufficient_quota"
         assert int(refused.headers["retry-after"]) > 0
+        told = 'tunefork_refused_total{reason="month",tenant="a"} 1.0'
+        assert told in running.gateway.parts.metrics.text().decode()
     with serving(FakeEngine(), settings) as running:
         cut = _ask(running, key, ignore_eos=True)  # nobody said how long: what the month has left
         assert cut.json()["usage"]["total_tokens"] == 55
@@ -110,11 +181,17 @@ def test_rates_hold_over_http(settings: ServeSettings) -> None:
     slow = add_key(settings.accounts_file, Tenant("a", requests_per_minute=2))
     small = add_key(settings.accounts_file, Tenant("b", tokens_per_minute=30))
     with serving(FakeEngine(), settings) as running:
-        assert [_ask(running, slow).status_code for _ in range(3)] == [200, 200, 429]
+        answers = [_ask(running, slow) for _ in range(3)]
+        assert [answer.status_code for answer in answers] == [200, 200, 429]
+        left = [answer.headers["x-ratelimit-remaining-requests"] for answer in answers]
+        assert left == ["1", "0", "0"] and "x-ratelimit-limit-tokens" not in answers[0].headers
+        streamed = _ask(running, small, stream=True, ignore_eos=True, max_tokens=1)
+        assert streamed.headers["x-ratelimit-remaining-tokens"] == "4"  # of 30 less 25 less 1
         assert [_ask(running, small).status_code for _ in range(2)] == [200, 429]
         refused = _ask(running, small)
         assert refused.json()["error"]["type"] == "tokens"
-        assert 28 <= int(refused.headers["retry-after"]) <= 33
+        assert 0 < int(refused.headers["retry-after"]) <= 90
+        assert refused.headers["x-ratelimit-remaining-tokens"] == "0"
 
 
 def test_what_was_told_complete_survives_a_kill(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Pinned adapters stay and follow their tag; a merged one has an engine more."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +9,9 @@ import pytest
 
 from tests.serve.fake_engine import ALL, FakeEngine
 from tests.serve.servers import eventually, serving
-from tunefork.errors import BadInputError, EngineError
+from tunefork.errors import BadInputError, EngineError, ModelError
 from tunefork.registry.store import Store
+from tunefork.serve import gateway, standing
 from tunefork.serve.choose import make_replica
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.heat import Heat
@@ -59,8 +61,11 @@ def test_a_pin_that_fails_after_a_restart_does_not_keep_the_server_down(
 
 
 def test_a_merged_version_is_answered_by_its_replica(
-    settings: ServeSettings, adapter: Path
+    settings: ServeSettings, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And, while that is dead, by the adapters' engine; it is started again."""
+    monkeypatch.setattr(gateway, "_LOOK_S", 0.05)
+    monkeypatch.setattr(standing, "_BACK_OFF_S", 0.02)
     main, replica = FakeEngine(), FakeEngine()
     made: list[ServedAdapter] = []
 
@@ -78,10 +83,15 @@ def test_a_merged_version_is_answered_by_its_replica(
             assert [seen.adapter for seen in replica.seen] == [None] and not main.seen
             store.publish(adapter, "acme", tags=("prod",))
             assert running.ask(model="acme:prod").json()["model"] == "acme:v2"
+            replica.start_fails = ModelError("no memory")
             replica.die()
             assert running.ask(model="acme:v1").status_code == 200
             assert [seen.adapter.id for seen in main.seen if seen.adapter] == ["acme:v2", "acme:v1"]
-        assert replica.stops == 1
+            eventually(lambda: replica.starts > 1)
+            replica.start_fails = None
+            eventually(lambda: replica.is_alive)
+            assert running.ask(model="acme:v1").status_code == 200 and len(replica.seen) == 2
+        assert not replica.is_alive
         assert store.show("acme:v1").holds == ()
 
 
@@ -91,8 +101,12 @@ def test_a_merged_one_may_be_of_any_rank(settings: ServeSettings, adapter: Path)
         store.publish(adapter, "acme")
     merged = settings.model_copy(update={"merge": ("acme",)})
     engine = FakeEngine(capabilities=small)
-    with serving(engine, merged, replicate=lambda _: FakeEngine()) as running:
+    replica = FakeEngine()
+    with serving(engine, merged, replicate=lambda _: replica) as running:
         assert running.ask(model="acme").status_code == 200
+        replica.start_fails = ModelError("no memory")
+        replica.die()
+        assert running.ask(model="acme").status_code == 503 and not engine.seen
     with serving(engine, settings) as running:
         assert running.ask(model="acme").status_code == 400
 
@@ -128,11 +142,11 @@ def test_heat_is_the_mean_number_of_running_answers() -> None:
 
 
 def test_only_so_many_adapters_are_told_apart() -> None:
-    metrics = Metrics(2, places=8)
-    for number in range(5):
+    metrics = Metrics("base", 2, places=8)
+    for model in (*(f"x{number}:v1" for number in range(5)), "base"):
         metrics.ended(
             "a",
-            f"x{number}:v1",
+            model,
             "ok",
             prompt_tokens=1,
             completion_tokens=2,
@@ -140,8 +154,9 @@ def test_only_so_many_adapters_are_told_apart() -> None:
             first_token_s=0.1,
             total_s=0.2,
         )
+    assert metrics.heat.mean_running(time.monotonic()).keys() == {"x0", "x1"}
     text = metrics.text().decode()
-    assert 'model="x1"' in text and 'model="x2"' not in text
+    assert 'model="base"' in text and 'model="x1"' in text and 'model="x2"' not in text
     assert f'tunefork_prompt_tokens_total{{model="{OTHER}",tenant="a"}} 3.0' in text
 
 

@@ -90,11 +90,21 @@ def test_patterns_say_what_a_tenant_sees(
 
 def test_a_file_of_something_else_is_refused(file: Path) -> None:
     file.write_text("no database at all, but long enough to be taken for one" * 20)
+    file.chmod(0o600)
     with pytest.raises(StoreError, match="cannot be used"):
         read_accounts(file)
     newer = file.parent / "newer.sqlite"
     database = sqlite3.connect(newer)
     database.execute("PRAGMA user_version = 99")
     database.close()
+    newer.chmod(0o600)
     with pytest.raises(StoreError, match="newer tunefork"):
         read_accounts(newer)
+
+
+def test_a_file_that_others_can_write_to_is_refused(file: Path) -> None:
+    add_key(file, Tenant("a"))
+    assert {f.stat().st_mode & 0o777 for f in file.parent.glob(f"{file.name}*")} == {0o600}
+    file.chmod(0o620)
+    with pytest.raises(StoreError, match="others than its owner can write to it"):
+        read_accounts(file)

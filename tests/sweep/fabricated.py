@@ -56,10 +56,10 @@ def runs(
                     trainable_params=1000 * rank,
                     train_s=5.0 if is_dropped else 10.0 + rank,
                     artifact_bytes=4000 * rank,
-                    validation_loss=value,
+                    validation_loss=float(losses[1]["loss_sum"].sum() / losses[1]["tokens"].sum()),
                     metrics={}
                     if is_dropped
                     else {"loss": Estimate(value=value, low=value - 0.1, high=value + 0.1)},
                 )
-                found.append(Run(result, None if is_dropped else losses[0], losses[1]))
+                found.append(Run(result, None if is_dropped else losses[0]))
     return found

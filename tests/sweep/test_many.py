@@ -154,7 +154,8 @@ def test_stopped_the_same_call_goes_on(entries: list[Entry], tmp_path: Path) -> 
     with pytest.raises(KeyboardInterrupt):
         _train(entries, tmp_path / "out", Stopping())
     partial = ManyResult.load(tmp_path / "out" / RESULT)
-    assert [e.status for e in partial.entries] == ["ok", "ok", "interrupted"]
+    assert [e.status for e in partial.entries] == ["ok", "interrupted", "interrupted"]
+    assert partial.entries[1].num_steps == 3  # its evaluation would have taken time
     result = _train(entries, tmp_path / "out")
     assert [e.metrics for e in result.entries] == [e.metrics for e in whole.entries]
     assert result.entries[0].published == "customers/acme:v2"  # once: v1 is the whole run's

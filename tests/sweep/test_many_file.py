@@ -84,6 +84,7 @@ A, B = {"name": "a"}, {"name": "b"}
         ([{"lora": {"rank": 1}}], ":10: name: Field required"),
         ([A, dict(A)], ":11: name: a is taken by .*:10"),
         ([{"name": "../a"}], ":10: name: must be 1 to 80"),
+        ([{"name": "many.json"}], ":10: name: must be .* not end in .json"),
         ([A | {"publish": "UP"}], ":10: publish: 'UP' is no name"),
         ([A | {"tags": ["prod"]}], ":10: tags: belong to a version"),
         (

@@ -121,7 +121,7 @@ def test_a_rank_whose_best_setting_was_dropped_is_judged_by_what_is_left() -> No
 
 def test_a_seed_that_failed_leaves_its_pair_out() -> None:
     found = [
-        Run(run.result.model_copy(update={"status": "failed", "metrics": {}}), None, None)
+        Run(run.result.model_copy(update={"status": "failed", "metrics": {}}), None)
         if run.result.name == "r1-lr0.001-s1"
         else run
         for run in runs(_steep)
@@ -143,9 +143,9 @@ def test_a_rung_keeps_the_better_half_of_each_group() -> None:
     found = runs(_steep)
     columns = {
         name: [
-            run.validation
+            run.columns
             for run in found
-            if run.result.configuration == name and run.validation is not None
+            if run.result.configuration == name and run.columns is not None
         ]
         for name in dict.fromkeys(run.result.configuration for run in found)
     }

@@ -76,7 +76,7 @@ def member(at: int, num_steps: int, **changes: Any) -> Member:
         ],
         "betas": (0.9, 0.999 if at % 2 else 0.95),
         "weight_decay": DECAYS[at % 2],
-        "max_grad_norm": 1.0 if at != 3 else 0.05,
+        "max_grad_norm": {3: 0.05, 2: None}.get(at, 1.0),
     }
     return Member(**(fields | changes))
 

@@ -8,11 +8,13 @@ import torch
 
 from tests.folders import save_model
 from tests.train.test_loss import examples
+from tunefork.errors import NoMemoryError
 from tunefork.kernels import fp8
 from tunefork.recipe import LoraSection, Method, Recipe
 from tunefork.recipe_file import parse
 from tunefork.train.agreement import agree, judge
 from tunefork.train.precision_choice import Agreement, BatchAgreement
+from tunefork.train.runner import Laid, Runner
 
 CPU = torch.device("cpu")
 KINDS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "all"}
@@ -60,7 +62,18 @@ def test_a_wrong_product_is_found(recipe: Recipe, monkeypatch: pytest.MonkeyPatc
     assert "batch 1" in found.why
 
 
-def test_nothing_is_drawn_from_the_runs_random_numbers(recipe: Recipe) -> None:
+def test_nothing_is_drawn_and_a_batch_without_room_is_cut(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, loss = list[int](), Runner.loss
+
+    def in_little_room(self: Runner, laid: Laid, *rest: Any) -> torch.Tensor:
+        passes.append(laid.batch.input_ids.numel())
+        if passes[-1] > 24:
+            raise NoMemoryError("out of memory")
+        return loss(self, laid, *rest)
+
+    monkeypatch.setattr(Runner, "loss", in_little_room)
     lora = LoraSection(rank=4, dropout=0.3)
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -68,6 +81,7 @@ def test_nothing_is_drawn_from_the_runs_random_numbers(recipe: Recipe) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     # Both forms drop the same values out, or their gradients would have little in common.
     assert min(found.batches[1].cosines["all"].values()) > 0.9
+    assert max(passes) > 24
 
 
 def _batch(loss: float = 1.0, **cosines: float) -> BatchAgreement:

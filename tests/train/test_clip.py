@@ -27,6 +27,7 @@ def test_the_norm_is_of_all_gradients_together() -> None:
 def test_the_factor_scales_down_only_and_leaves_what_is_not_finite() -> None:
     assert clip_factor(5.0, 10.0) == 1.0
     assert clip_factor(5.0, 1.0) == pytest.approx(0.2)
+    assert clip_factor(5.0, None) == 1.0
     assert clip_factor(math.nan, 1.0) == clip_factor(math.inf, 1.0) == 1.0
 
 

@@ -64,6 +64,7 @@ def test_what_out_of_memory_looks_like(error: Exception, is_it: bool) -> None:
         ("forward", {}, "train.micro_batch_tokens: 2048"),
         ("evaluation", {}, "train.micro_batch_tokens: 2048"),
         ("backward", {"least_tokens": 4096}, "train.activation_checkpointing: full"),
+        ("forward", {"releases": True}, "train.activation_checkpointing: full"),
         (
             "backward",
             {"least_tokens": 4096, "checkpointing": "selective"},

@@ -58,6 +58,14 @@ def test_a_sound_recipe_has_no_warnings(make_recipe: Make) -> None:
     [
         ({"evaluate": {"forgetting": "gone.txt"}}, r"evaluate\.forgetting: .*gone\.txt"),
         ({"lora": {"rank": 99}}, r"method lora: lora\.rank: 99 is above the size"),
+        (
+            {
+                "method": "full",
+                "full": {"gradient_release": True},
+                "train": {"max_grad_norm": None, "batch_size": 12, "micro_batch_tokens": 128},
+            },
+            r"full\.gradient_release: step 1 of 1 takes \d+ micro-batches",
+        ),
     ],
 )
 def test_a_run_is_checked_before_its_folder_is_made(

@@ -16,8 +16,11 @@ import tunefork.trial.training as training
 import tunefork.trial.trial as trial
 from tests.folders import save_model
 from tests.recipes import recipe_in
+from tunefork.data.loader import load_data
 from tunefork.errors import IdentityError, ModelError, RunFolderError, TuneforkError
+from tunefork.model.asked import asked_sha256
 from tunefork.model.fingerprint import identify
+from tunefork.model.load import load_tokenizer
 from tunefork.recipe import Method, Recipe
 from tunefork.registry.claim import CLAIM
 from tunefork.registry.opening import open_model
@@ -143,6 +146,7 @@ def test_an_interrupted_run_is_usable_and_the_same_call_goes_on(
     assert [line.partition(" (")[0] for line in said] == [
         "going on after step 1",
         "going on after step 2",
+        "evaluating on 6 examples",
     ]
     uninterrupted = read_record(whole[1])
     assert uninterrupted is not None
@@ -232,7 +236,7 @@ def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(
         os.truncate(folder / "checkpoints" / "step-000002" / "state.safetensors", 999)
     train_run(recipe, folder, say=said.append)
     last = 1 if torn else 2
-    assert said[-1].startswith(f"going on after step {last} ")
+    assert said[-2].startswith(f"going on after step {last} ")
     assert torn == any("step-000002/state.safetensors: has 999 bytes, not" in s for s in said)
     assert _artefact(folder) == _artefact(whole[1])
     assert _steps(folder) == _steps(whole[1])
@@ -349,6 +353,9 @@ def test_a_run_records_its_base_and_its_artefact_too(
     assert provenance.recipe is not None
     resolved = Recipe.model_validate(provenance.recipe)
     assert resolved.train.learning_rate == record.learning_rate
+    assert (resolved.data.format, resolved.data.labels) == ("classification", ("dog", "fox"))
+    data = load_data(recipe, load_tokenizer(recipe.model))
+    assert provenance.asked_sha256 == asked_sha256(data) is not None
     assert (provenance.own is not None) == (method is Method.FULL)
     open_model(str(run))
     save_model(own_base, seed=1)

@@ -79,10 +79,12 @@ def publish(
     as_json: AsJson = False,
 ) -> None:
     """Copy an artefact into the store as the next version of a name."""
-    from tunefork.registry.store import Store
+    from tunefork.registry.store import Store, unfinished
 
     with Store.open() as store:
         version = store.publish(folder, name, tags=tag or (), note=note)
+    if (told := unfinished(folder)) is not None:
+        typer.echo(f"warning: {told}; {version} is published all the same", err=True)
     _print_version(version, as_json)
 
 
@@ -90,7 +92,7 @@ def publish(
 def adopt(
     folder: Annotated[Path, typer.Argument(help="An adapter's folder, made elsewhere.")],
     base: Annotated[
-        str | None, typer.Option(help="Its base. [default: as adapter_config.json says]")
+        str | None, typer.Option(help="Its base.", show_default="as adapter_config.json says")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="The base's revision on the hub.")] = None,
     name: Annotated[

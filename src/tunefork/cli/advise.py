@@ -56,7 +56,7 @@ def advise(
     recipe_out: Annotated[Path | None, typer.Option(help="Write the recipe to this file.")] = None,
     runs: Annotated[
         list[Path] | None,
-        typer.Option(help="Folder with comparisons of yours; repeatable. [default: runs]"),
+        typer.Option(help="Folder with comparisons of yours; repeatable.", show_default="runs"),
     ] = None,
     catalogue: Annotated[
         Path | None, typer.Option(help="GPUs and prices of your own (YAML).")
@@ -122,7 +122,10 @@ def _ask() -> dict[str, Any]:
         )
     from tunefork.advise.questions import ask_all
 
-    return ask_all(lambda text: str(typer.prompt(text, default="", show_default=False)), typer.echo)
+    def ask(text: str) -> str:
+        return str(typer.prompt(text, default="", show_default=False, prompt_suffix=" "))
+
+    return ask_all(ask, typer.echo)
 
 
 def _is_terminal() -> bool:

@@ -29,15 +29,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (advise, plan, compare, sweep, train, evaluate, chat, runs, merge, export):
-    app.command()(verb)
-app.add_typer(adapters, name="adapters")
-app.add_typer(serve, name="serve")
-app.command(name="train-many")(train_many)
-app.command(name="verify-resume")(verify_resume)
-app.command(name="bench-serve")(bench_serve)
-app.add_typer(data, name="data")
-app.add_typer(recipe, name="recipe")
+VERBS = {
+    "Before a run": (advise, plan),
+    "Runs": (compare, train, sweep, train_many, evaluate, runs, verify_resume),
+    "What came out": (chat, merge, export, bench_serve),
+}
+for panel, verbs in VERBS.items():
+    for verb in verbs:
+        app.command(rich_help_panel=panel)(verb)
+app.add_typer(data, name="data", rich_help_panel="Before a run")
+app.add_typer(recipe, name="recipe", rich_help_panel="Before a run")
+app.add_typer(adapters, name="adapters", rich_help_panel="What came out")
+app.add_typer(serve, name="serve", rich_help_panel="What came out")
 
 
 def _print_version(wanted: bool) -> None:

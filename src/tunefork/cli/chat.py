@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def chat(
     target: Annotated[
         str | None,
-        typer.Argument(metavar="RUN_OR_MODEL", help="A run or adapter folder, or a model."),
+        typer.Argument(metavar="RUN_OR_MODEL", help="A run, adapter, version or model."),
     ] = None,
     message: Annotated[
         str | None, typer.Option("--message", "-m", help="Ask this once and exit.")

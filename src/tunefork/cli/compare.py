@@ -12,7 +12,7 @@ def compare(
     recipe: RecipeFile,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the results. [default: runs/NAME-OF-THE-RECIPE]"),
+        typer.Option(help="Folder for the results.", show_default="runs/NAME-OF-THE-RECIPE"),
     ] = None,
     sets: Sets = None,
     ignore_plan: IgnorePlan = False,

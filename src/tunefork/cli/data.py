@@ -47,4 +47,7 @@ def show(
     examples = load_data(resolved, tokenizer, need_eval=False).train
     if row > len(examples):
         raise BadInputError(f"--row: {row} is past the last of {len(examples)} training examples")
-    Console(soft_wrap=True).print(render(examples[row - 1], tokenizer))
+    shown = examples[row - 1]
+    supervised = int(shown.supervised.sum())
+    typer.echo(f"{shown.source}: {len(shown.input_ids)} tokens, {supervised} of them supervised")
+    Console(soft_wrap=True).print(render(shown, tokenizer))

@@ -19,11 +19,11 @@ def export(
     out: Out,
     dtype: Annotated[
         Literal["fp32", "bf16", "fp16"] | None,
-        typer.Option(help="peft, vllm, sglang: of the adapter's tensors. [default: as saved]"),
+        typer.Option(help="peft, vllm, sglang: of the adapter's tensors.", show_default="as saved"),
     ] = None,
     kind: Annotated[
         Literal["f32", "f16", "bf16", "q8_0"] | None,
-        typer.Option("--type", help="gguf, ollama: of the matrices. [default: f16]"),
+        typer.Option("--type", help="gguf, ollama: of the matrices.", show_default="f16"),
     ] = None,
     pad_rank: Annotated[
         int | None,

@@ -53,10 +53,14 @@ class _CtrlC:
 _INTERRUPTED = 130
 """What typer makes of Ctrl-C, and `tunefork train` of a run that it stopped."""
 
+_RESUMABLE = frozenset({"train", "compare", "sweep", "train-many"})
+
 
 def _end_interrupted() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python's own end has tracebacks too
-    print("stopped; what was finished is kept", file=sys.stderr)
+    goes_on = _RESUMABLE.intersection(sys.argv[1:3])
+    kept = "the same command goes on from there" if goes_on else "what was finished is kept"
+    print(f"stopped; {kept}", file=sys.stderr)
     sys.exit(_INTERRUPTED)
 
 

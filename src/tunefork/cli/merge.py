@@ -18,12 +18,14 @@ ProofRecipe = Annotated[
     typer.Option("--recipe", help="Prove it on this recipe's evaluation examples and metrics too."),
 ]
 MaxMeanKl = Annotated[
-    float | None, typer.Option(min=0.0, help="Most mean KL, nats a token. [default: 0.02]")
+    float | None, typer.Option(min=0.0, help="Most mean KL, nats a token.", show_default="0.02")
 ]
-MaxKl = Annotated[float | None, typer.Option(min=0.0, help="Most KL at a token. [default: 2]")]
+MaxKl = Annotated[float | None, typer.Option(min=0.0, help="Most KL at a token.", show_default="2")]
 MinTop1 = Annotated[
     float | None,
-    typer.Option("--min-top1", min=0.0, max=1.0, help="Least top-1 agreement. [default: 0.93]"),
+    typer.Option(
+        "--min-top1", min=0.0, max=1.0, help="Least top-1 agreement.", show_default="0.85"
+    ),
 ]
 
 
@@ -37,7 +39,7 @@ def merge(
         typer.Option(help="Several: linear, ties, dare_linear, dare_ties or cat, as PEFT does."),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Several: a weight each, 0.5,0.5. [default: 1 each]")
+        str | None, typer.Option(help="Several: a weight each, 0.5,0.5.", show_default="1 each")
     ] = None,
     density: Annotated[
         float | None, typer.Option(help="ties, dare: share of the values that is kept.")

@@ -21,7 +21,7 @@ def plan(
     gpu: Annotated[
         list[str] | None,
         typer.Option(
-            help="A GPU of the catalogue; given n times, n of them. [default: this machine]"
+            help="A GPU of the catalogue; given n times, n of them.", show_default="this machine"
         ),
     ] = None,
     method: Annotated[str, typer.Option(help="lora, qlora, full or all.")] = "all",

@@ -11,7 +11,9 @@ from tunefork.cli.arguments import AsJson
 def runs(
     folder: Annotated[
         Path | None,
-        typer.Argument(help="Where to look for runs. [default: all that is known, and ./runs]"),
+        typer.Argument(
+            help="Where to look for runs.", show_default="all that is known, and ./runs"
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

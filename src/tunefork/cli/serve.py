@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ from tunefork.cli.arguments import AsJson
 
 if TYPE_CHECKING:
     from tunefork.serve.settings import ServeSettings
+    from tunefork.serve.tenants import Tenant
 
 serve = typer.Typer(help="Serve one base and all its adapters.", invoke_without_command=True)
 keys = typer.Typer(help="Who may ask, for what, and how much.", no_args_is_help=True)
@@ -21,7 +23,8 @@ TenantsFile = Annotated[
     typer.Option(
         "--tenants",
         metavar="FILE",
-        help="Tenants, keys and usage. [default: TUNEFORK_HOME/serve.sqlite]",
+        help="Tenants, keys and usage.",
+        show_default="TUNEFORK_HOME/serve.sqlite",
     ),
 ]
 
@@ -33,14 +36,16 @@ def run(
         str | None, typer.Option(metavar="MODEL", help="A hub id, folder, .gguf or packaged name.")
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="embedded or vllm. [default: embedded]")
+        str | None, typer.Option(help="embedded or vllm.", show_default="embedded")
     ] = None,
     host: Annotated[
-        str | None, typer.Option(help="Beyond 127.0.0.1 keys are demanded. [default: 127.0.0.1]")
+        str | None,
+        typer.Option(help="Beyond 127.0.0.1 keys are demanded.", show_default="127.0.0.1"),
     ] = None,
-    port: Annotated[int | None, typer.Option(help="0: any free one. [default: 8000]")] = None,
+    port: Annotated[int | None, typer.Option(help="0: any free one.", show_default="8000")] = None,
     name: Annotated[
-        str | None, typer.Option(help="The base's name for clients. [default: its id's last part]")
+        str | None,
+        typer.Option(help="The base's name for clients.", show_default="its id's last part"),
     ] = None,
     tenants: TenantsFile = None,
     merge: Annotated[
@@ -122,7 +127,7 @@ def add(
     models: Annotated[
         list[str] | None,
         typer.Option(
-            "--models", metavar="PATTERN", help="Adapters it sees ('acme/*'). [default: all]"
+            "--models", metavar="PATTERN", help="Adapters it sees ('acme/*').", show_default="all"
         ),
     ] = None,
     base: Annotated[
@@ -184,16 +189,28 @@ def list_(tenants: TenantsFile = None, as_json: AsJson = False) -> None:
         )
         return
     for tenant in known.values():
-        limits = ", ".join(
-            f"{value:,} {name.replace('_per_', ' a ')}"
-            for name, value in asdict(tenant).items()
-            if name.endswith(("_minute", "_month")) and value is not None
-        )
-        typer.echo(f"{tenant.name}: {' '.join(tenant.models)}" + (f" ({limits})" if limits else ""))
+        typer.echo(f"{tenant.name}: {_described(tenant)}")
         for key in found:
             if key.tenant == tenant.name:
                 state = f"revoked {key.revoked}" if key.revoked else f"since {key.created}"
                 typer.echo(f"  {key.id}  {state}")
+
+
+def _described(tenant: Tenant) -> str:
+    """What it sees, and whatever of it is not as by default."""
+    facts = [
+        f"{value:,} {name.replace('_per_', ' a ')}"
+        for name, value in (
+            ("requests_per_minute", tenant.requests_per_minute),
+            ("tokens_per_minute", tenant.tokens_per_minute),
+            ("tokens_per_month", tenant.tokens_per_month),
+        )
+        if value is not None
+    ]
+    facts += [f"weight {tenant.weight:g}"] if tenant.weight != 1 else []
+    facts += ["operator"] if tenant.is_operator else []
+    facts += [] if tenant.has_base else ["not the base"]
+    return " ".join(tenant.models) + (f" ({', '.join(facts)})" if facts else "")
 
 
 @keys.command()
@@ -220,8 +237,11 @@ def usage(
     """Sum up what was used, by tenant and exact version."""
     from dataclasses import asdict
 
+    from tunefork.errors import BadInputError
     from tunefork.serve.ledger import read_usage
 
+    if not re.fullmatch(r"(\d{4}(-\d\d(-\d\d)?)?)?", since):
+        raise BadInputError(f"--since: {since!r} is no date; write 2026, 2026-11 or 2026-11-26")
     file = _file(tenants)
     rows = read_usage(file, tenant=tenant, since=since) if file.exists() else []
     if as_json:

@@ -40,10 +40,10 @@ def sweep(
         bool, typer.Option("--halving", help="Drop the worse half at a quarter and a half.")
     ] = False,
     together: Annotated[
-        int | None, typer.Option(help="Most that train at one time. [default: what fits]")
+        int | None, typer.Option(help="Most that train at one time.", show_default="what fits")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the results. [default: runs/NAME-sweep]")
+        Path | None, typer.Option(help="Folder for the results.", show_default="runs/NAME-sweep")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on in a stopped sweep's folder, given as RECIPE.")

@@ -11,7 +11,7 @@ from tunefork.cli.arguments import AsJson, IgnorePlan, RecipeFile, Sets, load_re
 def train(
     recipe: RecipeFile,
     out: Annotated[
-        Path | None, typer.Option(help="Run folder. [default: runs/NAME-OF-THE-RECIPE-METHOD]")
+        Path | None, typer.Option(help="Run folder.", show_default="runs/NAME-OF-THE-RECIPE-METHOD")
     ] = None,
     method: Annotated[
         str | None, typer.Option(help="lora, qlora or full; beats the recipe's `method`.")

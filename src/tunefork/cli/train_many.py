@@ -18,7 +18,7 @@ def train_many(
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the runs. [default: runs/NAME]")
+        Path | None, typer.Option(help="Folder for the runs.", show_default="runs/NAME")
     ] = None,
     publish: Annotated[
         str | None,
@@ -27,7 +27,8 @@ def train_many(
         ),
     ] = None,
     together: Annotated[
-        int | None, typer.Option(min=1, help="Most that train at one time. [default: what fits]")
+        int | None,
+        typer.Option(min=1, help="Most that train at one time.", show_default="what fits"),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on in a stopped folder, given as FILE.")

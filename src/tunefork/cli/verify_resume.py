@@ -18,7 +18,7 @@ def verify_resume(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for both runs' states. [default: a temporary one, removed]"),
+        typer.Option(help="Folder for both runs' states.", show_default="a temporary one, removed"),
     ] = None,
     sets: Sets = None,
     as_json: AsJson = False,

@@ -80,6 +80,7 @@ class SearchGroup:
         left, ended = dict.fromkeys(members), list[str]()
         with (
             Interrupt() as interrupt,
+            interrupt.at_once(),  # nothing of a rung is kept but its end
             TrainProgress(
                 label, num_steps=num_steps, device=pick_device(), every_s=train.log_every_s
             ) as progress,
@@ -94,8 +95,6 @@ class SearchGroup:
                         if each.record.step == num_steps:
                             ended.append(each.name)
                 left = {name: None for name in left if name not in ended}
-                if interrupt.requested:
-                    raise KeyboardInterrupt
         return ended
 
     def _opened(self, members: Sequence[Member]) -> BankGroup:

@@ -102,7 +102,9 @@ def explanation(verdict: Verdict) -> list[str]:
 
 
 def confidence_text(confidence: float) -> str:
-    """`97 %`, `above 99 %`"""
+    """`97 %`, `above 99 %`; it is a lower bound, of which less than a half says nothing."""
+    if confidence < 0.5:
+        return "below 50 %"
     return "above 99 %" if confidence > 0.99 else f"{100 * confidence:.0f} %"
 
 
@@ -222,7 +224,9 @@ def _cautions(
         best = methods[finding.best or finding.finished[0]].metrics[metric]
         share = metric_text(metric, data.majority_share)
         yield f"Always answering the most frequent label would reach {share}" + (
-            "." if best.low > data.majority_share else ", and the best method is not above that."
+            "."
+            if best.low > data.majority_share
+            else ", and the best method is not detectably above."
         )
     if finding.num_seeds < FEWEST_SEEDS:
         runs = (

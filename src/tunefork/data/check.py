@@ -66,5 +66,6 @@ def _describe(name: str, split: SplitReport) -> list[str]:
     ]
     if split.labels:
         counts = ", ".join(f"{label} {count:,}" for label, count in split.labels.items())
-        lines += [f"  labels: {counts}", f"  always the first: {split.majority_share:.1%} right"]
+        right = f"{split.majority_share:.1%}"
+        lines += [f"  labels: {counts}", f"  right by always answering the most frequent: {right}"]
     return lines

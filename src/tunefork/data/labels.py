@@ -80,7 +80,7 @@ def _check_evaluation(
 ) -> None:
     evaluated = Counter(example.label or "" for example in held)
     places = [
-        Place(source=first[label], what=f"its label has {evaluated[label]} evaluation examples")
+        Place(source=first[label], what=f"evaluation examples of its label: {evaluated[label]}")
         for label in sorted(counts)
         if evaluated[label] < faults.min_eval_per_label
     ]

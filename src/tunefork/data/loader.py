@@ -7,6 +7,7 @@ what `check` reports. `load_data` is `survey`, and raises if any fault would sto
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +54,12 @@ class Data:
     eval_examples: list[Example]
     """Those of `eval`: what `Renderer.encode_answer` takes to score another answer. One for each
     of `eval`, in its order, but for plain text."""
+
+    @property
+    def section(self) -> DataSection:
+        """The recipe's, with the format and the labels that the rows came to."""
+        found = {"format": self.format, "labels": self.labels}
+        return self.renderer.section.model_copy(update=found)
 
     def fingerprint(self) -> str:
         """SHA-256 of every sequence, in order, and of the labels: equal only for equal data."""
@@ -169,12 +176,9 @@ def _encode(
 ) -> None:
     """Fill `split.sequences`, and leave in `split.examples` those that have one."""
     section = renderer.section
-    instruction = section.instruction or default_instruction(labels or ())
-    cue = LABEL_CUE if renderer.template_in_use == "plain" else ""
     used = []
     for example in split.examples:
-        if labels is not None:
-            example = add_instruction(example, instruction, cue)
+        example = instructed(example, renderer, labels)
         encoded = renderer.attempt(example)
         if isinstance(encoded, RowProblem):
             findings.problems.append(encoded)
@@ -182,6 +186,15 @@ def _encode(
             used.append(example)
             split.sequences += sequences
     split.examples = used
+
+
+def instructed(example: Example, renderer: Renderer, labels: Sequence[str] | None) -> Example:
+    """A classifier's example with its instruction; any other, whose `labels` are None, as it is."""
+    if labels is None:
+        return example
+    instruction = renderer.section.instruction or default_instruction(labels)
+    cue = LABEL_CUE if renderer.template_in_use == "plain" else ""
+    return add_instruction(example, instruction, cue)
 
 
 def _fit(encoded: Encoded, example: Example, split: _Split, section: DataSection) -> list[Encoded]:

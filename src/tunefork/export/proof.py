@@ -8,8 +8,10 @@ Both compute in fp32, so that a difference is the export's own and not that of b
 Why the thresholds are where they are: measured on SmolLM2-135M (benchmarks/export_clients.py), a
 merge that only rounds to bf16 costs 0.0015 nats a token, 0.05 at the worst, and 1.3 % of the
 likeliest tokens; Q8_0 on top of it 0.0037, 0.06 and 4.4 %; a QLoRA adapter merged into the original
-base, which it was not trained on, 0.60, 5.9 and 34 %. The limits lie between. A mean of 0.02 nats
-moves perplexity by about 2 %.
+base, which it was not trained on, 0.60, 5.9 and 34 %. An adapter of three steps, rounded to bf16 by
+the same merge, cost 0.0061, 0.08 and 8.0 %: within a user's turn many tokens are about equally
+likely. The limits lie between; KL is the sharp one. A mean of 0.02 nats moves perplexity by about
+2 %.
 """
 
 from pathlib import Path
@@ -40,7 +42,7 @@ class Gate(Section):
     max_kl: Annotated[float, Field(ge=0.0)] = 2.0
     """Nats at the worst position. Wide: one rare token may move far where nothing is wrong; a
     broken token or position goes far beyond."""
-    min_top1: Annotated[float, Field(ge=0.0, le=1.0)] = 0.93
+    min_top1: Annotated[float, Field(ge=0.0, le=1.0)] = 0.85
     """Share of positions with the same likeliest token. Ties within rounding flip some."""
     num_tokens: Annotated[int, Field(ge=1)] = 2048
     """Tokens read. The reference's logits are kept meanwhile: 4 bytes times the vocabulary each."""

@@ -48,5 +48,6 @@ def publish(folder: Path, out: Path, proof: Proof | None) -> None:
     folder.rename(failed)
     raise ExportFailedError(
         f"{out}: not published, because it is not what was trained: {'; '.join(proof.reasons)}. "
-        f"It lies in {failed} with its proof.json"
+        f"It lies in {failed} with its proof.json; other limits: --max-mean-kl, --max-kl, "
+        "--min-top1"
     )

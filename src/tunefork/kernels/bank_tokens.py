@@ -61,15 +61,12 @@ def is_own(slot_s: Tensor, slots: int) -> Tensor:
 
 
 def add_masked(
-    ys: Sequence[Tensor], x_sd: Tensor, is_own_sn: Tensor, a_lnrd: Tensor, bs: Sequence[Tensor]
+    ys: Sequence[Tensor], u_slnr: Tensor, is_own_sn: Tensor, bs: Sequence[Tensor]
 ) -> None:
     """`masked` for L layers with one input, added to their ys (S, O_i) in place.
 
-    One product down for all layers, one masking, one product up each: of a decoding pass's time
-    with many adapters, the number of kernels is the larger part. `bs` are (N, R, O_i).
+    u (S, L, N, R) is of all slots. One masking, one product up each; `bs` are (N, R, O_i).
     """
-    layers, slots, rank, _ = a_lnrd.shape
-    u_slnr = (x_sd @ a_lnrd.flatten(0, 2).t()).view(-1, layers, slots, rank)
     own_slnr = torch.where(is_own_sn[:, None, :, None], u_slnr, 0)
     for at, (y_so, b_nro) in enumerate(zip(ys, bs, strict=True)):
         y_so.addmm_(own_slnr[:, at].flatten(1), b_nro.flatten(0, 1))

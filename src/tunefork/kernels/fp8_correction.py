@@ -91,20 +91,21 @@ def correction(
     device, size = x_sd.device, x_sd.shape[1]
     wanted = num_directions(spare)
     v_dn = main_directions(x_sd, apart + wanted)
+    probe = torch.zeros(apart + spare, size, dtype=torch.bfloat16, device=device)
+    probe[:apart] = v_dn[:, :apart].t()
     out_om, lost_on, energy_d, start = [], [], torch.zeros(size, device=device), 0
     for part in weights:
         own = part.to(device).float()
         rows = slice(start, start + len(part))
         lost = own - codes_od[rows].float() * scale_o1[rows]
-        out_om.append(own @ v_dn[:, :apart] / scale_o1[rows])
+        # Of V as bf16 holds it: what is taken out of x along it is then given back whole.
+        out_om.append(own @ probe[:apart].t().float() / scale_o1[rows])
         lost_on.append(lost @ v_dn[:, apart:] / scale_o1[rows])
         energy_d += own.square().sum(0)
         start += len(part)
     beside = torch.cat(lost_on)
     gain_n = torch.exp2(torch.floor(torch.log2(_MOST / beside.abs().amax(0).clamp(min=1e-30))))
     columns = torch.zeros(len(codes_od), spare, device=device)
-    probe = torch.zeros(apart + spare, size, dtype=torch.bfloat16, device=device)
-    probe[:apart] = v_dn[:, :apart].t()
     columns[:, :wanted] = beside * gain_n
     probe[apart : apart + wanted] = (v_dn[:, apart:] / gain_n).t()
     if not apart:

@@ -22,6 +22,7 @@ from tunefork.data.slots import is_even
 from tunefork.errors import AdapterError, ModelError
 from tunefork.kernels.bank import Bounds, Padded, padded_rank, spans
 from tunefork.kernels.bank_stretches import Layout
+from tunefork.kernels.bank_tokens import is_own
 from tunefork.model.bank_linear import BankLinear, Routing
 from tunefork.model.build import check_lora, linear_paths, lora_scale, replace
 from tunefork.model.linear import Nf4Linear, first_a
@@ -174,7 +175,7 @@ class Bank:
     def route_tokens(self, index_s: Tensor) -> None:
         """Each token's slot, or -1, is read from `index_s` (S,) whenever a pass runs."""
         self.routing.index_s, self.routing.mode = index_s, "tokens"
-        self.routing.is_own_sn = None
+        self.routing.is_own_sn = is_own(index_s, self.num_slots)
 
     def route_stretches(self, layout: Layout) -> None:
         """The next pass's tokens are whose the host says: a bank on a CPU that is only read."""
@@ -299,11 +300,11 @@ def add_bank(
 
 
 def add_serving_bank(
-    model: PreTrainedModel, *, slots: int, rank: int, dtype: torch.dtype | None = None
+    model: PreTrainedModel, *, slots: int, rank: int, dtype_a: torch.dtype | None = None
 ) -> Bank:
     """Give every linear layer of `model` but the head empty slots of `rank`, to be read; in place.
 
-    `dtype` is the deltas', by default the model's.
+    `dtype_a` is A's, by default the model's.
     """
     model.requires_grad_(False)
     routing, layers = _routing(model, slots), {}
@@ -311,7 +312,12 @@ def add_serving_bank(
         base = model.get_submodule(path)
         assert isinstance(base, nn.Linear | Nf4Linear)
         layers[path] = BankLinear(
-            base, [rank] * slots, routing, dtype=dtype or model.dtype, is_trained=False
+            base,
+            [rank] * slots,
+            routing,
+            dtype=dtype_a or model.dtype,
+            dtype_b=model.dtype,
+            is_trained=False,
         )
     for path, layer in layers.items():
         replace(model, path, layer)

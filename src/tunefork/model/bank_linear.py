@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunefork.kernels.bank import Bounds, Padded, add_segments, grouped, spans
-from tunefork.kernels.bank_stretches import Layout, add_stretches, sorted_delta
-from tunefork.kernels.bank_tokens import bank_tokens, is_own
+from tunefork.kernels.bank_stretches import Layout, Matrices, add_sorted, add_stretches
+from tunefork.kernels.bank_tokens import bank_tokens
 from tunefork.model.linear import FrozenBase, Nf4Linear
 
 
@@ -44,16 +44,9 @@ class Routing:
     index_s: Tensor | None = None
     """(S,) each token's slot, -1 for none; mode "tokens"."""
     is_own_sn: Tensor | None = None
-    """Which slot is a token's own, made of `index_s` by the first layer of a pass that asks."""
+    """(S, G) which slot is a token's own, made of `index_s` once a pass; mode "tokens"."""
     layout: Layout | None = None
     """What the host knows of a pass that is only read from; mode "stretches"."""
-
-    def own(self, slots: int) -> Tensor:
-        """(S, G) which slot is a token's own; mode "tokens"."""
-        assert self.index_s is not None
-        if self.is_own_sn is None:
-            self.is_own_sn = is_own(self.index_s, slots)
-        return self.is_own_sn
 
 
 class BankLinear(nn.Module):
@@ -69,12 +62,13 @@ class BankLinear(nn.Module):
         routing: Routing,
         *,
         dtype: torch.dtype = torch.float32,
+        dtype_b: torch.dtype | None = None,
         dropout: float = 0.0,
         is_trained: bool = True,
     ) -> None:
         super().__init__()
         self.base: nn.Linear | FrozenBase = base
-        self.routing, self.dtype = routing, dtype
+        self.routing, self.dtype, self.dtype_b = routing, dtype, dtype_b or dtype
         self.dropout = dropout
         """The most of any slot; 0: none ever draws, and the deltas' input is the base's."""
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -91,8 +85,10 @@ class BankLinear(nn.Module):
             torch.zeros(rows, self.in_features, dtype=self.dtype, device=device), self.is_trained
         )
         self.rows_b = nn.Parameter(
-            torch.zeros(rows, self.out_features, dtype=self.dtype, device=device), self.is_trained
+            torch.zeros(rows, self.out_features, dtype=self.dtype_b, device=device), self.is_trained
         )
+        self.matrices: Matrices | None = None
+        """`stacks` as passes on a CPU read them, made by the first one."""
         self.kind = 0
         """Which of `routing.padded` says how its rows lie in the grouped product."""
 
@@ -122,10 +118,11 @@ class BankLinear(nn.Module):
         routing = self.routing
         if routing.mode == "none" or not sum(self.ranks):
             return y_o
-        x_sd = self.dropped(x_d.reshape(-1, x_d.shape[-1]))
         y_so = y_o.view(-1, y_o.shape[-1])
-        if routing.mode == "stretches" and routing.layout and routing.layout.ends_n is None:
-            return add_stretches(y_so, x_sd, *self.stacks, routing.layout).view(y_o.shape)
+        if routing.mode == "stretches":
+            self.add_read(y_so, x_d)
+            return y_o
+        x_sd = self.dropped(x_d.reshape(-1, x_d.shape[-1]))
         if routing.mode == "segments" and isinstance(self.base, nn.Linear | Nf4Linear):
             scales = tuple(routing.scales)
             y_so = add_segments(
@@ -134,6 +131,17 @@ class BankLinear(nn.Module):
         else:
             y_so = y_so + deltas([self], x_sd)[0]
         return y_so.view(y_o.shape)
+
+    def add_read(self, y_so: Tensor, x_d: Tensor) -> None:
+        """Add the deltas of a pass that is only read from, in place; mode "stretches"."""
+        layout = self.routing.layout
+        assert layout is not None
+        if layout.ends_n is None:
+            if self.matrices is None:
+                self.matrices = Matrices(*(stack.detach() for stack in self.stacks))
+            add_stretches(y_so, x_d, self.matrices, layout)
+        else:
+            add_sorted(y_so, x_d.view(-1, x_d.shape[-1]), *self.stacks, layout)
 
     def dropped(self, x_sd: Tensor) -> Tensor:
         """x with each slot's dropout, while training; drawn for all tokens at once."""
@@ -177,8 +185,7 @@ def deltas(layers: Sequence[BankLinear], x_sd: Tensor) -> tuple[Tensor, ...]:
                 for layer in layers
             )
         case "stretches":
-            assert routing.layout is not None
-            return tuple(sorted_delta(x_sd, *la.stacks, routing.layout) for la in layers)
+            raise NotImplementedError("these are added in place: BankLinear.add_read")
         case "none":
             return tuple(x_sd.new_zeros(x_sd.shape[0], la.out_features) for la in layers)
 

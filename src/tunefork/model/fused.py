@@ -23,11 +23,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tunefork.errors import ModelError
 from tunefork.kernels import fp8
-from tunefork.kernels.bank_tokens import add_masked
 from tunefork.kernels.layout import Layout, Products, Storage
 from tunefork.kernels.lora_group import is_widened, lora_group, with_room, write_delta
 from tunefork.kernels.quantized import dequantize_nf4_tensors, nf4_tensors
 from tunefork.model.bank_linear import BankLinear, deltas
+from tunefork.model.joint_banks import JointBanks
 from tunefork.model.linear import LoraLinear, Nf4Linear
 
 
@@ -74,8 +74,8 @@ class FusedGroup(nn.Module):
             else:
                 self.fp8 = fp8.quantize_weight(weights, self.layout)
                 self.weights = self.fp8.tensors()
-        self.joint_a_lnrd: Tensor | None = None
-        """A of all layers' banks and slots (`join_banks`)."""
+        self.joint: JointBanks | None = None
+        """All layers' banks, where they are read token by token (`join_banks`)."""
         self.input: Tensor | None = None
         self.outputs: tuple[Tensor, ...] = ()
         self.is_calibrated = True
@@ -99,23 +99,20 @@ class FusedGroup(nn.Module):
         lora_a = [member.lora_a for member in self.deltas]
         lora_b = [member.lora_b for member in self.deltas]
         product = fp8.fp8_lora if self.layout.products == "fp8" else lora_group
-        outputs = product(x_d, self.layout, self.weights, lora_a, lora_b)
-        return self._with_banks(x_d, outputs) if self.banks else outputs
+        outputs: tuple[Tensor, ...] | None = None
+        if self.joint is None or not self.joint.features_out:
+            outputs = product(x_d, self.layout, self.weights, lora_a, lora_b)
+        if self.joint is None:
+            assert outputs is not None
+            return self._with_banks(x_d, outputs) if self.banks else outputs
+        ys = None if outputs is None else [y.view(-1, y.shape[-1]) for y in outputs]
+        found = self.joint.outputs(x_d.reshape(-1, x_d.shape[-1]), ys)
+        return tuple(y.view(*x_d.shape[:-1], y.shape[-1]) for y in found)
 
     def _with_banks(self, x_d: Tensor, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What a bank adds is no part of the product: its slots share no scale and no operand."""
         banks = {at: bank for at, bank in self.banks.items() if sum(bank.ranks)}
         if not banks or next(iter(banks.values())).routing.mode == "none":
-            return outputs
-        routing = next(iter(banks.values())).routing
-        if self.joint_a_lnrd is not None and routing.mode == "tokens":
-            add_masked(
-                [outputs[at].view(-1, outputs[at].shape[-1]) for at in banks],
-                x_d.reshape(-1, x_d.shape[-1]),
-                routing.own(self.joint_a_lnrd.shape[1]),
-                self.joint_a_lnrd,
-                [bank.stacks[1] for bank in banks.values()],
-            )
             return outputs
         found = deltas(list(banks.values()), x_d.reshape(-1, x_d.shape[-1]))
         whole = list(outputs)
@@ -124,18 +121,13 @@ class FusedGroup(nn.Module):
         return tuple(whole)
 
     @torch.no_grad()
-    def join_banks(self) -> None:
-        """Have the banks' A lie in one tensor, for tokens that are told their slots (`add_masked`).
-
-        For banks that are only read, of one rank; few tokens a pass, or all slots are multiplied.
-        """
-        banks = list(self.banks.values())
-        if not banks:
-            return
-        joint_a_lnrd = torch.stack([bank.stacks[0] for bank in banks])
-        for bank, a_nrd in zip(banks, joint_a_lnrd, strict=True):
-            bank.rows_a.data = a_nrd.flatten(0, 1)
-        self.joint_a_lnrd = joint_a_lnrd
+    def join_banks(self, *, reads_own: bool) -> None:
+        """The group is only read from now on, and every layer has a bank (`joint_banks.py`)."""
+        is_bf16 = self.layout.storage == self.layout.products == "bf16"
+        weight_od = self.weights[0] if is_bf16 else None
+        self.joint = JointBanks([*self.banks.values()], weight_od, reads_own=reads_own)
+        if is_bf16:
+            self.weights = (self.joint.weight,)
 
     def _correct(self, x_sd: Tensor) -> None:
         if self.fp8 is not None:

@@ -7,6 +7,7 @@ transformers can train and save it only so, and reading SmolLM2's GGUF takes 18 
 import contextlib
 import io
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def converted(file: Path, expected: str | None = None) -> Path:
     if (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{file.name}: converted once, into {folder.parent} ...", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="converting-") as scratch:
         written = Path(scratch) / "model"
         _convert(file, written)

@@ -54,7 +54,7 @@ def conversation_ids(tokenizer: Any) -> list[list[int] | None]:
 
     One that ends with an answer is rendered whole, the others as a prompt for the next answer.
     """
-    renderer = Renderer(_Undated(tokenizer), DataSection(train="-", template="chat"))
+    renderer = Renderer(Undated(tokenizer), DataSection(train="-", template="chat"))
     return [_ids(renderer, messages) for messages in CONVERSATIONS]
 
 
@@ -95,7 +95,7 @@ def _lines() -> Iterator[str]:
             yield "".join(f"a{c}B {c}1" for c in known)
 
 
-class _Undated:
+class Undated:
     """A tokenizer whose chat template finds the same date every day (Llama 3's writes today's)."""
 
     def __init__(self, tokenizer: Any) -> None:

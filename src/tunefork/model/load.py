@@ -181,6 +181,9 @@ def _from_pretrained(loader: Any, section: ModelSection, source: Source, **optio
     """Call transformers' loader quietly; what it cannot find or read becomes a ModelError."""
     is_folder = Path(source.location).is_dir()
     guess = "" if is_folder else nearest(section.id, list(PACKAGED))
+    parent, _, name = section.id.rpartition("/")
+    if parent and not is_folder and Path(parent).is_dir():
+        guess = f"; the folder {parent} has no {name}, and as a hub id"
     hint = "" if is_folder else " (a hub id needs the network, or its files in the cache)"
     with (
         without_progress_bars(),

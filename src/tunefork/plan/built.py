@@ -58,6 +58,11 @@ class Build:
         return replace(self, checkpointing="none" if twice else "full", is_compiled=False)
 
     @property
+    def releases(self) -> bool:
+        """Weights are updated in the backward pass (`train/release.py`)."""
+        return self.method is Method.FULL and self.full.gradient_release
+
+    @property
     def form(self) -> BaseForm | None:
         """How the frozen base is kept."""
         return form_of(

@@ -62,7 +62,7 @@ def measure(
     phases: dict[PhaseName, Phase] = {
         "load": phase({"weights": max(weights["weights"], loaded_bytes)}),
         "forward_backward": max(moments.values(), key=lambda moment: moment.tensor_bytes),
-        "optimizer": phase({**step.static, "gradients": step.gradients, "workspace": room}),
+        "optimizer": phase({**step.static, "gradients": step.held_gradients, "workspace": room}),
         **({"evaluate": phase(step.evaluation.parts)} if step.evaluation else {}),
         "save": phase(weights),
     }

@@ -64,7 +64,7 @@ class Case:
         """
         made, static = self.made, sum(step.static.values())
         draws = made.method is not Method.FULL and made.lora.dropout > 0.0
-        if not step.is_compiled or draws or made.checkpointing == "offload":
+        if not step.is_compiled or draws or made.releases or made.checkpointing == "offload":
             return False
         if shape.rows * shape.length > MOST_TOKENS or step.gradients > MOST_GRADIENT_BYTES:
             return False

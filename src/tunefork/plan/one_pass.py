@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from tunefork.kernels.compiled import standing_for_gpu
@@ -37,6 +37,8 @@ class Step:
     """Weights, optimiser states, and gradients where they are kept: there all the time."""
     gradients: int
     """Bytes of all gradients."""
+    held_gradients: int
+    """Of those that are there together when weights are updated: all, or one weight's."""
     trained: int
     """Parameters that are trained."""
     update: Update
@@ -59,7 +61,7 @@ def trace_pass(config: Any, made: Build, shape: Shape, programs: list[Layer] | N
     model, trained = there.model, there.trained
     _prepare(model, made, programs, trace, shape.num_segments)
     static = dict(trace.live)
-    with _on(made.device, trace), _segments(model, trace), _gradients(trained, trace), trace:
+    with _on(made.device, trace), _segments(model, trace), _gradients(trained, made, trace), trace:
         trace.enter_segment("forward: embedding")
         model.train()
         batch = batch_of(shape)
@@ -67,12 +69,14 @@ def trace_pass(config: Any, made: Build, shape: Shape, programs: list[Layer] | N
         trace.enter_segment("backward: head")
         loss.backward()  # type: ignore[no-untyped-call]
     model.zero_grad(set_to_none=True)
+    gradients = [p.numel() * p.element_size() for p in trained]
     return Step(
         peaks=trace.peaks,
         work=trace.work,
         evaluation=None,
         static=static,
-        gradients=sum(p.numel() * p.element_size() for p in trained),
+        gradients=sum(gradients),
+        held_gradients=max(gradients) if made.releases else sum(gradients),
         trained=sum(p.numel() for p in trained),
         update=update(trained, made.method, made.full),
         layer_bytes=sum(t.untyped_storage().nbytes() for t in weights(_layers(model)[0])),
@@ -134,12 +138,15 @@ def _prepare(
 
 
 @contextmanager
-def _gradients(trained: Sequence[nn.Parameter], trace: Trace) -> Iterator[None]:
-    """Say of gradients, as they come, that they are."""
+def _gradients(trained: Sequence[nn.Parameter], made: Build, trace: Trace) -> Iterator[None]:
+    """Say of gradients, as they come, that they are; where they are released, let them go."""
 
-    def adopt(parameter: Tensor) -> None:
+    def adopt(parameter: nn.Parameter) -> None:
         if parameter.grad is not None:
             trace.adopt([parameter.grad], "gradients")
+            if made.releases:
+                trace.note_room(update([parameter], made.method, made.full).room_bytes)
+                parameter.grad = None
 
     handles = [
         p.register_post_accumulate_grad_hook(adopt)  # type: ignore[no-untyped-call]

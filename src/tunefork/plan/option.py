@@ -17,9 +17,11 @@ _MOST_GPUS = 8
 
 def next_option(case: Case, batches: Batches, machines: Sequence[Machine]) -> str:
     """In words, with the recipe's keys; `machines` are those of the catalogue."""
-    for words, changed in _changes(case):
+    for words, changed in changes(case, is_one_pass=batches.passes_per_step <= 1.0):
         if changed.fits(batches.largest):
             return words
+        if changed.made.releases:  # a step of several passes cannot be
+            continue
         tokens = largest_rows_tokens(changed, batches.largest)
         if tokens is not None:
             smaller = f"train.micro_batch_tokens: {tokens}"
@@ -52,8 +54,11 @@ def _gains_by_fp8(case: Case) -> bool:
     return is_lora and is_even and rates.fp8_flops is not None and not made.wants_fp8
 
 
-def _changes(case: Case) -> Iterator[tuple[str, Case]]:
-    """Smaller and smaller forms of the case, with the words for each, the cheapest first."""
+def changes(case: Case, *, is_one_pass: bool) -> Iterator[tuple[str, Case]]:
+    """Smaller and smaller forms of the case, with the words for each, the cheapest first.
+
+    `is_one_pass`: every step of the run is one micro-batch.
+    """
     yield _AS_IT_IS, case
     words: list[str] = []
     made = case.made
@@ -68,19 +73,38 @@ def _changes(case: Case) -> Iterator[tuple[str, Case]]:
         words = [word for word in words if "checkpointing" not in word]
         words.append(f"train.activation_checkpointing: {checkpointing} ({_COSTS[checkpointing]})")
         yield " and ".join(words), replace(case, made=made)
+    if is_one_pass:
+        yield from _released(words, replace(case, made=made))
     is_bf16 = made.dtype == torch.bfloat16
     if made.method is Method.FULL and made.full.weights == "fp32" and is_bf16:
-        made = replace(made, full=FullSection(weights="bf16", optimizer=made.full.optimizer))
+        made = replace(made, full=_with(made.full, weights="bf16"))
         words.append("full.weights: bf16")
         yield " and ".join(words), replace(case, made=made)
+        if is_one_pass:
+            yield from _released(words, replace(case, made=made))
     if made.method is Method.FULL and made.full.optimizer != "adamw_8bit":
-        made = replace(made, full=FullSection(weights=made.full.weights, optimizer="adamw_8bit"))
+        made = replace(made, full=_with(made.full, optimizer="adamw_8bit"))
         words.append("full.optimizer: adamw_8bit")
         yield " and ".join(words), replace(case, made=made)
+        if is_one_pass:
+            yield from _released(words, replace(case, made=made))
     if made.method is Method.LORA:
         made = replace(made, method=Method.QLORA)
         words.append("method: qlora")
         yield " and ".join(words), replace(case, made=made)
+
+
+def _released(words: Sequence[str], case: Case) -> Iterator[tuple[str, Case]]:
+    """`case` with gradient release, for full fine-tuning that is without."""
+    made = case.made
+    if made.method is Method.FULL and not made.releases:
+        said = "full.gradient_release: true with train.max_grad_norm: null (no clipping)"
+        released = replace(made, full=_with(made.full, gradient_release=True))
+        yield " and ".join([*words, said]), replace(case, made=released)
+
+
+def _with(full: FullSection, **changed: object) -> FullSection:
+    return FullSection(**{**full.model_dump(), **changed})
 
 
 def _larger_machine(case: Case, batches: Batches, machines: Sequence[Machine]) -> str | None:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from tunefork.errors import BadInputError, RecipeError, nearest
+from tunefork.recipe_file import PLAIN
 from tunefork.yaml_text import read_yaml
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -57,7 +58,7 @@ def _explain(detail: ErrorDetails, schema: type[BaseModel]) -> str:
     if kind == "value_error":
         message = detail["msg"].removeprefix("Value error, ")
         return f"{at}: {message}" if at else message
-    message = detail["msg"].removeprefix("Input ")
+    message = PLAIN.get(kind) or detail["msg"].removeprefix("Input ")
     if kind in ("literal_error", "enum") and isinstance(found, str):
         allowed = detail.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ")
         message += nearest(found, allowed.split(", "))

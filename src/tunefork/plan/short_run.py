@@ -7,6 +7,7 @@ weights and the data are made up, so no checkpoint is needed.
 import gc
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from tunefork.plan.passes import Shape
 from tunefork.recipe import DataSection, ModelSection, Recipe, TrainSection
 from tunefork.train.engine import prepare
 from tunefork.train.loop import StepRecord, train
-from tunefork.train.method import make_optimizer
+from tunefork.train.method import make_optimizer, make_release
 
 WARM_UP = 3
 """Steps that are not timed: kernels are loaded and compiled in them."""
@@ -79,7 +80,8 @@ def short_run(
     examples, steps = examples_of(lengths, config.get_text_config().vocab_size)
     recipe = _recipe(made)
     optimizer = make_optimizer(model, recipe, made.method, seed=0)
-    runner = prepare(model, recipe, num_steps=len(steps))
+    release = make_release(model, optimizer, recipe, made.method)
+    runner = prepare(model, recipe, num_steps=len(steps), releases=release is not None)
     times = [time.perf_counter()]
     losses: list[float] = []
 
@@ -89,20 +91,22 @@ def short_run(
         times.append(time.perf_counter())
         losses.append(record.loss)
 
-    result = train(
-        model,
-        examples,
-        steps,
-        optimizer,
-        learning_rates=[1e-5] * len(steps),
-        micro_batch_tokens=micro_batch_tokens,
-        packing=packing,
-        pad_id=0,
-        max_grad_norm=1.0,
-        seed=0,
-        on_step=on_step,
-        runner=runner,
-    )
+    with release or nullcontext():
+        result = train(
+            model,
+            examples,
+            steps,
+            optimizer,
+            learning_rates=[1e-5] * len(steps),
+            micro_batch_tokens=micro_batch_tokens,
+            packing=packing,
+            pad_id=0,
+            max_grad_norm=recipe.train.max_grad_norm,
+            seed=0,
+            on_step=on_step,
+            runner=runner,
+            release=release,
+        )
     steps_s = tuple(b - a for a, b in zip(times[WARM_UP:], times[WARM_UP + 1 :], strict=False))
     timed = sorted(steps_s)
     is_cuda = device.type == "cuda"
@@ -136,6 +140,7 @@ def _recipe(made: Build) -> Recipe:
             precision="fp8" if made.wants_fp8 else "auto",
             activation_checkpointing=made.checkpointing,
             compile="always" if made.is_compiled else "never",
+            max_grad_norm=None if made.full.gradient_release else 1.0,
         ),
     )
 

@@ -53,9 +53,10 @@ def _of_few_sizes(config: Any, made: Build, shape: Shape) -> Step | None:
 
 
 def _traced(config: Any, made: Build, shape: Shape) -> Step:
-    # The optimiser's form changes none of a pass's moments but what lies beside them.
+    # The optimiser's form changes none of a pass's moments but what lies beside them, unless it
+    # updates within the pass.
     plain = replace(made, full=FullSection())
-    if made != plain:
+    if made != plain and not made.releases:
         return _with_optimizer(trace_step(config, plain, shape), config, made)
     with traceable(config):
         return _trace_whole(config, made, shape)
@@ -103,7 +104,7 @@ _CAPTURED: dict[Any, list[Layer] | None] = {}
 
 def _trace_whole(config: Any, made: Build, shape: Shape) -> Step:
     low, high = depths(config)
-    programs = _captured(at_depth(config, high), made)
+    programs = _captured(at_depth(config, high), replace(made, full=FullSection()))
     at_high = trace_pass(at_depth(config, high), made, shape, programs)
     if low == high:
         return at_high
@@ -126,6 +127,7 @@ def _trace_whole(config: Any, made: Build, shape: Shape) -> Step:
         evaluation=None,
         static={p: whole(at_low.static[p], at_high.static[p]) for p in at_high.static},
         gradients=whole(at_low.gradients, at_high.gradients),
+        held_gradients=whole(at_low.held_gradients, at_high.held_gradients),
         trained=whole(at_low.trained, at_high.trained),
         update=_extrapolated_update(at_low.update, at_high.update, config),
         layer_bytes=at_high.layer_bytes,

@@ -64,6 +64,7 @@ class Recipe(Section):
             if isinstance(values, tuple) and len(set(values)) < len(values):
                 raise ValueError(f"{field}: holds the same value twice")
         self._check_full_trains_all()
+        self._check_release()
         for method in self.compare.methods:
             rates = self.compare.learning_rates.get(method, ())
             if len(rates) < self.compare.search_trials:
@@ -84,6 +85,23 @@ class Recipe(Section):
                     f"lora.{field}: is set, but method full trains every weight and has no deltas; "
                     "leave it out, or choose lora or qlora"
                 )
+
+    def _check_release(self) -> None:
+        """What cannot be had where weights move before the whole gradient is known."""
+        if not self.full.gradient_release:
+            return
+        if self.train.max_grad_norm is not None:
+            raise ValueError(
+                "full.gradient_release: updates weights before the gradient's global norm is "
+                f"known, so train.max_grad_norm ({self.train.max_grad_norm:g}) cannot be kept to; "
+                "set train.max_grad_norm: null, or leave full.gradient_release out"
+            )
+        if self.train.on_out_of_memory == "shrink":
+            raise ValueError(
+                "full.gradient_release: a step that ran out of memory has moved weights already, "
+                "so it cannot be taken again as train.on_out_of_memory: shrink would; set error, "
+                "or leave full.gradient_release out"
+            )
 
     @property
     def data_seed(self) -> int:

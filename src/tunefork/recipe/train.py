@@ -60,8 +60,8 @@ class TrainSection(Section):
     beta2: Share = 0.999
     """AdamW's decay of the second moment."""
 
-    max_grad_norm: PositiveFloat = 1.0
-    """Gradients are scaled down to this global L2 norm."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Gradients are scaled down to this global L2 norm; null: never."""
 
     precision: Literal["auto", "bf16", "fp8", "fp32"] = "auto"
     """Dtype of weights and activations in the forward pass. `fp8`: products with a frozen base in
@@ -85,7 +85,7 @@ class TrainSection(Section):
 
     compile: Compile = "auto"
     """Compile the layers (torch.compile) and, where launching a pass's kernels takes longer than
-    running them, replay it as one CUDA graph. Costs 15 to 40 s at the start of a first run; the
+    running them, replay it as one CUDA graph. Costs 15 to 45 s at the start of a first run; the
     compiled code is kept for later ones. `auto`: on a GPU, for runs of at least 100 optimiser
     steps. A CPU run is never compiled."""
 

@@ -34,7 +34,10 @@ class Provenance(BaseModel):
     method: Method | None = None
     """None: made elsewhere and adopted."""
     recipe: dict[str, Any] | None = None
-    """The resolved recipe, with the learning rate and the seed of this very run."""
+    """The resolved recipe, with the learning rate and the seed of this very run, the format that
+    its rows came to and, of a classifier, the labels that its instruction lists."""
+    asked_sha256: str | None = None
+    """What the trainer made of fixed texts (`model/asked.py`); None: it asked nothing of a text."""
     data_sha256: str | None = None
     """`Data.fingerprint` of what it was trained and evaluated on."""
     parent: str | None = None

@@ -10,9 +10,11 @@ Groups, alternatives, repeats, classes and anchors are all that module names tak
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from re import _constants as c
-from re import _parser
+from importlib import import_module
 from typing import Any
+
+_parser: Any = import_module("re._parser")  # without stubs, as is the next
+c: Any = import_module("re._constants")
 
 LONGEST = 4096
 """Characters of an expression: Unsloth's, the longest in use, have some 500."""

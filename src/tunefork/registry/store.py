@@ -30,6 +30,7 @@ from tunefork.registry.names import check_name, check_names, check_tag
 from tunefork.registry.objects import Objects, StoredFile, digest_of
 from tunefork.registry.run import read_record
 from tunefork.registry.version import Details, Version, linked
+from tunefork.train.events import EVENTS, read_steps
 
 
 class Store:
@@ -128,7 +129,10 @@ class Store:
                     f"(tunefork adapters tag {found} {found.tags[0]} --remove)"
                 )
             if held := owners(database, self.root, found.id):
-                raise StoreError(f"{found}: is held by {', '.join(held)}; stop that first")
+                raise StoreError(
+                    f"{found}: is held by {', '.join(held)}; a server lets go of it hold_idle_s "
+                    "(60) after its last request, or when it is stopped"
+                )
             database.execute("DELETE FROM holds WHERE version_id = ?", (found.id,))
             database.execute("DELETE FROM versions WHERE id = ?", (found.id,))
             return found
@@ -226,12 +230,29 @@ class Store:
         )
 
 
+def unfinished(folder: Path) -> str | None:
+    """In words, what the run that made the artefact in `folder` has left undone; None: nothing."""
+    _, run = _artifact(folder)
+    record = None if run is None else read_record(run)
+    match record.status if record is not None else "ok":
+        case "interrupted":
+            assert run is not None and record is not None
+            steps = read_steps(run / EVENTS)
+            of = f" of {steps[-1].num_steps}" if steps else ""
+            return f"{run}: was stopped after step {record.num_steps}{of}, and never evaluated"
+        case "trained":
+            return f"{run}: was never evaluated"
+        case _:
+            return None
+
+
 def _artifact(folder: Path) -> tuple[Path, Path | None]:
     """The folder of the artefact, and of the run that made it: `folder` may be either."""
     record = read_record(folder)
     if record is not None:
         if record.artifact is None:
-            raise StoreError(f"{folder}: is a run of the untouched base, which left no artefact")
+            why = "failed" if record.status == "failed" else "is of the untouched base"
+            raise StoreError(f"{folder}: the run {why} and left no artefact to publish")
         return folder / record.artifact, folder
     parent = folder.resolve().parent
     record = read_record(parent)

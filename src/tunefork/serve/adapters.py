@@ -8,6 +8,8 @@ SQLite and files are touched in threads; one of them owns the open store.
 """
 
 import asyncio
+import logging
+import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,7 @@ from tunefork.registry.holds import Hold
 from tunefork.registry.names import Reference, parse_reference
 from tunefork.registry.store import Store
 from tunefork.registry.version import Version
-from tunefork.serve.api.errors import ApiError, no_such_model
+from tunefork.serve.api.errors import ApiError, no_such_model, unavailable
 from tunefork.serve.checks import Checked, Checks
 from tunefork.serve.engine import Engine
 from tunefork.serve.tenants import Tenant
@@ -30,6 +32,7 @@ from tunefork.serve.tenants import Tenant
 _OWNER = "tunefork serve"
 _MOST_REMEMBERED = 20_000
 _LIST_AGE_S = 1.0
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -94,7 +97,7 @@ class Adapters:
         try:
             version: Version = await self._in_store(self._resolve, model, reference)
         except StoreError as error:
-            raise no_such_model() from error
+            raise _told(error) from error
         name = str(version)
         while (entry := self._entries.get(name)) is None:
             task = self._opening.get(name)
@@ -124,7 +127,10 @@ class Adapters:
         if self._listed is None or now - self._listed[0] > _LIST_AGE_S:
             reading = self._in_store(lambda: self._opened().adapters_of(self._weights))
             self._listed = (now, asyncio.ensure_future(reading))
-        return await asyncio.shield(self._listed[1])
+        try:
+            return await asyncio.shield(self._listed[1])
+        except StoreError as error:
+            raise _told(error) from error
 
     async def find(self, model: str, tenant: Tenant) -> Listed:
         """One of them, without loading it. Raises ApiError (404)."""
@@ -177,7 +183,7 @@ class Adapters:
         try:
             hold: Hold = await self._in_store(lambda: self._opened().hold(version, _OWNER))
         except StoreError as error:
-            raise no_such_model() from error
+            raise _told(error) from error
         try:
             if verdict is None:
                 verdict = await self._check(version, is_merged)
@@ -220,13 +226,27 @@ class Adapters:
         for name in names:
             try:
                 self._opened().resolve(name)
-            except StoreError:
-                gone.append(name)
+            except StoreError as error:
+                if not _is_unusable(error):
+                    gone.append(name)
         return gone
 
     async def _in_store(self, function: Callable[..., Any], *arguments: Any) -> Any:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._store_thread, function, *arguments)
+
+
+def _told(error: StoreError) -> ApiError:
+    """There is no such version; or nobody can say now, for which nobody should give up."""
+    if not _is_unusable(error):
+        return no_such_model()
+    logger.error("%s", error)
+    return unavailable("store_unusable", "The store of adapters cannot be read; try again", 5.0)
+
+
+def _is_unusable(error: StoreError) -> bool:
+    """Whether the store itself is at fault, and not what was asked of it."""
+    return isinstance(error.__cause__, sqlite3.Error | OSError)
 
 
 def parse(model: str) -> Reference | None:

@@ -2,7 +2,8 @@
 
 Each answer is a task that waits for its turn, reads the engine and puts pieces where the response
 takes them from. Where nobody takes them, it stops reading; where nobody wants them any more, it is
-cancelled, and the engine frees what it held. However it ends, what was computed is recorded once.
+cancelled, and the engine frees what it held. However it ends, what was computed is recorded once,
+tokens that an engine had ahead and nobody read among it.
 """
 
 import asyncio
@@ -47,6 +48,8 @@ class Answer:
         self._pieces: list[tuple[int, Piece]] = []
         self._news, self._room = asyncio.Event(), asyncio.Event()
         self._open = len(order.prompts) * order.choices
+        self._read = [0] * self._open
+        """Tokens of each answer that are counted."""
         self._ending: asyncio.Task[None] | None = None
         parts.quotas.reserve(order.tenant, order.most_tokens)
         try:
@@ -99,7 +102,9 @@ class Answer:
         order = self.order
         lengths = [len(ids) for ids in order.prompts for _ in range(order.choices)]
         try:
-            return self._parts.queue.enter(order.tenant.name, order.tenant.weight, lengths)
+            return self._parts.queue.enter(
+                order.tenant.name, order.tenant.weight, lengths, order.engine
+            )
         except QueueFullError as error:
             self._parts.metrics.refused(order.tenant.name, "queue")
             raise ApiError(
@@ -122,7 +127,7 @@ class Answer:
         except TimeoutError:
             self._fail(too_late())
         except Exception as error:
-            self._fail(told_of(error))
+            self._fail(told_of(error, self.order.sampling))
         finally:
             turn.leave()
 
@@ -132,14 +137,18 @@ class Answer:
             self._given.add(index // self.order.choices)
             self._spend(len(prompt))
             self.prompt_tokens += len(prompt)
+        request = self._request(index, prompt)
         # Whatever an engine returns can be closed, as its protocol says.
-        pieces = cast(
-            "AsyncGenerator[Piece]", self.order.engine.generate(self._request(index, prompt))
-        )
+        pieces = cast("AsyncGenerator[Piece]", self.order.engine.generate(request))
+        try:
+            await self._take_in(index, pieces, turn)
+        finally:
+            self._count(index, request.meter.tokens - self._read[index], turn)
+
+    async def _take_in(self, index: int, pieces: AsyncGenerator[Piece], turn: Turn) -> None:
         async with aclosing(pieces):
             async for piece in pieces:
-                if piece.token_ids:
-                    self._count(len(piece.token_ids), turn)
+                self._count(index, len(piece.token_ids), turn)
                 if piece.finish_reason == "deadline":
                     raise TimeoutError
                 if piece.finish_reason == "cancelled":
@@ -167,9 +176,12 @@ class Answer:
             deadline=order.deadline,
         )
 
-    def _count(self, tokens: int, turn: Turn) -> None:
+    def _count(self, index: int, tokens: int, turn: Turn) -> None:
+        if tokens <= 0:
+            return
         if self._first_token_s is None:
             self._first_token_s = time.monotonic() - self._began
+        self._read[index] += tokens
         self.completion_tokens += tokens
         turn.charge(tokens)
         self._spend(tokens)

@@ -64,6 +64,7 @@ def create_app(
                 allow_origins=origins,
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
+                expose_headers=["*"],
             )
         )
     app = FastAPI(

@@ -13,8 +13,12 @@ from pathlib import Path
 from pydantic import ValidationError
 from safetensors import safe_open
 
+from tunefork.data.chat import Renderer
+from tunefork.data.example import Message
 from tunefork.errors import AdapterError, DataError, TuneforkError
+from tunefork.model.asked import TEXTS, prompts_sha256
 from tunefork.model.fingerprint_tokenizer import rendering_sha256, tokenizer_sha256
+from tunefork.model.golden import Undated
 from tunefork.model.identity import check_identity
 from tunefork.model.load import load_tokenizer
 from tunefork.recipe import DataSection, ModelSection
@@ -39,6 +43,8 @@ class Checked:
 
     adapter: ServedAdapter
     prompts: Prompts
+    needs_replica: bool
+    """The engine of all adapters cannot apply it."""
 
 
 class Checks:
@@ -67,30 +73,34 @@ class Checks:
             "modules_to_save": bool(config.modules_to_save),
             "token_rows": bool(config.trainable_token_indices),
         }
-        for kind, is_used in kinds.items():
-            if is_used and not is_merged and kind not in self._capabilities.adapter_kinds:
-                raise _unusable(
-                    name,
-                    f"has {kind}, which the engine of this server cannot apply beside others; its "
-                    "operator can give it a replica (--merge)",
-                )
-        data = self._check_base(name, provenance)
+        used = [kind for kind, is_used in kinds.items() if is_used]
+        foreign = [kind for kind in used if kind not in self._capabilities.adapter_kinds]
+        if foreign and not is_merged:
+            raise _unusable(
+                name,
+                f"has {foreign[0]}, which the engine of this server cannot apply beside others; "
+                "its operator can give it a replica (--merge)",
+            )
+        provenance = self._check_base(name, provenance)
+        data = _data_of(name, provenance)
         with _told(name, "does not fit the layers of this server's base"):
             targets = check_fits(self._base.skeleton, folder)
         self._check_alive(name, folder, list(header), is_plain=not any(kinds.values()))
         self._check_rendering(name, details, folder)
         rank = max((delta.rank for delta in targets.deltas.values()), default=0)
         most = self._capabilities.max_rank
-        if most is not None and rank > most and not is_merged:
+        is_large = most is not None and rank > most
+        if is_large and not is_merged:
             raise _unusable(name, f"has rank {rank}; the engine of this server takes {most}")
         with _told(name, "was trained with a template that this server's base does not have"):
             prompts = self._base.prompts_of(data)
+        self._check_asked(name, provenance, data)
         elements = sum(_size(entry.shape) for entry in header.values())
         served = ServedAdapter(name, folder, rank, elements * self._bytes_per_element)
-        return Checked(served, prompts)
+        return Checked(served, prompts, bool(foreign) or is_large)
 
-    def _check_base(self, name: str, provenance: Provenance | None) -> DataSection:
-        """That it belongs to the base; returns how it was trained to be asked."""
+    def _check_base(self, name: str, provenance: Provenance | None) -> Provenance:
+        """That it says it belongs to the base."""
         if provenance is None:
             raise _unusable(
                 name,
@@ -101,13 +111,21 @@ class Checks:
             check_identity(
                 provenance.identity, self._base.identity, what=name, base=self._base.name
             )
-        data = (provenance.recipe or {}).get("data") or {"train": "-"}
-        try:
-            return DataSection.model_validate(data)
-        except ValidationError as error:
+        return provenance
+
+    def _check_asked(self, name: str, provenance: Provenance, data: DataSection) -> None:
+        """That fixed texts become the very prompts that the trainer made of them."""
+        if provenance.asked_sha256 is None:
+            return  # it was trained on plain text, or elsewhere
+        with _told(name, "has a template that refuses what it was asked in training"):
+            prompts = Prompts(Renderer(Undated(self._base.tokenizer), data), ())
+            asked = [prompts.chat([Message("user", text)]) for text in TEXTS]
+        if prompts_sha256(asked) != provenance.asked_sha256:
             raise _unusable(
-                name, "has a recipe that this version of tunefork cannot read"
-            ) from error
+                name,
+                "was trained on prompts that this server would render otherwise (its template, "
+                "system turn, instruction or labels); train it with this version of tunefork",
+            )
 
     def _check_alive(self, name: str, folder: Path, keys: list[str], *, is_plain: bool) -> None:
         """One B that is not zero is enough, so that mostly one tensor is read."""
@@ -140,6 +158,15 @@ class Checks:
             )
         if tokenizer != self._base.identity.tokenizer_sha256:
             raise _unusable(name, "was trained with another tokenizer than this server's base has")
+
+
+def _data_of(name: str, provenance: Provenance) -> DataSection:
+    """How it was trained to be asked."""
+    data = (provenance.recipe or {}).get("data") or {"train": "-"}
+    try:
+        return DataSection.model_validate(data)
+    except ValidationError as error:
+        raise _unusable(name, "has a recipe that this version of tunefork cannot read") from error
 
 
 @contextmanager

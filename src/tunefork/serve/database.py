@@ -5,6 +5,7 @@ waits for whoever writes. Such a file has to lie on a disk of this machine, not 
 """
 
 import sqlite3
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,10 @@ def connect(file: Path) -> sqlite3.Connection:
     with as_store_error(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o600)
+        if file.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise StoreError(
+                f"{file}: others than its owner can write to it, and so make keys; chmod 600 it"
+            )
         database = sqlite3.connect(file, timeout=_WAIT_S, isolation_level=None)
         try:
             database.row_factory = sqlite3.Row

@@ -23,17 +23,17 @@ class Caller:
 class Door:
     """One server's."""
 
-    def __init__(self, file: Path, *, is_open: bool) -> None:
-        self.is_open = is_open
-        """No key is demanded."""
-        self._file = file
+    def __init__(self, file: Path, *, may_be_open: bool) -> None:
+        self.is_open = False
+        """No key is demanded. Not before the file was read: there may be keys in it."""
+        self._file, self._may_be_open = file, may_be_open
         self._accounts = Accounts({}, {})
 
     def read(self) -> None:
         """Heed what changed in the file; in a thread. Raises StoreError."""
         self._accounts = read_accounts(self._file)
-        if self._accounts.tenants:
-            self.is_open = False
+        self._may_be_open = self._may_be_open and not self._accounts.tenants
+        self.is_open = self._may_be_open
 
     def identify(self, headers: Mapping[str, str]) -> Caller:
         """Who asks. Raises ApiError (401)."""

@@ -60,6 +60,15 @@ class Sampling:
     grammar: Grammar | None = None
 
 
+@dataclass(slots=True)
+class Meter:
+    """What one answer came to, for the bill."""
+
+    tokens: int = 0
+    """That were computed, whether or not anybody has taken them. Event loop only. An engine that
+    gives a piece for whatever it computes, as soon as it is asked for one, may leave it at 0."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
     """One answer that is wanted. n answers to one prompt are n requests."""
@@ -74,6 +83,7 @@ class EngineRequest:
     """Caches of prefixes are shared within a tenant and an adapter id only."""
     deadline: float | None = None
     """`time.monotonic()` after which nobody waits for it."""
+    meter: Meter = field(default_factory=Meter)
 
 
 @dataclass(frozen=True, slots=True)

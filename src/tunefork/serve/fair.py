@@ -9,10 +9,13 @@ always have something waiting so get equal shares, whatever the lengths of their
 capacity goes to whoever asks.
 
 Counters are divided by the tenant's weight: one of weight 2 gets two shares.
+
+Each engine (the adapters', a merged replica's) computes so many answers at the same time; those of
+one are no places of another. What a tenant was served counts wherever it was.
 """
 
 import asyncio
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 
 PROMPT_COST = 1.0
@@ -28,21 +31,34 @@ class QueueFullError(Exception):
         self.retry_after = retry_after
 
 
+@dataclass(eq=False)
+class _Pool:
+    """One engine's places."""
+
+    places: int
+    running: int = 0
+    waiting: int = 0
+
+
 @dataclass
 class _Lane:
     """One tenant."""
 
     weight: float
     counter: float = 0.0
-    waiting: "deque[Turn]" = field(default_factory=deque)
-    running: int = 0
+    waiting: "dict[_Pool, deque[Turn]]" = field(default_factory=lambda: defaultdict(deque))
+
+    @property
+    def num_waiting(self) -> int:
+        """For any engine."""
+        return sum(map(len, self.waiting.values()))
 
 
 class Turn:
     """One answer's place: waiting, then running, then over. Belongs to one task."""
 
-    def __init__(self, queue: "FairQueue", lane: _Lane, prompt_tokens: int) -> None:
-        self._queue, self._lane = queue, lane
+    def __init__(self, queue: "FairQueue", lane: _Lane, pool: _Pool, prompt_tokens: int) -> None:
+        self._queue, self._lane, self._pool = queue, lane, pool
         self.prompt_tokens = prompt_tokens
         self.granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -56,86 +72,101 @@ class Turn:
 
     def leave(self) -> None:
         """The answer is complete, or no longer wanted; idempotent."""
-        self._queue.left(self, self._lane)
+        self._queue.left(self, self._lane, self._pool)
 
 
 class FairQueue:
     """Answers of all tenants; at most `most_running` of them run. Used from one event loop."""
 
     def __init__(self, most_running: int, most_waiting: int, most_waiting_per_tenant: int) -> None:
-        self.most_running = most_running
-        self.running = 0
-        self.waiting = 0
+        self._main = _Pool(most_running)
+        self._pools: dict[object, _Pool] = {}
         self._most_waiting, self._most_per_tenant = most_waiting, most_waiting_per_tenant
         self._lanes: dict[str, _Lane] = {}
-        self._last_counter = 0.0
-        """Of the tenant that last had something waiting."""
+        self._last: _Lane | None = None
+        """The tenant that last had something waiting; its counter grows while its answers run."""
         self._turns: set[Turn] = set()
         self._begun: dict[Turn, float] = {}
         self._mean_s = 1.0
 
-    def enter(self, tenant: str, weight: float, prompt_tokens: list[int]) -> list[Turn]:
+    def add_places(self, engine: object, places: int) -> None:
+        """Answers of `engine` have places of their own."""
+        self._pools[engine] = _Pool(places)
+
+    @property
+    def running(self) -> int:
+        """Answers that have begun."""
+        return sum(pool.running for pool in (self._main, *self._pools.values()))
+
+    @property
+    def waiting(self) -> int:
+        """Answers that have not."""
+        return sum(pool.waiting for pool in (self._main, *self._pools.values()))
+
+    def enter(
+        self, tenant: str, weight: float, prompt_tokens: list[int], engine: object = None
+    ) -> list[Turn]:
         """Places for answers to prompts of so many tokens: all of them, or QueueFullError."""
         lane = self._lanes.setdefault(tenant, _Lane(weight))
         lane.weight = weight
+        pool = self._pools.get(engine, self._main)
         count = len(prompt_tokens)
-        free = max(0, self.most_running - self.running - self.waiting)
+        free = max(0, pool.places - pool.running - pool.waiting)
         over = count - free
         if over > 0 and (
             self.waiting + over > self._most_waiting
-            or len(lane.waiting) + over > self._most_per_tenant
+            or lane.num_waiting + over > self._most_per_tenant
         ):
-            raise QueueFullError(self._wait_s())
-        if not lane.waiting:
+            raise QueueFullError(self._wait_s(pool))
+        if not lane.num_waiting:
             self._lift(lane)
-        turns = [Turn(self, lane, tokens) for tokens in prompt_tokens]
-        lane.waiting.extend(turns)
+        turns = [Turn(self, lane, pool, tokens) for tokens in prompt_tokens]
+        lane.waiting[pool].extend(turns)
         self._turns.update(turns)
-        self.waiting += count
-        self._begin()
+        pool.waiting += count
+        self._begin(pool)
         return turns
 
-    def left(self, turn: Turn, lane: _Lane) -> None:
+    def left(self, turn: Turn, lane: _Lane, pool: _Pool) -> None:
         """`turn` is over; called by `Turn.leave`."""
         if turn not in self._turns:
             return
         self._turns.discard(turn)
         begun = self._begun.pop(turn, None)
         if begun is None:
-            lane.waiting.remove(turn)
-            self.waiting -= 1
-            if not lane.waiting:
-                self._last_counter = lane.counter
+            lane.waiting[pool].remove(turn)
+            pool.waiting -= 1
+            if not lane.num_waiting:
+                self._last = lane
         else:
-            lane.running -= 1
-            self.running -= 1
+            pool.running -= 1
             self._mean_s += 0.1 * (asyncio.get_running_loop().time() - begun - self._mean_s)
-        self._begin()
+        self._begin(pool)
 
     def waiting_by_tenant(self) -> dict[str, int]:
         """How many answers of each tenant wait."""
-        return {name: len(lane.waiting) for name, lane in self._lanes.items()}
+        return {name: lane.num_waiting for name, lane in self._lanes.items()}
 
     def _lift(self, lane: _Lane) -> None:
-        others = [other.counter for other in self._lanes.values() if other.waiting]
-        lane.counter = max(lane.counter, min(others) if others else self._last_counter)
+        others = [other.counter for other in self._lanes.values() if other.num_waiting]
+        if not others and self._last is not None:
+            others = [self._last.counter]
+        lane.counter = max(lane.counter, min(others, default=0.0))
 
-    def _begin(self) -> None:
-        while self.running < self.most_running and self.waiting:
-            lane = min(
-                (lane for lane in self._lanes.values() if lane.waiting), key=lambda x: x.counter
-            )
-            turn = lane.waiting.popleft()
-            self.waiting -= 1
-            self.running += 1
-            lane.running += 1
+    def _begin(self, pool: _Pool) -> None:
+        while pool.running < pool.places and pool.waiting:
+            lanes = (lane for lane in self._lanes.values() if lane.waiting[pool])
+            lane = min(lanes, key=lambda x: x.counter)
+            turn = lane.waiting[pool].popleft()
+            pool.waiting -= 1
+            pool.running += 1
             lane.counter += PROMPT_COST * turn.prompt_tokens / lane.weight
-            if not lane.waiting:
-                self._last_counter = lane.counter
+            if not lane.num_waiting:
+                self._last = lane
             self._begun[turn] = asyncio.get_running_loop().time()
             if not turn.granted.done():
                 turn.granted.set_result(None)
 
-    def _wait_s(self) -> float:
-        """About how long until there is room: answers leave at `most_running` a mean duration."""
-        return min(60.0, max(1.0, self._mean_s * self.waiting / max(1, self.most_running) / 2))
+    def _wait_s(self, pool: _Pool) -> float:
+        """About how long until there is room: a mean duration sees all of a pool's answers off."""
+        return min(60.0, max(1.0, self._mean_s * pool.waiting / max(1, pool.places) / 2))

@@ -7,6 +7,7 @@ is started again; `draining` once it is told to stop. Only when ready does it ta
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -35,6 +36,7 @@ State = Literal["starting", "ready", "failed", "draining"]
 _LOOK_S = 1.0
 """How often keys, the engine's health and what is held are looked at."""
 _MOST_BACK_OFF_S = 60.0
+_THREADS = 4
 logger = logging.getLogger(__name__)
 
 
@@ -70,8 +72,10 @@ class Gateway:
         """Why it never became ready."""
         self.on_failure: Callable[[], None] = lambda: None
         self.on_ready: Callable[[], None] = lambda: None
-        self.threads = ThreadPoolExecutor(4, thread_name_prefix="render")
+        self.threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="render")
         """For what would keep the event loop: large inputs are parsed and tokenised there."""
+        self._reading: dict[str, asyncio.Semaphore] = {}
+        self._open: Counter[str] = Counter()
         self.began = int(time.time())
         """Seconds since 1970."""
         self._base: ServedBase | None = None
@@ -80,7 +84,7 @@ class Gateway:
         self._ledger: Ledger | None = None
         self._replicas = Replicas(replicate)
         self._pins = Pins(engine, settings.pin)
-        self.door = Door(settings.accounts_file, is_open=settings.is_loopback)
+        self.door = Door(settings.accounts_file, may_be_open=settings.is_loopback)
         self._task: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
@@ -132,17 +136,33 @@ class Gateway:
         assert self._parts is not None
         return self._parts
 
-    def admit(self, headers: Mapping[str, str]) -> Caller:
-        """Who asks, counted. Raises ApiError: 503 while not ready, 401, 429."""
+    def identify(self, headers: Mapping[str, str]) -> Caller:
+        """Who asks. Raises ApiError: 503 while not ready, 401."""
         if self.state != "ready":
             raise not_ready(self.state)
-        caller = self.door.identify(headers)
+        return self.door.identify(headers)
+
+    def admit(self, tenant: Tenant) -> None:
+        """Count a request of `tenant`, which is to `leave`. Raises ApiError (429)."""
+        if self._open[tenant.name] >= self.settings.max_open_requests_per_tenant:
+            self.parts.metrics.refused(tenant.name, "open")
+            raise ApiError(
+                429,
+                "Too many requests of this tenant are open; wait for answers before asking more",
+                kind="requests",
+                code="too_many_open_requests",
+                retry_after=1.0,
+            )
         try:
-            self.parts.quotas.admit_request(caller.tenant)
+            self.parts.quotas.admit_request(tenant)
         except ApiError:
-            self.parts.metrics.refused(caller.tenant.name, "requests")
+            self.parts.metrics.refused(tenant.name, "requests")
             raise
-        return caller
+        self._open[tenant.name] += 1
+
+    def leave(self, tenant: Tenant) -> None:
+        """A request that was admitted is over."""
+        self._open[tenant.name] -= 1
 
     async def target(self, model: str, tenant: Tenant) -> Target:
         """What answers for `model`. Raises ApiError (404, 400)."""
@@ -154,7 +174,19 @@ class Gateway:
         adapter, prompts = lease.checked.adapter, lease.checked.prompts
         if (replica := self._replicas.find(adapter.id)) is not None:
             return Target(adapter.id, replica, None, prompts, lease)
+        if lease.checked.needs_replica:
+            lease.release()
+            raise not_ready("failed")
         return Target(adapter.id, self.engine, adapter, prompts, lease)
+
+    async def read(self, tenant: Tenant, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Parse or tokenise what `tenant` sent, never in all threads: others have some to send."""
+        places = self._reading.setdefault(tenant.name, asyncio.Semaphore(_THREADS // 2))
+        await places.acquire()
+        work = asyncio.ensure_future(self.in_thread(function, *arguments))
+        # A thread goes on when its request is cancelled, and so does its place.
+        work.add_done_callback(lambda _: places.release())
+        return await asyncio.shield(work)
 
     async def in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run what is not quick beside the event loop."""
@@ -197,18 +229,22 @@ class Gateway:
         self._adapters = Adapters(self.engine, checks, base.identity.weights_sha256)
         await self._replicas.start(settings.merge, self._adapters)
         await self._pins.start(self._adapters)
-        places = capabilities.max_requests + self._replicas.places()
-        queue = FairQueue(places, settings.max_queued, settings.max_queued_per_tenant)
-        metrics = Metrics(settings.max_metric_adapters, places=capabilities.max_requests)
+        queue = FairQueue(
+            capabilities.max_requests, settings.max_queued, settings.max_queued_per_tenant
+        )
+        for replica in self._replicas.engines():
+            queue.add_places(replica, replica.capabilities.max_requests)
+        metrics = Metrics(base.name, settings.max_metric_adapters, capabilities.max_requests)
         metrics.watch(self._snapshot)
         self._parts = Parts(queue, Quotas(ledger), ledger, metrics)
         logger.info("serving %s: %s", base.name, dict(self.engine.info()))
 
     async def _look(self) -> None:
-        await self.in_thread(self.door.read)
+        self._replicas.revive()
         if not self.engine.state().healthy:
             await self._restart()
-            return
+        await self.in_thread(self.door.read)
+        await self.in_thread(self.parts.ledger.refresh)
         await self._pins.follow(self.adapters)
         await self.adapters.sweep(self.settings.hold_idle_s)
 

@@ -51,13 +51,26 @@ class Ledger:
         self._file = file
         self._months: dict[tuple[str, str], int] = {}
         self._queue: SimpleQueue[tuple[Usage, Future[None]] | None] = SimpleQueue()
-        database = connect(file)
-        with as_store_error(file):
-            for row in database.execute("SELECT * FROM months WHERE month = ?", (month(),)):
-                self._months[row["tenant"], row["month"]] = row["tokens"]
-        database.close()
+        # All months, not the present one alone: a clock that is not set yet says another one.
+        self._read("", ())
         self._thread = Thread(target=self._write, name="usage", daemon=True)
         self._thread.start()
+
+    def refresh(self) -> None:
+        """Heed what other servers with this file have recorded. Raises StoreError."""
+        self._read("WHERE month = ?", (month(),))
+
+    def _read(self, condition: str, values: tuple[str, ...]) -> None:
+        database = connect(self._file)
+        try:
+            with as_store_error(self._file):
+                asked = f"SELECT tenant, month, tokens FROM months {condition}"
+                rows = database.execute(asked, values).fetchall()
+        finally:
+            database.close()
+        for tenant, of_month, tokens in rows:
+            if tokens > self._months.get((tenant, of_month), 0):
+                self._months[tenant, of_month] = tokens
 
     def used_this_month(self, tenant: str) -> int:
         """Tokens that are on record."""

@@ -21,9 +21,9 @@ OTHER = "other"
 class Metrics:
     """Of one server."""
 
-    def __init__(self, most_adapters: int, places: int) -> None:
+    def __init__(self, base: str, most_adapters: int, places: int) -> None:
         self.registry = CollectorRegistry()
-        self._most_adapters = most_adapters
+        self._base, self._most_adapters = base, most_adapters
         self.heat = Heat()
         self.places = places
         """Answers that the engine computes at the same time."""
@@ -79,7 +79,6 @@ class Metrics:
         total_s: float,
     ) -> None:
         """A request is over."""
-        is_adapter = ":" in model
         model = self._label(model)
         self._requests.labels(tenant, model, status).inc()
         self._prompt_tokens.labels(tenant, model).inc(prompt_tokens)
@@ -90,7 +89,7 @@ class Metrics:
             decoding_s, tokens = total_s - first_token_s, completion_tokens / choices
             if tokens > 1:
                 self._per_token.labels(model).observe(decoding_s / (tokens - 1))
-            if is_adapter:
+            if model not in (self._base, OTHER):
                 self.heat.add(model, choices * decoding_s, time.monotonic())
 
     def refused(self, tenant: str, reason: str) -> None:
@@ -106,9 +105,9 @@ class Metrics:
         return generate_latest(self.registry)
 
     def _label(self, model: str) -> str:
-        """An adapter's name; its versions count together."""
+        """An adapter's name, whose versions count together, or the base's."""
         name = model.partition(":")[0]
-        if name not in self._adapters:
+        if name != self._base and name not in self._adapters:
             if len(self._adapters) >= self._most_adapters:
                 return OTHER
             self._adapters.add(name)

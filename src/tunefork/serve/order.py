@@ -46,7 +46,7 @@ def too_late() -> ApiError:
     return unavailable("deadline_exceeded", "The answer took too long; try again later", 5.0)
 
 
-def told_of(error: Exception) -> ApiError:
+def told_of(error: Exception, sampling: Sampling) -> ApiError:
     """What the client is told of an engine's failure; the log has the whole of it."""
     if isinstance(error, ApiError):
         return error
@@ -57,7 +57,11 @@ def told_of(error: Exception) -> ApiError:
         )
     if isinstance(error, BadInputError):
         logger.warning("the engine refuses a request: %s", error)
-        return bad("The engine cannot honour this request's response_format", "response_format")
+        if sampling.grammar is None:
+            return bad("The engine of this server cannot honour this request", None)
+        return bad(
+            "response_format: the engine can make no grammar of this schema", "response_format"
+        )
     if isinstance(error, EngineBusyError):
         return unavailable("overloaded", "The engine is full; try again later", error.retry_after)
     logger.error("an answer failed", exc_info=error)

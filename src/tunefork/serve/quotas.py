@@ -7,9 +7,10 @@ answer will be. A month's limit is never passed: prompt and `max_tokens` are set
 """
 
 import calendar
+import math
 import time
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from tunefork.serve.api.errors import ApiError
 from tunefork.serve.ledger import Ledger
@@ -26,12 +27,12 @@ class Bucket:
     level: float
     at: float
 
-    def wait_s(self, now: float) -> float:
-        """Seconds until there is one in it; 0: there is."""
+    def wait_s(self, now: float, wanted: float = 1.0) -> float:
+        """Seconds until there are `wanted` in it; 0: there are."""
         rate = self.per_minute / _MINUTE_S
         self.level = min(self.per_minute, self.level + rate * (now - self.at))
         self.at = now
-        return max(0.0, (1.0 - self.level) / rate)
+        return max(0.0, (wanted - self.level) / rate)
 
 
 @dataclass
@@ -68,6 +69,19 @@ class Quotas:
         bucket = self._bucket(tenant.name, "tokens", tenant.tokens_per_minute)
         if bucket is not None:
             bucket.level -= tokens
+
+    def headers(self, tenant: Tenant) -> dict[str, str]:
+        """How a minute's limits stand, as the OpenAI API tells it; none where there is no limit."""
+        limits = {"requests": tenant.requests_per_minute, "tokens": tenant.tokens_per_minute}
+        told: dict[str, str] = {}
+        for kind, per_minute in limits.items():
+            bucket = self._bucket(tenant.name, kind, per_minute)
+            if bucket is not None:
+                full_in_s = bucket.wait_s(time.monotonic(), bucket.per_minute)
+                told[f"x-ratelimit-limit-{kind}"] = str(bucket.per_minute)
+                told[f"x-ratelimit-remaining-{kind}"] = str(max(0, math.floor(bucket.level)))
+                told[f"x-ratelimit-reset-{kind}"] = _duration(full_in_s)
+        return told
 
     def left_this_month(self, tenant: Tenant) -> int | None:
         """Tokens that are neither used nor set aside; None: no limit."""
@@ -120,4 +134,13 @@ def _too_many(what: str, per_minute: int, wait_s: float) -> ApiError:
 def _until_next_month_s() -> float:
     now = datetime.now(UTC)
     days = calendar.monthrange(now.year, now.month)[1]
-    return (days - now.day) * 86400.0 + (24 - now.hour) * 3600.0
+    begin = now.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+    return (begin + timedelta(days=days) - now).total_seconds()
+
+
+def _duration(seconds: float) -> str:
+    """As the API writes it: `120ms`, `7s`, `6m0s`."""
+    if seconds < 1:
+        return f"{math.ceil(1000 * seconds)}ms"
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    return f"{minutes}m{rest}s" if minutes else f"{rest}s"

@@ -91,6 +91,8 @@ async def _refusal(answer: Answer) -> TuneforkError:
         said = _message(json.loads(await answer.body()))
     except ValueError:
         said = "no reason given"
+    if answer.status == 401:
+        said += " (--key-env NAME: of the environment variable that holds one)"
     kind = BadInputError if answer.status < 500 else TuneforkError
     return kind(f"--server: HTTP {answer.status}: {said}")
 

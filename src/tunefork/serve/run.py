@@ -11,6 +11,8 @@ from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
+from prometheus_client import disable_created_metrics
 
 from tunefork.errors import BadInputError
 from tunefork.serve.app import create_app
@@ -26,17 +28,11 @@ def serve(engine: Engine, settings: ServeSettings, say: Callable[[str], None] = 
     """Serve until a signal comes. Raises what kept the engine from starting."""
     check_exposure(settings)
     _raise_open_files()
+    # Else half of the time series would tell when the others began.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     listening = bind(settings)
     app = create_app(engine, settings)
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
-        timeout_keep_alive=30,
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(configure(app, settings))
     gateway: Gateway = app.state.gateway
     drain_on_signal(server, gateway)
     gateway.on_failure = lambda: setattr(server, "should_exit", True)
@@ -46,6 +42,19 @@ def serve(engine: Engine, settings: ServeSettings, say: Callable[[str], None] = 
     server.run(sockets=[listening])
     if gateway.failure is not None:
         raise gateway.failure
+
+
+def configure(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:
+    """How uvicorn serves `app`."""
+    return uvicorn.Config(
+        app,
+        http="h11",  # httptools, which is preferred where it is installed, bounds no header
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
+        timeout_keep_alive=30,
+    )
 
 
 def _welcome(gateway: Gateway, listening: socket.socket) -> str:

@@ -3,6 +3,7 @@
 Nothing heavy is imported, so that `tunefork serve --help` answers at once.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -60,6 +61,9 @@ class ServeSettings(Section):
     max_open_requests: PositiveInt = 2048
     """Requests at the same time, waiting ones too; more are sent away with 503."""
 
+    max_open_requests_per_tenant: PositiveInt = 512
+    """The same of one tenant, so that none keeps the others out; more get 429."""
+
     max_queued: PositiveInt = 1024
     """Answers that wait for the engine; more are sent away with 429."""
 
@@ -100,6 +104,25 @@ class ServeSettings(Section):
         ):
             raise ValueError("must be printable, without ':' and without white space around it")
         return value
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_names(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            if not re.fullmatch(r"[A-Za-z0-9._-]+|[0-9a-fA-F:]+", value):
+                raise ValueError(f"{value!r} is no host's name; write ai.example, without a port")
+        return values
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _are_origins(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/*\s]+", value):
+                raise ValueError(
+                    f"{value!r} is no origin; write https://app.example, without a path; each by "
+                    "its name"
+                )
+        return values
 
     @model_validator(mode="after")
     def _no_tokens_are_added(self) -> "ServeSettings":

@@ -20,8 +20,8 @@ from tunefork.sweep.ranking import Judge, Run, as_estimate, choose, configuratio
 from tunefork.sweep.recommend import recommend
 from tunefork.sweep.result import Rung, SweepResult, VariantResult
 from tunefork.sweep.rungs import Rungs
-from tunefork.sweep.seat import VALIDATION
 from tunefork.sweep.variants import Variant
+from tunefork.train.events import EVENTS, Validated, read_events
 
 
 def assemble(
@@ -92,11 +92,12 @@ def _run(
     record, is_ok = outcome.record, outcome.status == "ok"
     columns = load_columns(member.folder / COLUMNS) if is_ok else None
     history = [] if rungs is None else rungs.history(variant.name)
-    validation = None
+    validation_loss = None
     if is_ok:
-        validation = load_columns(member.folder / VALIDATION)
-    elif rungs is not None and rungs.count(variant.name):
-        validation = rungs.measured(rungs.count(variant.name) - 1, variant.name)
+        validation_loss = _last_validation(member.folder)
+    elif rungs is not None and (passed := rungs.count(variant.name)):
+        measured = rungs.measured(passed - 1, variant.name)
+        validation_loss = None if measured is None else mean_loss([measured])
     result = VariantResult(
         name=variant.name,
         folder=member.folder.relative_to(out).as_posix(),
@@ -113,7 +114,7 @@ def _run(
         trainable_params=0 if record is None else record.trainable_params,
         train_s=outcome.seconds if record is None or not record.train_s else record.train_s,
         artifact_bytes=None if record is None else record.artifact_bytes,
-        validation_loss=None if validation is None else mean_loss([validation]),
+        validation_loss=validation_loss,
         metrics=_metrics(record) if is_ok and record is not None else {},
         forgetting=_forgetting(columns, base, recipe),
         rungs=tuple(
@@ -121,7 +122,14 @@ def _run(
         ),
         error=outcome.error,
     )
-    return Run(result, columns, validation)
+    return Run(result, columns)
+
+
+def _last_validation(folder: Path) -> float | None:
+    """As its events say: those of a run that was gone on with alone too."""
+    told = (line.what for line in read_events(folder / EVENTS))
+    losses = [event.validation_loss for event in told if isinstance(event, Validated)]
+    return losses[-1] if losses else None
 
 
 def _rung(ranked: Ranked, step: int) -> Rung:

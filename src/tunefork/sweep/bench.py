@@ -108,8 +108,14 @@ class Bench:
             if name.startswith(WEIGHTS)
         }
         model = shell(recipe, weights)
-        sha256 = member.data.fingerprint()
-        return save(model, self.tokenizer, recipe, record, member.folder, sha256)
+        return save(model, self.tokenizer, recipe, record, member.folder, member.data)
+
+    def dropped(self, member: Member) -> RunRecord | None:
+        """The record of one that was dropped: what it learnt is left, to be gone on with alone."""
+        record = read_record(member.folder)  # of an earlier call, maybe
+        if record is None and (found := self.checkpoints(member).newest()) is not None:
+            record = self.leave(member, found.read(), "interrupted")
+        return record
 
     def say_of(self, member: Member) -> Callable[[str], None]:
         """`say`, which names the member."""

@@ -85,10 +85,10 @@ def _unshared(entries: Sequence[Entry]) -> Iterator[str]:
 
 def _unnamed(entries: Sequence[Entry]) -> Iterator[str]:
     for entry in entries:
-        if not _NAME.fullmatch(entry.name):
+        if not _NAME.fullmatch(entry.name) or entry.name.endswith(".json"):
             yield (
                 f"{entry.where}: name: must be 1 to 80 of letters, digits, '.', '_', '+' and '-', "
-                "beginning with a letter or digit: it becomes a folder"
+                "beginning with a letter or digit, and not end in .json: it becomes a folder"
             )
         if entry.publish is not None:
             try:

@@ -7,24 +7,33 @@ state of all that are in is saved at one moment, which `moment.json` names once 
 disk: what was killed goes on from there, each member at the step that the others' go with.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tunefork.errors import TuneforkError
-from tunefork.registry.run import RunRecord, read_record
+from tunefork.errors import DivergedError, TuneforkError
+from tunefork.evaluate.statistics import Columns
+from tunefork.registry.run import RunRecord
 from tunefork.sweep.bench import Bench
 from tunefork.sweep.group import Group, Member, Stepped
 from tunefork.sweep.halving import mean_loss
 from tunefork.sweep.live import LiveView
 from tunefork.sweep.moments import Moments
+from tunefork.sweep.parked import Parked
 from tunefork.sweep.rungs import Rungs
 from tunefork.sweep.seat import Seat
 from tunefork.train.events import Warned
 from tunefork.train.interrupt import Interrupt
+
+_STOPPING = (
+    "stopping after the pass at hand, to save what is trained; Ctrl-C again ends it at once, and "
+    "the last saved states are gone on from"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,38 +66,60 @@ class Fleet:
     """That trained at one time."""
     _seats: dict[str, Seat] = field(default_factory=dict)
     _queue: deque[Member] = field(default_factory=deque)
-    _parked: dict[str, Member] = field(default_factory=dict)
     _moment: dict[str, int] = field(default_factory=dict)
-    _is_stopping: bool = False
     _unspent: float = 0.0
     """Seconds of passes whose steps are not told yet."""
+    _parked: Parked = field(init=False)
+    _interrupt: Interrupt = field(init=False)
+    _is_cut_short: bool = False
+    """An evaluation was."""
+    _has_passed: bool = False
+
+    def __post_init__(self) -> None:
+        self._parked = Parked(self.rungs)
+        self._interrupt = Interrupt(self.preemption_file, _STOPPING)
+
+    @property
+    def _is_stopping(self) -> bool:
+        return self._interrupt.requested or self._is_cut_short
 
     def run(self, members: Sequence[Member]) -> dict[str, Outcome]:
         """Train `members` in order, as many at a time as there is room for.
 
         Ctrl-C and SIGTERM end it after the pass at hand: all that are in leave what they learnt, as
-        `tunefork train` does, and every one that is not at its end is "interrupted". Raises what is
-        no member's own fault (a full disk, a lack of memory).
+        `tunefork train` does, and every one that is not at its end is "interrupted". The first
+        pass, which loads the base, and evaluations are cut short: nothing is lost with them. Raises
+        what is no member's own fault (a full disk, a lack of memory).
         """
         self._moment = self.moments.read()
         # Those that were in come first, in their order: the passes go on as they would have.
         place = {name: at for at, name in enumerate(self._moment)}
         self._queue.extend(sorted(members, key=lambda member: place.get(member.name, len(place))))
-        with Interrupt(self.preemption_file) as interrupt:
+        with self._interrupt:
             try:
-                while self._queue or self._seats:
-                    self._admit()
-                    if self._seats:
-                        self._pass()
-                    if interrupt.requested or self._is_stopping:
-                        self._interrupt()
-                        return self.outcomes
+                self._run()
+            except KeyboardInterrupt as error:
+                self._close(error)
+                self._end_rest([seat.member for seat in self._seats.values()])
             except BaseException as error:
-                for seat in self._seats.values():
-                    seat.stack.__exit__(type(error), error, error.__traceback__)
+                self._close(error)
                 raise
-        self.moments.clear()
+        if all(outcome.status != "interrupted" for outcome in self.outcomes.values()):
+            self.moments.clear()
         return self.outcomes
+
+    def _run(self) -> None:
+        while self._queue or self._seats:
+            self._admit()
+            if self._seats:
+                self._pass()
+            if self._is_stopping:
+                self._leave()
+                return
+
+    def _close(self, error: BaseException) -> None:
+        for seat in self._seats.values():
+            seat.stack.__exit__(type(error), error, error.__traceback__)
 
     def _admit(self) -> None:
         """Take in who is waiting, while there is room: at least one."""
@@ -99,16 +130,20 @@ class Fleet:
             self._queue.popleft()
             try:
                 if (record := self.bench.done(member)) is not None:
+                    self._leave_out(member)
                     self._end(member, Outcome("ok", record))
-                elif not self._waits(member):
+                elif self._parked.keeps(member):
+                    self.view.on_state(member.name, "parked")
+                    self._decide()
+                else:
                     self._seat(member)
             except TuneforkError as error:
                 self._fail(member, None, error)
 
     def _seat(self, member: Member) -> None:
-        at_most = self._moment.get(member.name)
-        if self.rungs is not None and (passed := self.rungs.count(member.name)):
-            at_most = max(at_most or 0, member.rungs[passed - 1])
+        at_most, passed = self._moment.get(member.name), self._parked.step_of(member)
+        if passed is not None:
+            at_most = max(at_most or 0, passed)
         seat = Seat.open(self.bench, member, at_most=at_most)
         try:
             self.group.add(member, seat.begin())
@@ -117,32 +152,27 @@ class Fleet:
             return
         self._seats[member.name] = seat
         self.most = max(self.most, len(self._seats))
-        self.view.begin(member.name, seat.progress.step, seat.progress.tokens)
-        if seat.progress.step >= member.num_steps:  # killed while it was saved or evaluated
-            self._finish(seat)
-
-    def _waits(self, member: Member) -> bool:
-        """Whether a member stands at a rung where it is not known that it goes on."""
-        if self.rungs is None or not (passed := self.rungs.count(member.name)):
-            return False
-        verdict = self.rungs.verdict(passed - 1, member.name)
-        if verdict is not None and verdict.is_kept:
-            return False
-        self._parked[member.name] = member
-        self.view.on_state(member.name, "parked")
-        self._decide()
-        return True
+        step = seat.progress.step
+        self.view.begin(member.name, step, seat.progress.tokens)
+        if self._parked.is_past(member, step):
+            self._leave_out(member)
+        if step >= member.num_steps or self._parked.rung_at(member, step) is not None:
+            self._arrive(
+                seat, step
+            )  # killed between what its step leads to and what says that it did
 
     def _pass(self) -> None:
         """A step of each, and what follows from it; the states are saved where that is due."""
         start = time.perf_counter()
-        stepped = self.group.step()
+        with nullcontext() if self._has_passed else self._interrupt.at_once():
+            stepped = self.group.step()
+        self._has_passed, seconds = True, time.perf_counter() - start
         self.bench.meter.note()
         has_left = self._take(stepped, start)
-        if self.moments.is_due(has_left=has_left, state_bytes=self._state_bytes()):
+        if self.moments.is_due(self._seats.values(), has_left=has_left):
             self._take(self.group.sync(), time.perf_counter())
-            self._save()
-        self.view.tick()
+            self.moments.save(self._seats, self.group)
+        self.view.on_pass(seconds)
 
     def _take(self, stepped: Sequence[Stepped], start: float) -> bool:
         """Hear of steps, whose passes began at `start`; returns whether a member left."""
@@ -173,60 +203,67 @@ class Fleet:
             self._fail(member, seat, each.error)
             return True
         assert each.record is not None
-        step, every = each.record.step, member.recipe.train.validate_every_steps
-        is_last, is_rung = step >= member.num_steps, step in member.rungs
-        if member.validation and (is_rung or is_last or (every and step % every == 0)):
-            columns = seat.validate(self.group)
-            self.view.on_validation(each.name, mean_loss([columns]))
-            if is_rung and self.rungs is not None:
-                self._park(seat)
-                self.rungs.reached(member.rungs.index(step), each.name, columns)
-                self._decide()
-                return True
-        if is_last:
-            self._finish(seat)
-        return is_last
+        return self._arrive(seat, each.record.step)
 
-    def _park(self, seat: Seat) -> None:
+    def _arrive(self, seat: Seat, step: int) -> bool:
+        """What follows on a step that a member has taken; returns whether it left the group."""
+        member = seat.member
+        every, is_last = member.recipe.train.validate_every_steps, step >= member.num_steps
+        rung = self._parked.rung_at(member, step)
+        is_due = is_last or rung is not None or (every is not None and step % every == 0)
+        columns = None
+        if member.validation and is_due:
+            columns = seat.validate(self.group)
+            loss = mean_loss([columns])
+            self.view.on_validation(member.name, loss)
+            if not math.isfinite(loss):
+                why = f"step {step}: the loss on the validation examples is {loss}"
+                del self._seats[member.name]
+                self._fail(member, seat, DivergedError(f"{why}; lower train.learning_rate"))
+                self.group.remove(member.name)
+                return True
+        if self._is_stopping:  # the same call comes to the rest
+            return False
+        if rung is not None and columns is not None:
+            self._park(seat, rung, columns)
+        elif is_last:
+            self._finish(seat)
+        return is_last or rung is not None
+
+    def _park(self, seat: Seat, rung: int, columns: Columns) -> None:
         """A member waits at a rung, its state on the disk."""
+        assert self.rungs is not None
         member = seat.member
         seat.park(self.group)
         self.group.remove(member.name)
         del self._seats[member.name]
-        self._parked[member.name] = member
+        self._parked.members[member.name] = member
         self.view.on_state(member.name, "parked")
+        self.rungs.reached(rung, member.name, columns)
+        self._decide()
 
     def _decide(self) -> None:
         """Let those go on, or go, whose rung is decided."""
-        assert self.rungs is not None
-        going = []
-        for name, member in list(self._parked.items()):
-            verdict = self.rungs.verdict(self.rungs.count(name) - 1, name)
-            if verdict is None:
-                continue
-            del self._parked[name]
-            if verdict.is_kept:
-                going.append(member)
-                self.view.on_state(name, "waiting")
-            else:
-                self._drop(member)
+        going, dropped = self._parked.decided()
+        for member in going:
+            self.view.on_state(member.name, "waiting")
         self._queue.extendleft(reversed(going))
+        for member in dropped:
+            self._end(member, Outcome("dropped", self.bench.dropped(member)))
 
-    def _drop(self, member: Member) -> None:
-        """A member of those that are worse leaves what it learnt: it can be gone on with alone."""
-        record = read_record(member.folder)  # of an earlier call, maybe
-        if record is None and (found := self.bench.checkpoints(member).newest()) is not None:
-            record = self.bench.leave(member, found.read(), "interrupted")
-        self._end(member, Outcome("dropped", record))
+    def _leave_out(self, member: Member) -> None:
+        """A member comes to no further rung: the others wait for it no longer."""
+        self._parked.leave_out(member)
+        self._decide()
 
     def _finish(self, seat: Seat) -> None:
         member = seat.member
         self.view.on_state(member.name, "evaluating")
         del self._seats[member.name]
         try:
-            record = seat.finish(self.group)
+            record = seat.finish(self.group, self._interrupt)
         except KeyboardInterrupt:  # its own state is saved; the others leave theirs
-            self._is_stopping = True
+            self._is_cut_short = True
             self._end(member, Outcome("interrupted", None))
         except TuneforkError as error:
             self._end(member, Outcome("failed", None, str(error)))
@@ -236,21 +273,21 @@ class Fleet:
 
     def _fail(self, member: Member, seat: Seat | None, error: Exception) -> None:
         record = None if seat is None else seat.fail(error)
-        if self.rungs is not None:
-            self.rungs.failed.add(member.name)
         seconds = 0.0 if seat is None else seat.progress.seconds
         self._end(member, Outcome("failed", record, str(error), seconds))
-        if self._parked:
-            self._decide()
+        self._leave_out(member)
 
-    def _interrupt(self) -> None:
+    def _leave(self) -> None:
         """All that are in leave what they learnt; the rest is as it was."""
         self._take(self.group.sync(), time.perf_counter())
-        self._save()
+        self.moments.save(self._seats, self.group)
         for name, seat in list(self._seats.items()):
             self._end(seat.member, Outcome("interrupted", seat.interrupt(self.group)))
             del self._seats[name]
-        for member in (*self._parked.values(), *self._queue):
+        self._end_rest([])
+
+    def _end_rest(self, seated: Sequence[Member]) -> None:
+        for member in (*seated, *self._parked.members.values(), *self._queue):
             self._end(member, Outcome("interrupted", None))
 
     def _end(self, member: Member, outcome: Outcome) -> None:
@@ -258,15 +295,3 @@ class Fleet:
         steps = None if outcome.record is None else outcome.record.num_steps
         self.view.on_state(member.name, outcome.status, steps)
         self.on_done(member, outcome)
-
-    def _save(self) -> None:
-        """The state of all that are in, at one moment; nothing they launched is left untold."""
-        if not self._seats:
-            return
-        for seat in self._seats.values():
-            seat.save(self.group)
-        order = [name for name in self.group.order() if name in self._seats]
-        self.moments.write({name: self._seats[name].progress.step for name in order})
-
-    def _state_bytes(self) -> int:
-        return sum(seat.state_bytes for seat in self._seats.values())

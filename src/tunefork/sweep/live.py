@@ -47,8 +47,10 @@ class LiveView:
     ) -> None:
         self.rows = {name: _Row(steps) for name, steps in num_steps.items()}
         self.every_s, self.console = every_s, console or Console(stderr=True)
-        self.tokens, self.started = 0, time.perf_counter()
-        self.last_line = self.started
+        self.tokens, self.seconds = 0, 0.0
+        """Of the passes after the first, which loads the base; evaluation is no part of them."""
+        self._is_first = True
+        self.last_line = time.perf_counter()
         self._seen: dict[str, int] = {}
         self.live: Live | None = None
         if self.console.is_terminal:
@@ -60,7 +62,7 @@ class LiveView:
             )
 
     def __enter__(self) -> Self:
-        self.started = self.last_line = time.perf_counter()
+        self.last_line = time.perf_counter()
         if self.live:
             self.live.start()
         return self
@@ -93,9 +95,14 @@ class LiveView:
         if state in _ENDED and not self.live:
             self._say(f"{name}: {self._ended(self.rows[name])}")
 
-    def tick(self) -> None:
+    def on_pass(self, seconds: float) -> None:
         """One pass is over: where there is no terminal, maybe say how far it is."""
         now = time.perf_counter()
+        if self._is_first:
+            self.tokens = 0
+        else:
+            self.seconds += seconds
+        self._is_first = False
         if not self.live and now - self.last_line >= self.every_s:
             self.last_line = now
             self._say(self._summary())
@@ -118,11 +125,11 @@ class LiveView:
             for name, row in list(running.items())[:4]
         ]
         more = f"; and {len(running) - 4} more" if len(running) > 4 else ""
-        rate = self.tokens / max(1e-9, time.perf_counter() - self.started)
+        rate = f"  {count_text(self.tokens / self.seconds)} tokens/s" if self.seconds else ""
         return (
             f"{ended} of {len(self.rows)} ended, {len(running)} training"
             + (f" ({'; '.join(shown)}{more})" if shown else "")
-            + f"  {count_text(rate)} tokens/s"
+            + rate
         )
 
     def _render(self) -> Group:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from tunefork.errors import BadInputError, StoreError, TuneforkError
+from tunefork.errors import BadInputError, TuneforkError
 from tunefork.model.fingerprint import identify
 from tunefork.model.load import load_tokenizer
 from tunefork.page.estimate import Estimate
@@ -131,7 +131,7 @@ class _Ledger:
         if outcome.status == "ok" and entry.publish is not None:
             try:
                 published = self._published(entry) or self._publish(entry)
-            except (StoreError, OSError) as fault:
+            except (TuneforkError, OSError) as fault:
                 error = f"trained, but not published: {fault}"
         if error is not None:
             self.say(f"{entry.where} ({entry.name}): failed: {error}")

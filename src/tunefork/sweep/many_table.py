@@ -16,6 +16,8 @@ def print_many(result: ManyResult, folder: Path, console: Console | None = None)
     shown = [metric for metric in metrics if metric not in ("perplexity", "macro_f1")]
     heads = ["adapter", "status", "steps", *(METRIC_NAMES[m] for m in shown), "time", "published"]
     table = Table(*heads, box=None, pad_edge=False)
+    for column in (table.columns[0], table.columns[-1]):  # names are there to be copied
+        column.overflow = "fold"
     for entry in result.entries:
         table.add_row(
             entry.name,

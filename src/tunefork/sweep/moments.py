@@ -7,12 +7,15 @@ there, and its passes are then the very ones that would have followed.
 
 import json
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 from tunefork.recipe import Recipe
 from tunefork.registry.run import write_atomically
+from tunefork.sweep.group import Group
+from tunefork.sweep.seat import Seat
 
 FILE = "moment.json"
 
@@ -35,9 +38,10 @@ class Moments:
         """As often as the recipe's checkpoints; a step is a pass."""
         return cls(folder, recipe.train.checkpoint_every_s, recipe.train.checkpoint_every_steps)
 
-    def is_due(self, *, has_left: bool, state_bytes: int) -> bool:
+    def is_due(self, seats: Iterable[Seat], *, has_left: bool) -> bool:
         """Whether the states are to be saved after a pass, in which a member left or none did."""
         self._passes += 1
+        state_bytes = sum(seat.state_bytes for seat in seats)
         since = time.monotonic() - self._written
         return (
             (self.every_s is not None and since >= self.every_s)
@@ -51,8 +55,13 @@ class Moments:
         found: dict[str, int] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
         return found
 
-    def write(self, steps: dict[str, int]) -> None:
-        """The states after these steps are on the disk."""
+    def save(self, seats: Mapping[str, Seat], group: Group) -> None:
+        """The state of all that are in; nothing that they launched is left untold."""
+        if not seats:
+            return
+        for seat in seats.values():
+            seat.save(group)
+        steps = {name: seats[name].progress.step for name in group.order() if name in seats}
         write_atomically(self.folder / FILE, json.dumps(steps))
         self._written = time.monotonic()
 

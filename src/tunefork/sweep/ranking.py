@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from tunefork.evaluate.statistics import METRICS, Columns, Difference, estimate, paired_difference
 from tunefork.page.estimate import Estimate
 from tunefork.recipe import Metric
-from tunefork.sweep.halving import mean_loss
 from tunefork.sweep.result import Configuration, VariantResult
 
 
@@ -23,8 +22,6 @@ class Run:
     result: VariantResult
     columns: Columns | None
     """On the evaluation examples; None unless it came to its end."""
-    validation: Columns | None
-    """On the validation examples, at its last validation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +54,8 @@ class Judge:
 
 def opposite(found: Difference) -> Difference:
     """Of the other side over this one."""
-    return Difference(
-        -found.value, -found.high, -found.low, 1 - found.share_above, found.num_examples
-    )
+    value, low, high = (0.0 - x for x in (found.value, found.high, found.low))  # never -0.0
+    return Difference(value, low, high, 1 - found.share_above, found.num_examples)
 
 
 def as_estimate(found: Difference) -> Estimate:
@@ -82,8 +78,8 @@ def finished(runs: Sequence[Run]) -> list[Run]:
 
 def validation_loss(runs: Sequence[Run]) -> float | None:
     """Mean over `runs`, nats; None where one of them has none."""
-    columns = [run.validation for run in runs if run.validation is not None]
-    return mean_loss(columns) if columns and len(columns) == len(runs) else None
+    losses = [loss for run in runs if (loss := run.result.validation_loss) is not None]
+    return sum(losses) / len(losses) if losses and len(losses) == len(runs) else None
 
 
 def choose(runs: Sequence[Run]) -> str | None:

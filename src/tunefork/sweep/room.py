@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tunefork.plan.gate import DoesNotFitError
-from tunefork.plan.shape import PlanError
+from tunefork.plan.shape import PlanError, config_for, lora_params
 from tunefork.plan.together import Together, fits
 from tunefork.recipe import Checkpointing, LoraSection, Recipe
 from tunefork.sweep.group import Member
@@ -57,9 +57,11 @@ def plan_room(
     largest member fits, or not as many as are asked for, unless `ignore_plan`.
     """
     recipe = members[0].recipe
-    loras = sorted((m.recipe.lora for m in members), key=lambda lora: -lora.rank)
     begun = {last_setting(m.folder / CHECKPOINTS).get(_FIELD) for m in members} - {None}
+    loras = [member.recipe.lora for member in members]
     try:
+        config = config_for(recipe.model)
+        loras.sort(key=lambda lora: -lora_params(config, lora))
         found = fits(recipe, loras[:cap])
     except PlanError as error:
         say(f"warning: {error}; how many adapters fit at one time will show")

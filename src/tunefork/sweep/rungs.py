@@ -26,7 +26,7 @@ class Rungs:
     variants: dict[str, Variant]
     group_of: Callable[[Variant], object]
     """Who is ranked against whom."""
-    failed: set[str] = field(default_factory=set)
+    absent: set[str] = field(default_factory=set)
     """Those that reach no further rung."""
     _columns: dict[tuple[int, str], Columns] = field(default_factory=dict)
     _decided: dict[tuple[int, object], dict[str, Ranked]] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Rungs:
                 measured = self.measured(rung, other)
                 if measured is not None:
                     own.append(measured)
-                elif other not in self.failed:
+                elif other not in self.absent:
                     return None
             ranked = decide(columns, dict.fromkeys(columns, 0), self.keep)
             self._decided[rung, group] = {each.configuration: each for each in ranked}

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-from tunefork.evaluate.evaluate import evaluate, pad_id, save_columns
+from tunefork.evaluate.evaluate import evaluate, pad_id
 from tunefork.evaluate.loss import loss_columns
 from tunefork.evaluate.statistics import Columns
 from tunefork.registry.claim import Claim, claimed
@@ -20,14 +20,12 @@ from tunefork.sweep.halving import mean_loss
 from tunefork.train.checkpoints import FOLDER as CHECKPOINTS
 from tunefork.train.checkpoints import Checkpoints, Found
 from tunefork.train.events import Validated
+from tunefork.train.interrupt import Interrupt
 from tunefork.train.loop import StepRecord
 from tunefork.train.state import Progress, State
 from tunefork.trial.following import Following, following
 from tunefork.trial.record import check_base, finish
 from tunefork.trial.training import may_begin, record_failure
-
-VALIDATION = "validation.npz"
-"""One value a validation example, at the last validation."""
 
 
 @dataclass(slots=True)
@@ -50,7 +48,8 @@ class Seat:
 
     @classmethod
     def open(cls, bench: Bench, member: Member, *, at_most: int | None) -> Self:
-        """A member about to train, from its newest checkpoint (of at most so many steps) on."""
+        """A member about to train, from its newest checkpoint on: of at most so many steps, where
+        there is such a one still."""
         recipe, rate = member.recipe, member.learning_rate
         stack = ExitStack()
         try:
@@ -61,6 +60,8 @@ class Seat:
             checkpoints.on_written = told.on_written
             stack.enter_context(checkpoints)
             start = checkpoints.newest(at_most)
+            if start is None and at_most is not None:
+                start = checkpoints.newest()
             record = read_record(member.folder)
             if record is not None:
                 check_base(record, bench.identity, member.folder)
@@ -120,13 +121,13 @@ class Seat:
         self.told.on_event(Validated(step=done.step, validation_loss=loss, is_best=is_best))
         if is_best:
             self.progress = replace(done, best_step=done.step, best_loss=loss)
-        save_columns(columns, member.folder / VALIDATION)
         return columns
 
-    def finish(self, group: Group) -> RunRecord:
+    def finish(self, group: Group, interrupt: Interrupt) -> RunRecord:
         """Save, evaluate, and leave the folder as a finished run's.
 
         Its last state is a checkpoint first: killed from here on, only this is done again.
+        Raises KeyboardInterrupt where the evaluation, which may take long, was interrupted.
         """
         member = self.member
         with self.stack:
@@ -134,7 +135,7 @@ class Seat:
             self.save(group)
             record = self.bench.leave(member, self.state(group), "ok")
             self.told.log.state("evaluating")
-            with group.only(member.name) as model:
+            with interrupt.at_once(), group.only(member.name) as model:
                 evaluation = evaluate(model, self.bench.tokenizer, member.data, member.recipe)
             self.bench.meter.forget()
             record = finish(evaluation, member.recipe, record, member.folder)

@@ -74,6 +74,8 @@ def sweep(
         rungs = _rungs(recipe, found, out)
         bench = Bench.of(identity, tokenizer, say)
         outcomes, together = _train(recipe, out, members, bench, rungs, room, make_group)
+        if (out / RESULT).is_file():  # nothing may have been left to train
+            together = max(together, SweepResult.load(out / RESULT).together)
         if any(outcome.status == "interrupted" for outcome in outcomes.values()):
             raise KeyboardInterrupt
         result = assemble(

@@ -33,6 +33,8 @@ class Accumulator:
     on_change: Callable[[SettingChanged], None] = lambda change: None
     _ahead: tuple[Sequence[Encoded], int, list[Laid]] | None = None
     """The next step's examples, the limit they were laid out for, and their micro-batches."""
+    _pending: tuple[Tensor, str] | None = None
+    """The loss of a step whose backward pass has not been run, and where that is."""
 
     def gradient(
         self, chosen: Sequence[Encoded], step: int, following: Sequence[Encoded] = ()
@@ -52,9 +54,7 @@ class Accumulator:
             supervised = sum(laid.supervised for laid in batches)
             try:
                 total = self._accumulate(batches, supervised, step)
-                if following:
-                    needed = max(self.limit, max(len(e.input_ids) for e in following))
-                    self._ahead = (following, needed, self._lay_out(following, needed))
+                self._look_ahead(following)
                 return float(total), supervised
             except NoMemoryError:
                 if self.on_out_of_memory == "error" or limit == longest:
@@ -72,6 +72,32 @@ class Accumulator:
                 )
             )
 
+    def forward(self, chosen: Sequence[Encoded], step: int) -> tuple[float, int]:
+        """`gradient` without the gradient, of a step of one micro-batch (`release.check_one_pass`):
+        `backward` has it, or `drop` what is kept for it."""
+        [laid] = self._take(chosen, max(self.limit, max(len(e.input_ids) for e in chosen)))
+        where = _place(step, laid)
+        loss = self.runner.forward(laid, laid.supervised, where)
+        self._pending = (loss, where)
+        return float(loss.detach()), laid.supervised
+
+    def backward(self, following: Sequence[Encoded] = ()) -> None:
+        """The backward pass of the last `forward`; raises NoMemoryError."""
+        assert self._pending is not None
+        (loss, where), self._pending = self._pending, None
+        self.runner.backward(loss, where)
+        self._look_ahead(following)
+
+    def drop(self) -> None:
+        """Give back what a step's backward pass would have needed, and its gradient."""
+        self._pending = None
+        self.model.zero_grad(set_to_none=True)
+
+    def _look_ahead(self, following: Sequence[Encoded]) -> None:
+        if following:
+            needed = max(self.limit, max(len(e.input_ids) for e in following))
+            self._ahead = (following, needed, self._lay_out(following, needed))
+
     def _lay_out(self, chosen: Sequence[Encoded], limit: int) -> list[Laid]:
         batches = pack(chosen, max_tokens=limit, packing=self.packing, pad_id=self.pad_id)
         return [self.runner.lay_out(batch) for batch in batches]
@@ -88,9 +114,7 @@ class Accumulator:
     def _accumulate(self, batches: Sequence[Laid], supervised: int, step: int) -> Tensor:
         total = torch.zeros((), device=self.model.device)
         for laid in batches:
-            rows, width = laid.batch.input_ids.shape
-            where = f"step {step}, a micro-batch of {rows} x {width} tokens"
-            total += self.runner.loss(laid, supervised, where)
+            total += self.runner.loss(laid, supervised, _place(step, laid))
         return total
 
     @property
@@ -105,6 +129,11 @@ class Accumulator:
         restore_random(random, self.model.device)
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _place(step: int, laid: Laid) -> str:
+    rows, width = laid.batch.input_ids.shape
+    return f"step {step}, a micro-batch of {rows} x {width} tokens"
 
 
 def random_states(device: torch.device) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@ figures, a step later, and by then nothing has happened to the slot.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, inf
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from tunefork.model.bank import Bank
 from tunefork.train.clip import clip_factor
 from tunefork.train.flat import FlatParameters
 
-_BLOCK = 128
-"""Most elements of a block: `FlatParameters` starts every parameter at a multiple of it."""
+_BLOCK = 1024
+"""Most elements of a block. The fewer, the more there are to number, 8 bytes and more each. A power
+of two, so that a parameter of whole blocks, or any aligned as `FlatParameters` does, begins one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class SlotUpdate:
     learning_rate: float
     betas: tuple[float, float]
     weight_decay: float
-    max_grad_norm: float
+    max_grad_norm: float | None
 
 
 class BankAdamW:
@@ -137,7 +138,7 @@ class BankAdamW:
                 gradient_scale=1.0,
             )
             rows[slot] = [*known, 1.0]
-            limits[slot] = update.max_grad_norm
+            limits[slot] = inf if update.max_grad_norm is None else update.max_grad_norm
         device, both = self.m.device, (torch.tensor(rows), torch.tensor(limits))
         factors, limits_g = (x.pin_memory().to(device, non_blocking=True) for x in both)
         return factors, limits_g

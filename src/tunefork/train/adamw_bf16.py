@@ -4,7 +4,7 @@ Everything between two steps is in the weights, the moments and each weight's co
 random bits are a function of seed, weight and count (`kernels/adamw.py`).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,41 +38,71 @@ class Bf16AdamW:
         self.weight_decay = weight_decay
         self.seed = seed
         self.states: dict[int, _Moments] = {}
+        self._keys: dict[int, Tensor] = {}
+        self._factors: dict[tuple[int, float], Tensor] = {}
+        """Of a step, by a weight's own count of updates and its decay."""
         prepare(self.parameters[0].device)
 
     def gradient_norm(self) -> float:
         """Global L2 norm."""
         return global_norm(self.parameters)
 
-    @torch.no_grad()
     def step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
         """Update every weight that has a gradient, one at a time, and free the gradient."""
         due = [index for index, p in enumerate(self.parameters) if p.grad is not None]
+        self.begin(learning_rate, gradient_scale, due)
         for index in due:
-            if index not in self.states:
-                empty = torch.zeros_like(self.parameters[index], dtype=torch.bfloat16)
-                self.states[index] = _Moments(0, empty, empty.clone())
-            self.states[index].step += 1
-        steps = {index: self.states[index].step for index in due}
-        keys = keys_of(self.seed, steps, self.parameters[0].device)
-        factors: dict[tuple[int, float], Tensor] = {}
-        for index in due:
-            parameter, state = self.parameters[index], self.states[index]
-            gradient, parameter.grad = parameter.grad, None
-            assert gradient is not None
-            # As everywhere: vectors (norms, biases) take no decay.
-            form = (state.step, self.weight_decay if parameter.dim() >= 2 else 0.0)
-            if form not in factors:
+            self.update(index)
+
+    @torch.no_grad()
+    def begin(
+        self,
+        learning_rate: float,
+        gradient_scale: float = 1.0,
+        due: Sequence[int] | None = None,
+    ) -> None:
+        """Make ready for one `update` of each weight of `due`; None: of any."""
+        due = range(len(self.parameters)) if due is None else due
+        steps = {index: self._count(index) + 1 for index in due}
+        self._keys = keys_of(self.seed, steps, self.parameters[0].device)
+        self._factors = {}
+        for index, step in steps.items():
+            form = (step, self._decay(index))
+            if form not in self._factors:
                 found = factors_of(
-                    state.step,
+                    step,
                     learning_rate=learning_rate,
                     betas=self.betas,
                     weight_decay=form[1],
                     gradient_scale=gradient_scale,
                 )
-                factors[form] = torch.tensor(found, device=parameter.device)
-            moments = (state.exp_avg, state.exp_avg_sq)
-            update_bf16_(parameter, gradient, *moments, factors[form], keys[index])
+                self._factors[form] = torch.tensor(found, device=self.parameters[0].device)
+
+    @torch.no_grad()
+    def update(self, index: int) -> None:
+        """Update the weight at `index` by its gradient, and free that; after `begin`."""
+        parameter = self.parameters[index]
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        if index not in self.states:
+            empty = torch.zeros_like(parameter, dtype=torch.bfloat16)
+            self.states[index] = _Moments(0, empty, empty.clone())
+        state = self.states[index]
+        state.step += 1
+        factors = self._factors[state.step, self._decay(index)]
+        moments = (state.exp_avg, state.exp_avg_sq)
+        update_bf16_(parameter, gradient, *moments, factors, self._keys[index])
+
+    def room(self, index: int) -> tuple[Tensor, ...]:
+        """What `update` takes for itself: nothing."""
+        return ()
+
+    def _count(self, index: int) -> int:
+        return self.states[index].step if index in self.states else 0
+
+    def _decay(self, index: int) -> float:
+        """As everywhere: vectors (norms, biases) take none."""
+        return self.weight_decay if self.parameters[index].dim() >= 2 else 0.0
 
     def has_states(self) -> bool:
         """Whether a step was taken."""

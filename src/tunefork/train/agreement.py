@@ -126,7 +126,9 @@ def _built(
     runner = prepare(model, recipe, num_steps=1)
     limit, packing = recipe.train.micro_batch_tokens, recipe.train.packing
     try:
-        yield Accumulator(runner, limit=limit, packing=packing, pad_id=0)
+        # A batch that does not fit is taken in smaller pieces: what a run keeps of its activations
+        # may not be settled yet, and the gradient is the same.
+        yield Accumulator(runner, limit=limit, packing=packing, pad_id=0, on_out_of_memory="shrink")
     finally:
         del model, runner
         gc.collect()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tunefork.train.out_of_memory import Remedies, phase
+from tunefork.train.release import Release
 from tunefork.train.state import Optimizer
 
 
@@ -26,10 +27,13 @@ def zero_gradients(optimizer: Optimizer) -> None:
 
 
 @contextmanager
-def dry_update(optimizer: Optimizer, remedies: Remedies | None) -> Iterator[float]:
+def dry_update(
+    optimizer: Optimizer, remedies: Remedies | None, release: Release | None = None
+) -> Iterator[float]:
     """An update that moves nothing, and its states while entered; yields its seconds.
 
-    An optimiser with states (a resumed run's) has taken its memory, and is left alone.
+    With a `release` of the optimiser's no two gradients are there together. An
+    optimiser with states (a resumed run's) has taken its memory, and is left alone.
     """
     if optimizer.has_states():
         yield 0.0
@@ -38,8 +42,11 @@ def dry_update(optimizer: Optimizer, remedies: Remedies | None) -> Iterator[floa
     start = time.perf_counter()
     try:
         with phase("optimiser step", remedies, "rehearsal"):
-            zero_gradients(optimizer)
-            optimizer.step(0.0)
+            if release is not None:
+                release.dry_update()
+            else:
+                zero_gradients(optimizer)
+                optimizer.step(0.0)
         yield time.perf_counter() - start
     finally:
         for parameter, places in zip(optimizer.parameters, zeros, strict=True):

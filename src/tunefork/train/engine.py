@@ -102,11 +102,14 @@ def prepare(
     num_steps: int,
     remedies: Remedies | None = None,
     bank: Bank | None = None,
+    releases: bool = False,
 ) -> Runner:
     """Have the built `model` run as the recipe says while it is trained, in place.
 
-    With a `bank` its passes are of many adapters. Raises ModelError where the recipe asks for
-    checkpointing that the architecture has not.
+    With `releases` gradients are freed as they come, and no pass is captured: a graph's gradients
+    stay where they are. With a `bank` its passes are of many adapters.
+
+    Raises ModelError where the recipe asks for checkpointing that the architecture has not.
     """
     checkpointing = recipe.train.checkpointing
     is_compiled = compiles(recipe.train.compile, model.device.type, num_steps)
@@ -119,7 +122,7 @@ def prepare(
     head = find_head(model)
     # Random numbers that a replay draws are not those of a launch: a resumed run, which launches
     # other steps than the first one did, would not be the same. Offloading waits on the host.
-    captures = is_compiled and not draws(model) and checkpointing != "offload"
+    captures = is_compiled and not draws(model) and checkpointing != "offload" and not releases
     return Runner(
         model,
         head,

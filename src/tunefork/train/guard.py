@@ -86,16 +86,18 @@ class Blame:
     """Every row of several is sick: such weights are worth no checkpoint."""
 
 
-def blame(model: PreTrainedModel, examples: Sequence[Encoded], *, pad_id: int) -> Blame:
+def blame(
+    model: PreTrainedModel, examples: Sequence[Encoded], *, pad_id: int, backward: bool = True
+) -> Blame:
     """Which of a step's rows are not finite by themselves.
 
     Forward passes of one row each, of at most `_MOST_ROWS`; where all are finite, backward passes
-    too. Gradients are dropped. Call it with the weights of before the step.
+    too if `backward`. Gradients are dropped. Call it with the weights of before the step.
     """
     chosen = examples[:_MOST_ROWS]
     sick = [e for e in chosen if not _is_finite(model, e, pad_id, backward=False)]
     what = "loss"
-    if not sick:
+    if not sick and backward:
         sick = [e for e in chosen if not _is_finite(model, e, pad_id, backward=True)]
         what = "gradient"
     if len(sick) == len(chosen) > 1:

@@ -33,6 +33,7 @@ from tunefork.train.interrupt import Interrupt
 from tunefork.train.kernels import attention_kernels
 from tunefork.train.out_of_memory import phase
 from tunefork.train.recovery import JUST_STOP, OnFault, Recovery
+from tunefork.train.release import Release, check_one_pass
 from tunefork.train.runner import Runner
 from tunefork.train.state import Optimizer, Progress, restore
 from tunefork.train.validation import Validation, go_back_to_best
@@ -89,7 +90,7 @@ def train(
     micro_batch_tokens: int,
     packing: bool,
     pad_id: int,
-    max_grad_norm: float,
+    max_grad_norm: float | None,
     seed: int,
     on_step: Callable[[StepRecord], None] = lambda record: None,
     checkpoints: Checkpoints | None = None,
@@ -99,6 +100,7 @@ def train(
     on_fault: OnFault = JUST_STOP,
     validation: Validation | None = None,
     runner: Runner | None = None,
+    release: Release | None = None,
 ) -> TrainResult:
     """Run the optimiser steps (indices into `examples`), each at its own learning rate.
 
@@ -106,9 +108,10 @@ def train(
     the run after the step at hand, its state saved, with status "interrupted"; `stop_after` so many
     steps does likewise. With `validation` that keeps the best state, a run that came to its end
     leaves the weights of that state; it needs `checkpoints`. `runner` runs the model's passes where
-    they are not to be launched kernel by kernel. Raises DivergedError, before the update, when a
-    loss or gradient is not finite; NoMemoryError; and CheckpointError where one cannot be read or
-    written.
+    they are not to be launched kernel by kernel; `release`, entered, updates in the backward pass,
+    and nothing is clipped. Raises DivergedError, before the update, when a loss or gradient is not
+    finite (with `release` after it where it is the gradient); NoMemoryError; RecipeError for a step
+    that `release` cannot take; and CheckpointError where one cannot be read or written.
     """
     device = next(model.parameters()).device
     model.train()
@@ -125,7 +128,10 @@ def train(
         on_fault.out_of_memory,
         on_fault.on_event,
     )
-    recovery = Recovery(cut, optimizer, checkpoints, on_fault)
+    if release is not None:
+        left = steps[done.step :]
+        check_one_pass(examples, left, micro_batch_tokens=cut.limit, packing=packing)
+    recovery = Recovery(cut, optimizer, checkpoints, on_fault, releases=release is not None)
     watch = SpikeWatch(done.losses)
     records: list[StepRecord] = []
     clock = time.perf_counter() - done.seconds
@@ -143,10 +149,14 @@ def train(
             learning_rate = learning_rates[number - 1]
             random = random_states(device)
             following = [examples[i] for i in steps[number]] if number < len(steps) else []
-            loss, num_supervised = cut.gradient(chosen, number, following)
-            grad_norm = optimizer.gradient_norm()
+            if release is None:
+                loss, num_supervised = cut.gradient(chosen, number, following)
+                grad_norm = optimizer.gradient_norm()
+            else:  # what may keep the step from its update is looked at before the first one
+                (loss, num_supervised), grad_norm = cut.forward(chosen, number), 0.0
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                what = f"the loss is {loss} and the gradient's norm {grad_norm}"
+                what = f"the loss is {loss}"
+                what += "" if release is not None else f" and the gradient's norm {grad_norm}"
                 raise recovery.stop(what, done, random, chosen, find_rows=True)
             if (spike := watch.found(loss)) is not None:
                 back = recovery.spike(spike, done, random, chosen)
@@ -154,8 +164,16 @@ def train(
                     done, watch = back, SpikeWatch(back.losses)
                     records = [record for record in records if record.step <= done.step]
                     continue
-            with phase("optimiser step", on_fault.remedies, f"step {number}"):
-                optimizer.step(learning_rate, clip_factor(grad_norm, max_grad_norm))
+            if release is None:
+                with phase("optimiser step", on_fault.remedies, f"step {number}"):
+                    optimizer.step(learning_rate, clip_factor(grad_norm, max_grad_norm))
+            else:
+                release.begin(learning_rate)
+                cut.backward(following)
+                grad_norm = release.end()
+                if not math.isfinite(grad_norm):
+                    what = f"the gradient's norm is {grad_norm} (the loss {loss:.4g})"
+                    raise recovery.stop_after(what, done, chosen)
             done = Progress(
                 number,
                 done.tokens + sum(len(example.input_ids) for example in chosen),

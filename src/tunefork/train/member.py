@@ -29,7 +29,7 @@ class Member:
     """Of each step."""
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """What a method trains: the built model and the optimiser that fits it."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from tunefork.train.optim import ShadowAdamW, learning_rate_at
 from tunefork.train.out_of_memory import Remedies
 from tunefork.train.recovery import OnFault
 from tunefork.train.rehearsal import Rehearsal, Stage, rehearse
+from tunefork.train.release import Release, check_shared
 from tunefork.train.setting import environment, setting
 from tunefork.train.state import Optimizer
 from tunefork.train.validation import Validation
@@ -119,6 +121,17 @@ def make_optimizer(
     )
 
 
+def make_release(
+    model: PreTrainedModel, optimizer: Optimizer, recipe: Recipe, method: Method
+) -> Release | None:
+    """What updates in the backward pass, where `method` and the recipe say so."""
+    if method is not Method.FULL or not recipe.full.gradient_release:
+        return None
+    assert isinstance(optimizer, Bf16AdamW | ShadowAdamW)
+    check_shared(model, recipe.train.checkpointing)
+    return Release(optimizer)
+
+
 def plan_steps(recipe: Recipe, num_examples: int, *, seed: int) -> list[list[int]]:
     """Indices of each optimiser step's examples: the same for every method of one seed."""
     return steps(
@@ -198,8 +211,15 @@ def train_method(
     limit = section.micro_batch_tokens
     remedies = Remedies.of(recipe, method, model.device)
     check_weights(model, recipe.model.id)
-    runner = prepare(model, recipe, num_steps=len(schedule), remedies=remedies)
-    with deterministic.deterministic(section.deterministic):
+    release = make_release(model, optimizer, recipe, method)
+    runner = prepare(
+        model,
+        recipe,
+        num_steps=len(schedule),
+        remedies=remedies,
+        releases=release is not None,
+    )
+    with deterministic.deterministic(section.deterministic), release or nullcontext():
         found = None
         if stage is not None and section.rehearse:
             found = rehearse(
@@ -212,6 +232,7 @@ def train_method(
                 pad_id=pad_id,
                 on_out_of_memory=section.on_out_of_memory,
                 stage=stage,
+                release=release,
             )
         if found is not None and found.micro_batch_tokens < limit:
             on_event(
@@ -265,4 +286,5 @@ def train_method(
             if validate_on and section.validate_every_steps
             else None,
             runner=runner,
+            release=release,
         )

@@ -9,7 +9,7 @@ turns in (on a CPU, fresh memory is dear).
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,9 @@ class ShadowAdamW:
         kind = AdamW8bit if eight_bit else torch.optim.AdamW
         self.counts = [0] * len(self.parameters)
         """Updates of each weight so far: what its rounding's random bits follow from."""
+        self._keys: dict[int, Tensor] = {}
+        """Of the random bits of each weight that is rounded in a step."""
+        self._learning_rate, self._gradient_scale = 0.0, 1.0
         self.shadows: list[nn.Parameter] = []
         self.inner: list[torch.optim.Optimizer] = []
         for parameter in self.parameters:
@@ -61,35 +64,69 @@ class ShadowAdamW:
         """Global L2 norm."""
         return global_norm(self.parameters)
 
-    @torch.no_grad()
     def step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
         """Update every weight that has a gradient, and free the gradient."""
-        given = [p for p in self.parameters if p.grad is not None]
-        for index, parameter in enumerate(self.parameters):
-            self.counts[index] += parameter.grad is not None
-        keys = {} if self.keep_shadows else self._keys()
-        largest = max((p.numel() for p in given if p.dtype != torch.float32), default=0)
-        gradient_room = torch.empty(largest, dtype=torch.float32, device=self.parameters[0].device)
-        weight_room = gradient_room[:0] if self.keep_shadows else torch.empty_like(gradient_room)
-        parts = zip(self.parameters, self.shadows, self.inner, strict=True)
-        for index, (parameter, shadow, inner) in enumerate(parts):
-            if parameter.grad is None:
-                continue
-            if not self.keep_shadows:
-                shadow.data = _widen(parameter.detach(), weight_room)
-            shadow.grad = _widen(parameter.grad, gradient_room)
-            parameter.grad = None
-            if gradient_scale != 1.0:
-                shadow.grad.mul_(gradient_scale)
-            inner.param_groups[0]["lr"] = learning_rate
-            inner.step()
-            shadow.grad = None
-            if index in keys:
-                write_rounded_(parameter, shadow, keys[index])
-            else:
-                parameter.copy_(shadow)
-            if not self.keep_shadows:
-                shadow.data = shadow.data.new_empty(0)
+        due = [index for index, p in enumerate(self.parameters) if p.grad is not None]
+        self.begin(learning_rate, gradient_scale, due)
+        narrow = [index for index in due if self.parameters[index].dtype != torch.float32]
+        largest = max(narrow, key=lambda index: self.parameters[index].numel(), default=None)
+        room = () if largest is None else self.room(largest)
+        for index in due:
+            self.update(index, room)
+
+    def begin(
+        self,
+        learning_rate: float,
+        gradient_scale: float = 1.0,
+        due: Sequence[int] | None = None,
+    ) -> None:
+        """Make ready for one `update` of each weight of `due`; None: of any."""
+        self._learning_rate, self._gradient_scale = learning_rate, gradient_scale
+        due = range(len(self.parameters)) if due is None else due
+        rounded = [] if self.keep_shadows else due
+        steps = {
+            index: self.counts[index] + 1
+            for index in rounded
+            if self.parameters[index].dtype != torch.float32
+        }
+        self._keys = keys_of(self.seed, steps, self.parameters[0].device) if steps else {}
+
+    @torch.no_grad()
+    def update(self, index: int, room: tuple[Tensor, ...] | None = None) -> None:
+        """Update the weight at `index` by its gradient, and free that; after `begin`.
+
+        `room` is what `room` gave for a weight as large; None: taken for this one.
+        """
+        room = self.room(index) if room is None else room
+        parameter, shadow, inner = self.parameters[index], self.shadows[index], self.inner[index]
+        assert parameter.grad is not None
+        self.counts[index] += 1
+        if not self.keep_shadows:
+            shadow.data = _widen(parameter.detach(), room[1:])
+        shadow.grad = _widen(parameter.grad, room)
+        parameter.grad = None
+        if self._gradient_scale != 1.0:
+            shadow.grad.mul_(self._gradient_scale)
+        inner.param_groups[0]["lr"] = self._learning_rate
+        inner.step()
+        shadow.grad = None
+        if index in self._keys:
+            write_rounded_(parameter, shadow, self._keys[index])
+        else:
+            parameter.copy_(shadow)
+        if not self.keep_shadows:
+            shadow.data = shadow.data.new_empty(0)
+
+    def room(self, index: int) -> tuple[Tensor, ...]:
+        """What `update` takes for itself: fp32 for a gradient, and a shadow that is not kept."""
+        parameter = self.parameters[index]
+        if parameter.dtype == torch.float32:
+            return ()
+        count = 1 if self.keep_shadows else 2
+        return tuple(
+            torch.empty(parameter.numel(), dtype=torch.float32, device=parameter.device)
+            for _ in range(count)
+        )
 
     def has_states(self) -> bool:
         """Whether a step was taken."""
@@ -139,21 +176,12 @@ class ShadowAdamW:
                 shadow.copy_(shadows[index])
             self.counts[index] = int(groups[str(index)].get("step", 0))
 
-    def _keys(self) -> dict[int, Tensor]:
-        """Of the random bits of each weight that is rounded in this step."""
-        steps = {
-            index: self.counts[index]
-            for index, parameter in enumerate(self.parameters)
-            if parameter.grad is not None and parameter.dtype != torch.float32
-        }
-        return keys_of(self.seed, steps, self.parameters[0].device)
 
-
-def _widen(narrow: Tensor, room: Tensor) -> Tensor:
-    """`narrow` in fp32: itself if it is, else a copy in `room`."""
+def _widen(narrow: Tensor, room: Sequence[Tensor]) -> Tensor:
+    """`narrow` in fp32: itself if it is, else a copy in the first of `room`."""
     if narrow.dtype == torch.float32:
         return narrow
-    return room[: narrow.numel()].view(narrow.shape).copy_(narrow)
+    return room[0][: narrow.numel()].view(narrow.shape).copy_(narrow)
 
 
 def learning_rate_at(

@@ -52,6 +52,8 @@ class Remedies:
     """Full fine-tuning keeps fp32 copies of the weights."""
     on_gpu: bool = False
     """The run is on a CUDA GPU, so that host memory is another."""
+    releases: bool = False
+    """Full fine-tuning updates in the backward pass, so that a step is one micro-batch."""
     may_be_fp8: bool = False
     """LoRA's frozen base could be kept in e4m3, and is not."""
 
@@ -65,6 +67,7 @@ class Remedies:
             checkpointing=recipe.train.checkpointing,
             eight_bit=recipe.full.optimizer == "adamw_8bit",
             master_weights=recipe.full.weights == "fp32",
+            releases=method is Method.FULL and recipe.full.gradient_release,
             on_gpu=device is not None and device.type == "cuda",
             may_be_fp8=method is Method.LORA
             and not recipe.lora.dora
@@ -76,7 +79,7 @@ class Remedies:
         """What to change first: what costs neither quality nor time comes before what does."""
         activations = phase in ("forward", "backward", "evaluation")
         half = self.micro_batch_tokens // 2
-        if activations and half >= self.least_tokens:
+        if activations and half >= self.least_tokens and not self.releases:
             return f"train.micro_batch_tokens: {half} (the same gradients, a little slower)"
         if phase in ("forward", "backward") and self.checkpointing in _LESS:
             return f"train.activation_checkpointing: {_LESS[self.checkpointing]}"

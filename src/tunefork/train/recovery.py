@@ -51,6 +51,8 @@ class Recovery:
     optimizer: Optimizer
     checkpoints: Checkpoints | None
     on_fault: OnFault
+    releases: bool = False
+    """Weights move in the backward pass (`release.py`), and no gradient is kept."""
     rollbacks: int = 0
     last_spike: int = -1
 
@@ -65,8 +67,10 @@ class Recovery:
     ) -> DivergedError:
         """The error that ends the run before its next update; a good state before it is saved."""
         model, step = self.cut.model, done.step + 1
-        model.zero_grad(set_to_none=True)
-        found = blame(model, chosen, pad_id=self.cut.pad_id) if find_rows else None
+        self.cut.drop()
+        found = None
+        if find_rows:
+            found = blame(model, chosen, pad_id=self.cut.pad_id, backward=not self.releases)
         restore_random(random, model.device)
         if found is not None and found.is_weights:
             saved = ", and not saved: a checkpoint before, if there is one, is gone on from"
@@ -78,6 +82,20 @@ class Recovery:
             f"step {step}: {what}; the weights were left as they were before the step{saved}. "
             f"{rows[0].upper()}{rows[1:]}. Lower train.learning_rate, mend or remove those rows, "
             "or set train.precision: fp32"
+        )
+
+    def stop_after(self, what: str, done: Progress, chosen: Sequence[Encoded]) -> DivergedError:
+        """`stop`, of a step that moved the weights before what is sick of it could be seen."""
+        found = None if self.checkpoints is None else self.checkpoints.newest()
+        then = "starts anew, as there is no checkpoint yet"
+        if found is not None:
+            then = f"goes on from {found.folder.name}, the newest checkpoint"
+        names = ", ".join(e.source for e in chosen[:16])
+        return DivergedError(
+            f"step {done.step + 1}: {what}; with full.gradient_release weights had moved by it "
+            f"already, so nothing was saved, and the same command {then}. The step's rows: "
+            f"{names}. Set full.gradient_release: false to stop before the update and be told "
+            "which row it is; or lower train.learning_rate, or mend or remove those rows"
         )
 
     def spike(
@@ -104,7 +122,7 @@ class Recovery:
             what = f"{what}, after {self.rollbacks} rollbacks"
             raise self.stop(what, done, random, chosen, find_rows=False)
         self.rollbacks += 1
-        self.cut.model.zero_grad(set_to_none=True)
+        self.cut.drop()
         return self._go_back(step, what, done)
 
     def _go_back(self, step: int, what: str, done: Progress) -> Progress:

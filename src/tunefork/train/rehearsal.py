@@ -33,6 +33,7 @@ from tunefork.train.kernels import attention_kernels
 from tunefork.train.longest import Passes, passes_of
 from tunefork.train.out_of_memory import Remedies, phase
 from tunefork.train.progress import duration
+from tunefork.train.release import Release
 from tunefork.train.runner import Runner
 from tunefork.train.save_rehearsal import SaveCost, rehearse_save
 from tunefork.train.state import Optimizer
@@ -94,8 +95,11 @@ def rehearse(
     pad_id: int,
     on_out_of_memory: Literal["error", "shrink"],
     stage: Stage | None = None,
+    release: Release | None = None,
 ) -> Rehearsal | None:
     """Go through the run's worst moments; None for a run too short to need it.
+
+    With `release`, which is entered, gradients are freed as they come.
 
     Raises NoMemoryError that names the phase, NoRoomError where the disk will not hold what the run
     keeps, and whatever an evaluation or a save would have raised.
@@ -121,7 +125,7 @@ def rehearse(
                     )[at]
                     for step, at in passes.heaviest
                 ]
-                peak, train_s = _train(runner, optimizer, passes, made, len(steps))
+                peak, train_s = _train(runner, optimizer, passes, made, len(steps), release)
                 break
             except NoMemoryError:
                 if on_out_of_memory == "error" or limit <= longest:
@@ -139,6 +143,7 @@ def _train(
     passes: Passes,
     batches: Sequence[MicroBatch],
     num_steps: int,
+    release: Release | None,
 ) -> tuple[int, float]:
     """Peak bytes, and predicted seconds of all steps."""
     model = runner.model
@@ -147,7 +152,7 @@ def _train(
     model.train()
     reset_peak(device)
     try:
-        with dry_update(optimizer, runner.remedies) as update_s:
+        with dry_update(optimizer, runner.remedies, release) as update_s:
             if passes.is_accumulated:  # the second micro-batch finds the first one's gradients
                 zero_gradients(optimizer)
             token_s = []

@@ -118,12 +118,21 @@ class Runner:
             if size in self.graphs:
                 return self.graphs[size].replay(batch, divisor)
             self.seen.add(size)
+        loss = self.forward(laid, divisor, where)
+        self.backward(loss, where)
+        return loss.detach()
+
+    def forward(self, laid: Laid, supervised: int | Tensor, where: str) -> Tensor:
+        """`loss`, launched, with its graph, for `backward` to take the gradient."""
+        divisor = torch.as_tensor(supervised, dtype=torch.float32)
         divisor = divisor.to(self.model.device, non_blocking=True)
         with phase("forward", self.remedies, where):
-            loss = self._loss(batch.to(self.model.device), divisor)
+            return self._loss(laid.batch.to(self.model.device), divisor)
+
+    def backward(self, loss: Tensor, where: str) -> None:
+        """Add the gradient of what `forward` gave to the parameters'."""
         with phase("backward", self.remedies, where):
             loss.sum().backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
 
     def _loss(self, batch: MicroBatch, divisor: Tensor) -> Tensor:
         if self.bank is None:

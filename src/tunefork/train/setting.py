@@ -30,6 +30,7 @@ _CHANGES_NO_STEP = {
     "validate_every_steps",  # which examples are held back is in the data's digest
     "validation_share",
     "keep",
+    "gradient_release",
     "rehearse",
     "on_out_of_memory",
     "on_loss_spike",

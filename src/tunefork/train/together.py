@@ -21,7 +21,6 @@ On a GPU the host does not wait: a step's figures are read when the next one is 
 is sick has been held back on the device meanwhile. `drain` waits.
 """
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from tunefork.data.example import Encoded
 from tunefork.errors import CheckpointError, TuneforkError
 from tunefork.model.bank import Bank, BankAdapter
 from tunefork.model.head import find_head
-from tunefork.train.adamw_bank import BankAdamW, SlotUpdate
+from tunefork.train.adamw_bank import BankAdamW
 from tunefork.train.checkpoints import Checkpoints
 from tunefork.train.guard import SpikeWatch
 from tunefork.train.kernels import attention_kernels
@@ -41,7 +40,7 @@ from tunefork.train.runner import Runner
 from tunefork.train.state import RANDOM, Progress, State
 from tunefork.train.together_cut import GroupSettings, PassCut
 from tunefork.train.together_layout import unsupervised
-from tunefork.train.together_place import Begun, Pending, Place, names
+from tunefork.train.together_place import Begun, Pending, Place
 from tunefork.train.together_state import put_in, take_out
 
 __all__ = ["Group", "GroupSettings"]
@@ -154,15 +153,12 @@ class Group:
         if self.bank.device.type == "cuda":
             counts_g = counts_g.pin_memory()
         loss_g = self.cut.gradient(chosen, counts_g)
-        updates = {part.slot: self._update(part) for part in begun}
+        updates = {p.slot: self.places[p.slot].update(p, self._under_way(p.slot)) for p in begun}
         norm_g = self.optimizer.step(updates, loss_g)
-        figures, arrived = torch.stack([loss_g, norm_g]), None
-        if figures.is_cuda:
-            on_host = torch.empty(figures.shape, pin_memory=True)
-            figures = on_host.copy_(figures, non_blocking=True)
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record()
-        self._pending.append(Pending(begun, figures, arrived))
+        self._pending.append(Pending.of(begun, torch.stack([loss_g, norm_g])))
+
+    def _under_way(self, slot: int) -> int:
+        return sum(part.slot == slot for pending in self._pending for part in pending.begun)
 
     def _next(self, slot: int, place: Place) -> Begun | None:
         """The next step of what is in `slot`; a failed member's moves its padding on."""
@@ -180,37 +176,14 @@ class Group:
             return None
         return None if place.is_padding else part
 
-    def _update(self, part: Begun) -> SlotUpdate:
-        place = self.places[part.slot]
-        member = place.member
-        under_way = sum(b.slot == part.slot for p in self._pending for b in p.begun)
-        return SlotUpdate(
-            place.updates + under_way + 1,
-            part.learning_rate,
-            member.betas,
-            member.weight_decay,
-            member.max_grad_norm,
-        )
-
     def _collect(self, pending: Pending) -> None:
         """Read a step's figures."""
-        if pending.arrived is not None:
-            pending.arrived.synchronize()
-        losses, norms = pending.figures.tolist()
-        for part in pending.begun:
+        for part, loss, norm in pending.read():
             place = self.places.get(part.slot)
             if place is None or place.member.name != part.name or place.is_padding:
                 continue  # it left, or failed, meanwhile
-            loss, norm = losses[part.slot], norms[part.slot]
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                self._set_aside(
-                    part.slot,
-                    part.step,
-                    f"step {part.step}: the loss is {loss} and the gradient's norm {norm}; the "
-                    "weights were left as they were before the step. The step's rows: "
-                    f"{names(part.chosen)}. Lower train.learning_rate, mend or remove those rows, "
-                    "or set train.precision: fp32",
-                )
+            if (why := part.sick(loss, norm)) is not None:
+                self._set_aside(part.slot, part.step, why)
                 continue
             self._events += place.record(part, loss, norm)
             if part.step == len(place.member.steps):

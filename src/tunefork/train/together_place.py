@@ -1,14 +1,17 @@
 """A member in its slot: how far it is, and its part of a step that is under way."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from tunefork.data.example import Encoded
 from tunefork.errors import TuneforkError
+from tunefork.train.adamw_bank import SlotUpdate
 from tunefork.train.guard import SpikeWatch
 from tunefork.train.loop import StepRecord
 from tunefork.train.member import Member, MemberEvent, MemberStep, MemberWarned
@@ -68,6 +71,17 @@ class Place:
         rate = member.learning_rates[number - 1]
         return Begun(slot, member.name, number, chosen, supervised, rate)
 
+    def update(self, part: "Begun", under_way: int) -> SlotUpdate:
+        """What AdamW does at the step that was begun, with so many before it still under way."""
+        member = self.member
+        return SlotUpdate(
+            self.updates + under_way + 1,
+            part.learning_rate,
+            member.betas,
+            member.weight_decay,
+            member.max_grad_norm,
+        )
+
     def record(self, part: "Begun", loss: float, norm: float) -> list[MemberEvent]:
         """Take in a step's figures; returns what there is to tell."""
         events: list[MemberEvent] = []
@@ -101,8 +115,18 @@ class Begun:
     supervised: int
     learning_rate: float
 
+    def sick(self, loss: float, norm: float) -> str | None:
+        """In words, where one of its figures is not finite."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            return None
+        return (
+            f"step {self.step}: the loss is {loss} and the gradient's norm {norm}; the weights "
+            f"were left as they were before the step. The step's rows: {names(self.chosen)}. "
+            "Lower train.learning_rate, mend or remove those rows, or set train.precision: fp32"
+        )
 
-@dataclass(slots=True)
+
+@dataclass(frozen=True, slots=True)
 class Pending:
     """A step that was launched, and its figures as they come back."""
 
@@ -111,6 +135,23 @@ class Pending:
     """(2, G): losses and norms."""
     arrived: Any
     """A CUDA event; None where they are there."""
+
+    @classmethod
+    def of(cls, begun: list[Begun], figures: Tensor) -> Self:
+        """Figures on a GPU are copied without waiting for it."""
+        if not figures.is_cuda:
+            return cls(begun, figures, None)
+        on_host = torch.empty(figures.shape, pin_memory=True).copy_(figures, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+        return cls(begun, on_host, arrived)
+
+    def read(self) -> list[tuple[Begun, float, float]]:
+        """Each part with its loss and norm, once they are there."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        losses, norms = self.figures.tolist()
+        return [(part, losses[part.slot], norms[part.slot]) for part in self.begun]
 
 
 def names(examples: Sequence[Encoded]) -> str:

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from tunefork.data.loader import Data
 from tunefork.export.card import CARD, render
+from tunefork.model.asked import asked_sha256
 from tunefork.model.fingerprint import identify_trained
 from tunefork.model.load import without_progress_bars
 from tunefork.recipe import Method, Recipe
@@ -29,7 +31,7 @@ def save(
     recipe: Recipe,
     record: RunRecord,
     folder: Path,
-    data_sha256: str,
+    data: Data,
 ) -> RunRecord:
     """Write the artefact and its record, which is returned with what it lacked.
 
@@ -40,9 +42,7 @@ def save(
     (folder / name / CARD).unlink(missing_ok=True)  # of what an interrupted run had saved
     with Interrupt() as interrupt:
         write_artifact(model, tokenizer, recipe, record.method, folder / name)
-        write_provenance(
-            folder / name, _provenance(recipe, record, folder / name, tokenizer, data_sha256)
-        )
+        write_provenance(folder / name, _provenance(recipe, record, folder / name, tokenizer, data))
         saved = {
             "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "artifact": name,
@@ -69,7 +69,7 @@ def write_run_card(folder: Path, record: RunRecord) -> None:
 
 
 def _provenance(
-    recipe: Recipe, record: RunRecord, artifact: Path, tokenizer: Any, data_sha256: str
+    recipe: Recipe, record: RunRecord, artifact: Path, tokenizer: Any, data: Data
 ) -> Provenance:
     """What the artefact, whose weights and tokenizer are written, came from."""
     assert record.identity is not None
@@ -77,13 +77,16 @@ def _provenance(
     train = recipe.train.model_copy(
         update={"learning_rate": record.learning_rate, "seed": record.seed}
     )
-    resolved = recipe.model_copy(update={"method": record.method, "train": train})
+    # A server reads no file that an adapter names, so that what was read from them goes along.
+    update = {"method": record.method, "train": train, "data": data.section}
+    resolved = recipe.model_copy(update=update)
     return Provenance(
         identity=record.identity,
         own=own,
         method=record.method,
         recipe=resolved.model_dump(mode="json"),
-        data_sha256=data_sha256,
+        asked_sha256=asked_sha256(data),
+        data_sha256=data.fingerprint(),
         created=record.created,
         versions=record.versions,
     )

@@ -22,6 +22,8 @@ from tunefork.model.load import load_skeleton, load_tokenizer
 from tunefork.plan.gate import refuse_what_cannot_fit
 from tunefork.recipe import Method, Recipe
 from tunefork.registry.peft_format import adapter_settings
+from tunefork.train.method import plan_steps
+from tunefork.train.release import check_one_pass
 from tunefork.train.trackers import check_trackers
 
 
@@ -51,6 +53,14 @@ def check_recipe(
         head, *places = warning.splitlines()
         first = f" {places[0].strip()}, ...; `tunefork data check` says more" if places else ""
         say(f"warning: {head}{first}")
+    if Method.FULL in methods and recipe.full.gradient_release:
+        for seed in {recipe.train.seed, *(recipe.compare.seeds if len(methods) > 1 else ())}:
+            check_one_pass(
+                data.train,
+                plan_steps(recipe, len(data.train), seed=seed),
+                micro_batch_tokens=recipe.train.micro_batch_tokens,
+                packing=recipe.train.packing,
+            )
     plan = plan_evaluation(recipe, data, tokenizer)
     check_tokens(skeleton, recipe, data, plan, tokenizer, say)
     if not ignore_plan:

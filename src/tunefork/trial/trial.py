@@ -174,7 +174,7 @@ def _run(
             record = with_prediction(record, prediction, result)
         told.log.state("saving")
         with phase("save", Remedies.of(recipe, method)):
-            record = save(model, tokenizer, recipe, record, folder, data.fingerprint())
+            record = save(model, tokenizer, recipe, record, folder, data)
         if record.status == "interrupted":
             return record
         if recipe.train.checkpoints_when_done == "remove":
@@ -182,6 +182,8 @@ def _run(
         if result.is_asked_to_stop:  # during the last step: the same call goes on here
             raise KeyboardInterrupt
     told.log.state("evaluating")
+    if method is not None:
+        told.say(f"evaluating on {len(data.eval)} examples")
     with phase("evaluation", None if method is None else Remedies.of(recipe, method)):
         evaluation = evaluate(model, tokenizer, data, recipe)
     return finish(evaluation, recipe, record, folder)

@@ -39,7 +39,11 @@ def to_grammar(wanted: ResponseFormat | None, capabilities: Capabilities) -> Gra
             schema = json.dumps(wanted.json_schema.schema_)
             grammar = Grammar("json_schema", schema)
     if grammar.kind not in capabilities.grammars:
-        raise unsupported("response_format", f"{_BY_ENGINE} constrain answers to {grammar.kind}")
+        raise unsupported(
+            "response_format",
+            f"{_BY_ENGINE} constrain answers to {grammar.kind} (to the embedded one, its operator "
+            "can add grammars: pip install 'tunefork[grammar]')",
+        )
     return grammar
 
 
@@ -169,4 +173,9 @@ def begin(
         end_user=end_user,
         lease=target.lease,
     )
-    return Answer(gateway.parts, order)
+    try:
+        return Answer(gateway.parts, order)
+    except ApiError as error:
+        if error.code == "insufficient_quota":
+            gateway.parts.metrics.refused(caller.tenant.name, "month")
+        raise

@@ -8,6 +8,7 @@ from tunefork.data.example import Message
 from tunefork.errors import DataError
 from tunefork.serve.answers import Answer
 from tunefork.serve.api import asking, stream
+from tunefork.serve.api.admission import admit
 from tunefork.serve.api.chat_answer import ChatAnswer
 from tunefork.serve.api.chat_request import ChatRequest
 from tunefork.serve.api.errors import bad
@@ -20,8 +21,8 @@ from tunefork.serve.gateway import Gateway, Target
 async def create_chat_completion(request: Request) -> ASGIApp:
     """Answer a conversation."""
     gateway: Gateway = request.app.state.gateway
-    caller = gateway.admit(request.headers)
-    body = await read_body(request, gateway, ChatRequest)
+    caller = admit(request)
+    body = await read_body(request, gateway, caller.tenant, ChatRequest)
     return await unless_gone(request, _answer(request, gateway, caller, body))
 
 
@@ -58,7 +59,7 @@ async def _begin(gateway: Gateway, caller: Caller, target: Target, body: ChatReq
     characters = target.prompts.added_characters + sum(len(turn.content) for turn in turns)
     asking.check_size(gateway, target, characters, "messages")
     try:
-        ids = await gateway.in_thread(target.prompts.chat, turns)
+        ids = await gateway.read(caller.tenant, target.prompts.chat, turns)
     except DataError as error:
         raise bad(str(error), "messages") from error
     choices = body.n or 1

@@ -6,6 +6,7 @@ from starlette.types import ASGIApp
 
 from tunefork.serve.answers import Answer
 from tunefork.serve.api import asking, stream
+from tunefork.serve.api.admission import admit
 from tunefork.serve.api.completion_answer import CompletionAnswer
 from tunefork.serve.api.completion_request import MOST_PROMPTS, CompletionRequest
 from tunefork.serve.api.errors import bad
@@ -21,8 +22,8 @@ _MAX_TOKENS = 16
 async def create_completion(request: Request) -> ASGIApp:
     """Write on a text."""
     gateway: Gateway = request.app.state.gateway
-    caller = gateway.admit(request.headers)
-    body = await read_body(request, gateway, CompletionRequest)
+    caller = admit(request)
+    body = await read_body(request, gateway, caller.tenant, CompletionRequest)
     return await unless_gone(request, _answer(request, gateway, caller, body))
 
 
@@ -59,7 +60,7 @@ def _check(body: CompletionRequest) -> None:
 async def _begin(
     gateway: Gateway, caller: Caller, target: Target, body: CompletionRequest
 ) -> Answer:
-    prompts = [await _ids(gateway, target, prompt) for prompt in body.prompts]
+    prompts = [await _ids(gateway, caller, target, prompt) for prompt in body.prompts]
     choices = body.best_of or body.n or 1
     max_tokens = asking.answer_tokens(
         gateway,
@@ -92,10 +93,12 @@ async def _begin(
     )
 
 
-async def _ids(gateway: Gateway, target: Target, prompt: str | list[int]) -> list[int]:
+async def _ids(
+    gateway: Gateway, caller: Caller, target: Target, prompt: str | list[int]
+) -> list[int]:
     if isinstance(prompt, str):
         asking.check_size(gateway, target, len(prompt), "prompt")
-        ids: list[int] = await gateway.in_thread(target.prompts.text, prompt)
+        ids: list[int] = await gateway.read(caller.tenant, target.prompts.text, prompt)
         if not ids:
             raise bad("prompt: has no tokens; this model needs at least one", "prompt")
         return ids

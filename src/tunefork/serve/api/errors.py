@@ -4,6 +4,7 @@ A message never holds a path, a key or a text of the request: it may end in a lo
 is no status above 499 but 503, which always says when to try again.
 """
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -56,7 +57,7 @@ class ApiError(Exception):
         """As an answer."""
         headers = {}
         if self.retry_after is not None:
-            headers["Retry-After"] = str(max(1, round(self.retry_after + 0.5)))
+            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.body(), self.status, headers)
@@ -90,6 +91,7 @@ Unavailable = Literal[
     "overloaded",
     "deadline_exceeded",
     "adapter_unreadable",
+    "store_unusable",
     "usage_unrecorded",
     "internal_error",
 ]

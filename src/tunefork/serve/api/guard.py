@@ -9,6 +9,7 @@ import asyncio
 import ipaddress
 import logging
 import socket
+from collections import Counter
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -22,6 +23,8 @@ _ALWAYS = ("/health", "/ready", "/metrics")
 """Answered however many requests there are."""
 _MOST_LARGE = 64
 """Bodies of the largest size that are held at the same time, or more smaller ones."""
+_MOST_LARGE_PER_TENANT = 32
+"""The same of one tenant, so that its own do not keep the others' out."""
 logger = logging.getLogger(__name__)
 
 
@@ -31,8 +34,8 @@ class Guard:
     def __init__(self, app: ASGIApp, settings: ServeSettings) -> None:
         self._app, self._settings = app, settings
         self._open = 0
-        self._held_bytes = 0
-        """Of bodies of requests that are open."""
+        self._held_bytes: Counter[str] = Counter()
+        """Of bodies of requests that are open, by tenant."""
         own = () if settings.is_loopback else (socket.gethostname(), socket.getfqdn())
         names = (*LOOPBACK, *own, *settings.allowed_hosts)
         self._names = frozenset(name.lower() for name in names)
@@ -44,12 +47,12 @@ class Guard:
             elif scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1003})
             return
-        scope["cleanup"] = []
-        sending, body = _Sending(send), _Body()
+        scope["cleanup"], scope["limits"], scope["tenant"] = [], dict, ""
+        sending, body = _Sending(send, scope), _Body()
         self._open += 1
         try:
             self._check(scope)
-            await self._app(scope, self._bounded(receive, body), sending)
+            await self._app(scope, self._bounded(scope, receive, body), sending)
         except ApiError as error:
             await self._end(error, scope, receive, sending)
         except ClientGoneError:
@@ -60,7 +63,7 @@ class Guard:
             await self._end(told, scope, receive, sending)
         finally:
             self._open -= 1
-            self._held_bytes -= body.num_bytes
+            self._held_bytes[scope["tenant"]] -= body.num_bytes
             for clean in scope["cleanup"]:
                 clean()
 
@@ -102,7 +105,7 @@ class Guard:
             return False
         return address.is_loopback or not self._settings.is_loopback
 
-    def _bounded(self, receive: Receive, body: "_Body") -> Receive:
+    def _bounded(self, scope: Scope, receive: Receive, body: "_Body") -> Receive:
         """`receive`, which ends a body that is too long or too slow."""
         until = asyncio.get_running_loop().time() + self._settings.body_timeout_s
 
@@ -116,15 +119,20 @@ class Guard:
                 raise ApiError(408, "The request took too long to arrive") from error
             num_bytes = len(message.get("body", b""))
             body.num_bytes += num_bytes
-            self._held_bytes += num_bytes
+            self._held_bytes[scope["tenant"]] += num_bytes
             if body.num_bytes > self._settings.max_body_bytes:
                 raise self._too_large()
-            if self._held_bytes > _MOST_LARGE * self._settings.max_body_bytes:
+            if self._is_too_much(scope["tenant"]):
                 raise unavailable("overloaded", "Too many large requests at the same time", 1.0)
             body.is_complete = not message.get("more_body", False)
             return message
 
         return bounded
+
+    def _is_too_much(self, tenant: str) -> bool:
+        largest = self._settings.max_body_bytes
+        own, all_bytes = self._held_bytes[tenant], self._held_bytes.total()
+        return own > _MOST_LARGE_PER_TENANT * largest or all_bytes > _MOST_LARGE * largest
 
     def _too_large(self) -> ApiError:
         most = self._settings.max_body_bytes
@@ -152,13 +160,15 @@ class _Body:
 class _Sending:
     """Remembers whether an answer has begun, and adds what every answer has."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    def __init__(self, send: Send, scope: Scope) -> None:
+        self._send, self._scope = send, scope
         self.has_begun = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.has_begun = True
+            limits: dict[str, str] = self._scope["limits"]()
             headers = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
+            headers += [(name.encode(), value.encode()) for name, value in limits.items()]
             message = {**message, "headers": headers}
         await self._send(message)

@@ -6,6 +6,7 @@ from fastapi import Request
 from starlette.responses import JSONResponse, Response
 
 from tunefork.serve.adapters import Listed
+from tunefork.serve.api.admission import admit
 from tunefork.serve.gateway import Gateway
 
 OWNER = "tunefork"
@@ -14,7 +15,7 @@ OWNER = "tunefork"
 async def list_models(request: Request) -> Response:
     """The base, and every adapter of this tenant's over it."""
     gateway: Gateway = request.app.state.gateway
-    tenant = gateway.admit(request.headers).tenant
+    tenant = admit(request).tenant
     data = [_base(gateway)] if tenant.has_base else []
     data += [_adapter(gateway, listed) for listed in await gateway.adapters.all_of(tenant)]
     return JSONResponse({"object": "list", "data": data})
@@ -24,7 +25,7 @@ async def get_model(request: Request) -> Response:
     """One of them. The same 404 for what does not exist and what is another tenant's."""
     model: str = request.path_params["model"]
     gateway: Gateway = request.app.state.gateway
-    tenant = gateway.admit(request.headers).tenant
+    tenant = admit(request).tenant
     if model == gateway.base.name and tenant.has_base:
         return JSONResponse(_base(gateway))
     return JSONResponse(_adapter(gateway, await gateway.adapters.find(model, tenant)))

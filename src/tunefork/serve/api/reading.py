@@ -20,6 +20,7 @@ from tunefork.serve.api.errors import ApiError, bad, from_validation, unsupporte
 from tunefork.serve.api.gone import ClientGoneError
 from tunefork.serve.api.sampling_fields import UNSUPPORTED, SamplingFields, StreamOptions
 from tunefork.serve.gateway import Gateway
+from tunefork.serve.tenants import Tenant
 
 _SMALL_BYTES = 32 * 1024
 """Up to here parsing takes less than going to a thread does."""
@@ -36,7 +37,7 @@ _KNOWN = frozenset(
 Body = TypeVar("Body", bound=SamplingFields)
 
 
-async def read_body(request: Request, gateway: Gateway, model: type[Body]) -> Body:
+async def read_body(request: Request, gateway: Gateway, tenant: Tenant, model: type[Body]) -> Body:
     """The body as `model`. Raises ApiError (400, 413, 415)."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -49,7 +50,7 @@ async def read_body(request: Request, gateway: Gateway, model: type[Body]) -> Bo
         raise ClientGoneError from error
     if len(content) <= _SMALL_BYTES:
         return parse(content, model)
-    body: Body = await gateway.in_thread(parse, content, model)
+    body: Body = await gateway.read(tenant, parse, content, model)
     return body
 
 

@@ -84,7 +84,8 @@ class SamplingFields(ApiModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-_TOOLS = "tools are not; the adapters here were trained on plain turns"
+_TOOLS = "models here are trained and asked in plain turns"
+_CACHE = "which prefixes are kept, and how long, is the engine's choice"
 UNSUPPORTED = {
     "audio": "answers are text",
     "function_call": _TOOLS,
@@ -93,9 +94,9 @@ UNSUPPORTED = {
     "metadata": "answers are not stored",
     "moderation": "there is no moderation model",
     "prediction": "answers are not sped up by a guess",
-    "prompt_cache_key": "prefixes are shared within a tenant by themselves",
-    "prompt_cache_options": "prefixes are shared within a tenant by themselves",
-    "prompt_cache_retention": "prefixes are shared within a tenant by themselves",
+    "prompt_cache_key": _CACHE,
+    "prompt_cache_options": _CACHE,
+    "prompt_cache_retention": _CACHE,
     "web_search_options": "there is no search",
     "suffix": "models here write on, they do not fill in",
     "chat_template_kwargs": "the chat template is rendered as it was in training",

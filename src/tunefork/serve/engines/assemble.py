@@ -84,8 +84,7 @@ def assemble(
         graphs=flash and ours.cuda_graphs,
         compiles=flash and ours.compile,
     )
-    if passes.graphs:
-        passes.warm(has_slots=slots is not None)
+    passes.warm(has_slots=slots is not None)
     make_tiers = None
     if bank is not None and slots is not None:
         read = partial(
@@ -104,6 +103,7 @@ def assemble(
         make_tiers,
         max_requests=ours.max_requests,
         prefill_tokens=prefill_tokens,
+        sorts_tokens=slots is not None and slots.sorts_tokens,
     )
     vocabulary = int(model.get_output_embeddings().weight.shape[0])
     grammars = Grammars(tokenizer, vocabulary) if is_available() else None
@@ -113,7 +113,8 @@ def assemble(
         "dtype": str(dtype).removeprefix("torch."),
         "base_storage": ours.base_storage,
         "attention": "flash" if flash else "sdpa",
-        "cuda_graphs": passes.graphs,
+        "cuda_graphs": passes.graphs is not None and passes.graphs.is_on,
+        "compiled": passes.graphs is not None and passes.graphs.compiled is not None,
         "torch": torch.__version__,
     }
     return Assembled(core, tokenizer, grammars, model, max_model_len, vocabulary, info)

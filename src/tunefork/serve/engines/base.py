@@ -30,11 +30,11 @@ def load_base(
     model.to(device).eval().requires_grad_(False)
     bank = None
     if merged is None:
-        # Beside bf16 on a CPU, fp32 is the quicker one (`kernels/bank_stretches.py`).
+        # Beside bf16 on a CPU, A in fp32 is the quicker one (`kernels/bank_stretches.py`).
         wide = torch.float32 if device.type == "cpu" else dtype
         # Tensor cores and grouped products take ranks in steps of 16.
         rank = ours.max_rank if device.type == "cpu" else -(-ours.max_rank // 16) * 16
-        bank = add_serving_bank(model, slots=ours.slots, rank=rank, dtype=wide)
+        bank = add_serving_bank(model, slots=ours.slots, rank=rank, dtype_a=wide)
     can_fuse = device.type == "cuda" and dtype == torch.bfloat16 and not is_nf4
     if is_fp8 or (can_fuse and ours.fuse):
         form: Literal["bf16", "fp8"] = "fp8" if is_fp8 else "bf16"
@@ -42,5 +42,5 @@ def load_base(
         if bank is not None:
             bank.to(device)
             for group in groups:
-                group.join_banks()
+                group.join_banks(reads_own=ours.compile)
     return model, bank

@@ -12,6 +12,7 @@ the models, with the attention interface through which they compute.
 
 import asyncio
 import gc
+import logging
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import fields
 from threading import Thread
@@ -24,6 +25,7 @@ from tunefork.serve.engine import (
     Capabilities,
     EngineRequest,
     EngineState,
+    Meter,
     Piece,
     Sampling,
     ServedAdapter,
@@ -34,29 +36,36 @@ from tunefork.serve.engines.grammar import KINDS, Matcher, is_available
 from tunefork.serve.engines.sequence import open_sequence
 from tunefork.serve.settings import ServeSettings
 
+logger = logging.getLogger(__name__)
 _SAMPLING = frozenset(one.name for one in fields(Sampling))
 
 
 class _Stream:
     """Pieces of one answer on their way to whoever reads them. Event loop only."""
 
-    def __init__(self) -> None:
-        self.items: list[Piece | TuneforkError] = []
+    def __init__(self, meter: Meter) -> None:
+        self.pieces: list[Piece] = []
+        self.error: TuneforkError | None = None
+        self.meter = meter
         self.something = asyncio.Event()
 
     def put(self, item: Piece | TuneforkError) -> None:
-        self.items.append(item)
+        if isinstance(item, Piece):
+            self.meter.tokens += len(item.token_ids)
+            self.pieces.append(item)
+        else:
+            self.error = item
         self.something.set()
 
     async def take(self) -> Piece:
         """All that has come since, as one piece. Raises what the request ended with."""
         await self.something.wait()
-        self.something.clear()
-        items, self.items = self.items, []
-        pieces = [item for item in items if isinstance(item, Piece)]
-        for item in items:
-            if isinstance(item, TuneforkError):
-                raise item
+        if not self.pieces:
+            assert self.error is not None
+            raise self.error
+        pieces, self.pieces = self.pieces, []
+        if self.error is None:
+            self.something.clear()
         return pieces[0] if len(pieces) == 1 else _joined(pieces)
 
 
@@ -114,7 +123,7 @@ class EmbeddedEngine:
         limit = self.settings.embedded.max_requests + self.settings.embedded.max_queued
         if self._num_open >= limit:
             raise EngineBusyError(f"{self._num_open} requests are open; at most {limit} may be")
-        stream, core, is_over = _Stream(), parts.core, False
+        stream, core, is_over = _Stream(request.meter), parts.core, False
         self._num_open += 1
         try:
             matcher = await self._matcher(request, parts)
@@ -186,7 +195,10 @@ class EmbeddedEngine:
             death = EngineDeadError(f"the engine stopped: {type(error).__name__}: {error}"[:500])
             death.__cause__ = error
             self._death = death
-        parts.core.close(death)
+        try:
+            parts.core.close(death)
+        except Exception as error:  # everyone was told: what is left belongs to a dead device
+            logger.error("the engine's memory cannot be given back", exc_info=error)
 
     def _alive(self) -> Assembled:
         if self._death is not None:

@@ -36,6 +36,8 @@ class Sequence:
     region: Region | None = None
     slot: int | None = None
     is_over: bool = False
+    drawn: float | None = None
+    """For the next token, where it is sampled; kept until there is one."""
 
     @property
     def num_answered(self) -> int:
@@ -48,9 +50,16 @@ class Sequence:
         left = self.request.sampling.max_tokens - self.num_answered
         return len(self.tokens) + min(left, HEADROOM)
 
+    @property
+    def decodes(self) -> bool:
+        """All but its last token are computed."""
+        return 0 < self.computed == len(self.tokens) - 1
+
     def choice(self) -> Choice:
-        """How its next token is chosen; draws a random number where it is sampled."""
+        """How its next token is chosen. Asked again before `take`, it says the same."""
         sampling = self.request.sampling
+        if sampling.temperature > 0.0 and self.drawn is None:
+            self.drawn = self.random.random()
         changes: dict[int, float] = dict(sampling.logit_bias)
         if sampling.presence_penalty or sampling.frequency_penalty:
             for token, count in self.counts.items():
@@ -60,13 +69,14 @@ class Sequence:
             sampling.temperature,
             sampling.top_k,
             sampling.top_p,
-            self.random.random() if sampling.temperature > 0.0 else 0.0,
+            self.drawn or 0.0,
             tuple(changes.items()),
             None if self.matcher is None else self.matcher.allowed(),
         )
 
     def take(self, token: int) -> FinishReason | None:
         """Add a chosen token; why the answer ends with it, if it does."""
+        self.drawn = None
         self.tokens.append(token)
         self.counts[token] += 1
         sampling = self.request.sampling

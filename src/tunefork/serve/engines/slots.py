@@ -18,7 +18,7 @@ class BankSlots:
         self.ranks: dict[int, int] = {}
         """The largest rank in each slot."""
         self.dtype = next(iter(bank.layers.values())).dtype
-        self._is_sorted = bank.device.type == "cuda" and self.dtype == torch.bfloat16
+        self.sorts_tokens = bank.device.type == "cuda" and self.dtype == torch.bfloat16
         self._emptied: dict[int, torch.cuda.Event] = {}
         is_cuda = bank.device.type == "cuda"
         self._stream = torch.cuda.Stream(bank.device) if is_cuda else None  # type: ignore[no-untyped-call]
@@ -36,7 +36,7 @@ class BankSlots:
             self.bank.route_none()
         elif is_captured:
             self.bank.route_tokens(index_n)
-        elif self._is_sorted:
+        elif self.sorts_tokens:
             self.bank.route_stretches(lay_out_sorted(stretches, self.num_slots, device))
         else:
             rank = max(self.ranks[stretch.slot] for stretch in stretches)

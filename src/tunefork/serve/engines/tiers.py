@@ -182,12 +182,10 @@ class Tiers:
         self._trim_host()
 
     def close(self) -> None:
-        """Stop loading, and forget everything."""
+        """Stop loading, and forget everything. Slots are left as they are: so goes their bank."""
         self._threads.shutdown(wait=True, cancel_futures=True)
-        for entry in list(self.entries.values()):
-            self._drop(entry)
-        self.wanted.clear()
-        self.failures.clear()
+        for known in (self.entries, self.wanted, self.failures, self._arrived):
+            known.clear()
 
     def _grant(self, waiting: set[str]) -> None:
         """Slots for those that want one, in their order, as far as there are any."""
@@ -301,7 +299,7 @@ class Tiers:
                 self.slots.load(entry.slot, entry.host)
         except TuneforkError as error:
             found = error
-        except (OSError, RuntimeError, MemoryError) as error:
+        except Exception as error:  # whatever it is, its requests must not wait for ever
             found = EngineError(f"{entry.adapter.id}: cannot be loaded: {type(error).__name__}")
         self._arrived.append((entry, found, self.clock() - began))
         self.wake()

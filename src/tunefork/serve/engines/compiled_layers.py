@@ -1,0 +1,69 @@
+"""Decoder layers of decoding passes, compiled: a layer as written is some forty kernels, most of
+them norms and rotations of a few kilobytes, which a GPU cannot do in less than two microseconds.
+
+One compiled form serves all layers, which differ in their weights alone, and all numbers of rows:
+that dimension is marked, so that everything else stays a number that the compiler knows. Whether a
+pass has adapters is another form. Prompts run as written: they are seldom of one length.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tunefork.model.layers import decoder_layers
+from tunefork.serve.engines.attention import Reads
+
+_MOST_FORMS = 32
+"""With or without adapters, by attention's limits of length, for each kind of layer."""
+
+
+class CompiledLayers:
+    """The layers of `model`, compiled while `is_on`."""
+
+    def __init__(
+        self, model: PreTrainedModel, compiler: Callable[..., Any] = torch.compile
+    ) -> None:
+
+        self.is_on = False
+        self._layers = decoder_layers(model)
+        self._compiled = compiler(_as_written, fullgraph=True)
+        for layer in self._layers:
+            layer.forward = partial(self._run, layer)
+
+    def remove(self) -> None:
+        """The model is as it was."""
+        for layer in self._layers:
+            del layer.forward
+
+    def mark(self, tensor: Tensor) -> None:
+        """Its rows are of any number: (N, ...), or (1, N, ...) where transformers keeps a batch."""
+        torch._dynamo.maybe_mark_dynamic(tensor, int(tensor.ndim > 1 and tensor.shape[0] == 1))
+
+    def _run(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_on:
+            return _as_written(layer, *args, **kwargs)
+        for tensor in _tensors((args, kwargs)):
+            self.mark(tensor)
+        with torch._dynamo.config.patch(recompile_limit=_MOST_FORMS):
+            return self._compiled(layer, *args, **kwargs)
+
+
+def _as_written(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(layer).forward(layer, *args, **kwargs)
+
+
+def _tensors(told: Any) -> Iterator[Tensor]:
+    match told:
+        case Tensor():
+            yield told
+        case Reads():
+            yield from (told.write_n, told.starts_q, told.starts_k, told.used_r)
+        case tuple() | list():
+            for one in told:
+                yield from _tensors(one)
+        case dict():
+            yield from _tensors(list(told.values()))

@@ -1,0 +1,134 @@
+"""What a pass over many requests is told, laid out on the host and sent to the device in one copy.
+
+The tensors stay where they are from pass to pass, so that a captured CUDA graph finds them. Rows
+that only fill a decoding pass up write to a token of the cache that nobody has.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tunefork.kernels.bank_stretches import Stretch
+from tunefork.serve.engines.attention import Span
+
+STEP = 8
+"""A CPU's passes are filled up to a multiple of so many tokens: oneDNN compiles its products anew
+for every number of them, and keeps them (about 1.5 MB each)."""
+BASE = -1
+"""The slot of tokens that no adapter is for."""
+
+
+class Part(NamedTuple):
+    """One request's part of a pass."""
+
+    ids: Sequence[int]
+    """Its new tokens."""
+    position: int
+    """Of the first of them: how many are in the cache already."""
+    start: int
+    """Where its region begins in the cache."""
+    slot: int
+    wants_logits: bool
+    """Of its last token."""
+
+
+class Layout:
+    """The numbers of a pass, and where each kind of them lies in one tensor."""
+
+    def __init__(self, tokens: int, rows: int, device: torch.device) -> None:
+        sizes = {
+            "ids": tokens,
+            "positions": tokens,
+            "write": tokens,
+            "slots": tokens,
+            "last": rows,
+            "starts_q": rows + 1,
+            "starts_k": rows + 1,
+            "used": rows,
+        }
+        total, at = sum(sizes.values()), 0
+        self.is_cuda = device.type == "cuda"
+        self.host = torch.zeros(total, dtype=torch.int32, pin_memory=self.is_cuda)
+        self.device = self.host.to(device) if self.is_cuda else self.host
+        numbers = self.host.numpy()
+        self.numbers: dict[str, NDArray[np.int32]] = {}
+        self.tensors: dict[str, Tensor] = {}
+        for name, size in sizes.items():
+            self.numbers[name] = numbers[at : at + size]
+            self.tensors[name] = self.device[at : at + size]
+            at += size
+
+    def send(self) -> None:
+        """The host's numbers to the device."""
+        if self.device is not self.host:
+            self.device.copy_(self.host, non_blocking=True)
+
+    def lay_out_rows(self, parts: Sequence[Part], rows: int) -> int:
+        """Parts of one token each that all want logits, filled up to `rows`. Returns how many
+        tokens of the cache the longest sees.
+
+        Between two of these a GPU has nothing to do, so it is done with few calls.
+        """
+        numbers, given = self.numbers, len(parts)
+        position_r = np.zeros(rows, dtype=np.int32)
+        position_r[:given] = [part.position for part in parts]
+        start_r = np.zeros(rows, dtype=np.int32)
+        start_r[:given] = [part.start for part in parts]
+        numbers["ids"][:given] = [part.ids[0] for part in parts]
+        numbers["ids"][given:rows] = 0
+        numbers["slots"][:given] = [part.slot for part in parts]
+        numbers["slots"][given:rows] = BASE
+        numbers["positions"][:rows] = position_r
+        numbers["write"][:rows] = start_r + position_r
+        numbers["starts_k"][:rows] = start_r
+        numbers["used"][:rows] = position_r + 1
+        numbers["starts_q"][: rows + 1] = np.arange(rows + 1)
+        numbers["last"][:rows] = np.arange(rows)
+        return int(position_r.max()) + 1
+
+    def lay_out(self, parts: Sequence[Part]) -> tuple[list[Span], int, int]:
+        """Any parts. Returns their spans, how many tokens they are, and how many want logits."""
+        numbers, at, wanted = self.numbers, 0, 0
+        spans = []
+        for row, part in enumerate(parts):
+            new = len(part.ids)
+            run = np.arange(part.position, part.position + new, dtype=np.int32)
+            numbers["ids"][at : at + new] = part.ids
+            numbers["positions"][at : at + new] = run
+            numbers["write"][at : at + new] = run + part.start
+            numbers["slots"][at : at + new] = part.slot
+            spans.append(Span(at, new, part.start, part.position + new))
+            numbers["starts_q"][row] = at
+            numbers["starts_k"][row] = part.start
+            numbers["used"][row] = part.position + new
+            at += new
+            if part.wants_logits:
+                numbers["last"][wanted] = at - 1
+                wanted += 1
+        numbers["starts_q"][len(parts)] = at
+        end = at if self.is_cuda or at == 1 else -(-at // STEP) * STEP
+        for name in ("ids", "positions", "write"):
+            numbers[name][at:end] = 0
+        numbers["slots"][at:end] = BASE
+        return spans, end, wanted
+
+
+def stretches(parts: Sequence[Part]) -> list[Stretch]:
+    """The tokens that have an adapter, neighbours of one slot joined."""
+    ends = [0]
+    for part in parts:
+        ends.append(ends[-1] + len(part.ids))
+    found: list[Stretch] = []
+    for part, (first, last) in zip(parts, pairwise(ends), strict=True):
+        if part.slot == BASE:
+            continue
+        if found and found[-1].last == first and found[-1].slot == part.slot:
+            found[-1] = found[-1]._replace(last=last)
+        else:
+            found.append(Stretch(part.slot, first, last))
+    return found

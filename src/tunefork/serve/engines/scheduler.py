@@ -1,0 +1,173 @@
+"""Who computes in the next pass: who waits, who runs, and what each of them holds.
+
+A pass holds one token of every request that decodes, and pieces of the prompts of those that begin,
+up to a number of tokens: so that a long prompt does not hold up the others. A request begins when
+its adapter is in a slot and its tokens have room in the cache, first come, first served among those
+that could. Where the cache is full, the request that came last gives its room up and is computed
+again later.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from tunefork.errors import AdapterError, EngineError, TuneforkError
+from tunefork.serve.engines.cache import Cache
+from tunefork.serve.engines.layout import BASE, Part
+from tunefork.serve.engines.regions import Region
+from tunefork.serve.engines.sequence import Sequence as Answer
+from tunefork.serve.engines.tiers import Entry, Tiers
+from tunefork.serve.engines.trial import ROOM
+
+Planned = tuple[Answer, Part]
+
+
+class Scheduler:
+    """Engine thread only."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        tiers: Tiers | None,
+        try_adapter: Callable[[int, Region], str | None],
+        *,
+        max_requests: int,
+        prefill_tokens: int,
+        sorts_tokens: bool,
+    ) -> None:
+        """`try_adapter(slot, region)` says what is wrong with an adapter (`trial.py`).
+
+        `sorts_tokens`: a pass with prompts has its tokens in the order of their slots, those
+        without one last.
+        """
+        self.cache, self.tiers, self._try_adapter = cache, tiers, try_adapter
+        self.max_requests, self.prefill_tokens = max_requests, prefill_tokens
+        self.sorts_tokens = sorts_tokens
+        self.waiting: deque[Answer] = deque()
+        self.running: list[Answer] = []
+
+    def open(self) -> Iterator[Answer]:
+        """All requests; they may be dropped meanwhile."""
+        yield from (*self.running, *self.waiting)
+
+    def drop(self, answer: Answer) -> None:
+        """It computes no more, and holds nothing."""
+        if answer in self.waiting:
+            self.waiting.remove(answer)
+        if answer in self.running:
+            self.running.remove(answer)
+        self._let_go(answer)
+
+    def admit(self) -> list[tuple[Answer, TuneforkError]]:
+        """Let waiting requests begin. Returns those that never will, and why."""
+        if self.tiers is not None:
+            adapters = (answer.request.adapter for answer in self.waiting)
+            self.tiers.advance({adapter.id for adapter in adapters if adapter is not None})
+        failed: list[tuple[Answer, TuneforkError]] = []
+        for answer in list(self.waiting):
+            if len(self.running) >= self.max_requests:
+                break
+            entry: Entry | None = None
+            if answer.request.adapter is not None:
+                try:
+                    entry = self._entry(answer)
+                except TuneforkError as error:
+                    failed.append((answer, error))
+                    continue
+                if entry is None:
+                    continue
+            answer.region = self.cache.regions.take(answer.room)
+            if answer.region is None:
+                break
+            if entry is not None and self.tiers is not None:
+                answer.slot = self.tiers.enter(entry)
+            self.waiting.remove(answer)
+            self.running.append(answer)
+        return failed
+
+    def plan(self) -> list[Planned]:
+        """Who computes what in the next pass: decoding rows first, in the order of their slots."""
+        decoding = [answer for answer in self.running if answer.decodes]
+        decoding.sort(key=lambda a: (BASE if a.slot is None else a.slot, len(a.tokens)))
+        ready = [answer for answer in decoding if answer.region and self._has_room(answer)]
+        # A later one may have given its room up for an earlier one.
+        planned = [(answer, _part(answer, 1)) for answer in ready if answer.region is not None]
+        left = self.prefill_tokens
+        for answer in [answer for answer in self.running if not answer.decodes]:
+            new = min(len(answer.tokens) - answer.computed, left)
+            if new > 0:
+                planned.append((answer, _part(answer, new)))
+                left -= new
+        if self.sorts_tokens and len(planned) > len(ready):
+            planned.sort(key=lambda one: (one[1].slot == BASE, one[1].slot))
+        return planned
+
+    def _entry(self, answer: Answer) -> Entry | None:
+        """The request's adapter, if it can be computed with. Raises what its load ended with."""
+        assert answer.request.adapter is not None
+        if self.tiers is None:
+            raise EngineError("this engine has no slots for adapters")
+        entry = self.tiers.ready(answer.request.adapter)
+        if entry is None or entry.is_checked:
+            return entry
+        region = self.cache.regions.take(ROOM)
+        if region is None:
+            return None  # no room just now
+        assert entry.slot is not None
+        try:
+            why = self._try_adapter(entry.slot, region)
+        finally:
+            self.cache.regions.give(region)
+        if why is not None:
+            error = AdapterError(f"{entry.adapter.id}: {why}; it is not served")
+            self.tiers.fail(entry, error)
+            raise error
+        entry.is_checked = True
+        return entry
+
+    def _has_room(self, answer: Answer) -> bool:
+        """Whether its next token has room in the cache, made if need be."""
+        assert answer.region is not None
+        regions = self.cache.regions
+        while len(answer.tokens) > answer.region.size:
+            grown = regions.grow(answer.region, len(answer.tokens))
+            if grown is None:
+                grown = regions.take(answer.room)
+                if grown is not None:
+                    self.cache.move(answer.region, grown, answer.computed)
+                    regions.give(answer.region)
+            if grown is not None:
+                answer.region = grown
+                return True
+            last = self.running[-1]
+            self._put_back(last)
+            if last is answer:
+                return False
+        return True
+
+    def _put_back(self, answer: Answer) -> None:
+        """To the head of those that wait, without what it held."""
+        self.running.remove(answer)
+        self._let_go(answer)
+        answer.computed = 0
+        self.waiting.appendleft(answer)
+
+    def _let_go(self, answer: Answer) -> None:
+        if answer.region is not None:
+            self.cache.regions.give(answer.region)
+            answer.region = None
+        if answer.slot is not None and self.tiers is not None:
+            assert answer.request.adapter is not None
+            self.tiers.leave(answer.request.adapter.id)
+            answer.slot = None
+
+
+def _part(answer: Answer, new: int) -> Part:
+    assert answer.region is not None
+    end = answer.computed + new
+    return Part(
+        answer.tokens[answer.computed : end],
+        answer.computed,
+        answer.region.start,
+        BASE if answer.slot is None else answer.slot,
+        wants_logits=end == len(answer.tokens),
+    )

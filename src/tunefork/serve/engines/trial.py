@@ -1,0 +1,26 @@
+"""An adapter is tried before it is served: what it does to the logits of a few tokens.
+
+One that changes none is not the adapter that somebody wanted, and one whose logits are not finite
+answers nobody; both are said once, when it comes, rather than in every answer.
+"""
+
+import torch
+
+from tunefork.serve.engines.layout import BASE, Part
+from tunefork.serve.engines.passes import Passes
+from tunefork.serve.engines.regions import Region
+
+_TOKENS = 8
+ROOM = 2 * _TOKENS
+"""Tokens of the cache that a trial takes."""
+
+
+def try_adapter(passes: Passes, slot: int, region: Region) -> str | None:
+    """What is wrong with the adapter in `slot`, if anything. Waits for the pass."""
+    ids = [(7 * at + 3) % 64 for at in range(_TOKENS)]
+    starts = {slot: region.start, BASE: region.start + _TOKENS}
+    parts = [Part(ids, 0, start, whose, wants_logits=True) for whose, start in starts.items()]
+    own_v, base_v = passes.run(parts).logits_rv
+    if not bool(own_v.isfinite().all()):
+        return "the logits it gives are not finite"
+    return "it changes no logit of this base" if torch.equal(own_v, base_v) else None

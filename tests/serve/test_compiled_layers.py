@@ -1,0 +1,90 @@
+"""Compiled decoding layers say what layers as written say, by few forms for all layers and rows."""
+
+import asyncio
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.serve.embedded import base_folder, save_adapter, settings
+from tests.serve.test_embedded import _flash_by_numbers
+from tunefork.model import fused
+from tunefork.serve.engines import attention
+from tunefork.serve.engines.attention import Reads
+from tunefork.serve.engines.compiled_layers import CompiledLayers
+from tunefork.serve.engines.embedded import EmbeddedEngine
+from tunefork.serve.engines.layout import BASE, Part
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning:peft")]
+
+
+@torch.library.custom_op("tests::flash", mutates_args=())
+def _opaque(
+    query: Tensor, keys: Tensor, values: Tensor, rows: list[Tensor], longest_k: int, scale: float
+) -> Tensor:
+    """The stand-in for the kernel, as opaque to the compiler as that one is."""
+    starts_q, starts_k, used_r = rows
+    reads = Reads(used_r, starts_q, starts_k, used_r, 1, longest_k)
+    found: Tensor = _flash_by_numbers(query, keys, values, reads, scale, None)
+    return found
+
+
+@_opaque.register_fake
+def _(query: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(query)
+
+
+def _flash(
+    query: Tensor, keys: Tensor, values: Tensor, reads: Reads, scale: float, _: int | None
+) -> Tensor:
+    rows = [reads.starts_q, reads.starts_k, reads.used_r]
+    found: Tensor = _opaque(query, keys, values, rows, reads.longest_k, scale)
+    return found
+
+
+def test_one_form_with_and_one_without_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    monkeypatch.setattr(attention, "flash", _flash)
+    base = tmp_path / "base"
+    model = base_folder(base)
+    adapter = save_adapter(model, tmp_path / "a", rank=8, seed=1)
+    counter = CompileCounterWithBackend("eager")
+
+    async def run() -> None:
+        engine = EmbeddedEngine(settings(base, slots=5, max_rank=16))
+        await engine.start()
+        assert engine._parts is not None
+        parts, passes = engine._parts, engine._parts.core.passes
+        parts.model.set_attn_implementation("sdpa")  # layers with one input are found by a pass
+        for group in fused.fuse(parts.model, "bf16", "bf16", torch.device("cpu")):
+            group.join_banks(reads_own=True)
+        parts.model.set_attn_implementation(attention.NAME)
+        tiers = parts.core.tiers
+        assert tiers is not None
+        tiers.slots.load(3, tiers.read(adapter))
+        compiled = CompiledLayers(parts.model, partial(torch.compile, backend=counter))
+        passes.flash, graphs = True, passes.make_graphs(64, compiled)
+        passes.graphs, graphs.is_on = graphs, False
+        for rows in (48, 33, 2):
+            for slots in ((BASE,), (3, BASE)):
+                told = [
+                    Part([20 + at], at % 5, 64 * (1 + at), slots[at % len(slots)], True)
+                    for at in range(rows)
+                ]
+                compiled.is_on = False
+                expected = passes.run(told).logits_rv.clone()
+                compiled.is_on = True
+                torch.testing.assert_close(passes.run(told).logits_rv, expected)
+        compiled.remove()
+        passes.graphs = None
+        await engine.stop()
+
+    with torch.inference_mode():
+        asyncio.run(run())
+    assert counter.frame_count == 2
