@@ -97,10 +97,17 @@ def _child(parent: subprocess.Popen[str]) -> psutil.Process:
     return psutil.Process(parent.pid).children()[0]
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.5])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "delay_s"),
+    [
+        (signal.SIGINT, 0.0),
+        (signal.SIGINT, 0.05),
+        (signal.SIGINT, 0.5),
+        (signal.SIGTERM, 0.05),
+    ],
+)
 def test_a_signal_while_a_piece_starts_ends_both_quietly(
-    parent: subprocess.Popen[str], delay_s: float, number: signal.Signals
+    parent: subprocess.Popen[str], number: signal.Signals, delay_s: float
 ) -> None:
     child = _child(parent)
     time.sleep(delay_s)
