@@ -10,7 +10,7 @@ from tunefork.errors import RecipeError
 from tunefork.evaluate.forgetting import GENERAL
 from tunefork.model.packaged import PACKAGED
 from tunefork.recipe import Method, Recipe
-from tunefork.recipe_file import KEYWORDS, anchor, dump, load, parse, relative
+from tunefork.recipe_file import KEYWORDS, anchor, dump, load, parse, read_fields, relative
 
 SMALLEST: dict[str, Any] = {"model": "owner/name", "data": {"train": "owner/rows"}}
 TEXT = "model: owner/name\ndata: {train: owner/rows}\n"
@@ -73,6 +73,12 @@ def test_what_is_dumped_loads_equal(tmp_path: Path) -> None:
 def test_a_recipe_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         parse(SMALLEST).lora.rank = 3
+
+
+def test_what_is_read_again_is_not_what_was_made_of_it(file: Path) -> None:
+    before = load(file)
+    read_fields(file)["model"] = "another"
+    assert load(file) == before
 
 
 @pytest.mark.parametrize(
