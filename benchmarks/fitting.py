@@ -127,6 +127,7 @@ def fit_memory(runs: Sequence[Run], start: MemoryFit) -> MemoryFit:
             0.0 if is_recomputed else dynamic,
             dynamic if is_recomputed else 0.0,
             float(step.update.room_bytes),
+            dynamic if run.case.captures(step, run.largest) else 0.0,
         ]
         rows.append([size / run.process_bytes for size in sizes])
         wanted.append((run.process_bytes - peak - context) / run.process_bytes)
@@ -140,6 +141,7 @@ def fit_memory(runs: Sequence[Run], start: MemoryFit) -> MemoryFit:
             "held_per_dynamic": held[1],
             "held_per_recomputed": held[2],
             "held_per_room": held[3],
+            "held_per_captured": held[4],
         },
     )
 
@@ -151,6 +153,7 @@ _NOTHING = {
     "held_per_dynamic": 0.0,
     "held_per_recomputed": 0.0,
     "held_per_room": 0.0,
+    "held_per_captured": 0.0,
 }
 
 

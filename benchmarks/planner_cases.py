@@ -30,16 +30,17 @@ def _llama(
 
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "1.7b": _llama(2048, 6144, 28, 16, 8, 151_936, model_type="qwen3", head_dim=128),
-    "8b": _llama(4096, 14_336, 32, 32, 8, 128_256, tie_word_embeddings=False),
-    "1b": _llama(2048, 8192, 16, 32, 8, 128_256),
     "135m": _llama(576, 1536, 30, 9, 3, 49_152),
     "360m": _llama(960, 2560, 32, 15, 5, 49_152),
     "0.6b": _llama(1024, 3072, 28, 16, 8, 151_936, model_type="qwen3", head_dim=128),
+    "1b": _llama(2048, 8192, 16, 32, 8, 128_256),
+    "1.7b": _llama(2048, 6144, 28, 16, 8, 151_936, model_type="qwen3", head_dim=128),
     "3b": _llama(3072, 8192, 28, 24, 8, 128_256),
+    "8b": _llama(4096, 14_336, 32, 32, 8, 128_256, tie_word_embeddings=False),
+    "tiny": _llama(64, 160, 4, 4, 2, 512),
 }
-"""Qwen3-1.7B, Llama-3.1-8B, Llama-3.2-1B, SmolLM2-135M and -360M, Qwen3-0.6B, Llama-3.2-3B, in the
-order in which they are measured: should time be short, what matters most is there."""
+"""SmolLM2-135M and -360M, Qwen3-0.6B, Llama-3.2-1B, Qwen3-1.7B, Llama-3.2-3B, Llama-3.1-8B; and one
+to try the script on a CPU with."""
 
 HELD_OUT_SHAPE = "1.7b"
 """A size that no run had been measured of when the model of time and memory was settled."""
@@ -47,34 +48,38 @@ SALT = "tunefork planner, third grid"
 HELD_OUT_FILE = Path(__file__).with_name("planner_h200_held_out.txt")
 
 CASES = [
-    "135m-lora-16x768",
-    "135m-qlora-12x1024-packed-eager",
-    "360m-lora-8x1024-fp8-full",
-    "360m-full-8x512-8bit-eager",
-    "0.6b-lora-4x1024-packed",
-    "0.6b-full-8x768",
-    "1b-lora-8x1024",
-    "1b-lora-4x4096-full-eager",
-    "1b-qlora-8x768-fp8-offload",
-    "1b-full-8x768-eager",
+    "8b-lora-8x2048-fp8",
+    "8b-lora-8x2048",
+    "8b-lora-8x64-fp8",
+    "8b-qlora-8x1024-fp8-offload",
+    "8b-full-4x2048-bf16-8bit-full-eager",
+    "8b-full-4x2048-bf16-full-released",
     "1.7b-lora-4x1536-fp8",
-    "1.7b-lora-8x1536-full-eager",
     "1.7b-qlora-8x1024-full",
     "1.7b-full-4x2048-adamwbf16-full",
+    "1.7b-lora-8x1536-full-eager",
+    "8b-lora-4x2048-fp8-full",
+    "8b-lora-4x1536-r64-fp8-selective",
+    "8b-lora-2x2048-eager",
+    "8b-qlora-4x2048-full-eager",
+    "8b-qlora-4x2048-fp8",
+    "1b-lora-8x1024",
+    "1b-qlora-8x768-fp8-offload",
+    "1b-lora-4x4096-full-eager",
+    "1b-full-8x768-eager",
     "3b-lora-8x1024-offload",
     "3b-qlora-2x2048-eager",
     "3b-full-4x2048-bf16-full-eager",
-    "8b-lora-8x2048",
-    "8b-lora-8x2048-fp8",
-    "8b-lora-4x2048-fp8-full",
-    "8b-lora-4x1536-r64-fp8-selective",
-    "8b-lora-8x64-fp8",
-    "8b-lora-2x2048-eager",
-    "8b-qlora-8x1024-fp8-offload",
-    "8b-qlora-4x2048-full-eager",
-    "8b-full-4x2048-bf16-8bit-full-eager",
+    "0.6b-lora-4x1024-packed",
+    "0.6b-full-8x768",
+    "360m-lora-8x1024-fp8-full",
+    "360m-full-8x512-8bit-eager",
+    "135m-lora-16x768",
+    "135m-full-8x512",
+    "135m-qlora-12x1024-packed-eager",
 ]
-"""Compiled, and captured where the engine would, unless the name ends in `eager`."""
+"""In the order in which they are measured: should time be short, what matters most is there.
+Compiled, and captured where the engine would, unless the name ends in `eager`."""
 CHECKPOINTING = ("selective", "full", "offload")
 OPTIMIZERS = {"8bit": "adamw_8bit", "adamwbf16": "adamw_bf16"}
 TIMED, TIMED_SMALL = 6, 20
@@ -99,6 +104,8 @@ class Case:
     """Examples of many lengths share rows."""
     weights: str
     optimizer: str
+    released: bool
+    """Each weight is updated, and its gradient let go, within the backward pass."""
 
     @property
     def held_out(self) -> bool:
@@ -125,6 +132,7 @@ def read_case(name: str) -> Case:
         packed="packed" in options,
         weights="bf16" if {"bf16", "adamwbf16"} & set(options) else "fp32",
         optimizer=next((kind for name, kind in OPTIMIZERS.items() if name in options), "adamw"),
+        released="released" in options,
     )
 
 
@@ -163,7 +171,11 @@ def build_of(case: Case) -> Any:
     return Build(
         method=Method(case.method),
         lora=LoraSection(rank=case.rank),
-        full=FullSection(weights=case.weights, optimizer=case.optimizer),  # type: ignore[arg-type]
+        full=FullSection(
+            weights=case.weights,  # type: ignore[arg-type]
+            optimizer=case.optimizer,  # type: ignore[arg-type]
+            gradient_release=case.released,
+        ),
         dtype=torch.bfloat16,
         checkpointing=case.checkpointing,  # type: ignore[arg-type]
         device="cuda",

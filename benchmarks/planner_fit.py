@@ -84,7 +84,7 @@ def read_raw(raw: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             planned[name] = row["planned"]
         elif "error" not in row or "error" in measured.get(name, {"error": ""}):
             measured[name] = row
-    order = [name for name in CASES if name in measured]
+    order = [name for name in dict.fromkeys([*CASES, *measured]) if name in measured]
     return {name: measured[name] for name in order}, planned
 
 
@@ -102,7 +102,7 @@ def step_from(fields: dict[str, Any]) -> Any:
     return Step(**found)
 
 
-def fit(raw: Path) -> None:
+def fit(raw: Path, *, writes: bool = True) -> None:
     """Fit on the cases that are not held out, judge on those that are, write both files."""
     from benchmarks.fitting import fit_memory, fit_time, write_fit
     from benchmarks.results import write
@@ -134,13 +134,20 @@ def fit(raw: Path) -> None:
             "time": found.time.model_copy(update={"error": _up(worst["step"])}),
         }
     )
-    write_fit(found)
     judged = {row["case"]: row for row in rows}
+    print(f"worst of {len(held)} held out: {worst_held}; of all {len(rows)}: {worst}")
+    missing = [name for name in CASES if name not in judged]
+    print(f"not measured: {', '.join(missing) or 'none'}")
+    if not writes:
+        print(found.model_dump_json(indent=1))
+        return
+    write_fit(found)
     kept = (
         "step_s_spread",
         "steps_s",
         "host_operation_s",
         "context_bytes",
+        "used_before_bytes",
         "reserved_bytes",
         "losses",
         "error",
@@ -156,14 +163,13 @@ def fit(raw: Path) -> None:
         command="python benchmarks/planner_h200.py measure; python benchmarks/planner_h200.py fit",
         versions=first["versions"],
     )
-    missing = [name for name in CASES if name not in judged]
-    print(f"worst of {len(held)} held out: {worst_held}; of all {len(rows)}: {worst}; {file}")
-    print(f"not measured: {', '.join(missing) or 'none'}")
+    print(file)
 
 
 def _worst(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Largest relative error of each figure."""
-    return {n: max(abs(row["errors"][n]) for row in rows) for n in ("tensor", "process", "step")}
+    figures = ("tensor", "process", "step")
+    return {n: max((abs(row["errors"].get(n, 0.0)) for row in rows), default=0.0) for n in figures}
 
 
 def _judged(run: Any) -> dict[str, Any]:
@@ -172,6 +178,7 @@ def _judged(run: Any) -> dict[str, Any]:
         "process_bytes": run.predicted_process_bytes(),
         "step_s": run.predicted_step_s(),
     }
+    predicted = {name: value for name, value in predicted.items() if getattr(run, name) is not None}
     row: dict[str, Any] = {"case": run.name, "held_out": run.is_held_out}
     for name, value in predicted.items():
         row[f"predicted_{name}"] = value

@@ -4,14 +4,21 @@ Each case (`planner_cases.py`) is a real training run, with random weights and t
 token supervised, by the code that `tunefork train` runs.
 
     python benchmarks/planner_h200.py hold-out                    writes the list of those held out
+    python benchmarks/planner_h200.py estimate                    anywhere: how long each will take
     python benchmarks/planner_h200.py measure --out RAW.jsonl     on the GPU, 5 to 8 minutes
     python benchmarks/planner_h200.py fit RAW.jsonl               anywhere: fits, writes the results
 
 `measure` appends a line a case as it goes, and goes on with what is missing when called again.
 First it compiles all cases side by side, on models of two layers, into PyTorch's cache on the disk,
-and plans each one there, with the very PyTorch that will run it; then it runs one after the other.
+and plans each one there, with the very PyTorch that will run it. Then it runs one after the other,
+each in a process of its own, for memory to be its alone; the next ones import meanwhile.
 
-`fit` writes src/tunefork/plan/fits.yaml (what the planner uses) and results/planner_h200.json.
+`fit` writes src/tunefork/plan/fits.yaml (what the planner uses) and results/planner_h200.json;
+with `--dry` neither. On a CPU all of it can be tried:
+
+    PLANNER_DEVICE=cpu python benchmarks/planner_h200.py measure --out /tmp/raw.jsonl \\
+        --cases tiny-lora-2x64 tiny-full-2x64-full tiny-qlora-2x64-packed
+    python benchmarks/planner_h200.py fit --dry /tmp/raw.jsonl
 """
 
 import argparse
@@ -30,7 +37,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.planner_cases import (
     CASES,
     HELD_OUT_FILE,
-    SHAPES,
     Case,
     build_of,
     config,
@@ -41,10 +47,14 @@ from benchmarks.planner_cases import (
 from benchmarks.planner_fit import fit, read_raw
 from benchmarks.workers import Worker
 
-_SIDE_BY_SIDE = 8
+_SIDE_BY_SIDE = max(1, min(8, (os.cpu_count() or 1) // 2))
 """Processes that compile at the same time."""
 _SHARE_TO_PREPARE = 0.4
 """Of the time given: what is not compiled by then is compiled in its own run."""
+_AHEAD = 2
+"""Processes that import while another runs."""
+_STARTING_S = {True: 14.0, False: 6.0}
+"""For `estimate`: a run's process and its model, compiled (from the cache) or not; guessed."""
 
 
 def run_case(case: Case) -> dict[str, Any]:
@@ -56,6 +66,8 @@ def run_case(case: Case) -> dict[str, Any]:
     from tunefork.plan.short_run import short_run
 
     device = torch.device(DEVICE)
+    is_cuda = device.type == "cuda"
+    free, total = torch.cuda.mem_get_info(device) if is_cuda else (0, 0)
     host_s = operation_seconds(device)
     measured = short_run(
         config(case.shape),
@@ -65,19 +77,19 @@ def run_case(case: Case) -> dict[str, Any]:
         packing=case.packed,
         device=device,
     )
-    is_cuda = device.type == "cuda"
     return {
         "case": case.name,
         "device": torch.cuda.get_device_name() if is_cuda else "cpu",
         **asdict(measured),
         "reserved_bytes": torch.cuda.max_memory_reserved() if is_cuda else None,
+        # A bare context, unless something else holds memory, which would count as this run's.
+        "used_before_bytes": total - free,
         "host_operation_s": host_s,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
 
 
 DEVICE = os.environ.get("PLANNER_DEVICE", "cuda:0")
-"""On a CPU the script can be tried, with small `--cases` (135m-lora-2x64)."""
 
 
 def prepare_case(case: Case) -> dict[str, Any]:
@@ -104,29 +116,59 @@ def prepare_case(case: Case) -> dict[str, Any]:
     return {"case": case.name, "compiled_s": compiled_s, "prepared_s": seconds, "planned": steps}
 
 
-def _planned(case: Case) -> list[dict[str, Any]]:
-    """What the planner traces for each shape of pass that the case has."""
+def _shapes(case: Case) -> list[list[Any]]:
+    """Of each step's passes."""
     from tunefork.data.pack import pack
     from tunefork.plan.batches import shape_of
     from tunefork.plan.short_run import examples_of
+
+    vocabulary = config(case.shape).get_text_config().vocab_size
+    examples, steps = examples_of(lengths(case), vocabulary)
+    most = case.rows * case.length
+    return [
+        [
+            shape_of(batch)
+            for batch in pack([examples[at] for at in step], max_tokens=most, packing=case.packed)
+        ]
+        for step in steps
+    ]
+
+
+def _planned(case: Case) -> list[dict[str, Any]]:
+    """What the planner traces for each shape of pass that the case has."""
     from tunefork.plan.step import trace_step
 
-    whole = config(case.shape)
-    examples, steps = examples_of(lengths(case), whole.get_text_config().vocab_size)
-    batches = [
-        batch
-        for step in steps
-        for batch in pack(
-            [examples[at] for at in step],
-            max_tokens=case.rows * case.length,
-            packing=case.packed,
-        )
-    ]
-    shapes = dict.fromkeys(shape_of(batch) for batch in batches)
-    made = build_of(case)
+    whole, made = config(case.shape), build_of(case)
+    shapes = dict.fromkeys(shape for step in _shapes(case) for shape in step)
     return [
         {"shape": asdict(shape), "step": asdict(trace_step(whole, made, shape))} for shape in shapes
     ]
+
+
+def estimate(names: list[str]) -> None:
+    """Print how long each case will take on an H200, by the plan's own seconds of a step."""
+    from tunefork.plan.catalogue import load_catalogue
+    from tunefork.plan.device import target_of
+    from tunefork.plan.method import Case as Planned
+    from tunefork.plan.method import one_pass_seconds
+    from tunefork.plan.shape import count_params
+    from tunefork.plan.time import update_seconds
+
+    target, so_far = target_of(load_catalogue().machine(["h200"])), 0.0
+    for name in names:
+        case, whole = read_case(name), config(read_case(name).shape)
+        planned, steps = Planned(whole, count_params(whole), build_of(case), target), _shapes(case)
+        step = planned.step(steps[0][0])
+        training_s = len(steps) * update_seconds(step.update, target.rates, target.fit.time)
+        training_s += sum(
+            one_pass_seconds(planned, step, planned.step(shape).work, shape)
+            for passes in steps
+            for shape in passes
+        )
+        so_far += training_s + _STARTING_S[case.compiled]
+        held = "held out" if case.held_out else ""
+        gib = planned.memory(steps[0][0]).process.mid / 2**30
+        print(f"{name:38s} {held:8s} {gib:6.1f} GiB  {training_s:5.1f} s, {so_far:4.0f} in all")
 
 
 def measure(out: Path, names: list[str], seconds: float) -> None:
@@ -139,18 +181,16 @@ def measure(out: Path, names: list[str], seconds: float) -> None:
             stream.flush()
             _say(row)
 
+        waiting = [Worker(__file__, "run", [name]) for name in names[:_AHEAD]]
         _prepare(names, time.monotonic() + _SHARE_TO_PREPARE * seconds, tell)
-        waiting = None
-        groups = [[n for n in names if read_case(n).shape == shape] for shape in SHAPES]
-        groups = [group for group in groups if group]
-        for group, after in zip(groups, [*groups[1:], None], strict=True):
-            worker = waiting or Worker(__file__, "run", group)
-            waiting = Worker(__file__, "run", after) if after else None  # imports meanwhile
+        for at in range(len(names)):
+            worker = waiting.pop(0)
+            waiting += [Worker(__file__, "run", [n]) for n in names[at + _AHEAD :][:1]]
             if not worker.finish(deadline, tell):
                 print("out of time", flush=True)
-                if waiting:
-                    waiting.end()
-                return
+                break
+        for worker in waiting:
+            worker.end()
 
 
 def _prepare(names: list[str], deadline: float, tell: Any) -> None:
@@ -182,9 +222,10 @@ def _prepare(names: list[str], deadline: float, tell: Any) -> None:
 
 def work_on(verb: str, names: list[str]) -> None:
     """In a worker's process: import, wait to be told, then print a row a case."""
-    import tunefork.plan.plan
-    import tunefork.plan.short_run  # noqa: F401
+    import torch._inductor.compile_fx  # noqa: F401
+    from transformers import AutoModelForCausalLM  # noqa: F401
 
+    # Not this library yet: bitsandbytes looks at the GPU, on which another case is measured.
     sys.stdin.readline()
     for name in names:
         try:
@@ -217,7 +258,11 @@ def main() -> None:
     verbs.add_parser("hold-out")
     for verb in ("prepare", "run"):
         verbs.add_parser(verb).add_argument("names", nargs="+")
-    verbs.add_parser("fit").add_argument("raw", type=Path)
+    estimating = verbs.add_parser("estimate")
+    estimating.add_argument("--cases", nargs="*", default=CASES)
+    fitting = verbs.add_parser("fit")
+    fitting.add_argument("raw", type=Path)
+    fitting.add_argument("--dry", action="store_true", help="write nothing")
     options = parser.parse_args()
     match options.verb:
         case "prepare" | "run":
@@ -228,8 +273,10 @@ def main() -> None:
             done = read_raw(options.out)[0] if options.out.exists() else {}
             left = [n for n in options.cases if "error" in done.get(n, {"error": ""})]
             measure(options.out, left, options.seconds)
+        case "estimate":
+            estimate(options.cases)
         case _:
-            fit(options.raw)
+            fit(options.raw, writes=not options.dry)
 
 
 if __name__ == "__main__":

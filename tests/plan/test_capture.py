@@ -1,6 +1,7 @@
-"""A layer's graphs by AOTAutograd alone are those that torch.compile makes of it."""
+"""A layer's graphs by the partitioner alone are those that torch.compile makes of it."""
 
 import copy
+import operator
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,8 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 from tunefork.plan import capture as capturing
 from tunefork.plan.attention import Setting, install
 from tunefork.plan.built import Build, built
-from tunefork.plan.program import Kernel, Program
+from tunefork.plan.program import Kernel, Program, UnknownOperationError
+from tunefork.plan.recorded import joint_graph
 from tunefork.plan.trace import Trace
 from tunefork.recipe import FullSection, LoraSection, Method
 
@@ -92,3 +94,29 @@ def test_layers_that_are_alike_are_traced_once(monkeypatch: pytest.MonkeyPatch) 
     found = capturing._traced(built(config, made).model)
     assert found is not None and len(found) == 4
     assert len(traced) == 2 and found[0] is found[2] and found[1] is found[3]
+
+
+def test_what_changes_a_tensor_in_place_is_not_recorded_as_if_it_did_not() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        y.add_(x)
+        return y
+
+    x = torch.empty(4, device="meta", requires_grad=True)
+    with pytest.raises(UnknownOperationError, match=r"add_"):
+        joint_graph(function, [x], {})
+
+
+def test_a_product_added_in_place_gives_the_whole_tensor_anew() -> None:
+    def function(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            y = x @ w
+            torch.ops.tunefork.add_product_(y[:, :2], x, w[:, :2], 1.0)
+        return (y * x).sum()
+
+    x = torch.empty(4, 3, device="meta", requires_grad=True)
+    graph = joint_graph(function, [x, torch.empty(3, 3, device="meta")], {}).graph
+    (product,) = graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+    (after,) = graph.find_nodes(op="call_function", target=operator.getitem)
+    (times,) = [node for node in after.users if node.meta.get("partitioner_tag") is None]
+    assert after.args[0].kwargs["_all_bases"] == [product] and times.args[0] is after

@@ -97,7 +97,35 @@ def test_qlora_70b_fits_48_gb_at_a_short_sequence_and_not_24() -> None:
         qlora = _of(plan, Method.QLORA)
         assert qlora.fits and qlora.activation_checkpointing in ("full", "offload")
         assert qlora.peak_process_bytes.mid / GB < 45
-    assert not _of(_plan(70.55e9, ["rtx4090"], method=Method.QLORA), Method.QLORA).may_fit
+    refused = _of(_plan(70.55e9, ["rtx4090"], method=Method.QLORA), Method.QLORA)
+    assert not refused.may_fit
+    # One that tunefork can use, although four small GPUs cost less.
+    assert refused.next_option is not None and refused.next_option.startswith("1 x ")
+
+
+def test_shorter_rows_are_proposed_where_whole_ones_do_not_fit() -> None:
+    qlora = _of(_plan(70.55e9, ["l40s"], length=2048, method=Method.QLORA), Method.QLORA)
+    assert not qlora.fits and qlora.largest_length is not None
+    rows = f"train.micro_batch_tokens: {qlora.largest_length // 64 * 64} and no longer example"
+    assert qlora.next_option is not None and rows in qlora.next_option
+
+
+@pytest.mark.parametrize(
+    ("gpu", "steps", "is_told"), [("l4", 100, 1), ("l4", 99, 0), ("a10g", 100, 0)]
+)
+def test_a_plan_in_bf16_says_that_auto_will_try_fp8(gpu: str, steps: int, is_told: int) -> None:
+    plan = plan_numbers(
+        model=0.1345e9,
+        work=Work(8 * steps, 80 * steps, 80 * steps, 1.0, 10, 8),
+        lora=LoraSection(),
+        full=FullSection(),
+        methods=(Method.LORA, Method.QLORA),
+        machine=load_catalogue().machine([gpu]),
+        precision="auto",
+        compile="never",
+        has_details=False,
+    )
+    assert sum("train.precision: auto" in note for note in plan.notes) == is_told
 
 
 @pytest.mark.slow

@@ -87,7 +87,12 @@ class LoraLinear(nn.Module):
         self.base_adds_delta = False
         """The base is a layer of a fused group (`model/fused.py`), which computes the delta too."""
         device = base.codes.device if isinstance(base, Nf4Linear) else base.weight.device
-        self.lora_a = nn.Parameter(first_a(rank, base.in_features, generator).to(device))
+        lora_a = (
+            torch.empty(rank, base.in_features, device=device)
+            if device.type == "meta"
+            else first_a(rank, base.in_features, generator).to(device)
+        )
+        self.lora_a = nn.Parameter(lora_a)
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
 
     def materialize(self) -> Tensor:

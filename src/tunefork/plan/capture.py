@@ -5,10 +5,11 @@ what to keep and what to work out again. So the plan asks it. The layers of a sh
 given to it with a backend that takes the two graphs of each and makes no kernels; these become
 programs (`plan/program.py`). Two ways lead there:
 
-    torch.compile   as in a run, Dynamo's reading of the layer's code included: where there is a
-                    GPU, so that what this version of PyTorch does is what is planned, and for
-                    `selective`, which Dynamo translates
-    AOTAutograd     alone, in a third of the time: the same programs (`tests/plan/test_capture.py`)
+    torch.compile   as in a run, Dynamo's reading of the layer's code and AOTAutograd's tracing
+                    included: where there is a GPU, so that what this version of PyTorch does is
+                    what is planned, and for `selective`, which Dynamo translates
+    the partitioner alone, over a graph of our own (`plan/recorded.py`), in a tenth of the time:
+                    the same programs (`tests/plan/test_capture.py`)
 """
 
 import warnings
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 from tunefork.data.pack import Segments
@@ -28,6 +30,7 @@ from tunefork.kernels.compiled import standing_for_gpu
 from tunefork.model.layers import decoder_layers, prepare_layers
 from tunefork.model.packed_attention import in_place_of_mask
 from tunefork.plan.program import TOKENS, Program, UnknownOperationError, program_of
+from tunefork.plan.recorded import joint_graph
 from tunefork.recipe import Checkpointing
 
 
@@ -82,7 +85,7 @@ class _Pair:
     backward: Any = None
 
     def compilers(self) -> dict[str, Any]:
-        """For AOTAutograd: graphs are kept, not compiled, and partitioned as Inductor has them."""
+        """Graphs are kept, not compiled, and decomposed and partitioned as Inductor has them."""
         from torch._functorch.partitioners import min_cut_rematerialization_partition
         from torch._inductor.decomposition import select_decomp_table
 
@@ -179,12 +182,12 @@ def _noting(found: _Backend, at: int, forward: Callable[..., Any], *args: Any, *
 
 
 def _traced(model: PreTrainedModel) -> list[Layer] | None:
-    """By AOTAutograd alone."""
+    """By the partitioner alone."""
     found = _Tracer()
     prepare_layers(model, "none", compiles=True, compiler=found.compiler)
     try:
         _pass(model)
-    except Exception:  # any model's code, which Dynamo may read where AOTAutograd cannot
+    except Exception:  # any model's code, which Dynamo may read where it cannot be recorded
         return None
     finally:
         _restore(model)
@@ -229,10 +232,7 @@ def _trace_layer(
     run: Callable[..., Any], layer: nn.Module, x_d: Tensor, args: Any, more: Any
 ) -> Layer:
     """The graphs of `run(layer, x_d, *args, **more)`; weights that are frozen are constants."""
-    from torch._functorch.aot_autograd import aot_function
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.nn.utils.stateless import _reparametrize_module
-    from torch.utils._pytree import tree_flatten, tree_unflatten
 
     trained = {n: p for n, p in layer.named_parameters() if p.requires_grad}
     given, spec = tree_flatten((args, more))
@@ -248,21 +248,14 @@ def _trace_layer(
 
     pair = _Pair()
     options = pair.compilers()
-    partition = options["partition_fn"]
-
-    def as_dynamo_has_it(*args: Any, **more: Any) -> Any:
-        # Parameters, which are there anyway, cost nothing to keep.
-        return partition(
-            *args, **more | {"static_lifetime_input_indices": [*range(1, 1 + len(trained))]}
-        )
-
-    traced = aot_function(function, **options | {"partition_fn": as_dynamo_has_it})
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    inputs = [x_d.detach().requires_grad_(), *trained.values(), *(given[at] for at in places)]
-    result = traced(*(mode.from_tensor(tensor) for tensor in inputs))
-    if not isinstance(result, Tensor):
-        raise UnknownOperationError("a layer of several results")
-    result.sum().backward()  # type: ignore[no-untyped-call]
+    inputs = [t.detach().requires_grad_() for t in (x_d, *trained.values())]
+    inputs += [given[at].detach() for at in places]
+    graph = joint_graph(function, inputs, options["decompositions"])
+    # Parameters, which are there anyway, cost nothing to keep.
+    fixed = [*range(1, 1 + len(trained))]
+    pair.forward, pair.backward = options["partition_fn"](
+        graph, inputs, num_fwd_outputs=1, static_lifetime_input_indices=fixed
+    )
     return pair.layer()
 
 

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from tunefork.plan.capture import Layer
 from tunefork.plan.program import Program
-from tunefork.plan.trace import Trace
+from tunefork.plan.trace import Room, Trace
 
 
 @dataclass(slots=True)
@@ -68,28 +68,37 @@ def _tokens(x_d: Tensor) -> int:
 
 
 class _Tensors:
-    """A program's tensors while it runs."""
+    """A program's tensors while it runs; those that do not leave it are bytes and no more."""
 
     def __init__(self, program: Program, trace: Trace, tokens: int, segments: int) -> None:
         self.program, self.trace = program, trace
         self.tokens, self.segments = tokens, segments
         self.held: dict[str, Tensor] = {}
+        self.inner: dict[str, Room] = {}
 
     def run(self) -> None:
         """Each kernel's results come, and what nothing needs any more goes."""
+        leaving = set(self.program.outputs)
         for kernel in self.program.kernels:
             if kernel.replaces is not None:
-                self.held.pop(kernel.replaces, None)
+                self._drop(kernel.replaces)
             for name, size in kernel.makes:
-                self.held[name] = torch.empty(
-                    round(size(self.tokens)), dtype=torch.uint8, device="meta"
-                )
+                num_bytes = round(size(self.tokens))
+                if name in leaving:
+                    self.held[name] = torch.empty(num_bytes, dtype=torch.uint8, device="meta")
+                else:
+                    self.inner[name] = self.trace.take(num_bytes)
             if room := kernel.room(self.tokens, self.segments):
                 self.trace.note_room(room)
             flops = kernel.work(self.tokens, self.trace.squares)
             self.trace.count(kernel.kind, flops, kernel.moved(self.tokens))
             for name in kernel.frees:
-                self.held.pop(name, None)
+                self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        self.held.pop(name, None)
+        if name in self.inner:
+            self.trace.give_back(self.inner.pop(name))
 
     def result(self, x_d: Tensor) -> Tensor:
         """A forward program's first output, which is like its input."""

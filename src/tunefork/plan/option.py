@@ -9,14 +9,16 @@ from tunefork.plan.batches import Batches
 from tunefork.plan.built import Build
 from tunefork.plan.catalogue import Machine
 from tunefork.plan.device import target_of
-from tunefork.plan.method import Case, largest_rows_tokens
+from tunefork.plan.method import Case, largest_length, largest_rows_tokens
 from tunefork.recipe import Checkpointing, FullSection, Method
 
-_MOST_GPUS = 8
+_LENGTH_STEP = 64
+"""Lengths proposed are multiples of so many tokens."""
 
 
 def next_option(case: Case, batches: Batches, machines: Sequence[Machine]) -> str:
     """In words, with the recipe's keys; `machines` are those of the catalogue."""
+    smallest = _AS_IT_IS, case
     for words, changed in changes(case, is_one_pass=batches.passes_per_step <= 1.0):
         if changed.fits(batches.largest):
             return words
@@ -24,12 +26,23 @@ def next_option(case: Case, batches: Batches, machines: Sequence[Machine]) -> st
             continue
         tokens = largest_rows_tokens(changed, batches.largest)
         if tokens is not None:
-            smaller = f"train.micro_batch_tokens: {tokens}"
-            return f"{smaller} and {words}" if words != _AS_IT_IS else smaller
-    return _larger_machine(case, batches, machines) or (
+            return _and(f"train.micro_batch_tokens: {tokens}", words)
+        smallest = words, changed
+    larger = _larger_machine(case, batches, machines)
+    words, changed = smallest
+    length = largest_length(changed, batches.largest)
+    if length is not None and length >= _LENGTH_STEP:
+        length = length // _LENGTH_STEP * _LENGTH_STEP
+        rows = f"train.micro_batch_tokens: {length} and no longer example (data.max_length)"
+        return _and(rows, words) + (f", or with {larger}" if larger else "")
+    return larger or (
         "no machine of the catalogue holds it, not even eight GPUs: shorter sequences "
         "(data.max_length), or a smaller model"
     )
+
+
+def _and(first: str, words: str) -> str:
+    return first if words == _AS_IT_IS else f"{first} and {words}"
 
 
 _AS_IT_IS = "as it is"
@@ -108,11 +121,12 @@ def _with(full: FullSection, **changed: object) -> FullSection:
 
 
 def _larger_machine(case: Case, batches: Batches, machines: Sequence[Machine]) -> str | None:
-    """The cheapest machine by the hour that holds the case as it is, with checkpointing."""
+    """The cheapest machine by the hour that holds the case as it is, with checkpointing; several
+    GPUs, which take another tool, only where no single one does."""
     made = replace(case.made, checkpointing="full")
     by_price = sorted(
         (target_of(Machine(machine.gpu, count)) for machine in machines for count in (1, 2, 4, 8)),
-        key=lambda target: (target.usd_per_hour or 0.0, target.count),
+        key=lambda target: (target.count > 1, target.usd_per_hour or 0.0, target.count),
     )
     for target in by_price:
         if replace(case, made=made, target=target).fits(batches.largest):

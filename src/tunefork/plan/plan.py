@@ -32,12 +32,17 @@ from tunefork.recipe import (
     Recipe,
 )
 from tunefork.train.engine import compiles
+from tunefork.train.precision import WORTH_CHECKING, gate
 
 __all__ = ["Work", "plan_examples", "plan_numbers", "plan_recipe"]
 
 _SEVERAL = (
     "tunefork trains on one GPU: a plan for several is for a run that shards its weights (FSDP) by "
     "another tool, and no measured run stands behind it"
+)
+_MAY_BE_FP8 = (
+    "{method} is planned in bf16; train.precision: auto will try FP8 when the run begins, and take "
+    "it if two batches agree (--set train.precision=fp8 plans that)"
 )
 
 
@@ -220,6 +225,11 @@ def _plan(
     notes = [target.note, work.note]
     if target.count > 1:
         notes.append(_SEVERAL)
+    notes += [
+        _MAY_BE_FP8.format(method=method)
+        for method in methods
+        if _may_choose_fp8(forms, method, config.model_type, total, target, batches.num_steps)
+    ]
     return Plan(
         model=name,
         total_params=total,
@@ -234,6 +244,15 @@ def _plan(
         methods=planned,
         notes=notes,
     )
+
+
+def _may_choose_fp8(
+    forms: Forms, method: Method, family: str, num_params: int, target: Target, num_steps: int
+) -> bool:
+    """Whether a run will try FP8 when it begins (`train/precision.py`), which nobody knows yet."""
+    is_open = forms.precision == "auto" and method is not Method.FULL and not forms.lora.dora
+    can = target.rates.fp8_flops is not None and num_steps >= WORTH_CHECKING
+    return is_open and can and gate(family, method, num_params) is None
 
 
 def _work(work: Work, batches: Batches) -> WorkPlan:

@@ -14,6 +14,7 @@ from tunefork.plan.captured import remembered
 from tunefork.plan.one_pass import Step, trace_evaluation, trace_pass
 from tunefork.plan.optimizer import Update, state_bytes, update
 from tunefork.plan.passes import Shape
+from tunefork.plan.schema import Part
 from tunefork.plan.shape import at_depth, depths, extrapolate, traceable
 from tunefork.plan.trace import BLOCK_BYTES, Peak, Trace, Work
 from tunefork.recipe import Checkpointing, FullSection
@@ -31,7 +32,7 @@ def trace_step(config: Any, made: Build, shape: Shape, *, evaluates: bool = Fals
         return _TRACED[key]
     if _TRACED[key].evaluation is None:
         with traceable(config):
-            peak = _evaluation(config, made, shape)
+            peak = _evaluation(config, made, shape, _TRACED[key].static)
         _TRACED[key] = replace(_TRACED[key], evaluation=peak)
     return _TRACED[key]
 
@@ -144,15 +145,17 @@ def _peak(at_low: Peak, at_high: Peak, config: Any) -> Peak:
     return Peak(sum(parts.values()), parts)
 
 
-def _evaluation(config: Any, made: Build, shape: Shape) -> Peak:
-    """Highest moment of an evaluation's pass, to which it is nothing how training runs layers."""
+def _evaluation(config: Any, made: Build, shape: Shape, static: dict[Part, int]) -> Peak:
+    """Highest moment of an evaluation's pass, to which it is nothing how training runs layers.
+
+    Without gradients nothing is kept of a layer, so beside what is there all the time (`static`)
+    a few layers take what all of them do.
+    """
     key = (config.to_json_string(), made.modules, shape)
     if key not in _EVALUATED:
-        at_low, at_high = (
-            trace_evaluation(at_depth(config, depth), made, shape) for depth in depths(config)
-        )
-        _EVALUATED[key] = _peak(at_low, at_high, config)
-    return _EVALUATED[key]
+        _EVALUATED[key] = trace_evaluation(at_depth(config, depths(config)[0]), made, shape)
+    parts = {**_EVALUATED[key].parts, **static}
+    return Peak(sum(parts.values()), parts)
 
 
 def _captured(config: Any, made: Build) -> list[Layer] | None:

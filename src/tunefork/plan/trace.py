@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import tunefork.kernels.lora_group  # noqa: F401  registers add_product_
 from tunefork.plan.schema import Part
@@ -67,6 +68,10 @@ def _tensors(values: Any) -> list[Tensor]:
     return []
 
 
+def _in_blocks(num_bytes: int) -> int:
+    return -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
+
+
 @dataclass(slots=True)
 class Work:
     """What operations of one kind did."""
@@ -89,6 +94,35 @@ class Peak:
 
     total: int = 0
     parts: dict[Part, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Memory that a tensor takes, without the tensor."""
+
+    part: Part
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Like:
+    """A tensor's shape and type."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def empty(self) -> Tensor:
+        """A new one."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+def _likeness(value: Any) -> Any:
+    """A value, or of tensors what they are like."""
+    return tree_map_only(Tensor, lambda t: _Like(t.shape, t.dtype), value)
+
+
+_FUSED: dict[Any, Any] = {}
+"""What fused functions return, by what they are given: the head asks for each of its chunks."""
 
 
 def product(left: Sequence[int], right: Sequence[int], *, is_fp8: bool) -> tuple[str, float]:
@@ -177,21 +211,34 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A function that a GPU runs as one kernel: only what it returns takes memory."""
+        given = tree_leaves((args, kwargs))
         with _disable_current_modes():
-            output = function(*args, **kwargs)
+            key = (function, *map(_likeness, given))
+            if key not in _FUSED:
+                _FUSED[key] = _likeness(function(*args, **kwargs))
+            output = tree_map_only(_Like, _Like.empty, _FUSED[key])
         results = _tensors(output)
         for tensor in results:
             self._follow(tensor, self.part)
         self._note()
-        read = _tensors([*args, *kwargs.values()])
+        read = _tensors(given)
         self.count("memory", 0.0, sum(t.numel() * t.element_size() for t in [*read, *results]))
         return output
 
+    def take(self, num_bytes: int) -> Room:
+        """Memory for a tensor that nobody needs as one; to be given back."""
+        room = Room(self.part, _in_blocks(num_bytes))
+        self.live[room.part] = self.live.get(room.part, 0) + room.num_bytes
+        self._note()
+        return room
+
+    def give_back(self, room: Room) -> None:
+        """What was taken."""
+        self.live[room.part] -= room.num_bytes
+
     def note_room(self, num_bytes: int) -> None:
         """That an operation takes so much for itself while it runs."""
-        self.live[self.part] = self.live.get(self.part, 0) + num_bytes
-        self._note()
-        self.live[self.part] -= num_bytes
+        self.give_back(self.take(num_bytes))
 
     def _follow(self, tensor: Tensor, part: Part, *, is_known: bool = False) -> None:
         storage = tensor.untyped_storage()
@@ -203,7 +250,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.live[part] = self.live.get(part, 0) + known[2]
                 self._known[key] = (known[0], part, known[2])
             return
-        size = -(-storage.nbytes() // BLOCK_BYTES) * BLOCK_BYTES
+        size = _in_blocks(storage.nbytes())
         reference = weakref.ref(storage, lambda _: self._forget(key))
         self._known[key] = (reference, part, size)
         self.live[part] = self.live.get(part, 0) + size

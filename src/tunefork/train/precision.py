@@ -29,7 +29,7 @@ from tunefork.train.precision_choice import PrecisionChoice
 FILE = "precision.json"
 """In the run folder: what was decided when the run began."""
 _FIELD = "train.precision"
-_WORTH_CHECKING = 100
+WORTH_CHECKING = 100
 """Optimiser steps from which on the check, which loads the base twice, is worth its time."""
 
 
@@ -140,8 +140,8 @@ def reason_against(
     skeleton = load_skeleton(recipe.model)
     num_params = sum(p.numel() for p in skeleton.parameters())
     why_not = gate(skeleton.config.model_type, method, num_params)
-    if why_not is None and len(plan_steps(recipe, num_examples, seed=seed)) < _WORTH_CHECKING:
-        return f"fewer than {_WORTH_CHECKING} steps are not worth trying FP8 for"
+    if why_not is None and len(plan_steps(recipe, num_examples, seed=seed)) < WORTH_CHECKING:
+        return f"fewer than {WORTH_CHECKING} steps are not worth trying FP8 for"
     return why_not
 
 
