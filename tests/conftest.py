@@ -4,12 +4,13 @@ import gc
 from pathlib import Path
 
 import pytest
-import torch
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Models here are tiny: waiting for a second thread costs more than it computes."""
+    import torch  # not where workers are only directed from
+
     torch.set_num_threads(1)
 
 

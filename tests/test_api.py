@@ -41,16 +41,20 @@ def test_verbs_with_a_package_of_their_name_can_be_called(recipe: Path, tmp_path
 
 
 def test_plan(recipe: Path) -> None:
-    resolved = tunefork.load_recipe(recipe, "train.compile=never")  # not: asking the compiler
-    plan = tunefork.plan(resolved, gpus=["l4"])
+    """Over numbers and as written: of the data and the compiler are other tests."""
+    as_written = ("train.compile=never", "train.activation_checkpointing=none")
+    resolved = tunefork.load_recipe(recipe, *as_written)
+    plan = tunefork.plan(resolved, ["l4"], examples=100, tokens=900)
     assert plan.machine.gpu == "l4" and set(plan.methods) == {"lora", "qlora", "full"}
-    assert tunefork.plan(resolved, ["l4"], examples=100, tokens=900).work.tokens == 900
+    assert plan.work.tokens == 900
     with pytest.raises(BadInputError, match="give both"):
         tunefork.plan(recipe, examples=100)
 
 
-def test_advise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunefork.advise.resolve.TracedPlanner", FakePlanner)
+@pytest.mark.parametrize("planner", [FakePlanner, pytest.param(None, marks=pytest.mark.slow)])
+def test_advise(planner: type | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if planner is not None:  # one that traces nothing
+        monkeypatch.setattr("tunefork.advise.resolve.TracedPlanner", planner)
     advice = tunefork.advise(model="8B", task="classification", examples="50k", gpus=["h100"])
     assert advice.method == "lora"
     with pytest.raises(BadInputError, match="task"):

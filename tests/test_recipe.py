@@ -10,7 +10,7 @@ from tunefork.errors import RecipeError
 from tunefork.evaluate.forgetting import GENERAL
 from tunefork.model.packaged import PACKAGED
 from tunefork.recipe import Method, Recipe
-from tunefork.recipe_file import KEYWORDS, anchor, dump, load, parse, relative
+from tunefork.recipe_file import KEYWORDS, anchor, dump, load, parse, read_fields, relative
 
 SMALLEST: dict[str, Any] = {"model": "owner/name", "data": {"train": "owner/rows"}}
 TEXT = "model: owner/name\ndata: {train: owner/rows}\n"
@@ -73,6 +73,12 @@ def test_what_is_dumped_loads_equal(tmp_path: Path) -> None:
 def test_a_recipe_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         parse(SMALLEST).lora.rank = 3
+
+
+def test_what_is_read_again_is_not_what_was_made_of_it(file: Path) -> None:
+    before = load(file)
+    read_fields(file)["model"] = "another"
+    assert load(file) == before
 
 
 @pytest.mark.parametrize(
@@ -177,10 +183,10 @@ def test_a_path_in_an_override_is_the_recipes_too(file: Path) -> None:
         ("=3", "--set =3: write KEY=VALUE"),
         ("method.x=3", "--set method.x=3: 'method' is not a section"),
         ("lora.rank=[1", "--set lora.rank:1: is not YAML: expected ',' or ']'"),
-        ("lora.rnk=3", "--set: lora.rnk: unknown key; did you mean 'rank'?"),
-        ("lorra.rank=3", "--set: lorra: unknown key; did you mean 'lora'?"),
-        ("lora.targets=[q, 5]", "--set: lora.targets.1: should be a valid string"),
-        ("lora.rank=0", "--set: lora.rank: should be greater than or equal to 1 (found 0)"),
+        ("lora.rnk=3", "command line: lora.rnk: unknown key; did you mean 'rank'?"),
+        ("lorra.rank=3", "command line: lorra: unknown key; did you mean 'lora'?"),
+        ("lora.targets=[q, 5]", "command line: lora.targets.1: should be a valid string"),
+        ("lora.rank=0", "command line: lora.rank: should be greater than or equal to 1 (found 0)"),
     ],
 )
 def test_wrong_overrides(file: Path, override: str, message: str) -> None:

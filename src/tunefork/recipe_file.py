@@ -59,20 +59,20 @@ def relative(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def parse(fields: dict[str, Any], where: str = "recipe", overridden: Sequence[str] = ()) -> Recipe:
-    """Validate `fields`; raises RecipeError naming each wrong field under `where`, or under --set
-    where it is one of the keys `overridden`."""
+    """Validate `fields`; raises RecipeError naming each wrong field under `where`, or under the
+    command line where it is one of the keys `overridden`."""
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
         lines = dict.fromkeys(
-            f"{'--set' if _is_overridden(detail, overridden) else where}: {_explain(detail)}"
+            f"{'command line' if _is_overridden(detail, overridden) else where}: {_explain(detail)}"
             for detail in error.errors()
         )
         raise RecipeError("\n".join(lines)) from error
 
 
 def _is_overridden(detail: ErrorDetails, keys: Sequence[str]) -> bool:
-    """Whether a --set gave what pydantic complains of."""
+    """Whether the command line gave what pydantic complains of."""
     at = _field(detail) + "."
     is_unknown = detail["type"] == "extra_forbidden"  # and may be a section that a --set made
     return any(at.startswith(f"{key}.") or (is_unknown and key.startswith(at)) for key in keys)

@@ -6,10 +6,12 @@ import pytest
 
 from tests.advise.fake import FakePlanner
 from tests.folders import save_model
+from tunefork.advise.planner import TracedPlanner
 from tunefork.advise.resolve import resolve
 from tunefork.advise.situation import Situation, SituationError
 from tunefork.errors import ModelError
 from tunefork.plan.catalogue import CatalogueError, load_catalogue
+from tunefork.recipe import FullSection, Method
 
 CATALOGUE = load_catalogue()
 
@@ -22,6 +24,23 @@ def test_a_folder_is_read(tmp_path: Path) -> None:
     assert found.model == str(tmp_path) and len(found.assumptions) == 1
     with pytest.raises(SituationError, match="model_params: 8e.09 is not the size of"):
         resolve(Situation(model=str(tmp_path), model_params=8e9), CATALOGUE)
+
+
+def test_the_planner_itself_is_asked_by_default() -> None:
+    facts = resolve(Situation(model_params=0.1345e9, task="chat", examples=100), CATALOGUE).facts
+    planner = facts.estimates.planner
+    assert isinstance(planner, TracedPlanner)
+    plan = planner.plan(
+        CATALOGUE.machine(["l4"]),
+        facts.amount,
+        (Method.LORA,),
+        rank=16,
+        full=FullSection(),
+        has_details=False,
+    )
+    lora = plan.methods["lora"]
+    assert plan.work.tokens == facts.amount.tokens
+    assert lora.fits and lora.trainable_params == planner.lora_params(16)
 
 
 def test_a_name_gives_its_size_without_asking_a_hub() -> None:

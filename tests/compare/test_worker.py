@@ -47,17 +47,46 @@ def _wait_until(is_so: Callable[[], bool]) -> None:
 
 
 @pytest.fixture
+def environment() -> dict[str, str]:
+    """As it is: a piece loads PyTorch and transformers, which takes seconds."""
+    return dict(os.environ)
+
+
+LIGHT = """
+import sys, types
+for name in ("tunefork.compare.search", "tunefork.trial.trial"):
+    sys.modules[name] = types.ModuleType(name)
+sys.modules["tunefork.compare.search"].search = None
+sys.modules["tunefork.trial.trial"].run_trial = None
+"""
+
+
+@pytest.fixture(params=[True, pytest.param(False, marks=pytest.mark.slow)])
+def perhaps_light(
+    request: pytest.FixtureRequest,
+    environment: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """With what a piece loads for its work left out."""
+    if request.param:
+        site = tmp_path_factory.mktemp("site")
+        (site / "sitecustomize.py").write_text(LIGHT)
+        paths = [str(site), *filter(None, [environment.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+
+
+@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     os.mkfifo(tmp_path / RECIPE)
     return tmp_path
 
 
 @pytest.fixture
-def parent(folder: Path) -> Iterator[subprocess.Popen[str]]:
+def parent(folder: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
     """A process that starts a piece in `folder`; so far it has imported what it needs for that."""
     command = [sys.executable, "-c", PARENT, str(folder)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, text=True, stdout=pipe, stderr=pipe) as process:
+    with subprocess.Popen(command, text=True, stdout=pipe, stderr=pipe, env=environment) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         yield process
         process.kill()
@@ -68,10 +97,17 @@ def _child(parent: subprocess.Popen[str]) -> psutil.Process:
     return psutil.Process(parent.pid).children()[0]
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.5])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "delay_s"),
+    [
+        (signal.SIGINT, 0.0),
+        (signal.SIGINT, 0.05),
+        (signal.SIGINT, 0.5),
+        (signal.SIGTERM, 0.05),
+    ],
+)
 def test_a_signal_while_a_piece_starts_ends_both_quietly(
-    parent: subprocess.Popen[str], delay_s: float, number: signal.Signals
+    parent: subprocess.Popen[str], number: signal.Signals, delay_s: float
 ) -> None:
     child = _child(parent)
     time.sleep(delay_s)
@@ -82,7 +118,7 @@ def test_a_signal_while_a_piece_starts_ends_both_quietly(
 
 
 def test_a_signal_to_a_piece_at_work_ends_both_quietly(
-    parent: subprocess.Popen[str], folder: Path
+    perhaps_light: None, parent: subprocess.Popen[str], folder: Path
 ) -> None:
     ends: list[int] = []
 

@@ -99,6 +99,7 @@ def test_bf16_says_what_fp32_says(served: Served, options: dict[str, Any]) -> No
     found, info = ask(served, dtype="bf16", **options)
     assert info["attention"] == "flash"
     assert info["cuda_graphs"] == options.get("cuda_graphs", True)
+    assert info["compiled"] == options.get("compile", False)
     is_rounded = "base_storage" in options
     for one, other in zip(found, exact, strict=True):
         if one.token_ids[0] == other.token_ids[0]:

@@ -36,10 +36,14 @@ def _on_a_machine_of(memory_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(gate, "here", lambda *_: target)
 
 
-def test_what_fits_is_let_through(recipe: Recipe) -> None:
+def test_what_fits_is_let_through_and_no_larger_pass_looked_for(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which would take several times as long as the rest."""
+    monkeypatch.setattr("tunefork.plan.method._largest", lambda *_, **__: pytest.fail("searched"))
     said: list[str] = []
     gate.refuse_what_cannot_fit(recipe, tuple(Method), EXAMPLES, said.append)
-    assert said == []
+    assert said == [] and gate.predict(recipe, Method.LORA, EXAMPLES) is not None
 
 
 def test_what_cannot_fit_is_refused_with_what_would(

@@ -23,8 +23,6 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 import pytest
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from schemathesis import Case, GenerationMode, openapi
 
 from tests.serve.hostile import CHAT, COMPLETIONS, RAW, SECRET, Request, bent, fixed, valid
 from tests.serve.programs import Program, served
@@ -238,6 +236,8 @@ def test_slow_bodies_and_idle_connections_keep_nobody_waiting(shared: Running) -
 
 def by_schema(running: Server, count: int) -> Seen:
     """What schemathesis draws of the document: as it says, and against it."""
+    from schemathesis import GenerationMode, openapi  # seconds, in every worker
+
     seen = Seen()
     with running.http() as http, health_watched(running):
         schema = openapi.from_dict(http.get("/openapi.json").json())
@@ -251,13 +251,15 @@ def by_schema(running: Server, count: int) -> Seen:
 
 
 def _send_drawn(cases: Any, count: int, number: int, http: httpx.Client, seen: Seen) -> None:
+    from hypothesis import HealthCheck, Phase, given, seed, settings
+
     @seed(number)
     @settings(
         max_examples=count, deadline=None, database=None, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(case=cases)
-    def each(case: Case) -> None:
+    def each(case: Any) -> None:
         ready = case.as_transport_kwargs(base_url=str(http.base_url))
         url = urlsplit(ready["url"])
         headers = {k: v for k, v in ready["headers"].items() if v.isascii() and v.isprintable()}

@@ -3,7 +3,6 @@
 import asyncio
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,28 +20,19 @@ from tunefork.serve.engines.layout import BASE, Part
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning:peft")]
 
 
-@torch.library.custom_op("tests::flash", mutates_args=())
-def _opaque(
-    query: Tensor, keys: Tensor, values: Tensor, rows: list[Tensor], longest_k: int, scale: float
+def _kernel(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: list[Tensor],
+    longest_q: int,
+    longest_k: int,
+    scale: float,
+    window: int | None,
 ) -> Tensor:
-    """The stand-in for the kernel, as opaque to the compiler as that one is."""
     starts_q, starts_k, used_r = rows
-    reads = Reads(used_r, starts_q, starts_k, used_r, 1, longest_k)
-    found: Tensor = _flash_by_numbers(query, keys, values, reads, scale, None)
-    return found
-
-
-@_opaque.register_fake
-def _(query: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(query)
-
-
-def _flash(
-    query: Tensor, keys: Tensor, values: Tensor, reads: Reads, scale: float, _: int | None
-) -> Tensor:
-    rows = [reads.starts_q, reads.starts_k, reads.used_r]
-    found: Tensor = _opaque(query, keys, values, rows, reads.longest_k, scale)
-    return found
+    reads = Reads(used_r, starts_q, starts_k, used_r, longest_q, longest_k)
+    return _flash_by_numbers(query, keys, values, reads, scale, window)
 
 
 def test_one_form_with_and_one_without_adapters(
@@ -50,7 +40,7 @@ def test_one_form_with_and_one_without_adapters(
 ) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    monkeypatch.setattr(attention, "flash", _flash)
+    monkeypatch.setattr(attention, "_kernel", _kernel)
     base = tmp_path / "base"
     model = base_folder(base)
     adapter = save_adapter(model, tmp_path / "a", rank=8, seed=1)

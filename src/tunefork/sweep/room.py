@@ -93,7 +93,8 @@ def _say(
     high, has = found.peak_process_bytes.high / 2**30, found.memory_bytes / 2**30
     how = f"predicted to take at most {high:.1f} of {has:.1f} GiB"
     if found.fits:
-        say(f"{asked} adapters at one time, {how} (checkpointing: {kind})")
+        what = "adapter" if asked == 1 else "adapters"
+        say(f"{asked} {what} at one time, {how} (checkpointing: {kind})")
     else:
         say(
             f"{max(1, found.largest)} of the largest adapters at one time, more of smaller ones: "

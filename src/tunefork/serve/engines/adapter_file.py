@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from tunefork.errors import AdapterError
 from tunefork.registry.peft_deltas import read_deltas
+from tunefork.registry.safe_read import is_finite
 from tunefork.serve.engine import ServedAdapter
 
 
@@ -53,9 +54,10 @@ def read_adapter(
         at += lora_a.numel()
         b_ro = flat[at : at + lora_b.numel()].view(lora_b.shape[1], lora_b.shape[0])
         at += lora_b.numel()
-        a_rd.copy_(lora_a.float() * scale)
+        wide = torch.promote_types(lora_a.dtype, dtype)  # rounded once
+        torch.mul(lora_a.to(wide), scale, out=a_rd)
         b_ro.copy_(lora_b.t())
         matrices[path] = (a_rd, b_ro.t())
-    if not bool(flat.isfinite().all()):
+    if not is_finite(flat):
         raise AdapterError(f"{adapter.id}: has values that are not finite in {dtype}")
     return HostAdapter(matrices, rank, total * dtype.itemsize)

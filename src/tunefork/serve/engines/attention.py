@@ -101,26 +101,64 @@ def flash(
 ) -> Tensor:
     """(N, H, E). CUDA, bf16 or fp16; no number is read off the GPU.
 
-    A row's last token sees all that is used, those before it one less each. The operator, and not
-    `torch.nn.attention.varlen`: see `model/packed_attention.py`.
+    A row's last token sees all that is used, those before it one less each.
     """
+    rows = [reads.starts_q, reads.starts_k, reads.used_r]
+    run = flash_in_a_graph if torch.compiler.is_compiling() else _kernel
+    longest_q, longest_k = reads.longest_q, reads.longest_k
+    return run(query_nhe, keys_ske, values_ske, rows, longest_q, longest_k, scale, window)
+
+
+def _kernel(
+    query_nhe: Tensor,
+    keys_ske: Tensor,
+    values_ske: Tensor,
+    rows: list[Tensor],
+    longest_q: int,
+    longest_k: int,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """The operator, and not `torch.nn.attention.varlen`: see `model/packed_attention.py`."""
+    starts_q, starts_k, used_r = rows
     found: tuple[Tensor, ...] = torch.ops.aten._flash_attention_forward(
         query_nhe,
         keys_ske,
         values_ske,
-        reads.starts_q,
-        reads.starts_k,
-        reads.longest_q,
-        reads.longest_k,
+        starts_q,
+        starts_k,
+        longest_q,
+        longest_k,
         0.0,
-        reads.longest_q > 1,  # one token sees everything; told so, the kernel groups heads
+        longest_q > 1,  # one token sees everything; told so, the kernel groups heads
         False,
         scale=scale,
         window_size_left=None if window is None else window - 1,
         window_size_right=None if window is None else 0,
-        seqused_k=reads.used_r,
+        seqused_k=used_r,
     )
     return found[0]
+
+
+@torch.library.custom_op("tunefork::serving_flash", mutates_args=())
+def flash_in_a_graph(
+    query_nhe: Tensor,
+    keys_ske: Tensor,
+    values_ske: Tensor,
+    rows: list[Tensor],
+    longest_q: int,
+    longest_k: int,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """The kernel as a compiler sees it: an operator with one result, contiguous, of q's shape."""
+    told = (query_nhe, keys_ske, values_ske, rows, longest_q, longest_k, scale, window)
+    return _kernel(*told).contiguous()
+
+
+@flash_in_a_graph.register_fake
+def _(query_nhe: Tensor, *_: Any) -> Tensor:
+    return query_nhe.new_empty(query_nhe.shape)
 
 
 def sdpa(

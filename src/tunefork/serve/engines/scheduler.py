@@ -15,7 +15,8 @@ from tunefork.serve.engines.cache import Cache
 from tunefork.serve.engines.layout import BASE, Part
 from tunefork.serve.engines.regions import Region
 from tunefork.serve.engines.sequence import Sequence as Answer
-from tunefork.serve.engines.tiers import Entry, Tiers
+from tunefork.serve.engines.tier_entry import Entry
+from tunefork.serve.engines.tiers import Tiers
 from tunefork.serve.engines.trial import ROOM
 
 Planned = tuple[Answer, Part]

@@ -16,55 +16,13 @@ All but `load` runs in the engine's thread.
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from enum import Enum
-from typing import Protocol
 
 from tunefork.errors import EngineError, TuneforkError
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.engines.adapter_file import HostAdapter
+from tunefork.serve.engines.tier_entry import Entry, Slots, Stage
 
 PATIENCE_S = 0.5
-
-
-class Slots(Protocol):
-    """Where adapters are computed with."""
-
-    num_slots: int
-
-    def load(self, slot: int, adapter: HostAdapter) -> None:
-        """Put an adapter into a slot that nobody computes with; returns when it is there."""
-
-    def clear(self, slot: int) -> None:
-        """Forget what is in `slot`."""
-
-
-class _Stage(Enum):
-    READING = "reading"
-    HOST = "host"
-    MOVING = "moving"
-    IN_SLOT = "in slot"
-
-
-@dataclass(eq=False, slots=True)
-class Entry:
-    """An adapter that is on its way or there."""
-
-    adapter: ServedAdapter
-    stage: _Stage
-    host: HostAdapter | None = None
-    slot: int | None = None
-    granted: float = 0.0
-    """Since when it is in its slot."""
-    users: int = 0
-    """Running requests."""
-    is_checked: bool = False
-    """It was seen to change the logits."""
-    is_pinned: bool = False
-    is_awaited: bool = False
-    """A request is about to come: worth a free slot, but nobody else's."""
-    is_draining: bool = False
-    is_forgotten: bool = False
 
 
 class Tiers:
@@ -93,7 +51,7 @@ class Tiers:
     @property
     def resident(self) -> tuple[str, ...]:
         """Ids in slots."""
-        return tuple(i for i, entry in self.entries.items() if entry.stage is _Stage.IN_SLOT)
+        return tuple(i for i, entry in self.entries.items() if entry.stage is Stage.IN_SLOT)
 
     @property
     def in_host_memory(self) -> tuple[str, ...]:
@@ -109,7 +67,7 @@ class Tiers:
         if failure is not None:
             raise failure
         entry = self.bring(adapter)
-        if entry.stage is _Stage.IN_SLOT and not entry.is_draining:
+        if entry.stage is Stage.IN_SLOT and not entry.is_draining:
             return entry
         self.wanted.setdefault(adapter.id, self.clock())
         entry.is_awaited = False
@@ -118,7 +76,7 @@ class Tiers:
     def prefetch(self, adapter: ServedAdapter) -> None:
         """A request for it is about to come: into a free slot, or at least into host memory."""
         entry = self.bring(adapter)
-        if entry.stage is not _Stage.IN_SLOT and self.free:
+        if entry.stage is not Stage.IN_SLOT and self.free:
             self.wanted.setdefault(adapter.id, self.clock())
             entry.is_awaited = True
 
@@ -126,7 +84,7 @@ class Tiers:
         """Begin to read the adapter, unless it is there."""
         entry = self.entries.get(adapter.id)
         if entry is None:
-            entry = self.entries[adapter.id] = Entry(adapter, _Stage.READING)
+            entry = self.entries[adapter.id] = Entry(adapter, Stage.READING)
             self._threads.submit(self._load, entry)
         self.entries.move_to_end(adapter.id)
         return entry
@@ -147,7 +105,7 @@ class Tiers:
         if pinned:
             entry = self.bring(adapter)
             entry.is_pinned, entry.is_forgotten = True, False
-            if entry.stage is not _Stage.IN_SLOT:
+            if entry.stage is not Stage.IN_SLOT:
                 self.wanted.setdefault(adapter.id, self.clock())
         elif adapter.id in self.entries:
             self.entries[adapter.id].is_pinned = False
@@ -196,9 +154,9 @@ class Tiers:
             if entry is None:  # evicted just now, with no copy in host memory: it is read again
                 del self.wanted[adapter_id]
                 continue
-            if entry.stage is _Stage.IN_SLOT and not entry.is_draining:
+            if entry.stage is Stage.IN_SLOT and not entry.is_draining:
                 del self.wanted[adapter_id]
-            if entry.stage is not _Stage.HOST:
+            if entry.stage is not Stage.HOST:
                 continue
             if not self.free and entry.is_awaited:
                 entry.is_awaited = False
@@ -208,7 +166,7 @@ class Tiers:
                     self._drain_one(now)
                 draining = max(0, draining - 1)
                 continue
-            entry.slot, entry.stage = self.free.popleft(), _Stage.MOVING
+            entry.slot, entry.stage = self.free.popleft(), Stage.MOVING
             entry.is_awaited = False
             del self.wanted[adapter_id]
             self._threads.submit(self._load, entry)
@@ -221,7 +179,7 @@ class Tiers:
         for entry in self.entries.values():
             is_of_use = entry.users or entry.is_pinned
             is_due = entry.adapter.id in waiting and not entry.is_draining
-            if entry.stage is _Stage.IN_SLOT and not is_of_use and not is_due:
+            if entry.stage is Stage.IN_SLOT and not is_of_use and not is_due:
                 self._leave_slot(entry)
                 self.evictions += 1
                 return True
@@ -231,7 +189,7 @@ class Tiers:
         held = [
             entry
             for entry in self.entries.values()
-            if entry.stage is _Stage.IN_SLOT
+            if entry.stage is Stage.IN_SLOT
             and not entry.is_pinned
             and not entry.is_draining
             and now - entry.granted > PATIENCE_S
@@ -247,10 +205,10 @@ class Tiers:
         if entry.host is None:
             del self.entries[entry.adapter.id]
         else:
-            entry.stage = _Stage.HOST
+            entry.stage = Stage.HOST
 
     def _drop(self, entry: Entry) -> None:
-        if entry.stage in (_Stage.READING, _Stage.MOVING):
+        if entry.stage in (Stage.READING, Stage.MOVING):
             entry.is_forgotten = True  # a thread is at it; it is dropped when that is done
             return
         entry.host = None
@@ -264,12 +222,12 @@ class Tiers:
         for entry in list(self.entries.values()):
             if held <= self.host_memory_bytes:
                 return
-            is_on_its_way = entry.stage is _Stage.MOVING or entry.adapter.id in self.wanted
+            is_on_its_way = entry.stage is Stage.MOVING or entry.adapter.id in self.wanted
             if entry.host is None or is_on_its_way:
                 continue
             held -= entry.host.num_bytes
             entry.host = None
-            if entry.stage is _Stage.HOST:
+            if entry.stage is Stage.HOST:
                 del self.entries[entry.adapter.id]
 
     def _take_in(
@@ -279,12 +237,12 @@ class Tiers:
         self.load_seconds += seconds
         if isinstance(found, TuneforkError):
             self.failures[entry.adapter.id] = found
-            entry.stage = _Stage.HOST
+            entry.stage = Stage.HOST
             self._drop(entry)
-        elif entry.stage is _Stage.READING:
-            entry.host, entry.stage = found, _Stage.HOST
+        elif entry.stage is Stage.READING:
+            entry.host, entry.stage = found, Stage.HOST
         else:
-            entry.stage, entry.granted = _Stage.IN_SLOT, self.clock()
+            entry.stage, entry.granted = Stage.IN_SLOT, self.clock()
             self.loads += 1
 
     def _load(self, entry: Entry) -> None:
@@ -292,7 +250,7 @@ class Tiers:
         began = self.clock()
         found: HostAdapter | TuneforkError | None = None
         try:
-            if entry.stage is _Stage.READING:
+            if entry.stage is Stage.READING:
                 found = self.read(entry.adapter)
             else:
                 assert entry.slot is not None and entry.host is not None
