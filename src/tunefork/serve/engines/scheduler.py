@@ -37,8 +37,7 @@ class Scheduler:
     ) -> None:
         """`try_adapter(slot, region)` says what is wrong with an adapter (`trial.py`).
 
-        `sorts_tokens`: a pass with prompts has its tokens in the order of their slots, those
-        without one last.
+        `sorts_tokens`: a pass has its tokens in the order of their slots, those without one last.
         """
         self.cache, self.tiers, self._try_adapter = cache, tiers, try_adapter
         self.max_requests, self.prefill_tokens = max_requests, prefill_tokens
@@ -88,7 +87,7 @@ class Scheduler:
     def plan(self) -> list[Planned]:
         """Who computes what in the next pass: decoding rows first, in the order of their slots."""
         decoding = [answer for answer in self.running if answer.decodes]
-        decoding.sort(key=lambda a: (BASE if a.slot is None else a.slot, len(a.tokens)))
+        decoding.sort(key=lambda a: (a.slot is None, a.slot or 0, len(a.tokens)))
         ready = [answer for answer in decoding if answer.region and self._has_room(answer)]
         # A later one may have given its room up for an earlier one.
         planned = [(answer, _part(answer, 1)) for answer in ready if answer.region is not None]
@@ -98,7 +97,7 @@ class Scheduler:
             if new > 0:
                 planned.append((answer, _part(answer, new)))
                 left -= new
-        if self.sorts_tokens and len(planned) > len(ready):
+        if self.sorts_tokens and left < self.prefill_tokens:  # else they are sorted
             planned.sort(key=lambda one: (one[1].slot == BASE, one[1].slot))
         return planned
 
