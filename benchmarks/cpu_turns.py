@@ -151,7 +151,12 @@ def compare(
                 print(f"round {round_ + 1}  {tool:20s} {shown:7.0f} tokens/s", flush=True)
     rows = [_row(tool, turns, tokens, case) | (more or {}) for tool in TOOLS]
     device = describe(CPU)
-    file = write(name, rows, device=f"{device['name']}, {device['threads']} threads")
+    file = write(
+        name,
+        rows,
+        device=f"{device['name']}, {device['threads']} threads",
+        command=" ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+    )
     print(f"ratios {rows[0]['ratios']}; {file}")
 
 

@@ -52,17 +52,17 @@ def load_recipe(file: str | Path, *overrides: str) -> Recipe:
 def advise(situation: str | Path | None = None, **facts: Any) -> Advice:
     """Which method suits a situation: a file, facts by its keys (`task="chat"`), or both.
 
-    Facts beat the file; comparisons below `runs/` outrank rules of thumb. Raises BadInputError for
-    facts that are wrong or contradict each other.
+    Facts beat the file; your comparisons (below `runs/`, or anywhere that the store knows) outrank
+    rules of thumb. Raises BadInputError for facts that are wrong or contradict each other.
     """
     from tunefork.advise.advise import advise as run
+    from tunefork.advise.experience import places
     from tunefork.advise.resolve import resolve
     from tunefork.advise.situation import load_situation
     from tunefork.plan.catalogue import load_catalogue
 
     file = None if situation is None else Path(situation)
-    own = [folder for folder in (Path("runs"),) if folder.is_dir()]
-    return run(resolve(load_situation(file, facts), load_catalogue(), own))
+    return run(resolve(load_situation(file, facts), load_catalogue(), places()))
 
 
 def plan(recipe: Recipe | str | Path, gpus: Sequence[str] = (), **work: int) -> Plan:

@@ -1,5 +1,6 @@
 """Comparisons of the user's own outrank the rules where they are about this, and only there."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ import pytest
 
 from tests.advise.fake import advised
 from tests.compare.fabricated import fabricate
+from tunefork.advise.experience import places
 from tunefork.compare.comparison import Arm, Comparison, Model
+from tunefork.registry.history import remember_comparison
 
 Keep = Callable[..., Path]
 FULL_WINS: dict[Arm, float] = {"base": 0.25, "lora": 0.80, "qlora": 0.79, "full": 0.90}
@@ -55,6 +58,20 @@ def test_a_small_models_comparison_never_decides_for_a_large_one(keep: Keep) -> 
     assert not any("measured" in reason.rule for reason in advice.reasons)
     small = advised(**{**CLASSIFY, "model_params": 135e6}, runs=(runs,))
     assert small.method == "full"
+
+
+def test_what_the_store_remembers_counts_wherever_it_lies(
+    keep: Keep, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = keep(fabricate(FULL_WINS), 8e9, name="elsewhere") / "elsewhere"
+    away = tmp_path / "away"
+    away.mkdir()
+    monkeypatch.chdir(away)
+    assert not places()
+    remember_comparison(folder)
+    assert advised(**CLASSIFY, runs=tuple(places())).method == "full"
+    shutil.rmtree(folder)
+    assert not places()
 
 
 def test_another_kind_of_task_does_not_count(keep: Keep) -> None:

@@ -1,5 +1,7 @@
 """Each verb on good input: what it prints and what it leaves."""
 
+import atexit
+import gc
 import json
 import os
 import re
@@ -44,6 +46,13 @@ def test_no_help_is_lost_as_markup() -> None:
 def test_version(tunefork: Call) -> None:
     ended = tunefork("--version")
     assert (ended.status, ended.out) == (0, f"tunefork {version('tunefork')}\n")
+
+
+def test_the_end_looks_for_no_garbage(tunefork: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_end: list[object] = []
+    monkeypatch.setattr(atexit, "register", at_end.append)
+    tunefork("--version")
+    assert gc.freeze in at_end
 
 
 def test_the_schema_is_json(tunefork: Call) -> None:

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 from tunefork.plan import capture as capturing
 from tunefork.plan.attention import Setting, install
 from tunefork.plan.built import Build, built
-from tunefork.plan.program import Kernel, Program, UnknownOperationError
+from tunefork.plan.graph import UnknownOperationError
+from tunefork.plan.program import Kernel, Program
 from tunefork.plan.recorded import joint_graph
 from tunefork.plan.trace import Trace
 from tunefork.recipe import FullSection, LoraSection, Method

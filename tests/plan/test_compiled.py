@@ -15,8 +15,8 @@ from tunefork.plan import step as steps
 from tunefork.plan.batches import shape_of
 from tunefork.plan.built import Build, built
 from tunefork.plan.capture import capture
+from tunefork.plan.graph import TOKENS, program_of
 from tunefork.plan.passes import Shape
-from tunefork.plan.program import TOKENS, program_of
 from tunefork.plan.shape import at_depth, config_for
 from tunefork.plan.step import trace_step
 from tunefork.recipe import Checkpointing, FullSection, LoraSection, Method

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, MambaConfig
 
 from tests.folders import save_model, save_tokenizer
 from tunefork.data.example import Encoded
 from tunefork.model.device import describe, pick_device
-from tunefork.plan import gate
+from tunefork.plan import calibrate, gate
 from tunefork.plan.catalogue import load_catalogue
 from tunefork.plan.device import Target, here
 from tunefork.plan.measured import recall
@@ -138,3 +139,12 @@ def test_a_broken_catalogue_stops_no_run(recipe: Recipe, home: Path) -> None:
     (home / "measurements.jsonl").write_bytes(b"\xff\xfe")
     assert gate.predict(recipe, Method.LORA, EXAMPLES) is None
     assert recall(lambda _: True) == []
+
+
+def test_a_gpu_is_calibrated_by_the_engine_that_trains_on_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(calibrate, "pick_dtype", lambda *_: torch.bfloat16)
+    for kind in ("cpu", "cuda"):
+        made = calibrate.build_on(torch.device(kind), Method.LORA)
+        assert made.device == kind and made.is_compiled == (kind == "cuda")

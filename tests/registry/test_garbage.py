@@ -48,7 +48,9 @@ def test_a_tag_and_a_hold_keep_a_version(store: Store, tmp_path: Path) -> None:
         store.remove("a")
     store.untag("a", "prod")
     with store.hold(version, "a server"):
-        with pytest.raises(StoreError, match=rf"held by a server \(process {os.getpid()}\); stop"):
+        with pytest.raises(
+            StoreError, match=rf"held by a server \(process {os.getpid()}\); a server lets"
+        ):
             store.remove("a:v1")
         assert collect_garbage(store) == NOTHING
         assert store.show("a:v1").holds == (f"a server (process {os.getpid()})",)

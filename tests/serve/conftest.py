@@ -42,6 +42,12 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def quick_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a server does every second it does ten times as often, so that tests wait less."""
+    monkeypatch.setattr("tunefork.serve.gateway._LOOK_S", 0.1)
+
+
 @pytest.fixture
 def settings(base: Path) -> ServeSettings:
     return ServeSettings.model_validate({"base": str(base), "hold_idle_s": 0.0})

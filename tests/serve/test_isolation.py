@@ -14,6 +14,7 @@ from tests.serve.fake_engine import FakeEngine
 from tests.serve.servers import ASKED, Running, eventually, serving
 from tunefork.data.example import Message
 from tunefork.registry.store import Store
+from tunefork.serve.api import guard
 from tunefork.serve.door import Door
 from tunefork.serve.gateway import Gateway
 from tunefork.serve.ledger import read_usage
@@ -171,11 +172,12 @@ def test_a_thread_that_nobody_waits_for_keeps_its_place(settings: ServeSettings)
 
 
 def test_one_tenant_s_bodies_leave_room_for_another(
-    keys: dict[str, str], settings: ServeSettings
+    keys: dict[str, str], settings: ServeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(guard, "_MOST_LARGE_PER_TENANT", 4)
     small = settings.model_copy(update={"max_body_bytes": 1000})
     padding = b" " * 900
-    with serving(FakeEngine(delay_s=0.05), small) as running, ThreadPoolExecutor(40) as pool:
+    with serving(FakeEngine(delay_s=0.05), small) as running, ThreadPoolExecutor(6) as pool:
 
         def ask(key: str, model: str) -> int:
             body = json.dumps({"model": model, "messages": ASKED, "max_tokens": 8}).encode()
@@ -186,7 +188,7 @@ def test_one_tenant_s_bodies_leave_room_for_another(
                     "/v1/chat/completions", content=content, headers=headers
                 ).status_code
 
-        flood = [pool.submit(ask, keys["a"], "tiny-base") for _ in range(40)]
+        flood = [pool.submit(ask, keys["a"], "tiny-base") for _ in range(6)]
         eventually(lambda: any(asked.done() for asked in flood))
         assert ask(keys["b"], "b/one") == 200
         assert {asked.result() for asked in flood} == {200, 503}
@@ -196,7 +198,7 @@ def test_one_tenant_s_open_requests_leave_room_for_another(
     keys: dict[str, str], settings: ServeSettings
 ) -> None:
     few = settings.model_copy(update={"max_open_requests_per_tenant": 2})
-    with serving(FakeEngine(delay_s=0.05), few) as running, ThreadPoolExecutor(2) as pool:
+    with serving(FakeEngine(delay_s=0.02), few) as running, ThreadPoolExecutor(2) as pool:
         slow = [pool.submit(running.ask, keys["a"]) for _ in range(2)]
         eventually(lambda: sum(running.gateway._open.values()) == 2)
         refused = running.ask(keys["a"])

@@ -21,19 +21,16 @@ from tests.train.groups import (
 )
 from tests.train.test_loss import examples
 from tunefork.data.example import Encoded
-from tunefork.data.pack import pack
 from tunefork.errors import NoMemoryError
 from tunefork.model.attention import NAME, register
 from tunefork.model.bank import BankAdapter, add_bank
 from tunefork.model.build import build
 from tunefork.model.head import find_head
 from tunefork.recipe import Method
-from tunefork.train.loss import token_losses
 from tunefork.train.member import MemberDone, MemberFailed
 from tunefork.train.runner import Laid, Runner
 from tunefork.train.state import State, restore_weights
 from tunefork.train.together import Group
-from tunefork.train.together_losses import group_losses
 
 
 @pytest.mark.parametrize("num_steps", [10, pytest.param(50, marks=pytest.mark.slow)])
@@ -193,23 +190,6 @@ def test_a_member_acts_alone_on_the_shared_base() -> None:
     build(model, Method.LORA, member(3, 3).lora, seed=0)
     restore_weights(group.state("member-3"), model)
     torch.testing.assert_close(found, model(input_ids=ids).logits)
-
-
-@pytest.mark.parametrize("packing", [True, False])
-def test_losses_of_several_members_are_those_of_each(packing: bool) -> None:
-    group = group_of(members(4, (0, 3, 5)), replace(SETTINGS, micro_batch_tokens=70))
-    run(group)
-    asked = examples((9, 17, 4, 12, 30, 6), seed=77)
-    found = group_losses(group, ["member-5", "member-0"], asked)
-    assert list(found) == ["member-5", "member-0"]
-    for name, (sums, counts) in found.items():
-        for at, example in enumerate(asked):
-            [batch] = pack([example], max_tokens=64, packing=packing)
-            with group.only(name):
-                each = token_losses(group.model, group.runner.head, batch)
-            assert int(counts[at]) == len(each)
-            assert float(sums[at]) == pytest.approx(float(each.sum()), rel=1e-5)
-    assert group.model.training
 
 
 @pytest.mark.parametrize("lengths", [(9, 4, 17, 6, 12, 8), (128,) * 6])

@@ -17,7 +17,9 @@ from tunefork.advise.amount import is_plain_text
 from tunefork.advise.situation import Situation
 from tunefork.compare.comparison import SUBJECTS, TRAINED, Comparison
 from tunefork.errors import RunFolderError
+from tunefork.home import home
 from tunefork.page.units import METRIC_NAMES, count_text, figure_text
+from tunefork.registry.history import comparison_folders
 
 FILE = "comparison.json"
 SIZE_FACTOR = 1.5
@@ -54,6 +56,14 @@ class Experience:
             f"({count_text(found.model.parameters)} parameters, "
             f"{found.data.eval_examples:,} evaluation examples){verdict}"
         )
+
+
+def places(runs: Sequence[Path] = ()) -> list[Path]:
+    """Where the user's comparisons may lie: below `runs`, or `runs/`; below the runs of the home;
+    and wherever the store knows of one. Raises StoreError where there is a store and it cannot be
+    read."""
+    below = [*(runs or [Path("runs")]), home() / "runs"]
+    return [*(folder for folder in below if folder.is_dir()), *comparison_folders()]
 
 
 def find(

@@ -47,7 +47,8 @@ Passes over the same data bring nothing new and do not count. Where not even 256
 speaks for full fine-tuning.
 
 **Your own comparisons outrank the rules.** `comparison.json` files below `--runs` (default
-`runs/`) and `~/.tunefork/runs` are read. One counts where its model's size is within 1.5 times of
+`runs/`) and `~/.tunefork/runs` are read, and every one that the store remembers, wherever it lies.
+One counts where its model's size is within 1.5 times of
 yours *and* its data is of the same kind: classification (it has labels), plain text (every token
 learnt), or other answers. The latest that counts weighs 56, more than the rules of thumb can
 together; the advice names its folder and figures. A comparison on 135M parameters never decides

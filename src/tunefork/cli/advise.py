@@ -56,7 +56,9 @@ def advise(
     recipe_out: Annotated[Path | None, typer.Option(help="Write the recipe to this file.")] = None,
     runs: Annotated[
         list[Path] | None,
-        typer.Option(help="Folder with comparisons of yours; repeatable.", show_default="runs"),
+        typer.Option(
+            help="Folder with comparisons; the store's count too. Repeatable.", show_default="runs"
+        ),
     ] = None,
     catalogue: Annotated[
         Path | None, typer.Option(help="GPUs and prices of your own (YAML).")
@@ -135,17 +137,16 @@ def _is_terminal() -> bool:
 def _resolve(
     file: Path | None, given: dict[str, Any], runs: list[Path] | None, catalogue: Path | None
 ) -> Resolved:
+    from tunefork.advise.experience import places
     from tunefork.advise.resolve import resolve
     from tunefork.advise.situation import load_situation
-    from tunefork.home import home
     from tunefork.plan.catalogue import load_catalogue
 
     for folder in runs or ():
         if not folder.is_dir():
             raise BadInputError(f"--runs: {folder}: no such folder; give one that holds runs")
-    folders = [*(runs or [Path("runs")]), home() / "runs"]
     situation = load_situation(file, given)
-    return resolve(situation, load_catalogue(catalogue), [f for f in folders if f.is_dir()])
+    return resolve(situation, load_catalogue(catalogue), places(runs or ()))
 
 
 def _explain(resolved: Resolved, topic: str, as_json: bool) -> None:

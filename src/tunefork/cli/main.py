@@ -5,6 +5,8 @@ Exit status: 0 done, 1 a run failed, 2 bad input, 130 interrupted. Tracebacks ar
 the program alike whenever it comes.
 """
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -16,6 +18,8 @@ def main() -> None:
     # fragment less: a GPU holds little more than the tensors it is given, which can be planned.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which would lose to ours
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # Python's end looks through all objects for garbage: a second, after PyTorch's imports.
+    atexit.register(gc.freeze)
     ctrl_c = _CtrlC()
     try:
         from tunefork.cli.app import app

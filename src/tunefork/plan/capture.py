@@ -3,7 +3,7 @@
 What a compiled layer keeps for its backward pass is not what its source says: AOTAutograd chooses
 what to keep and what to work out again. So the plan asks it. The layers of a shallow model are
 given to it with a backend that takes the two graphs of each and makes no kernels; these become
-programs (`plan/program.py`). Two ways lead there:
+programs (`plan/graph.py`). Two ways lead there:
 
     torch.compile   as in a run, Dynamo's reading of the layer's code and AOTAutograd's tracing
                     included: where there is a GPU, so that what this version of PyTorch does is
@@ -29,7 +29,8 @@ from tunefork.data.pack import Segments
 from tunefork.kernels.compiled import standing_for_gpu
 from tunefork.model.layers import decoder_layers, prepare_layers
 from tunefork.model.packed_attention import in_place_of_mask
-from tunefork.plan.program import TOKENS, Program, UnknownOperationError, program_of
+from tunefork.plan.graph import TOKENS, UnknownOperationError, program_of
+from tunefork.plan.program import Program
 from tunefork.plan.recorded import joint_graph
 from tunefork.recipe import Checkpointing
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import tunefork.kernels.lora_group  # noqa: F401  registers add_product_
-from tunefork.plan.program import UnknownOperationError
+from tunefork.plan.graph import UnknownOperationError
 
 _IN_PLACE = torch.ops.tunefork.add_product_.default
 _FUNCTIONAL = torch.ops.higher_order.auto_functionalized_v2

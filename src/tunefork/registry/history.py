@@ -89,6 +89,13 @@ def known_comparisons(store: Store) -> list[Remembered]:
     return _known(store, "SELECT folder, sha256, created, verdict FROM comparisons")
 
 
+def comparison_folders() -> list[Path]:
+    """Where the comparisons lie that the user's store knows and that are still there."""
+    with Store.open() as store:
+        known = known_comparisons(store)
+    return [found.folder for found in known if (found.folder / COMPARISON).is_file()]
+
+
 def _known(store: Store, select: str) -> list[Remembered]:
     with store.guarded():
         rows = store.database.execute(f"{select} ORDER BY created, folder").fetchall()

@@ -10,10 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from tunefork.errors import BadInputError, TuneforkError
 from tunefork.model.fingerprint import identify
-from tunefork.model.load import load_tokenizer
+from tunefork.model.load import load_skeleton, load_tokenizer
 from tunefork.page.estimate import Estimate
 from tunefork.recipe import Recipe
 from tunefork.registry.claim import held
@@ -58,7 +61,7 @@ def train_many(
         save_entries(entries, out / ENTRIES)
         ledger = _Ledger(out, entries, say)
         identity, tokenizer = identify(first.model), load_tokenizer(first.model)
-        members = ledger.members()
+        members = ledger.members(load_skeleton(first.model), tokenizer)
         room = plan_room(members, cap=together, say=say, ignore_plan=ignore_plan)
         kind = room.recipe.train.checkpointing
         members = [replace(member, checkpointing=kind) for member in members]
@@ -91,8 +94,8 @@ class _Ledger:
         # What is done stays said, also where this call is killed before it has looked.
         self.results = {e.name: e for e in before if e.status == "ok" and e.name in self.entries}
 
-    def members(self) -> list[Member]:
-        """Of the entries that can be trained; the others have failed.
+    def members(self, skeleton: PreTrainedModel, tokenizer: Any) -> list[Member]:
+        """Of the entries that can be trained; the others have failed. The base is all entries'.
 
         Raises BadInputError, with every entry's fault, where none can be.
         """
@@ -105,6 +108,8 @@ class _Ledger:
                     (entry.recipe.method,),
                     self._say_of(entry),
                     ignore_plan=True,  # the group is planned, in room.py
+                    skeleton=skeleton,
+                    tokenizer=tokenizer,
                 )
                 found.append(alone(entry.name, entry.recipe, self.out / entry.name, data))
             except TuneforkError as error:

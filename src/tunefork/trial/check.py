@@ -33,21 +33,24 @@ def check_recipe(
     say: Callable[[str], None],
     *,
     ignore_plan: bool = False,
+    skeleton: PreTrainedModel | None = None,
+    tokenizer: Any = None,
 ) -> Data:
     """The data of `recipe`, which can be trained by `methods`; `say` gets a line a warning.
 
-    Raises BadInputError, also where the plan says that a method cannot fit in this machine's
-    memory; `ignore_plan` leaves that out.
+    Its model's `skeleton` and `tokenizer` are given by who has many recipes of one model. Raises
+    BadInputError, also where the plan says that a method cannot fit in this machine's memory;
+    `ignore_plan` leaves that out.
     """
     check_trackers(recipe.train.trackers)
-    skeleton = load_skeleton(recipe.model)
+    skeleton = load_skeleton(recipe.model) if skeleton is None else skeleton
     for method in methods:
         try:
             _check_method(skeleton, recipe, method)
         except ModelError as error:
             others = f"; or leave {method} out of compare.methods" if len(methods) > 1 else ""
             raise ModelError(f"method {method}: {error}{others}") from error
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model) if tokenizer is None else tokenizer
     data = load_data(recipe, tokenizer)
     for warning in data.report.warnings:
         head, *places = warning.splitlines()
