@@ -9,6 +9,10 @@ and messages end up in logs.
 import errno
 import os
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class TuneforkError(Exception):
@@ -92,3 +96,24 @@ def nearest(word: str, allowed: list[str]) -> str:
     """Say which of `allowed` was probably meant: `"; did you mean 'rank'?"`, or nothing."""
     matches = get_close_matches(word, allowed, n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def fault_in(error: "ValidationError", before: str = "", after: str = "") -> str:
+    """What is wrong with a file that tunefork writes: its first wrong field, between the words for
+    a file that is damaged or another program's; or that a newer version has written it."""
+    details = error.errors(include_input=False, include_url=False)
+    unknown = [d for d in details if d["type"] == "extra_forbidden"]
+    versions = [d for d in details if d["type"] == "literal_error" and d["loc"][-1:] in _VERSIONS]
+    is_newer = versions or len(unknown) == len(details)  # all that is known here is there
+    first = (versions or details)[0]
+    at = ".".join(map(str, first["loc"])) or "the file"
+    if not is_newer:
+        return f"{before}{at}: {first['msg']}{after}"
+    return (
+        f"{at}: is not known to this version of tunefork; a newer one has probably written the "
+        "file: use that, or upgrade (pip install --upgrade tunefork)"
+    )
+
+
+_VERSIONS = (("format",), ("schema_version",))
+"""Fields that say which version of its form a file has."""

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,13 +44,27 @@ def test_a_folder_without_one_has_none(tmp_path: Path) -> None:
             json.dumps({"identity": IDENTITY.model_dump() | {"weights_sha256": "../x"}}),
             "identity.weights_sha256: String should match pattern",
         ),
-        (json.dumps({"identity": IDENTITY.model_dump(), "extra": 1}), "extra: Extra inputs"),
+        (json.dumps({"a": 1}), "identity: Field required"),
     ],
 )
 def test_a_damaged_one_is_refused(tmp_path: Path, content: str, where: str) -> None:
     (tmp_path / FILE).write_text(content)
     with pytest.raises(AdapterError, match=rf"tunefork\.json: .*\({where}.*adapters adopt"):
         read_provenance(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [({"extra": 1}, "extra"), ({"identity": IDENTITY.model_dump() | {"b": ""}}, "identity.b")],
+)
+def test_one_of_a_newer_version_is_said_to_be(
+    tmp_path: Path, change: dict[str, Any], field: str
+) -> None:
+    """And not to be removed."""
+    (tmp_path / FILE).write_text(json.dumps({"identity": IDENTITY.model_dump()} | change))
+    with pytest.raises(AdapterError, match=rf"{field}: is not known.*newer one") as raised:
+        read_provenance(tmp_path)
+    assert "adopt" not in str(raised.value)
 
 
 def test_a_huge_one_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

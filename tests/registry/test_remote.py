@@ -163,8 +163,11 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         _edit(lambda c: c.update(files=[c["files"][0] | {"path": f"{n}.md"} for n in range(2001)])),
         "more than 2000 files",
     ),
-    "unknown field": (_edit(lambda c: c.update(run="rm -rf")), "run: Extra inputs"),
-    "newer format": (_edit(lambda c: c.update(format=2)), "format: Input should be 1"),
+    "unknown field": (_edit(lambda c: c.update(run="rm -rf")), "run: is not known to this version"),
+    "newer format": (
+        _edit(lambda c: c.update(format=2)),
+        "format: is not known to this version.*newer",
+    ),
     "wrong digest": (
         lambda p: _manifest(p).write_text(
             json.dumps(json.loads(_manifest(p).read_text()) | {"digest": "0" * 64})

@@ -347,6 +347,33 @@ def test_what_was_computed_before_an_error_is_told_and_all_of_it_is_metered(base
     run(ask())
 
 
+def test_an_answer_that_was_complete_when_the_engine_died_is_told(base: Any) -> None:
+    """Texts are made while the next pass computes, or fails."""
+
+    async def ask() -> None:
+        async with started(base.folder) as engine:
+            assert engine._parts is not None
+            core = engine._parts.core
+            core.overlaps, original = True, core.passes.run
+
+            def dies(parts: Any) -> Any:
+                if any(event.finish is not None for event in core._events):
+                    raise RuntimeError("the device is lost")
+                return original(parts)
+
+            core.passes.run = dies  # type: ignore[method-assign]
+            other = engine.generate(request("a", PROMPT, max_tokens=200))
+            await anext(other)
+            async with asyncio.timeout(20):
+                complete = await answer(engine, request("b", PROMPT, max_tokens=1))
+            assert complete.finish_reason == "length"
+            with pytest.raises(EngineDeadError):
+                async for _ in other:
+                    pass
+
+    run(ask())
+
+
 def test_a_dead_engine_says_so_to_everyone_and_can_be_started_again(
     base: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.tiny import tiny_model
+from tunefork.model.bank import add_serving_bank
+from tunefork.model.fused import fuse
+from tunefork.model.layers import decoder_layers
+from tunefork.serve.engines.compiled_layers import CompiledLayers
 from tunefork.serve.engines.graphs import Graphs, Key
 
 
@@ -42,6 +47,17 @@ def test_a_pass_that_cannot_be_captured_is_launched(monkeypatch: pytest.MonkeyPa
     ]
     assert layers.was_removed and graphs.compiled is None and not graphs.is_on
     assert graphs.outcome(key) == ("launched", key)  # and nothing is said twice
+
+
+def test_layers_that_are_compiled_no_more_multiply_all_b() -> None:
+    model = tiny_model()
+    add_serving_bank(model, slots=2, rank=4)
+    groups = fuse(model, "bf16", "bf16", torch.device("cpu"))
+    for group in groups:
+        group.join_banks(reads_own=True)
+    CompiledLayers(model, lambda function, **_: function).remove()
+    assert groups and not any(group.joint is None or group.joint.reads_own for group in groups)
+    assert not any("forward" in vars(layer) for layer in decoder_layers(model))
 
 
 def test_want_of_memory_is_no_word_on_other_passes(monkeypatch: pytest.MonkeyPatch) -> None:

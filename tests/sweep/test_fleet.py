@@ -13,8 +13,9 @@ from tunefork.recipe import Recipe
 from tunefork.recipe_file import load
 from tunefork.registry.run import read_record
 from tunefork.sweep.group import Stepped
-from tunefork.sweep.result import SweepResult
+from tunefork.sweep.result import RESULT, SweepResult
 from tunefork.sweep.rungs import Rungs
+from tunefork.sweep.seat import Seat
 from tunefork.sweep.sweep import sweep
 from tunefork.trial.trial import train_run
 
@@ -104,6 +105,21 @@ def test_a_signal_ends_the_first_pass_at_once(make: Make, tmp_path: Path) -> Non
         _sweep(make(), tmp_path / "out", Signalled())
     assert read_record(tmp_path / "out" / "variants" / "lr1e-2") is None
     assert [v.status for v in _sweep(make(), tmp_path / "out").variants] == ["dropped", "ok"]
+
+
+def test_one_that_is_about_to_begin_is_interrupted_like_the_others(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a second Ctrl-C. What an earlier call has left beside it may be of another version."""
+    (tmp_path / "out").mkdir()
+
+    def interrupted(*_: object, **__: object) -> None:
+        (tmp_path / "out" / RESULT).write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Seat, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _sweep(make((1e-2,)), tmp_path / "out")
 
 
 def test_a_signal_cuts_an_evaluation_short_and_the_others_leave_what_they_learnt(

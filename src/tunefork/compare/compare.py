@@ -26,7 +26,7 @@ from tunefork.recipe import Method, Recipe
 from tunefork.recipe_file import anchor
 from tunefork.registry.claim import Claim, claimed
 from tunefork.registry.history import remember_comparison
-from tunefork.registry.run import RunRecord, read_record
+from tunefork.registry.run import RunRecord, read_json, read_record
 from tunefork.trial.check import check_recipe
 from tunefork.trial.record import check_base
 
@@ -139,7 +139,7 @@ def _method(work: _Work, method: Method) -> ArmRuns:
             failure = work.run(f"{method}: learning-rate search", "search", method)
             if failure:
                 return ArmRuns(error=f"learning-rate search: {failure.message}")
-        searched = SearchResult.model_validate_json(file.read_text(encoding="utf-8"))
+        searched = read_json(SearchResult, file, "is no search's result; remove it")
         rate = searched.learning_rate
     folders, errors = [], []
     for seed in work.recipe.compare.seeds:

@@ -178,7 +178,7 @@ class Bank:
         self.routing.is_own_sn = is_own(index_s, self.num_slots)
 
     def route_stretches(self, layout: Layout) -> None:
-        """The next pass's tokens are whose the host says: a bank on a CPU that is only read."""
+        """The next pass's tokens are whose the host says: of a bank that is only read."""
         self.routing.layout, self.routing.mode = layout, "stretches"
 
     def route_none(self) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tunefork.errors import StoreError
+from tunefork.errors import StoreError, fault_in
 from tunefork.registry.intake import check_count, check_kind, check_path
 from tunefork.registry.names import check_name
 from tunefork.registry.objects import StoredFile, digest_of
@@ -65,9 +65,8 @@ def read_manifest(text: bytes, where: str) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        at = ".".join(map(str, first["loc"])) or "the file"
-        raise StoreError(f"{where}: is no manifest of a version: {at}: {first['msg']}") from error
+        told = fault_in(error, "is no manifest of a version: ")
+        raise StoreError(f"{where}: {told}") from error
     check_name(manifest.name)
     check_count(len(manifest.files), where)
     paths = [file.path for file in manifest.files]

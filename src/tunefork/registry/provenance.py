@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tunefork.errors import AdapterError
+from tunefork.errors import AdapterError, fault_in
 from tunefork.installed import version
 from tunefork.model.identity import Identity
 from tunefork.recipe import Method
@@ -72,12 +72,12 @@ def read_provenance(folder: Path) -> Provenance | None:
     try:
         return Provenance.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        at = ".".join(map(str, first["loc"])) or "the file"
-        raise AdapterError(
-            f"{file}: does not say where the artefact comes from ({at}: {first['msg']}); restore "
-            f"it, or remove it and record its base again: tunefork adapters adopt {folder}"
-        ) from error
+        before = "does not say where the artefact comes from ("
+        after = (
+            "); restore it, or remove it and record its base again: tunefork adapters adopt "
+            f"{folder}"
+        )
+        raise AdapterError(f"{file}: {fault_in(error, before, after)}") from error
 
 
 def now() -> str:

@@ -17,7 +17,7 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tunefork.errors import RunFolderError
+from tunefork.errors import RunFolderError, fault_in
 from tunefork.model.identity import Identity
 from tunefork.recipe import Checkpointing, Method
 from tunefork.train.precision_choice import PrecisionChoice
@@ -121,9 +121,7 @@ def read_json(kind: type[Content], file: Path, otherwise: str, hint: str = "") -
     except OSError as error:
         raise RunFolderError(f"{file}: cannot be read ({error.strerror}){hint}") from error
     except ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        at = ".".join(map(str, first["loc"])) or "the file"
-        raise RunFolderError(f"{file}: {otherwise} ({at}: {first['msg']})") from error
+        raise RunFolderError(f"{file}: {fault_in(error, f'{otherwise} (', ')')}") from error
 
 
 def find_runs(folder: Path, say: Callable[[str], None] = print) -> list[tuple[Path, RunRecord]]:

@@ -116,7 +116,7 @@ class Checks:
     def _check_asked(self, name: str, provenance: Provenance, data: DataSection) -> None:
         """That fixed texts become the very prompts that the trainer made of them."""
         if provenance.asked_sha256 is None:
-            return  # it was trained on plain text, or elsewhere
+            return  # trained on plain text, elsewhere, or before this was recorded
         with _told(name, "has a template that refuses what it was asked in training"):
             prompts = Prompts(Renderer(Undated(self._base.tokenizer), data), ())
             asked = [prompts.chat([Message("user", text)]) for text in TEXTS]

@@ -72,7 +72,7 @@ class Fleet:
     _parked: Parked = field(init=False)
     _interrupt: Interrupt = field(init=False)
     _is_cut_short: bool = False
-    """An evaluation was."""
+    """What cannot end between two passes was."""
     _has_passed: bool = False
 
     def __post_init__(self) -> None:
@@ -100,10 +100,14 @@ class Fleet:
                 self._run()
             except KeyboardInterrupt as error:
                 self._close(error)
-                self._end_rest([seat.member for seat in self._seats.values()])
+                self._is_cut_short = True
             except BaseException as error:
                 self._close(error)
                 raise
+        if self._is_stopping:
+            for member in members:
+                if member.name not in self.outcomes:  # wherever it was
+                    self._end(member, Outcome("interrupted", None))
         if all(outcome.status != "interrupted" for outcome in self.outcomes.values()):
             self.moments.clear()
         return self.outcomes
@@ -284,11 +288,6 @@ class Fleet:
         for name, seat in list(self._seats.items()):
             self._end(seat.member, Outcome("interrupted", seat.interrupt(self.group)))
             del self._seats[name]
-        self._end_rest([])
-
-    def _end_rest(self, seated: Sequence[Member]) -> None:
-        for member in (*seated, *self._parked.members.values(), *self._queue):
-            self._end(member, Outcome("interrupted", None))
 
     def _end(self, member: Member, outcome: Outcome) -> None:
         self.outcomes[member.name] = outcome

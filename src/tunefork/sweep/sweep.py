@@ -5,10 +5,11 @@ same command goes on where it was stopped or killed, and a folder that is finish
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from tunefork.errors import TuneforkError
+from tunefork.errors import RunFolderError, TuneforkError
 from tunefork.evaluate.evaluate import check_primary_metric
 from tunefork.model.build import check_method
 from tunefork.model.fingerprint import identify
@@ -74,7 +75,7 @@ def sweep(
         rungs = _rungs(recipe, found, out)
         bench = Bench.of(identity, tokenizer, say)
         outcomes, together = _train(recipe, out, members, bench, rungs, room, make_group)
-        if (out / RESULT).is_file():  # nothing may have been left to train
+        with suppress(RunFolderError):  # nothing may have been left to train
             together = max(together, SweepResult.load(out / RESULT).together)
         if any(outcome.status == "interrupted" for outcome in outcomes.values()):
             raise KeyboardInterrupt

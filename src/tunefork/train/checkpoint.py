@@ -19,7 +19,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tunefork.errors import CheckpointError, is_disk_full
+from tunefork.errors import CheckpointError, fault_in, is_disk_full
 from tunefork.train.state import Progress, State
 from tunefork.train.tensor_file import read_tensors, write_tensors
 
@@ -205,6 +205,4 @@ def _read_json(kind: type[Content], file: Path) -> Content:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        at = ".".join(map(str, first["loc"])) or "the file"
-        raise CheckpointError(f"{file}: {at}: {first['msg']}") from error
+        raise CheckpointError(f"{file}: {fault_in(error)}") from error

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tunefork.model.fused import FusedLinear
 from tunefork.model.layers import decoder_layers
 from tunefork.serve.engines.attention import Reads
 
@@ -27,7 +28,6 @@ class CompiledLayers:
     def __init__(
         self, model: PreTrainedModel, compiler: Callable[..., Any] = torch.compile
     ) -> None:
-
         self.is_on = False
         self._layers = decoder_layers(model)
         self._compiled = compiler(_as_written, fullgraph=True)
@@ -35,9 +35,13 @@ class CompiledLayers:
             layer.forward = partial(self._run, layer)
 
     def remove(self) -> None:
-        """The model is as it was."""
+        """Layers run as written from now on, where each token's own B is too many kernels
+        (`kernels/bank_own.py`): all B are multiplied instead."""
         for layer in self._layers:
             del layer.forward
+            for module in layer.modules():
+                if isinstance(module, FusedLinear) and module.group.joint is not None:
+                    module.group.joint.reads_own = False
 
     def mark(self, tensor: Tensor) -> None:
         """Its rows are of any number: (N, ...), or (1, N, ...) where transformers keeps a batch."""

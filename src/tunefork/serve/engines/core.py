@@ -53,6 +53,8 @@ class Core:
         self.is_stopping = False
         self.state = EngineState(healthy=True)
         self._parcels: list[Parcel] = []
+        self._events: list[Event] = []
+        """Of the last pass, where their texts are made while the next one computes."""
         self._something = threading.Condition()
         self.tiers = None if make_tiers is None else make_tiers(self.wake)
         self.scheduler = Scheduler(
@@ -96,7 +98,6 @@ class Core:
     @torch.inference_mode()
     def run(self) -> None:
         """Until `is_stopping`. What is raised here is the end of the engine."""
-        events: list[Event] = []
         while True:
             while self.inbox:
                 self.inbox.popleft()()
@@ -106,13 +107,12 @@ class Core:
                 self._end(answer, error)
             planned = self.scheduler.plan()
             outcome = self._launch(planned) if planned else None
-            self._tell(events)
+            self._tell()
             self._expire()
             self._publish()
-            events = self._collect(planned, outcome) if outcome else []
+            self._events = self._collect(planned, outcome) if outcome else []
             if not self.overlaps:
-                self._tell(events)
-                events = []
+                self._tell()
             if not planned:
                 self._rest()
 
@@ -120,6 +120,7 @@ class Core:
         """Give everything back; open requests end with `error`, or as cancelled."""
         while self.inbox:  # a request that came while the last pass failed is open too
             self.inbox.popleft()()
+        self._tell()
         for answer in list(self.scheduler.open()):
             cancelled = Piece("", (), finish_reason="cancelled")
             self._end(answer, cancelled if error is None else error)
@@ -183,8 +184,9 @@ class Core:
         why = f"no memory for a pass with this request ({type(error).__name__}); ask for less"
         self._end(answer, EngineError(why))
 
-    def _tell(self, events: Sequence[Event]) -> None:
+    def _tell(self) -> None:
         """Texts of chosen tokens, to those who wait for them."""
+        events, self._events = self._events, []
         for event in events:
             answer = event.answer
             if answer.is_over:
