@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.serve.fake_engine import ALL, FakeEngine
+from tunefork.errors import BadInputError, EngineBusyError
 from tunefork.serve.answers import Answer
+from tunefork.serve.api.errors import ApiError
 from tunefork.serve.engine import EngineRequest, Piece, Sampling
 from tunefork.serve.fair import FairQueue
 from tunefork.serve.ledger import Ledger, read_usage
@@ -109,3 +111,49 @@ def test_what_was_set_aside_is_given_back_however_it_ends(parts: Parts) -> None:
         assert not engine.open and (parts.queue.running, parts.queue.waiting) == (0, 0)
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("error", [BadInputError("no such grammar"), EngineBusyError("full")])
+def test_a_request_that_the_engine_refuses_is_billed_nothing(
+    parts: Parts, tmp_path: Path, error: Exception
+) -> None:
+    tenant = replace(TENANT, tokens_per_minute=100)
+
+    class Refuses(FakeEngine):
+        async def generate(self, request: EngineRequest) -> AsyncIterator[Piece]:
+            if request.id.endswith("-0"):
+                raise error
+            await asyncio.sleep(60)  # the other choices are cancelled before their first token
+            yield Piece("x", (5,))
+
+    async def run() -> None:
+        order = replace(_order(Refuses(), max_tokens=10, choices=2), tenant=tenant)
+        answer = Answer(parts, order)
+        with pytest.raises(ApiError):
+            await answer.take()
+        answer.abandon()
+        await parts.settle()
+
+    asyncio.run(run())
+    (row,) = read_usage(tmp_path / "serve.sqlite")
+    assert (row.requests, row.prompt_tokens, row.completion_tokens) == (1, 0, 0)
+    assert parts.quotas.left_this_month(tenant) == 10_000
+    assert parts.quotas.headers(tenant)["x-ratelimit-remaining-tokens"] == "100"
+
+
+def test_a_request_that_fails_later_is_billed_what_was_computed(
+    parts: Parts, tmp_path: Path
+) -> None:
+    async def run() -> None:
+        engine = await _engine()
+        engine.fails = BadInputError("no token may follow")  # after the first one
+        answer = Answer(parts, _order(engine, max_tokens=10))
+        with pytest.raises(ApiError):
+            while await answer.take():
+                pass
+        answer.abandon()
+        await parts.settle()
+
+    asyncio.run(run())
+    (row,) = read_usage(tmp_path / "serve.sqlite")
+    assert row.prompt_tokens == 3 and row.completion_tokens >= 1

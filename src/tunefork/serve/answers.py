@@ -3,7 +3,8 @@
 Each answer is a task that waits for its turn, reads the engine and puts pieces where the response
 takes them from. Where nobody takes them, it stops reading; where nobody wants them any more, it is
 cancelled, and the engine frees what it held. However it ends, what was computed is recorded once,
-tokens that an engine had ahead and nobody read among it.
+tokens that an engine had ahead and nobody read among it. A request that the engine refuses before
+any token is recorded as none.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Literal, cast
 
-from tunefork.errors import TuneforkError
+from tunefork.errors import BadInputError, EngineBusyError, TuneforkError
 from tunefork.serve.api.errors import ApiError, unavailable
 from tunefork.serve.engine import EngineRequest, Piece
 from tunefork.serve.fair import QueueFullError, Turn
@@ -44,6 +45,7 @@ class Answer:
         self._began = time.monotonic()
         self._first_token_s: float | None = None
         self._failure: BaseException | None = None
+        self._is_refused = False
         self._given: set[int] = set()
         self._pieces: list[tuple[int, Piece]] = []
         self._news, self._room = asyncio.Event(), asyncio.Event()
@@ -127,6 +129,7 @@ class Answer:
         except TimeoutError:
             self._fail(too_late())
         except Exception as error:
+            self._is_refused |= isinstance(error, BadInputError | EngineBusyError)
             self._fail(told_of(error, self.order.sampling))
         finally:
             turn.leave()
@@ -199,6 +202,9 @@ class Answer:
         _, hanging = await asyncio.wait(self._tasks, timeout=_CANCEL_S)
         if hanging:
             logger.error("%s: the engine does not let %d answers go", self.order.id, len(hanging))
+        if self._is_refused and not self.completion_tokens:
+            self._spend(-self.prompt_tokens)
+            self.prompt_tokens = 0
         order, total_s = self.order, time.monotonic() - self._began
         try:
             await self._parts.ledger.record(
