@@ -3,7 +3,9 @@
 A minute's limit is a bucket that fills evenly and holds one minute's worth. A request is let in
 while the buckets are not empty, and what its answer takes is taken as it comes, below zero too: the
 debt is waited for by the next request. So the mean over time is exact, without guessing how long an
-answer will be. A month's limit is never passed: prompt and `max_tokens` are set aside beforehand.
+answer will be. A month's limit is never passed on one server: prompt and `max_tokens` are set aside
+beforehand. Of several with one file each sets aside its own answers only: what the others have
+running may go over it.
 """
 
 import calendar
