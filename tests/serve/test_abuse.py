@@ -66,7 +66,8 @@ def check_answer(kind: str, text: str, shown: str) -> None:
     if kind.startswith("application/json"):
         assert json.loads(text)["choices"], shown
         return
-    events = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
+    # U+0085 and U+2028 end no line of a stream, but do one of `splitlines`
+    events = [line[6:] for line in text.split("\n") if line.startswith("data: ")]
     assert events[-1] == "[DONE]", shown
     assert all("error" not in json.loads(event) for event in events[:-1]), shown
 
