@@ -55,3 +55,12 @@ def test_a_slot_that_is_not_finite_spoils_no_other() -> None:
     matrices = Matrices(a_nrd, b_nro)
     layout = lay_out([Stretch(0, 0, 2), Stretch(2, 2, 4)], rank=RANK)  # slot 1 lies between
     assert torch.equal(add_stretches(y_so, x_sd, matrices, layout), torch.ones(4, OUT))
+
+
+def test_views_are_not_kept_without_end() -> None:
+    matrices = Matrices(torch.zeros(20, RANK, WIDE), torch.zeros(20, RANK, OUT))
+    for lowest in range(19):
+        for highest in range(lowest + 1, 20):
+            part = lay_out([Stretch(lowest, 0, 1), Stretch(highest, 1, 2)], rank=1).padded[0]
+            assert matrices.of(part, 1)[0].shape == (part.highest - part.lowest, WIDE, 1)
+    assert len(matrices._views) <= 64

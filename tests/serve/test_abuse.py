@@ -66,7 +66,8 @@ def check_answer(kind: str, text: str, shown: str) -> None:
     if kind.startswith("application/json"):
         assert json.loads(text)["choices"], shown
         return
-    events = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
+    # U+0085 and U+2028 end no line of a stream, but do one of `splitlines`
+    events = [line[6:] for line in text.split("\n") if line.startswith("data: ")]
     assert events[-1] == "[DONE]", shown
     assert all("error" not in json.loads(event) for event in events[:-1]), shown
 
@@ -176,13 +177,13 @@ def program(
 @pytest.mark.slow
 def test_ten_thousand_drawn_requests_leave_nothing_behind(program: Program) -> None:
     first = draw_and_send(program, 5_000, 2)
-    # PyTorch on a CPU keeps what it compiled for each number of tokens that it met
+    # so many shapes as it remembers, PyTorch on a CPU has met by now (`engines/shapes.py`)
     before = program.rss()
     second = draw_and_send(program, 5_000, 3)
     assert sum((first.statuses + second.statuses).values()) == 10_000
     assert first.answered + second.answered >= 2_000, second.statuses
     is_as_before(program)
-    assert program.rss() - before < 64 * 2**20
+    assert program.rss() - before < 16 * 2**20
 
 
 def test_cases_made_by_hand(shared: Running) -> None:

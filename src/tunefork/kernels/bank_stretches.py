@@ -23,6 +23,9 @@ from torch import Tensor
 _SHORT = 64
 """Most tokens of a stretch that is padded rather than multiplied by itself."""
 _GAP = 4
+_VIEWS = 64
+"""Most pairs of views that a layer keeps, 1 KB each: there are as many as runs of slots, times
+ranks."""
 _FEW = 4
 """Most tokens of a stretch whose B is summed row by row, in bf16: B is read once for each token."""
 
@@ -189,6 +192,8 @@ class Matrices:
         """A transposed (G, D, R) and B (G, R, O) of a part's slots."""
         key = (part.lowest, part.highest, rank)
         if key not in self._views:
+            if len(self._views) == _VIEWS:
+                self._views.clear()
             slots = slice(part.lowest, part.highest)
             self._views[key] = (
                 self.a_nrd[slots, :rank].transpose(1, 2),

@@ -1,0 +1,24 @@
+"""How many shapes of products PyTorch remembers on a CPU.
+
+A CPU that multiplies bf16 quickly does so by oneDNN, which compiles a product for each shape that
+it meets. oneDNN keeps the last 1024, and ideep, by which PyTorch calls it, 1024 descriptions of
+them: some 0.3 MB each. A server meets new lengths all the time, and would come to hold 600 MB of
+them, and some 200 MB of gaps, since they lie among its tensors. One pass has some tens of shapes;
+a new one takes half a millisecond, once for all layers.
+"""
+
+import os
+
+MOST = 128
+"""More than a pass over many adapters has; with fewer, each layer would make them anew."""
+_NAMES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""Of oneDNN, and of ideep."""
+
+
+def bound_shapes() -> None:
+    """Remember at most `MOST`, unless the environment says how many.
+
+    A process reads it at its first products in bf16, and never again.
+    """
+    for name in _NAMES:
+        os.environ.setdefault(name, str(MOST))

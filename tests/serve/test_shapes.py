@@ -1,0 +1,32 @@
+"""A server on a CPU does not remember every length that it ever met."""
+
+import subprocess
+import sys
+
+import pytest
+
+_PRODUCTS = """
+from tunefork.serve.engines.shapes import MOST, bound_shapes
+
+bound_shapes()
+
+import psutil
+import torch
+
+torch.set_num_threads(1)
+weight = torch.zeros(64, 64, dtype=torch.bfloat16)
+held = []
+for length in range(1, 8 * MOST):
+    torch.zeros(length, 64, dtype=torch.bfloat16) @ weight
+    if length in (4 * MOST, 8 * MOST - 1):
+        held.append(psutil.Process().memory_info().rss)
+print(held[1] - held[0])
+"""
+
+
+@pytest.mark.slow
+def test_new_lengths_take_no_more_memory() -> None:
+    """512 more; without a bound they are 300 MB where bf16 is oneDNN's, and nothing elsewhere."""
+    words = [sys.executable, "-c", _PRODUCTS]
+    made = subprocess.run(words, check=True, capture_output=True, text=True)
+    assert int(made.stdout) < 16 * 2**20
