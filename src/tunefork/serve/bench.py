@@ -16,10 +16,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from tunefork.errors import BadInputError
 from tunefork.serve.event_stream import Address, StreamBrokenError, post
 
 _TICK_S = 0.02
 """How often the event loop's lateness is taken."""
+_CONNECT_S = 10.0
 _FIRST_ID = 100
 """Ids below it are often special tokens."""
 
@@ -108,8 +110,12 @@ def draw(load: Load) -> list[Ask]:
 
 
 async def run(server: str, key: str | None, load: Load) -> Outcome:
-    """Send `load` to the server at `server` (…/v1 or not), and wait for every answer."""
+    """Send `load` to the server at `server` (…/v1 or not), and wait for every answer.
+
+    Raises BadInputError where nobody listens.
+    """
     address = Address.parse(server.rstrip("/").removesuffix("/v1"))
+    await _check_listens(address)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     asks, outcome = draw(load), Outcome()
     gate = asyncio.Semaphore(load.concurrency if load.rate is None else load.requests)
@@ -127,6 +133,18 @@ async def run(server: str, key: str | None, load: Load) -> Outcome:
                 group.create_task(one(ask))
         outcome.wall_s = time.perf_counter() - began
     return outcome
+
+
+async def _check_listens(address: Address) -> None:
+    try:
+        async with asyncio.timeout(_CONNECT_S):
+            _, writer = await asyncio.open_connection(address.host, address.port)
+    except (OSError, TimeoutError) as error:
+        raise BadInputError(
+            f"--server: nobody listens at {address}; start the server (tunefork serve), or give "
+            "its address"
+        ) from error
+    writer.transport.abort()
 
 
 async def _ask(address: Address, headers: dict[str, str], ask: Ask, load: Load) -> Sample:
