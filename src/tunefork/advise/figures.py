@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tunefork.advise.capacity import BITS_PER_TOKEN, RANKS, capacity_tokens
 from tunefork.advise.estimate import Placed, machine_text, size_text
-from tunefork.advise.facts import FULL_RUNS, Facts
+from tunefork.advise.facts import FULL_LEAST_USD, FULL_RUNS, Facts
 from tunefork.page.units import bytes_text, count_text, rate_text, seconds_text, usd_text
 from tunefork.recipe import Method
 
@@ -65,6 +65,14 @@ def _worth(facts: Facts) -> str:
     return "not said" if value is None else usd_text(value)
 
 
+def _extra_why(facts: Facts) -> str:
+    """`about $12,400 more`, or the floor, and that it is one: its GPU time alone may cost a dollar."""
+    text = usd_text(facts.full_extra_usd)
+    if facts.full_extra_usd > FULL_LEAST_USD:
+        return f"about {text} more"
+    return f"at least {text} more (rule of thumb 7, with the work around the runs)"
+
+
 def _measured(facts: Facts) -> str:
     return "" if facts.experience is None else facts.experience.text
 
@@ -91,6 +99,7 @@ TABLE: dict[str, Callable[[Facts], str]] = {
     "share": lambda f: f"{100 * f.estimates.planner.lora_params(f.rank) / f.params:.2g} %",
     "worth": _worth,
     "extra": lambda f: usd_text(f.full_extra_usd),
+    "extra_why": _extra_why,
     "runs": lambda f: str(FULL_RUNS),
     "budget": _budget,
     "deadline": lambda f: f"{f.situation.deadline_hours or 0:g} h",

@@ -123,7 +123,7 @@ VOTES: tuple[Vote, ...] = (
     Vote(
         "points-pay", WEIGHTS, 12, when.points_pay,
         "Full fine-tuning may gain a point or more over an adapter. A point is worth {worth}; "
-        "getting full right ({runs} runs) costs about {extra} more: measure the gap, both ways.",
+        "getting full right ({runs} runs) costs {extra_why}: measure the gap, both ways.",
         thumb(5),
         "A point of quality worth about {extra} (here {worth}): above it full fine-tuning pays if "
         "it gains a point; measure that first.",
