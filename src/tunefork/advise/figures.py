@@ -66,7 +66,7 @@ def _worth(facts: Facts) -> str:
 
 
 def _extra_why(facts: Facts) -> str:
-    """`about $12,400 more`, or the floor, and that it is one: its GPU time alone may cost a dollar."""
+    """`about $12,400 more`, or the floor and that it is one: GPU time alone may cost a dollar."""
     text = usd_text(facts.full_extra_usd)
     if facts.full_extra_usd > FULL_LEAST_USD:
         return f"about {text} more"
