@@ -53,7 +53,7 @@ def test_one_form_with_and_one_without_adapters(
         parts, passes = engine._parts, engine._parts.core.passes
         parts.model.set_attn_implementation("sdpa")  # layers with one input are found by a pass
         for group in fused.fuse(parts.model, "bf16", "bf16", torch.device("cpu")):
-            group.join_banks(reads_own=True)
+            group.join_banks()
         parts.model.set_attn_implementation(attention.NAME)
         tiers = parts.core.tiers
         assert tiers is not None

@@ -1,7 +1,7 @@
 """Many LoRA adapters over one base, read only, on a GPU: each token's own matrices, and no others.
 
 While few tokens decode, u of all slots comes with the base's product (`model/joint_banks.py`), and
-what is left is each row's own u times its own B: `add_rows`, one kernel for all layers that share
+what is left is each row's own u times its own B: `add_own`, one kernel for all layers that share
 an input, which reads the B of each slot that has rows once. It finds the rows by their slots on the
 device, so that a captured CUDA graph serves any mix.
 
@@ -50,36 +50,34 @@ def lay_out_tiles(stretches: Sequence[Stretch], device: torch.device, size: int 
     return Tiles(host.to(device, non_blocking=True), size)
 
 
-def add_rows(
+def add_own(
     y_so: Tensor, u_sk: Tensor, slot_s: Tensor, b: Tensor, sizes: Sequence[int], rank: int
-) -> Tensor:
-    """y + B_n u_n with n each row's slot, -1: y alone. A new tensor (S, O), O the sum of `sizes`.
+) -> None:
+    """y (S, O) += B_n u_n in place, n each row's slot; -1: y stays. O is the sum of `sizes`.
 
-    y (S, O) and u (S, L N R) of all slots, layer after layer, may be views with other strides
-    between rows. Summed in fp32, rounded once.
+    u (S, L N R) is of all slots, layer after layer. Summed in fp32, rounded once.
     """
     if is_on_gpu(y_so) and y_so.dtype == torch.bfloat16:
-        return torch.ops.tunefork.bank_add_rows(  # type: ignore[no-any-return]
-            y_so, u_sk, slot_s, b, list(sizes), rank
-        )
-    return add_rows_reference(y_so, u_sk, slot_s, b, sizes, rank)
+        torch.ops.tunefork.bank_add_own(y_so, u_sk, slot_s, b, list(sizes), rank)
+    else:
+        add_own_reference(y_so, u_sk, slot_s, b, sizes, rank)
 
 
-def add_rows_reference(
+def add_own_reference(
     y_so: Tensor, u_sk: Tensor, slot_s: Tensor, b: Tensor, sizes: Sequence[int], rank: int
-) -> Tensor:
-    """The definition of `add_rows`."""
+) -> None:
+    """The definition of `add_own`."""
     slots = b.numel() // (rank * sum(sizes))
     at_s = slot_s.clamp_min(0).long()
     u_slnr = u_sk.reshape(-1, len(sizes), slots, rank).float()
     own_slr = u_slnr[torch.arange(len(at_s), device=at_s.device), :, at_s]
-    own_slr = torch.where((slot_s >= 0)[:, None, None], own_slr, 0)
-    # Not of slot 0 for rows without one: what lies there may not be finite.
-    found = []
-    for layer, b_nro in enumerate(_by_layer(b, sizes, slots, rank)):
-        own_sro = torch.where((slot_s >= 0)[:, None, None], b_nro[at_s].float(), 0)
-        found.append((own_slr[:, layer, :, None] * own_sro).sum(1))
-    return (y_so.float() + torch.cat(found, dim=1)).to(y_so.dtype)
+    deltas = [
+        torch.bmm(own_slr[:, layer, None], b_nro[at_s].float())[:, 0]
+        for layer, b_nro in enumerate(_by_layer(b, sizes, slots, rank))
+    ]
+    # A row without a slot has looked at slot 0's, whatever lies there.
+    delta_so = torch.where((slot_s >= 0)[:, None], torch.cat(deltas, dim=1), 0)
+    y_so.copy_(y_so.float() + delta_so)
 
 
 def _by_layer(b: Tensor, sizes: Sequence[int], slots: int, rank: int) -> Iterator[Tensor]:
@@ -130,15 +128,10 @@ def up_reference(
             y_so[first : first + count].addmm_(u_tr, b_nro[slot])
 
 
-@torch.library.custom_op("tunefork::bank_add_rows", mutates_args=(), device_types="cuda")
-def _add_rows(
+@torch.library.custom_op("tunefork::bank_add_own", mutates_args=("y",), device_types="cuda")
+def _add_own(
     y: Tensor, u: Tensor, slots: Tensor, b: Tensor, sizes: Sequence[int], rank: int
-) -> Tensor:
+) -> None:
     from tunefork.kernels import bank_read_triton
 
-    return bank_read_triton.add_rows(y, u, slots, b, sizes, rank)
-
-
-@_add_rows.register_fake
-def _(y: Tensor, u: Tensor, slots: Tensor, b: Tensor, sizes: Sequence[int], rank: int) -> Tensor:
-    return torch.empty_like(y, memory_format=torch.contiguous_format)
+    bank_read_triton.add_own(y, u, slots, b, sizes, rank)

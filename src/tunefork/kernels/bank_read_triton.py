@@ -6,7 +6,6 @@ has one slot and a piece of its columns, and takes the tokens of that slot from 
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -42,25 +41,23 @@ def _own_b(b, slot, num_slots, column, first, size, mask_r, mask_o, rank: tl.con
 
 
 @triton.jit
-def _add_rows(
-    y, stride_y, u, stride_u, slots, b, out, stride_out, num_rows, num_slots,
+def _add_own(
+    y, stride_y, u, stride_u, slots, b, num_rows, num_slots,
     sizes: tl.constexpr, rank: tl.constexpr, block_rank: tl.constexpr,
     block_o: tl.constexpr, block_rows: tl.constexpr, chunk: tl.constexpr, step: tl.constexpr,
     is_early: tl.constexpr,
 ):  # fmt: skip
     layer, column, first, size = _piece(tl.program_id(0), sizes, block_o)
-    slot = tl.program_id(1)  # the last one's rows have none
+    slot = tl.program_id(1)
     column = tl.multiple_of(column, step)
     first, size = tl.multiple_of(first, step), tl.multiple_of(size, step)
     column = column + tl.arange(0, block_o)
     place = tl.arange(0, block_rank)
     row = tl.arange(0, block_rows)
-    own = tl.load(slots + row, mask=row < num_rows, other=num_slots + 1)
-    is_mine = tl.where(own < 0, num_slots, own) == slot
+    is_mine = tl.load(slots + row, mask=row < num_rows, other=-1) == slot
     count = tl.sum(is_mine.to(tl.int32), axis=0)
     if count > 0:
-        mask_o = column < size
-        mask_r = (place < rank) & (slot < num_slots)
+        mask_o, mask_r = column < size, place < rank
         b_ro = _own_b(b, slot, num_slots, column, first, size, mask_r, mask_o, rank, block_rank)
         if is_early:
             tl.extra.cuda.gdc_wait()
@@ -75,14 +72,10 @@ def _add_rows(
                 u + at[:, None] * stride_u + ((layer * num_slots + slot) * rank + place)[None, :],
                 mask=mask_s[:, None] & mask_r[None, :], other=0.0,
             )  # fmt: skip
-            y_so = tl.load(
-                y + at[:, None] * stride_y + (first + column)[None, :], mask=mask, other=0.0
-            ).to(tl.float32)
+            y_at = y + at[:, None] * stride_y + (first + column)[None, :]
+            y_so = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
             y_so = y_so + tl.dot(u_sr, b_ro)
-            tl.store(
-                out + at[:, None] * stride_out + (first + column)[None, :],
-                y_so.to(out.dtype.element_ty), mask=mask,
-            )  # fmt: skip
+            tl.store(y_at, y_so.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -164,7 +157,7 @@ def _block_o(rank: int, most: int) -> int:
     return max(16, min(most, 8192 // rank))
 
 
-def add_rows(
+def add_own(
     y_so: Tensor,
     u_sk: Tensor,
     slot_s: Tensor,
@@ -176,21 +169,18 @@ def add_rows(
     num_warps: int = 4,
     is_early: bool = False,
     maxnreg: int | None = None,
-) -> Tensor:
-    """As `bank_read.add_rows`. `is_early`: B is read while the kernel before still runs."""
-    out_so = torch.empty_like(y_so, memory_format=torch.contiguous_format)
+) -> None:
+    """As `bank_read.add_own`. `is_early`: B is read while the kernel before still runs."""
     num_slots = b.numel() // (rank * sum(sizes))
     block_rank = max(16, triton.next_power_of_2(rank))
     block_o = _block_o(block_rank, block_o)
-    _add_rows[(_blocks(sizes, block_o), num_slots + 1)](
+    _add_own[(_blocks(sizes, block_o), num_slots)](
         y_so,
         y_so.stride(0),
         u_sk,
         u_sk.stride(0),
         slot_s,
         b,
-        out_so,
-        out_so.stride(0),
         y_so.shape[0],
         num_slots,
         tuple(sizes),
@@ -205,7 +195,6 @@ def add_rows(
         launch_pdl=is_early,
         maxnreg=maxnreg,
     )
-    return out_so
 
 
 def down(

@@ -106,7 +106,6 @@ def assemble(
         make_tiers,
         max_requests=ours.max_requests,
         prefill_tokens=prefill_tokens,
-        sorts_tokens=slots is not None and slots.sorts_tokens,
     )
     vocabulary = int(model.get_output_embeddings().weight.shape[0])
     grammars = Grammars(tokenizer, vocabulary) if is_available() else None

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tunefork.model.fused import FusedLinear
 from tunefork.model.layers import decoder_layers
 from tunefork.serve.engines.attention import Reads
 
@@ -35,13 +34,9 @@ class CompiledLayers:
             layer.forward = partial(self._run, layer)
 
     def remove(self) -> None:
-        """Layers run as written from now on, where each token's own B is too many kernels
-        (`kernels/bank_own.py`): all B are multiplied instead."""
+        """Layers run as written from now on."""
         for layer in self._layers:
             del layer.forward
-            for module in layer.modules():
-                if isinstance(module, FusedLinear) and module.group.joint is not None:
-                    module.group.joint.reads_own = False
 
     def mark(self, tensor: Tensor) -> None:
         """Its rows are of any number: (N, ...), or (1, N, ...) where transformers keeps a batch."""
