@@ -11,7 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 _CHUNK = 16
-"""Rows that a program adds to at a time: the fewest that a tensor core multiplies."""
+"""Rows that tensor cores multiply at a time: the fewest."""
+_FEW = 4
+"""Rows of a slot that are added to one by one."""
 
 
 @triton.jit
@@ -41,41 +43,65 @@ def _own_b(b, slot, num_slots, column, first, size, mask_r, mask_o, rank: tl.con
 
 
 @triton.jit
+def _next(is_mine, row):
+    """The first of the rows, and the others."""
+    at = tl.min(tl.where(is_mine, row, 2147483647), axis=0)
+    return at, is_mine & (row > at)
+
+
+@triton.jit
 def _add_own(
     y, stride_y, u, stride_u, slots, b, num_rows, num_slots,
     sizes: tl.constexpr, rank: tl.constexpr, block_rank: tl.constexpr,
-    block_o: tl.constexpr, block_rows: tl.constexpr, chunk: tl.constexpr, step: tl.constexpr,
-    is_early: tl.constexpr,
+    block_o: tl.constexpr, block_m: tl.constexpr, block_rows: tl.constexpr, step: tl.constexpr,
+    few: tl.constexpr, chunk: tl.constexpr, is_early: tl.constexpr,
 ):  # fmt: skip
-    layer, column, first, size = _piece(tl.program_id(0), sizes, block_o)
+    layer, begin, first, size = _piece(tl.program_id(0), sizes, block_o)
     slot = tl.program_id(1)
-    column = tl.multiple_of(column, step)
-    first, size = tl.multiple_of(first, step), tl.multiple_of(size, step)
-    column = column + tl.arange(0, block_o)
-    place = tl.arange(0, block_rank)
-    row = tl.arange(0, block_rows)
+    begin, first = tl.multiple_of(begin, step), tl.multiple_of(first, step)
+    size = tl.multiple_of(size, step)
+    place, row = tl.arange(0, block_rank), tl.arange(0, block_rows)
+    mask_r = place < rank
     is_mine = tl.load(slots + row, mask=row < num_rows, other=-1) == slot
     count = tl.sum(is_mine.to(tl.int32), axis=0)
-    if count > 0:
-        mask_o, mask_r = column < size, place < rank
+    u += (layer * num_slots + slot) * rank
+    y += first
+    if count > few:  # by tensor cores, so many rows at a time
+        if is_early:
+            tl.extra.cuda.gdc_wait()
+        number = tl.arange(0, chunk)
+        for done in range(0, count, chunk):
+            mask_s, at = done + number < count, tl.zeros([chunk], tl.int32)
+            for turn in range(chunk):
+                found, is_mine = _next(is_mine, row)
+                at = tl.where(number == turn, found, at)
+            at = tl.where(mask_s, at, 0)
+            u_at = u + at[:, None] * stride_u + place[None, :]
+            u_sr = tl.load(u_at, mask=mask_s[:, None] & mask_r[None, :], other=0.0)
+            for part in range(0, block_o, block_m):
+                column = begin + part + tl.arange(0, block_m)
+                mask_o = column < size
+                b_ro = _own_b(
+                    b, slot, num_slots, column, first, size, mask_r, mask_o, rank, block_rank
+                )
+                y_at = y + at[:, None] * stride_y + column[None, :]
+                mask = mask_s[:, None] & mask_o[None, :]
+                y_so = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
+                y_so = y_so + tl.dot(u_sr, b_ro)
+                tl.store(y_at, y_so.to(y.dtype.element_ty), mask=mask)
+    elif count > 0:  # row by row, by sums that stay within a thread
+        column = begin + tl.arange(0, block_o)
+        mask_o = column < size
         b_ro = _own_b(b, slot, num_slots, column, first, size, mask_r, mask_o, rank, block_rank)
         if is_early:
             tl.extra.cuda.gdc_wait()
-        number = tl.cumsum(is_mine.to(tl.int32), axis=0) - 1
-        for begin in range(0, count, chunk):
-            wanted = begin + tl.arange(0, chunk)
-            is_there = is_mine[None, :] & (number[None, :] == wanted[:, None])
-            at = tl.sum(tl.where(is_there, row[None, :], 0), axis=1)
-            mask_s = wanted < count
-            mask = mask_s[:, None] & mask_o[None, :]
-            u_sr = tl.load(
-                u + at[:, None] * stride_u + ((layer * num_slots + slot) * rank + place)[None, :],
-                mask=mask_s[:, None] & mask_r[None, :], other=0.0,
-            )  # fmt: skip
-            y_at = y + at[:, None] * stride_y + (first + column)[None, :]
-            y_so = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
-            y_so = y_so + tl.dot(u_sr, b_ro)
-            tl.store(y_at, y_so.to(y.dtype.element_ty), mask=mask)
+        for _ in range(count):
+            found, is_mine = _next(is_mine, row)
+            u_r = tl.load(u + found * stride_u + place, mask=mask_r, other=0.0).to(tl.float32)
+            y_at = y + found * stride_y + column
+            y_o = tl.load(y_at, mask=mask_o, other=0.0).to(tl.float32)
+            y_o = y_o + tl.sum(b_ro.to(tl.float32) * u_r[:, None], axis=0)
+            tl.store(y_at, y_o.to(y.dtype.element_ty), mask=mask_o)
 
 
 @triton.jit
@@ -165,15 +191,16 @@ def add_own(
     sizes: Sequence[int],
     rank: int,
     *,
-    block_o: int = 256,
-    num_warps: int = 4,
+    most: int = 4096,
+    num_warps: int = 1,
+    few: int = _FEW,
     is_early: bool = False,
     maxnreg: int | None = None,
 ) -> None:
     """As `bank_read.add_own`. `is_early`: B is read while the kernel before still runs."""
     num_slots = b.numel() // (rank * sum(sizes))
     block_rank = max(16, triton.next_power_of_2(rank))
-    block_o = _block_o(block_rank, block_o)
+    block_o = max(16, most // block_rank)
     _add_own[(_blocks(sizes, block_o), num_slots)](
         y_so,
         y_so.stride(0),
@@ -187,9 +214,11 @@ def add_own(
         rank,
         block_rank,
         block_o,
+        min(block_o, 64),
         triton.next_power_of_2(y_so.shape[0]),
-        _CHUNK,
         _step(sizes),
+        few,
+        _CHUNK,
         is_early,
         num_warps=num_warps,
         launch_pdl=is_early,
@@ -246,7 +275,7 @@ def up(
     rank: int,
     *,
     block_o: int = 128,
-    num_warps: int = 8,
+    num_warps: int = 4,
 ) -> None:
     """As `bank_read.up`."""
     block_rank = max(16, triton.next_power_of_2(rank))
