@@ -3,7 +3,8 @@ them norms and rotations of a few kilobytes, which a GPU cannot do in less than 
 
 One compiled form serves all layers, which differ in their weights alone, and all numbers of rows:
 that dimension is marked, so that everything else stays a number that the compiler knows. Whether a
-pass has adapters is another form. Prompts run as written: they are seldom of one length.
+pass has adapters is another form, and so are many rows, whose heads are grouped (`attention.py`).
+Prompts run as written: they are seldom of one length.
 """
 
 from collections.abc import Callable, Iterator
@@ -61,6 +62,7 @@ def _tensors(told: Any) -> Iterator[Tensor]:
             yield told
         case Reads():
             yield from (told.write_n, told.starts_q, told.starts_k, told.used_r)
+            yield from told.grouped.values()
         case tuple() | list():
             for one in told:
                 yield from _tensors(one)
