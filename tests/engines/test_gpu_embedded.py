@@ -9,8 +9,8 @@ import torch
 
 from tests.serve.embedded import answers, base_folder, request, save_adapter, settings
 from tunefork.serve.engine import Piece, ServedAdapter
-from tunefork.serve.engines.attention import flash_agrees
 from tunefork.serve.engines.embedded import EmbeddedEngine
+from tunefork.serve.engines.flash import flash_agrees
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::UserWarning:peft")]
 PROMPT = [20, 60, 100, 140, 180, 220]

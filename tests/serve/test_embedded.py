@@ -25,10 +25,10 @@ from tunefork.kernels.bank_read import add_own
 from tunefork.model import fused, joint_banks
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.engines import attention
-from tunefork.serve.engines.attention import Reads
 from tunefork.serve.engines.embedded import EmbeddedEngine
 from tunefork.serve.engines.graphs import Graphs, Key
 from tunefork.serve.engines.passes import Outcome
+from tunefork.serve.engines.reads import Reads
 from tunefork.serve.engines.shapes import MOST
 from tunefork.serve.engines.slots import BankSlots
 
