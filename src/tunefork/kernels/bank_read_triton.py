@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 16
+_CHUNK = 16
 """Rows that tensor cores multiply at a time: the fewest."""
-FEW = 4
+_FEW = 4
 """Rows of a slot that are added to one by one."""
 
 
@@ -43,7 +43,7 @@ def _own_b(b, slot, num_slots, column, first, size, mask_r, mask_o, rank: tl.con
 
 
 @triton.jit
-def next_row(is_mine, row):
+def _next(is_mine, row):
     """The first of the rows, and the others."""
     at = tl.min(tl.where(is_mine, row, 2147483647), axis=0)
     return at, is_mine & (row > at)
@@ -73,7 +73,7 @@ def _add_own(
         for done in range(0, count, chunk):
             mask_s, at = done + number < count, tl.zeros([chunk], tl.int32)
             for turn in range(chunk):
-                found, is_mine = next_row(is_mine, row)
+                found, is_mine = _next(is_mine, row)
                 at = tl.where(number == turn, found, at)
             at = tl.where(mask_s, at, 0)
             u_at = u + at[:, None] * stride_u + place[None, :]
@@ -96,7 +96,7 @@ def _add_own(
         if is_early:
             tl.extra.cuda.gdc_wait()
         for _ in range(count):
-            found, is_mine = next_row(is_mine, row)
+            found, is_mine = _next(is_mine, row)
             u_r = tl.load(u + found * stride_u + place, mask=mask_r, other=0.0).to(tl.float32)
             y_at = y + found * stride_y + column
             y_o = tl.load(y_at, mask=mask_o, other=0.0).to(tl.float32)
@@ -198,7 +198,7 @@ def add_own(
     *,
     most: int = 4096,
     num_warps: int = 1,
-    few: int = FEW,
+    few: int = _FEW,
     is_early: bool = False,
     maxnreg: int | None = None,
 ) -> None:
@@ -223,7 +223,7 @@ def add_own(
         triton.next_power_of_2(y_so.shape[0]),
         _step(sizes),
         few,
-        CHUNK,
+        _CHUNK,
         is_early,
         num_warps=num_warps,
         launch_pdl=is_early,

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from tunefork.kernels.bank_read import add_own, down, up
-from tunefork.kernels.bank_swiglu import swiglu_own
 from tunefork.model.bank_linear import BankLinear
 
 
@@ -58,18 +57,6 @@ class JointBanks:
                 return self._of_tiles(x_sd, ys)
             case mode:
                 raise NotImplementedError(f"these banks are not read by {mode}")
-
-    @property
-    def reads_rows(self) -> bool:
-        """Whether `swiglu` can be had now."""
-        return self.routing.mode == "tokens" and self.features_out > 0
-
-    def swiglu(self, x_sd: Tensor) -> Tensor:
-        """silu(gate) * up (S, F) of a group of these two, while each row names its slot."""
-        assert self.routing.index_s is not None
-        both_sk = x_sd @ self.rows.t()
-        y_so, u_sk = both_sk[:, : self.features_out], both_sk[:, self.features_out :]
-        return swiglu_own(y_so, u_sk, self.routing.index_s, self.b, self.rank)
 
     def _of_rows(self, x_sd: Tensor, ys: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
         slot_s = self.routing.index_s

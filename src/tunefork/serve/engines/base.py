@@ -9,7 +9,6 @@ from tunefork.model.bank import Bank, add_serving_bank
 from tunefork.model.build import quantize_nf4
 from tunefork.model.fused import fuse
 from tunefork.model.load import load_model
-from tunefork.model.swiglu import fuse_swiglu
 from tunefork.registry.peft_format import load_adapter
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.settings import ServeSettings
@@ -44,5 +43,4 @@ def load_base(
             bank.to(device)
             for group in groups:
                 group.join_banks()
-            fuse_swiglu(model)
     return model, bank
