@@ -49,7 +49,11 @@ def ask(served: Served, **embedded: Any) -> tuple[list[Piece], Any]:
         await engine.start()
         info = engine.info()
         found = await answers(engine, wanted)
-        state = engine.state()
+        for _ in range(100):  # the last answers are told before the state is
+            state = engine.state()
+            if state.free_cache_tokens == state.total_cache_tokens:
+                break
+            await asyncio.sleep(0.01)
         assert state.healthy and state.free_cache_tokens == state.total_cache_tokens
         await engine.stop()
         return found, info
