@@ -5,10 +5,10 @@ addresses that are multiples of 16 bytes, and a slot begins at any token: so a t
 lie side by side. Where instead tokens do, a slot that begins at no multiple of 8 of them ends the
 process (an assert on the device, aten/src/ATen/native/cuda/GroupMMCommon.cuh).
 
-The layout is not left to a compiler. `aten._grouped_mm(x.t(), y)` in a compiled layer is given x^T
-as a tensor of its own, tokens side by side, where x has not been written yet (Inductor of PyTorch
-2.11 and 2.13: its rule for the operator copies a view of what is not stored). So these are
-operators that nothing is fused into, and that see to it themselves.
+So their layout is not left to a compiler. For `aten._grouped_mm(x.t(), y)` PyTorch 2.11's Inductor
+writes x^T as a tensor of its own, tokens side by side, where nothing else has asked for x: on an
+H200 the gradient of a model's first q, k and v did. These are operators that nothing is fused into,
+and that see to it themselves.
 
 Shape legend as in `bank.py`; K features that are summed over, N that are left.
 """
