@@ -12,8 +12,7 @@ Random weights, 128 tokens in, 128 out, greedy, rank 16 on all linear layers, al
     profile_*           kernels of a decoding step, and how long the GPU is busy (--cases profile)
 
 Forms of the engine are compared in one call with --variants: each is a list of settings to be
-changed, as `compile=true,prefill_tokens=8192`; `plain` changes none. `reads_own=false` is no
-setting: compiled layers then multiply all slots' B (`model/joint_banks.py`).
+changed, as `compile=true,prefill_tokens=8192`; `plain` changes none.
 
 Writes results/h200_serving.json (not with --tiny, which is for a CPU).
 """
@@ -29,11 +28,9 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -44,7 +41,6 @@ from benchmarks.serving_profile import profile
 from benchmarks.serving_world import many, random_weights, save_adapters, save_base
 from benchmarks.training_runs import EIGHT_B, TINY, Shape
 from tunefork.model.device import describe, pick_device
-from tunefork.model.fused import FusedGroup
 from tunefork.recipe import ModelSection
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.engines.embedded import EmbeddedEngine
@@ -70,8 +66,7 @@ def main() -> None:
         takes_speed = bool({"speed", "profile"} & set(arguments.cases))
         for variant, settings in _forms(base, arguments).items() if takes_speed else ():
             try:
-                with _reading_own("reads_own=false" not in variant):
-                    found = asyncio.run(_speed(settings, load, adapters, arguments.cases))
+                found = asyncio.run(_speed(settings, load, adapters, arguments.cases))
             except Exception as error:  # the other variants are to be measured
                 traceback.print_exc()
                 found = [{"case": "failed", "error": f"{type(error).__name__}: {error}"[:400]}]
@@ -94,18 +89,6 @@ def _forms(base: Path, arguments: argparse.Namespace) -> dict[str, ServeSettings
         one: _settings(base, arguments, slots=ADAPTERS + 1, changed=changed)
         for one, changed in changes.items()
     }
-
-
-@contextmanager
-def _reading_own(reads_own: bool) -> Iterator[None]:
-    """Within, compiled layers read each token's own B alone, or multiply all slots'."""
-    join = FusedGroup.join_banks
-
-    def joined(group: FusedGroup, **told: bool) -> None:
-        join(group, reads_own=reads_own and told["reads_own"])
-
-    with patch.object(FusedGroup, "join_banks", joined):
-        yield
 
 
 async def _speed(
@@ -232,8 +215,7 @@ def _settings(
     }
     for one in (*arguments.set, *changed):
         key, _, value = one.partition("=")
-        if key != "reads_own":
-            embedded[key] = json.loads(value) if value[:1] in "0123456789tf" else value
+        embedded[key] = json.loads(value) if value[:1] in "0123456789tf" else value
     return ServeSettings(
         base=ModelSection(id=str(base)), embedded=EmbeddedSettings.model_validate(embedded)
     )

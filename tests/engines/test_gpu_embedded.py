@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from tests.serve.embedded import answers, base_folder, request, save_adapter, settings
-from tunefork.kernels.bank_stretches import Stretch, add_sorted, lay_out_sorted
 from tunefork.serve.engine import Piece, ServedAdapter
 from tunefork.serve.engines.attention import flash_agrees
 from tunefork.serve.engines.embedded import EmbeddedEngine
@@ -20,22 +19,6 @@ PROMPT = [20, 60, 100, 140, 180, 220]
 @pytest.mark.parametrize(("heads", "kv_heads", "features"), [(32, 8, 128), (9, 3, 64), (4, 4, 8)])
 def test_flash_reads_regions_of_the_cache(heads: int, kv_heads: int, features: int) -> None:
     assert flash_agrees(heads, kv_heads, features, torch.bfloat16)
-
-
-def test_grouped_products_over_sorted_tokens() -> None:
-    torch.manual_seed(0)
-    device = torch.device("cuda")
-    a_nrd = torch.randn(5, 16, 64, device=device).bfloat16()
-    b_nro = torch.randn(5, 16, 96, device=device).bfloat16()
-    x_sd = torch.randn(310, 64, device=device).bfloat16()
-    stretches = [Stretch(0, 0, 7), Stretch(2, 7, 207), Stretch(4, 207, 300)]
-    y_so = torch.zeros(310, 96, device=device).bfloat16()
-    found = add_sorted(y_so, x_sd, a_nrd, b_nro, lay_out_sorted(stretches, 5, device))
-    expected = torch.zeros(310, 96, device=device)
-    for slot, first, last in stretches:
-        u = (x_sd[first:last] @ a_nrd[slot].t()).float()
-        expected[first:last] = u @ b_nro[slot].float()
-    assert torch.allclose(found.float(), expected, atol=1.0, rtol=0.02)  # sums up to 100 in bf16
 
 
 class Served:
@@ -88,7 +71,7 @@ def test_fp32_on_a_gpu_is_fp32_on_a_cpu(served: Served) -> None:
         {},
         {"cuda_graphs": False},
         {"fuse": False},
-        {"compile": True},
+        {"compile": False},
         {"base_storage": "nf4"},
         {"base_storage": "fp8"},
     ],
@@ -99,7 +82,7 @@ def test_bf16_says_what_fp32_says(served: Served, options: dict[str, Any]) -> No
     found, info = ask(served, dtype="bf16", **options)
     assert info["attention"] == "flash"
     assert info["cuda_graphs"] == options.get("cuda_graphs", True)
-    assert info["compiled"] == options.get("compile", False)
+    assert info["compiled"] == (options.get("cuda_graphs", True) and options.get("compile", True))
     is_rounded = "base_storage" in options
     for one, other in zip(found, exact, strict=True):
         if one.token_ids[0] == other.token_ids[0]:

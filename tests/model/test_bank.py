@@ -145,7 +145,7 @@ def _about_equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool((found - expected).norm() < 0.01 * expected.norm())
 
 
-@pytest.mark.parametrize("form", ["plain", "bf16", "bf16 masked", "bf16 own", "fp8 own"])
+@pytest.mark.parametrize("form", ["plain", "bf16", "bf16 joined", "fp8 joined"])
 def test_a_server_tells_each_token_its_adapter(form: str) -> None:
     """Layers by themselves, and groups of them: deltas by layer, or A with the group's product."""
     model = tiny_model("llama").bfloat16()
@@ -157,7 +157,7 @@ def test_a_server_tells_each_token_its_adapter(form: str) -> None:
     if kind != "plain":
         for group in fuse(model, kind, kind, torch.device("cpu")):  # type: ignore[arg-type]
             if joined:
-                group.join_banks(reads_own=joined == "own")
+                group.join_banks()
     base = model(input_ids=IDS).logits
     same = torch.equal if not joined else _about_equal  # another product, other roundings
 

@@ -21,7 +21,7 @@ from tests.serve.embedded import (
     settings,
 )
 from tunefork.errors import EngineDeadError
-from tunefork.kernels.bank_tokens import add_masked
+from tunefork.kernels.bank_read import add_own
 from tunefork.model import fused, joint_banks
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.engines import attention
@@ -136,7 +136,7 @@ def _as_a_gpu(engine: EmbeddedEngine) -> Graphs:
     core = engine._parts.core
     assert core.tiers is not None and isinstance(core.tiers.slots, BankSlots)
     core.passes.flash = core.overlaps = True
-    core.tiers.slots.sorts_tokens = core.scheduler.sorts_tokens = True
+    core.tiers.slots.takes_tiles = True
     graphs = core.passes.graphs = core.passes.make_graphs(core.scheduler.max_requests, None)
     return graphs
 
@@ -145,7 +145,7 @@ def _as_a_gpu(engine: EmbeddedEngine) -> Graphs:
 def test_a_gpus_way_by_stand_ins(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Filled-up passes, static numbers, tokens sorted by slot, texts one pass late: on a CPU, with
+    """Filled-up passes, static numbers, tiles of tokens, texts one pass late: on a CPU, with
     a stand-in for the kernel and for graphs. The answers are PEFT's."""
     served = Served(tmp_path, architecture)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
@@ -188,11 +188,11 @@ def test_fused_layers_take_the_same_way(tmp_path: Path, monkeypatch: pytest.Monk
     ]
     products: Counter[int] = Counter()
 
-    def counted(ys: Any, *told: Any) -> None:
-        products[len(ys)] += 1
-        add_masked(ys, *told)
+    def counted(*told: Any) -> None:
+        products[len(told[4])] += 1
+        add_own(*told)
 
-    monkeypatch.setattr(joint_banks, "add_masked", counted)
+    monkeypatch.setattr(joint_banks, "add_own", counted)
 
     async def run() -> Any:
         engine = EmbeddedEngine(settings(served.base, prefill_tokens=40))
@@ -201,7 +201,7 @@ def test_fused_layers_take_the_same_way(tmp_path: Path, monkeypatch: pytest.Monk
         model = engine._parts.model
         model.set_attn_implementation("sdpa")  # layers with one input are found by a pass
         for group in fused.fuse(model, "bf16", "bf16", torch.device("cpu")):
-            group.join_banks(reads_own=False)
+            group.join_banks()
         model.set_attn_implementation(attention.NAME)
         _as_a_gpu(engine)
         try:

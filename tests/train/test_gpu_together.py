@@ -17,7 +17,7 @@ from tunefork.data.example import Encoded
 from tunefork.kernels import reference
 from tunefork.kernels.adamw_slots import adamw_slots_, slot_norms
 from tunefork.kernels.bank import Padded, grouped, padded_rank, spans
-from tunefork.kernels.bank_tokens import gathered, masked, sorted_by_slot
+from tunefork.kernels.bank_tokens import bank_tokens, masked
 from tunefork.kernels.layout import Products, Storage
 from tunefork.model import attention
 from tunefork.model.bank import Bank, BankAdapter, add_bank
@@ -93,7 +93,7 @@ def test_an_adapter_that_is_not_finite_changes_no_bit_of_the_others() -> None:
         assert torch.equal(sick, healthy) and bool(sick.isfinite().all())
 
 
-@pytest.mark.parametrize("form", [gathered, masked, sorted_by_slot])
+@pytest.mark.parametrize("form", [bank_tokens, masked])
 def test_each_token_reads_the_adapter_that_it_names(form: Any) -> None:
     torch.manual_seed(0)
     a = torch.randn(5, 16, FEATURES, device="cuda").bfloat16() / 16

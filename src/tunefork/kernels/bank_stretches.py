@@ -3,8 +3,7 @@
 What `bank_tokens.py` finds out on the device for every layer, the host knows once for the whole
 pass. A CPU's time is the number of calls: one padded batched product for all short stretches
 (requests that decode, sorted by slot) and for neighbours of one length, and two products for any
-other long one (a prompt), added in place. A GPU takes pieces of prompts in the order of their
-slots, as grouped products.
+other long one (a prompt), added in place. What a GPU makes of stretches is in `bank_read.py`.
 
 In bf16 on a CPU A is kept in fp32, and B in bf16: of one core of an EPYC, for 16 tokens of 8 slots,
 x A takes 37 us as a batched product in fp32 (D = 576), and its B, added to y (O = 1536), 49 us as a
@@ -102,34 +101,7 @@ class Layout:
     """The largest of the adapters there; rows of A and B behind it are zero."""
     padded: tuple[Padded, ...]
     long: tuple[Stretch, ...]
-    ends_n: Tensor | None = None
-    """On a GPU: before which token each slot's end, int32. Tokens come in the order of slots, and
-    those without one last."""
-    num_tokens: int = 0
-    """On a GPU: how many have one."""
     inputs: Inputs = field(default_factory=Inputs)
-
-
-def lay_out_sorted(stretches: Sequence[Stretch], slots: int, device: torch.device) -> Layout:
-    """For a GPU: `stretches` in the order of their slots, from token 0 on."""
-    ends, at = [0] * slots, 0
-    for stretch in stretches:
-        if stretch.first != at:
-            raise ValueError("tokens must be in the order of their slots")
-        at = ends[stretch.slot] = stretch.last
-    for slot in range(1, slots):
-        ends[slot] = max(ends[slot], ends[slot - 1])
-    host = torch.tensor(ends, dtype=torch.int32, pin_memory=device.type == "cuda")
-    return Layout(0, (), (), host.to(device, non_blocking=True), at)
-
-
-def add_sorted(y_so: Tensor, x_sd: Tensor, a_nrd: Tensor, b_nro: Tensor, layout: Layout) -> Tensor:
-    """y += B_n A_n x of tokens in the order of their slots, in place; returns y. bf16."""
-    assert layout.ends_n is not None
-    tokens = slice(layout.num_tokens)
-    u_sr = torch._grouped_mm(x_sd[tokens], a_nrd.transpose(1, 2), offs=layout.ends_n)
-    y_so[tokens] += torch._grouped_mm(u_sr, b_nro, offs=layout.ends_n)
-    return y_so
 
 
 def lay_out(stretches: Sequence[Stretch], rank: int, device: torch.device | None = None) -> Layout:

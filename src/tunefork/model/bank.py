@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from tunefork.data.slots import is_even
 from tunefork.errors import AdapterError, ModelError
 from tunefork.kernels.bank import Bounds, Padded, padded_rank, spans
+from tunefork.kernels.bank_read import Tiles
 from tunefork.kernels.bank_stretches import Layout
-from tunefork.kernels.bank_tokens import is_own
 from tunefork.model.bank_linear import BankLinear, Routing
 from tunefork.model.build import check_lora, linear_paths, lora_scale, replace
 from tunefork.model.linear import Nf4Linear, first_a
@@ -175,11 +175,14 @@ class Bank:
     def route_tokens(self, index_s: Tensor) -> None:
         """Each token's slot, or -1, is read from `index_s` (S,) whenever a pass runs."""
         self.routing.index_s, self.routing.mode = index_s, "tokens"
-        self.routing.is_own_sn = is_own(index_s, self.num_slots)
 
     def route_stretches(self, layout: Layout) -> None:
         """The next pass's tokens are whose the host says: of a bank that is only read."""
         self.routing.layout, self.routing.mode = layout, "stretches"
+
+    def route_tiles(self, tiles: Tiles) -> None:
+        """As `route_stretches`, on a GPU."""
+        self.routing.tiles, self.routing.mode = tiles, "tiles"
 
     def route_none(self) -> None:
         """Every token sees the base alone."""

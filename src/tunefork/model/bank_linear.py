@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunefork.kernels.bank import Bounds, Padded, add_segments, grouped, spans
-from tunefork.kernels.bank_stretches import Layout, Matrices, add_sorted, add_stretches
+from tunefork.kernels.bank_read import Tiles, down, up
+from tunefork.kernels.bank_stretches import Layout, Matrices, add_stretches
 from tunefork.kernels.bank_tokens import bank_tokens
 from tunefork.model.linear import FrozenBase, Nf4Linear
 
@@ -34,7 +35,7 @@ class Routing:
     """(G,) fp32 on the device: each slot's dropout."""
     padded: list[Padded] = field(default_factory=list)
     """How rows lie in the grouped product, of each kind of layer: those of the same ranks."""
-    mode: Literal["none", "segments", "one", "tokens", "stretches"] = "none"
+    mode: Literal["none", "segments", "one", "tokens", "stretches", "tiles"] = "none"
     bounds: Bounds = ()
     """`ends_g` as the host knows it, with each slot's start; mode "segments"."""
     is_even: bool = False
@@ -43,10 +44,10 @@ class Routing:
     """Whose every token is; mode "one"."""
     index_s: Tensor | None = None
     """(S,) each token's slot, -1 for none; mode "tokens"."""
-    is_own_sn: Tensor | None = None
-    """(S, G) which slot is a token's own, made of `index_s` once a pass; mode "tokens"."""
     layout: Layout | None = None
     """What the host knows of a pass that is only read from; mode "stretches"."""
+    tiles: Tiles | None = None
+    """The same for a GPU; mode "tiles"."""
 
 
 class BankLinear(nn.Module):
@@ -119,8 +120,8 @@ class BankLinear(nn.Module):
         if routing.mode == "none" or not sum(self.ranks):
             return y_o
         y_so = y_o.view(-1, y_o.shape[-1])
-        if routing.mode == "stretches":
-            self.add_read(y_so, x_d)
+        if routing.mode in ("stretches", "tiles"):
+            self._add_read(y_so, x_d)
             return y_o
         x_sd = self.dropped(x_d.reshape(-1, x_d.shape[-1]))
         if routing.mode == "segments" and isinstance(self.base, nn.Linear | Nf4Linear):
@@ -132,16 +133,18 @@ class BankLinear(nn.Module):
             y_so = y_so + deltas([self], x_sd)[0]
         return y_so.view(y_o.shape)
 
-    def add_read(self, y_so: Tensor, x_d: Tensor) -> None:
-        """Add the deltas of a pass that is only read from, in place; mode "stretches"."""
-        layout = self.routing.layout
+    def _add_read(self, y_so: Tensor, x_d: Tensor) -> None:
+        """Add the deltas of a pass that is only read from, in place."""
+        layout, tiles, rank = self.routing.layout, self.routing.tiles, self.ranks[0]
+        if self.routing.mode == "tiles":
+            assert tiles is not None
+            u_sr = down(x_d.reshape(-1, x_d.shape[-1]), self.rows_a, tiles, 1, rank)
+            up(y_so, u_sr, self.rows_b.flatten(), tiles, [self.out_features], rank)
+            return
         assert layout is not None
-        if layout.ends_n is None:
-            if self.matrices is None:
-                self.matrices = Matrices(*(stack.detach() for stack in self.stacks))
-            add_stretches(y_so, x_d, self.matrices, layout)
-        else:
-            add_sorted(y_so, x_d.reshape(-1, x_d.shape[-1]), *self.stacks, layout)
+        if self.matrices is None:
+            self.matrices = Matrices(*(stack.detach() for stack in self.stacks))
+        add_stretches(y_so, x_d, self.matrices, layout)
 
     def dropped(self, x_sd: Tensor) -> Tensor:
         """x with each slot's dropout, while training; drawn for all tokens at once."""
@@ -184,8 +187,8 @@ def deltas(layers: Sequence[BankLinear], x_sd: Tensor) -> tuple[Tensor, ...]:
                 )
                 for layer in layers
             )
-        case "stretches":
-            raise NotImplementedError("these are added in place: BankLinear.add_read")
+        case "stretches" | "tiles":
+            raise NotImplementedError("these are added in place")
         case "none":
             return tuple(x_sd.new_zeros(x_sd.shape[0], la.out_features) for la in layers)
 

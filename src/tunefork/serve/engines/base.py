@@ -42,5 +42,5 @@ def load_base(
         if bank is not None:
             bank.to(device)
             for group in groups:
-                group.join_banks(reads_own=ours.compile)
+                group.join_banks()
     return model, bank

@@ -52,5 +52,8 @@ class EmbeddedSettings(Section):
     cuda_graphs: bool = True
     """Replay a decoding pass as a CUDA graph, one for each of a few numbers of rows."""
 
-    compile: bool = False
-    """Compile the decoder layers of decoding passes (torch.compile, GPU): slower to start."""
+    compile: bool = True
+    """Compile the decoder layers of the passes that are replayed (torch.compile, GPU): a quarter
+    less time a token for an 8B model. Its first start takes half a minute longer, later ones a few
+    seconds, as what was compiled is kept (TORCHINDUCTOR_CACHE_DIR). What cannot be compiled runs as
+    written."""

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tunefork.kernels.bank_stretches import Stretch, lay_out, lay_out_sorted
+from tunefork.kernels.bank_read import lay_out_tiles
+from tunefork.kernels.bank_stretches import Stretch, lay_out
 from tunefork.model.bank import Bank
 from tunefork.serve.engines.adapter_file import HostAdapter
 
@@ -18,7 +19,7 @@ class BankSlots:
         self.ranks: dict[int, int] = {}
         """The largest rank in each slot."""
         self.dtype = next(iter(bank.layers.values())).dtype
-        self.sorts_tokens = bank.device.type == "cuda" and self.dtype == torch.bfloat16
+        self.takes_tiles = bank.device.type == "cuda" and self.dtype == torch.bfloat16
         self._emptied: dict[int, torch.cuda.Event] = {}
         is_cuda = bank.device.type == "cuda"
         self._stream = torch.cuda.Stream(bank.device) if is_cuda else None  # type: ignore[no-untyped-call]
@@ -26,18 +27,14 @@ class BankSlots:
     def route(
         self, index_n: Tensor, stretches: Sequence[Stretch], *, is_captured: bool = False
     ) -> None:
-        """The next pass's tokens: each one's slot in `index_n` (N,), and those with an adapter.
-
-        In bf16 on a GPU these come in the order of their slots, before those without one, unless
-        the pass is captured.
-        """
+        """The next pass's tokens: each one's slot in `index_n` (N,), and those with an adapter."""
         device = self.bank.device
         if not stretches:
             self.bank.route_none()
         elif is_captured:
             self.bank.route_tokens(index_n)
-        elif self.sorts_tokens:
-            self.bank.route_stretches(lay_out_sorted(stretches, self.num_slots, device))
+        elif self.takes_tiles:
+            self.bank.route_tiles(lay_out_tiles(stretches, device))
         else:
             rank = max(self.ranks[stretch.slot] for stretch in stretches)
             self.bank.route_stretches(lay_out(stretches, rank, device))
