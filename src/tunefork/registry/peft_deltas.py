@@ -16,7 +16,8 @@ from tunefork.registry import peft_targets
 from tunefork.registry.peft_config import WEIGHTS, read_config
 from tunefork.registry.peft_format import check_header, expected_shapes
 from tunefork.registry.peft_save import PREFIX
-from tunefork.registry.safe_read import read_header, read_tensors
+from tunefork.registry.safe_read import read_header
+from tunefork.registry.safe_tensors import read_tensors
 
 
 class Delta(NamedTuple):

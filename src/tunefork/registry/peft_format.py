@@ -37,7 +37,8 @@ from tunefork.registry.peft_config import (
 )
 from tunefork.registry.peft_save import PREFIX, ROWS, save_adapter
 from tunefork.registry.peft_targets import Targets
-from tunefork.registry.safe_read import Entry, read_header, read_tensors
+from tunefork.registry.safe_read import Entry, read_header
+from tunefork.registry.safe_tensors import read_tensors
 
 __all__ = [
     "CONFIG",

@@ -1,29 +1,25 @@
 """Files from strangers: safetensors and JSON only, looked at before they are believed.
 
-Nothing of a file is read before its size is known to be small, no tensor before its header is
-known to be consistent and its shapes are those that the base asks for. Links are refused, because
-a folder that was downloaded could name any file of this machine, and pickles by name, because
-loading one runs code.
+Nothing of a file is read before its size is known to be small, no tensor (`safe_tensors.py`) before
+its header is known to be consistent and its shapes are those that the base asks for. Links are
+refused, because a folder that was downloaded could name any file of this machine, and pickles by
+name, because loading one runs code.
 
 Header: https://huggingface.co/docs/safetensors#format
 """
 
 import errno
 import json
-import mmap
 import os
 import stat
 import struct
-from contextlib import suppress
 from dataclasses import dataclass
 from io import BufferedReader
-from itertools import groupby
-from math import inf, prod
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tunefork.errors import AdapterError
 
@@ -69,7 +65,7 @@ def check_folder(folder: Path, weights: str) -> None:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A small JSON object, each key once. Raises AdapterError."""
-    with _opened(file) as stream:
+    with opened(file) as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > MOST_JSON_BYTES:
             raise AdapterError(
@@ -81,77 +77,11 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def read_header(file: Path) -> dict[str, Entry]:
     """Tensors of a safetensors file, known to lie in it side by side. Raises AdapterError."""
-    with _opened(file) as stream:
-        return _entries(stream, file)[0]
+    with opened(file) as stream:
+        return entries_of(stream, file)[0]
 
 
-def read_tensors(file: Path, expected: dict[str, Entry], *, most: float = inf) -> dict[str, Tensor]:
-    """The tensors of a file whose header is still `expected`, parts of one piece of memory.
-
-    Raises AdapterError, also for values beyond `most`.
-    """
-    with _opened(file) as stream:
-        entries, start = _entries(stream, file)
-        if entries != expected:
-            raise AdapterError(f"{file}: changed while it was read; try again")
-        size = max((entry.end for entry in entries.values()), default=0)
-        content = _content(stream, start, size, file)
-    ordered = sorted(entries.values(), key=lambda entry: entry.begin)
-    runs = [list(run) for _, run in groupby(ordered, key=lambda entry: entry.dtype)]
-    if not all(_within(_part(content, run[0], run[-1].end), most) for run in runs):
-        for key, entry in entries.items():
-            if not _within(_part(content, entry, entry.end), most):
-                what = "NaN or infinite values" if most == inf else f"NaN, or values above {most:g}"
-                raise AdapterError(f"{file}: {key} holds {what}")
-    return {
-        key: _part(content, entry, entry.end).view(entry.shape) for key, entry in entries.items()
-    }
-
-
-def _content(stream: BufferedReader, start: int, size: int, file: Path) -> Tensor:
-    """The bytes from `start` on, (`size`,) uint8."""
-    content = _room(size)
-    if hasattr(os, "posix_fadvise"):  # so that a disk is not asked for one small part at a time
-        os.posix_fadvise(stream.fileno(), start, size, os.POSIX_FADV_WILLNEED)
-    stream.seek(start)
-    try:
-        num_read = stream.readinto(content.numpy().data)
-    except OSError as error:
-        raise AdapterError(f"{file}: cannot be read: {error.strerror}") from error
-    if num_read != size:
-        raise AdapterError(f"{file}: changed while it was read; try again")
-    return content
-
-
-def _room(size: int) -> Tensor:
-    """New memory for so many bytes; in large pages, which are got and given back far sooner."""
-    if size == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8)
-    room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
-        room.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(room, dtype=torch.uint8)
-
-
-def _part(content: Tensor, first: Entry, end: int) -> Tensor:
-    """From `first` to `end`, in the dtype of `first`."""
-    part = content[first.begin : end]
-    if first.begin % first.dtype.itemsize:
-        part = part.clone()  # a view of another dtype has to begin at a whole element
-    return part.view(first.dtype)
-
-
-def _within(tensor: Tensor, most: float) -> bool:
-    """Whether all values are finite, and none above `most`. By extremes, which a NaN is one of: a
-    tenth of the time of `torch.isfinite` on a CPU."""
-    if tensor.numel() == 0:
-        return True
-    low, high = torch.aminmax(tensor)
-    most = min(most, torch.finfo(tensor.dtype).max)
-    return -most <= float(low) and float(high) <= most
-
-
-def _opened(file: Path) -> BufferedReader:
+def opened(file: Path) -> BufferedReader:
     """`file` open for reading, if it is a plain file and no link."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -170,7 +100,7 @@ def _opened(file: Path) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
-def _entries(stream: BufferedReader, file: Path) -> tuple[dict[str, Entry], int]:
+def entries_of(stream: BufferedReader, file: Path) -> tuple[dict[str, Entry], int]:
     """Key -> entry, and where the tensors begin."""
     size = os.fstat(stream.fileno()).st_size
     start = stream.read(8)

@@ -18,7 +18,7 @@ from tunefork.errors import AdapterError
 from tunefork.model.build import add_deltas
 from tunefork.model.linear import LoraLinear
 from tunefork.recipe import LoraSection
-from tunefork.registry import safe_read
+from tunefork.registry import safe_read, safe_tensors
 from tunefork.registry.peft_deltas import read_deltas
 from tunefork.registry.peft_format import (
     CONFIG,
@@ -118,7 +118,7 @@ def test_a_header_that_claims_much_is_refused_before_it_is_read(saved: Path) -> 
 def test_large_tensors_are_refused_before_they_are_read(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(safe_read, "_content", None)  # reading any would fail otherwise
+    monkeypatch.setattr(safe_tensors, "_content", None)  # reading any would fail otherwise
     text = json.dumps({"x": {"dtype": "F32", "shape": [1 << 36], "data_offsets": [0, 1 << 38]}})
     (saved / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text.encode())
     os.truncate(saved / WEIGHTS, 8 + len(text) + (1 << 38))
@@ -143,17 +143,17 @@ def test_tensors_of_several_dtypes_where_no_element_begins(tmp_path: Path) -> No
         file.write_bytes(struct.pack("<Q", len(text)) + text + content)
         return safe_read.read_header(file)
 
-    found = safe_read.read_tensors(file, write())
+    found = safe_tensors.read_tensors(file, write())
     assert all(torch.equal(found[key], one) for key, one in tensors.items())
     for key, bad in (("a", torch.nan), ("b", -torch.inf), ("c", torch.inf)):
         tensors[key].view(-1)[-1], before = bad, tensors[key].view(-1)[-1].clone()
         with pytest.raises(AdapterError, match=f"{key} holds NaN or infinite values"):
-            safe_read.read_tensors(file, write())
+            safe_tensors.read_tensors(file, write())
         tensors[key].view(-1)[-1] = before
     tensors["b"][1, 1] = -9.0
-    assert len(safe_read.read_tensors(file, write(), most=9.0)) == 4
+    assert len(safe_tensors.read_tensors(file, write(), most=9.0)) == 4
     with pytest.raises(AdapterError, match="b holds NaN, or values above 8"):
-        safe_read.read_tensors(file, write(), most=8.0)
+        safe_tensors.read_tensors(file, write(), most=8.0)
 
 
 def test_values_are_limited_times_the_scale(saved: Path) -> None:
