@@ -20,15 +20,18 @@ def test_each_row_adds_what_its_own_adapter_gives(sizes: tuple[int, ...]) -> Non
     assert torch.equal(found[slot_s < 0], read.y_so[slot_s < 0])
 
 
+@pytest.mark.parametrize("begins", [False, True])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_tiles_add_what_their_own_adapter_gives(sizes: tuple[int, ...]) -> None:
+def test_tiles_add_what_their_own_adapter_gives(sizes: tuple[int, ...], begins: bool) -> None:
     read = draw(20, 3, 6, 32, sizes)
     slot_s = torch.full((20,), -1)
     for slot, first, last in STRETCHES:
         slot_s[first:last] = slot
-    expected = read.expected(slot_s)
-    _add_tiles(read)
-    torch.testing.assert_close(read.y_so, expected, rtol=1e-5, atol=1e-5)
+    expected, before = read.expected(slot_s), read.y_so.clone()
+    _add_tiles(read, begins=begins)
+    found = read.y_so + before if begins else read.y_so
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found[slot_s < 0], before[slot_s < 0])
 
 
 @pytest.mark.parametrize("slot", [0, 1])
@@ -47,8 +50,9 @@ def test_what_is_not_finite_stays_in_its_slot(slot: int) -> None:
     assert read.y_so[~is_its].isfinite().all()
 
 
-def _add_tiles(read: Read) -> None:
-    tiles = lay_out_tiles(STRETCHES, torch.device("cpu"), size=4)
-    assert tiles.numbers_t3.tolist()[-1] == [2, 14, 3]
+def _add_tiles(read: Read, *, begins: bool = False) -> None:
+    tiles = lay_out_tiles(STRETCHES, 20, torch.device("cpu"), size=4)
+    assert tiles.numbers_t3[0].tolist() == [-1, 0, 1]
+    assert tiles.numbers_t3[-2:].tolist() == [[2, 14, 3], [-1, 17, 3]]
     u_sk = down(read.x_sd, read.a_kd, tiles, len(read.sizes), read.rank)
-    up(read.y_so, u_sk, read.b, tiles, read.sizes, read.rank)
+    up(read.y_so, u_sk, read.b, tiles, read.sizes, read.rank, begins=begins)

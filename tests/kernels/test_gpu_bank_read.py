@@ -44,9 +44,10 @@ def test_each_row_adds_what_its_own_adapter_gives(
         assert torch.equal(found[slot_s < 0], read.y_so[slot_s < 0])
 
 
+@pytest.mark.parametrize("begins", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tiles_add_what_their_own_adapter_gives(
-    shape: tuple[int, int, int, tuple[int, ...]],
+    shape: tuple[int, int, int, tuple[int, ...]], begins: bool
 ) -> None:
     stretches = [Stretch(2, 3, 140), Stretch(0, 140, 141), Stretch(2, 141, 150)]
     read = _draw(170, shape)
@@ -54,11 +55,12 @@ def test_tiles_add_what_their_own_adapter_gives(
     for slot, first, last in stretches:
         slot_s[first:last] = slot
     expected, before = read.expected(slot_s), read.y_so.clone()
-    tiles = lay_out_tiles(stretches, read.x_sd.device)
+    tiles = lay_out_tiles(stretches, 170, read.x_sd.device)
     u_sk = down(read.x_sd, read.a_kd, tiles, len(read.sizes), read.rank)
-    up(read.y_so, u_sk, read.b, tiles, read.sizes, read.rank)
-    assert _is_close(read.y_so, expected)
-    assert torch.equal(read.y_so[slot_s < 0], before[slot_s < 0])
+    up(read.y_so, u_sk, read.b, tiles, read.sizes, read.rank, begins=begins)
+    found = read.y_so + before if begins else read.y_so
+    assert _is_close(found, expected)
+    assert torch.equal(found[slot_s < 0], before[slot_s < 0])
 
 
 @pytest.mark.parametrize("slot", [0, 1])

@@ -6,7 +6,8 @@ an input, which reads the B of each slot that has rows once. It finds the rows b
 device, so that a captured CUDA graph serves any mix.
 
 In a prompt the host knows whose each stretch of tokens is, and cuts them into `Tiles` of one slot:
-`down` reads x once for all layers that share it, `up` adds to their y where it lies.
+`down` reads x once for all layers that share it, and `up` writes what the base's product is then
+added to (or adds to it), which costs that product nothing.
 
 Nothing of another slot is read, so what is not finite there stays there. The kernels are in
 `kernels/bank_read_triton.py`; the definitions are here, and run elsewhere.
@@ -30,18 +31,24 @@ TILE = 64
 
 
 class Tiles(NamedTuple):
-    """Stretches of tokens, cut into pieces of one slot."""
+    """All tokens of a pass, cut into pieces of one slot, or of none."""
 
     numbers_t3: Tensor
-    """Slot, first token and number of tokens; int32, on the device."""
+    """Slot or -1, first token and number of tokens; int32, on the device."""
     size: int = TILE
 
 
-def lay_out_tiles(stretches: Sequence[Stretch], device: torch.device, size: int = TILE) -> Tiles:
-    """Of all `stretches`, in any order."""
+def lay_out_tiles(
+    stretches: Sequence[Stretch], num_tokens: int, device: torch.device, size: int = TILE
+) -> Tiles:
+    """Of `stretches` in the order of their tokens, and of what lies between and behind them."""
+    whole, at = [], 0
+    for stretch in (*stretches, Stretch(-1, num_tokens, num_tokens)):
+        whole += [Stretch(-1, at, stretch.first), stretch]
+        at = stretch.last
     cut = [
         (slot, at, min(size, last - at))
-        for slot, first, last in stretches
+        for slot, first, last in whole
         for at in range(first, last, size)
     ]
     host = torch.tensor(cut, dtype=torch.int32).view(-1, 3)
@@ -87,7 +94,7 @@ def _by_layer(b: Tensor, sizes: Sequence[int], slots: int, rank: int) -> Iterato
 
 
 def down(x_sd: Tensor, a_kd: Tensor, tiles: Tiles, layers: int, rank: int) -> Tensor:
-    """u = A_n x (S, L R), n the slot of a token's tile; of tokens in none it may be anything."""
+    """u = A_n x (S, L R), n the slot of a token's tile; without one it may be anything."""
     if is_on_gpu(x_sd) and x_sd.dtype == torch.bfloat16:
         from tunefork.kernels import bank_read_triton  # needs Triton, which comes with CUDA
 
@@ -100,32 +107,54 @@ def down_reference(x_sd: Tensor, a_kd: Tensor, tiles: Tiles, layers: int, rank: 
     a_lnrd = a_kd.view(layers, -1, rank, x_sd.shape[1])
     u_sk = x_sd.new_zeros(x_sd.shape[0], layers * rank)
     for slot, first, count in tiles.numbers_t3.tolist():
+        if slot < 0:
+            continue
         own_kd = a_lnrd[:, slot].flatten(0, 1)
         u_sk[first : first + count] = x_sd[first : first + count] @ own_kd.t()
     return u_sk
 
 
 def up(
-    y_so: Tensor, u_sk: Tensor, b: Tensor, tiles: Tiles, sizes: Sequence[int], rank: int
+    y_so: Tensor,
+    u_sk: Tensor,
+    b: Tensor,
+    tiles: Tiles,
+    sizes: Sequence[int],
+    rank: int,
+    *,
+    begins: bool = False,
 ) -> None:
-    """y (S, O) += B_n u (S, L R) in place, n the slot of a token's tile; other tokens stay."""
+    """y (S, O) += B_n u (S, L R) in place, n the slot of a token's tile; without one y stays.
+
+    `begins`: as if y were zeros. It is not read.
+    """
     if is_on_gpu(y_so) and y_so.dtype == torch.bfloat16:
         from tunefork.kernels import bank_read_triton
 
-        return bank_read_triton.up(y_so, u_sk, b, *tiles, sizes, rank)
-    return up_reference(y_so, u_sk, b, tiles, sizes, rank)
+        return bank_read_triton.up(y_so, u_sk, b, *tiles, sizes, rank, begins=begins)
+    return up_reference(y_so, u_sk, b, tiles, sizes, rank, begins=begins)
 
 
 def up_reference(
-    y_so: Tensor, u_sk: Tensor, b: Tensor, tiles: Tiles, sizes: Sequence[int], rank: int
+    y_so: Tensor,
+    u_sk: Tensor,
+    b: Tensor,
+    tiles: Tiles,
+    sizes: Sequence[int],
+    rank: int,
+    *,
+    begins: bool = False,
 ) -> None:
     """The definition of `up`."""
+    if begins:
+        y_so.zero_()
     slots = b.numel() // (rank * sum(sizes))
     ys = torch.split(y_so, list(sizes), dim=1)
     for layer, (y_so, b_nro) in enumerate(zip(ys, _by_layer(b, sizes, slots, rank), strict=True)):
         for slot, first, count in tiles.numbers_t3.tolist():
-            u_tr = u_sk[first : first + count, layer * rank : (layer + 1) * rank]
-            y_so[first : first + count].addmm_(u_tr, b_nro[slot])
+            if slot >= 0:
+                u_tr = u_sk[first : first + count, layer * rank : (layer + 1) * rank]
+                y_so[first : first + count].addmm_(u_tr, b_nro[slot])
 
 
 @torch.library.custom_op("tunefork::bank_add_own", mutates_args=("y",), device_types="cuda")

@@ -102,6 +102,8 @@ def _add_own(
             y_o = tl.load(y_at, mask=mask_o, other=0.0).to(tl.float32)
             y_o = y_o + tl.sum(b_ro.to(tl.float32) * u_r[:, None], axis=0)
             tl.store(y_at, y_o.to(y.dtype.element_ty), mask=mask_o)
+    elif is_early:  # or what comes next would be told that the kernel before has ended
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -114,6 +116,8 @@ def _down(
     slot, start, count = (
         tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
     )  # fmt: skip
+    if slot < 0:
+        return
     at = tl.arange(0, block_t)
     mask_t = at < count
     token = (start + at).to(tl.int64)
@@ -142,7 +146,7 @@ def _down(
 def _up(
     y, stride_y, u, stride_u, b, tiles, num_slots,
     sizes: tl.constexpr, rank: tl.constexpr, block_rank: tl.constexpr,
-    block_t: tl.constexpr, block_o: tl.constexpr, step: tl.constexpr,
+    block_t: tl.constexpr, block_o: tl.constexpr, step: tl.constexpr, begins: tl.constexpr,
 ):  # fmt: skip
     layer, column, first, size = _piece(tl.program_id(0), sizes, block_o)
     tile = tl.program_id(1)
@@ -153,7 +157,7 @@ def _up(
     first, size = tl.multiple_of(first, step), tl.multiple_of(size, step)
     column = column + tl.arange(0, block_o)
     place = tl.arange(0, block_rank)
-    mask_o, mask_r = column < size, place < rank
+    mask_o, mask_r = column < size, (place < rank) & (slot >= 0)
     b_ro = _own_b(b, slot, num_slots, column, first, size, mask_r, mask_o, rank, block_rank)
     at = tl.arange(0, block_t)
     mask_t = at < count
@@ -164,8 +168,9 @@ def _up(
     )  # fmt: skip
     y_at = y + token[:, None] * stride_y + (first + column)[None, :]
     mask = mask_t[:, None] & mask_o[None, :]
-    y_to = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
-    y_to = y_to + tl.dot(u_tr, b_ro)
+    y_to = tl.dot(u_tr, b_ro)
+    if not begins:
+        y_to = y_to + tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_at, y_to.to(y.dtype.element_ty), mask=mask)
 
 
@@ -274,6 +279,7 @@ def up(
     sizes: Sequence[int],
     rank: int,
     *,
+    begins: bool,
     block_o: int = 128,
     num_warps: int = 4,
 ) -> None:
@@ -294,5 +300,6 @@ def up(
         tile,
         block_o,
         _step(sizes),
+        begins,
         num_warps=num_warps,
     )

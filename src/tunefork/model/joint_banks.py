@@ -75,9 +75,9 @@ class JointBanks:
         assert tiles is not None
         u_sk = down(x_sd, self.rows[self.features_out :], tiles, len(self.sizes), self.rank)
         if ys is None:
-            y_so = x_sd @ self.weight.t()
-            up(y_so, u_sk, self.b, tiles, self.sizes, self.rank)
-            return self._split(y_so)
+            y_so = x_sd.new_empty(x_sd.shape[0], self.features_out)
+            up(y_so, u_sk, self.b, tiles, self.sizes, self.rank, begins=True)
+            return self._split(y_so.addmm_(x_sd, self.weight.t()))
         us = u_sk.chunk(len(self.sizes), dim=1)
         for y, u, b in zip(ys, us, self._bs(), strict=True):
             up(y, u, b, tiles, [y.shape[1]], self.rank)

@@ -46,7 +46,7 @@ class BankSlots:
         elif is_captured:
             self.bank.route_tokens(index_n)
         elif self.takes_tiles:
-            self.bank.route_tiles(lay_out_tiles(stretches, device))
+            self.bank.route_tiles(lay_out_tiles(stretches, len(index_n), device))
         else:
             rank = max(self.ranks[stretch.slot] for stretch in stretches)
             self.bank.route_stretches(lay_out(stretches, rank, device))
