@@ -6,8 +6,8 @@ Random weights, 128 tokens in, 128 out, greedy, rank 16 on all linear layers, al
 
     base, 32_adapters   the embedded engine, through `generate` with texts; ratios of one engine
     vllm_*              vLLM without texts, in a process of its own (--site: where its packages lie)
-    cold                an adapter never seen before, while 32 others decode: its first token, and
-                        what others' time per token was before and meanwhile
+    cold                adapters never seen before, one at a time, while 32 others decode: the first
+                        token and where its time went; others' time per token before and meanwhile
     1000_registered     1,000 adapters, 64 slots, 64 requests at a time by Zipf's law: first token
     profile_*           kernels of a decoding step, and how long the GPU is busy (--cases profile)
 
@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from benchmarks.results import write
-from benchmarks.serving_cold import cold_adapter
+from benchmarks.serving_cold import cold_adapters
 from benchmarks.serving_load import Load, Timing, answer, draw_load, percentiles, round_of, row
 from benchmarks.serving_profile import profile
 from benchmarks.serving_world import many, random_weights, save_adapters, save_base
@@ -47,7 +47,7 @@ from tunefork.serve.engines.embedded import EmbeddedEngine
 from tunefork.serve.engines.embedded_settings import EmbeddedSettings
 from tunefork.serve.settings import ServeSettings
 
-RANK, ADAPTERS, ROUNDS = 16, 32, 3
+RANK, ADAPTERS, COLD, ROUNDS = 16, 32, 4, 3
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
     base, folder = arguments.work / "base", arguments.work / "adapters"
     save_base(base, shape)
     began = time.perf_counter()
-    adapters = save_adapters(folder, shape, ADAPTERS + 1, RANK)
+    adapters = save_adapters(folder, shape, ADAPTERS + COLD, RANK)
     print(f"{len(adapters)} adapters written in {time.perf_counter() - began:.0f} s", flush=True)
     size = (8, 16, 12) if arguments.tiny else (64, 128, 128)
     load = draw_load(*size, shape.vocabulary)
@@ -98,7 +98,7 @@ async def _speed(
     began = time.perf_counter()
     await engine.start()
     start_s = round(time.perf_counter() - began, 1)
-    warm, cold = adapters[:-1], adapters[-1]
+    warm, cold = adapters[:ADAPTERS], adapters[ADAPTERS:]
     common = {"start_s": start_s, "settings": _told(settings), **engine.info()}
     await round_of(engine, load, [], "warm-base")
     await round_of(engine, load, warm, "warm-adapters")
@@ -114,7 +114,7 @@ async def _speed(
     for one in rows:
         print(_line(one), flush=True)
     if "speed" in cases:
-        rows.append(await cold_adapter(engine, load, warm, cold))
+        rows.append(await cold_adapters(engine, load, warm, cold))
     if "profile" in cases and torch.cuda.is_available():
         for whose in ([], warm):
             rows.append(await profile(engine, load, whose, f"profile-{len(whose)}"))
@@ -154,13 +154,16 @@ async def _registered(
         "slots": state.slots,
         "requests": number,
         "different_adapters": len({adapter.id for adapter in whose}),
-        "files_differ": min(ADAPTERS + 1, len(adapters)),
+        "files_differ": min(ADAPTERS + COLD, len(adapters)),
         "first_token_ms": percentiles([timing.first for timing in timings]),
         "token_ms": percentiles([gap for timing in timings for gap in timing.gaps]),
         "tokens_per_s": round(number * new / seconds, 1),
         "loads": state.loads,
         "evictions": state.evictions,
-        "load_ms_mean": round(1000 * state.load_seconds / max(1, state.loads), 1),
+        "load_ms_mean": {
+            stage: round(1000 * seconds / max(1, state.loads), 1)
+            for stage, seconds in state.load_seconds.items()
+        },
         "settings": _told(settings),
     }
     print(json.dumps(found), flush=True)

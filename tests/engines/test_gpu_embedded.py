@@ -8,9 +8,15 @@ import pytest
 import torch
 
 from tests.serve.embedded import answers, base_folder, request, save_adapter, settings
+from tests.tiny import tiny_model
+from tunefork.model.bank import add_serving_bank
+from tunefork.registry.peft_deltas import Delta
 from tunefork.serve.engine import Piece, ServedAdapter
+from tunefork.serve.engines import slots
+from tunefork.serve.engines.adapter_file import HostAdapter
 from tunefork.serve.engines.embedded import EmbeddedEngine
 from tunefork.serve.engines.flash import flash_agrees
+from tunefork.serve.engines.slots import BankSlots
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::UserWarning:peft")]
 PROMPT = [20, 60, 100, 140, 180, 220]
@@ -36,6 +42,32 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     return Served(tmp_path_factory.mktemp("gpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_slot_is_filled_as_on_a_cpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through pinned memory that is too small for all of it; other slots keep their bits."""
+    monkeypatch.setattr(slots, "_FERRY_BYTES", 1)  # as much as the largest matrix may be
+    found = {}
+    for kind in ("cpu", "cuda"):
+        model = tiny_model("llama").to(torch.bfloat16).to(kind)
+        bank = add_serving_bank(model, slots=3, rank=16)
+        filled = BankSlots(bank)
+        torch.manual_seed(0)
+        for slot, rank in ((0, 16), (1, 16), (1, 5)):
+            deltas = {
+                path: Delta(
+                    torch.randn(rank, layer.in_features).to(dtype),
+                    torch.randn(layer.out_features, rank).to(dtype),
+                    1.7,
+                )
+                for path, layer in bank.layers.items()
+            }
+            filled.load(slot, HostAdapter(deltas, rank, 0))
+        found[kind] = {path: layer.stacks for path, layer in bank.layers.items()}
+    for path, stacks in found["cpu"].items():
+        for one, other in zip(stacks, found["cuda"][path], strict=True):
+            assert torch.equal(one, other.cpu()), path
 
 
 def ask(served: Served, **embedded: Any) -> tuple[list[Piece], Any]:

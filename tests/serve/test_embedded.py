@@ -175,6 +175,30 @@ def test_a_gpus_way_by_stand_ins(
     assert [list(piece.token_ids) for piece in found] == expected
 
 
+def test_an_adapter_is_tried_by_rows_that_decode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of q alone changes only what tokens see of those before them: it is served as well."""
+    model = base_folder(tmp_path / "base")
+    adapter = save_adapter(model, tmp_path / "q", rank=4, seed=0, targets=["q_proj"])
+    monkeypatch.setattr(attention, "flash", _flash_by_numbers)
+    monkeypatch.setattr(Graphs, "_capture", lambda graphs, key: _Again(graphs, key))
+    prompt = list(range(20, 40))
+
+    async def run() -> Any:
+        engine = EmbeddedEngine(settings(tmp_path / "base"))
+        await engine.start()
+        graphs = _as_a_gpu(engine)
+        try:
+            return await answers(engine, [request("a", prompt, adapter, max_tokens=4)]), graphs
+        finally:
+            await engine.stop()
+
+    [found], graphs = asyncio.run(run())
+    assert list(found.token_ids) == greedy(model, adapter, prompt, 4)
+    assert next(iter(graphs.captured)).rows == 16  # the trial, before anything else
+
+
 def test_fused_layers_take_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As above with q, k, v and gate, up as one product each, and their adapters' A as well."""
     served = Served(tmp_path, "llama")

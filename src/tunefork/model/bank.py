@@ -9,7 +9,7 @@ zeros, which train to zeros: their gradients are.
 Shape legend as in `bank_linear.py`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,33 +120,31 @@ class Bank:
                 "lora.dropout: this group was begun without dropout; an adapter with it needs a "
                 "group that was begun with one"
             )
-        self._write(slot, matrices)
+        self._write(slot, matrices, matrices.__getitem__)
         self.routing.scales[slot] = scale
         self.routing.rates_g[slot] = dropout
         # In place: a captured pass reads it where it lies.
         for ranks, kind in {la.ranks: la.kind for la in self.layers.values()}.items():
             self.routing.padded[kind].scale_q[slice(*spans(ranks)[slot])] = scale
 
-    def load(self, slot: int, found: Deltas) -> None:
+    @torch.no_grad()
+    def load(
+        self, slot: int, found: Deltas, carry: Callable[[Tensor], Tensor] = lambda matrix: matrix
+    ) -> None:
         """Fill `slot` of a serving bank. Other slots may be read meanwhile.
 
-        Raises AdapterError, before anything is changed, for what has no room here, and for values
-        that are not finite: they would reach other adapters' tokens.
+        Values must be finite, times the scale too: they reach other adapters' tokens, as zero times
+        a number. `carry` brings a matrix to the bank's device. Raises AdapterError, before anything
+        is changed, for what has no room here.
         """
-        scaled = {}
-        for path, (a_rd, b_or, scale) in found.items():
-            if not bool(a_rd.isfinite().all() & b_or.isfinite().all()):
-                raise AdapterError(f"{path}: the adapter has values that are not finite there")
-            scaled[path] = (a_rd.float() * scale, b_or)
-        self._write(slot, scaled)
 
-    def load_ready(self, slot: int, found: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """As `load`, of scale * A and B that are known to be finite: copies and nothing else.
+        def scaled(path: str) -> tuple[Tensor, Tensor]:
+            a_rd, b_or, scale = found[path]
+            dtype = self.layers[path].dtype
+            wide = torch.promote_types(a_rd.dtype, dtype)  # rounded once
+            return (carry(a_rd).to(wide) * scale).to(dtype), carry(b_or)
 
-        Without waiting, where they lie in pinned memory as the slot has them: in its dtype, and B
-        transposed (a view of it).
-        """
-        self._write(slot, found)
+        self._write(slot, {path: (a_rd, b_or) for path, (a_rd, b_or, _) in found.items()}, scaled)
 
     @torch.no_grad()
     def clear(self, slot: int) -> None:
@@ -208,7 +206,13 @@ class Bank:
         return paths
 
     @torch.no_grad()
-    def _write(self, slot: int, found: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def _write(
+        self,
+        slot: int,
+        found: Mapping[str, tuple[Tensor, Tensor]],
+        ready: Callable[[str], tuple[Tensor, Tensor]],
+    ) -> None:
+        """`found` in `slot`, as `ready` has the matrices of a path."""
         for path, (a_rd, b_or) in found.items():
             layer = self.layers.get(path)
             if layer is None:
@@ -224,12 +228,13 @@ class Bank:
             own_a, own_b = layer.own(slot)
             rank = 0
             if path in found:
-                a_rd, b_or = found[path]
+                a_rd, b_or = ready(path)
                 rank = a_rd.shape[0]
-                own_a[:rank].copy_(a_rd, non_blocking=True)
-                own_b[:rank].copy_(b_or.t(), non_blocking=True)
-            own_a[rank:].zero_()
-            own_b[rank:].zero_()
+                own_a[:rank].copy_(a_rd)
+                own_b[:rank].copy_(b_or.t())
+            if rank < layer.ranks[slot]:
+                own_a[rank:].zero_()
+                own_b[rank:].zero_()
         self.held[slot] = {path: a_rd.shape[0] for path, (a_rd, _) in found.items()}
 
     def _pad(self) -> None:

@@ -97,8 +97,7 @@ def assemble(
             read_adapter,
             skeleton=bank.skeleton,
             max_rank=ours.max_rank,
-            dtype=slots.dtype,
-            pin=device.type == "cuda",
+            most=slots.most,
         )
         make_tiers = partial(_tiers, slots, read, ours.host_memory_bytes)
     core = Core(

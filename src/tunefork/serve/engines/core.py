@@ -228,6 +228,6 @@ class Core:
                 in_host_memory=self.tiers.in_host_memory,
                 loads=self.tiers.loads,
                 evictions=self.tiers.evictions,
-                load_seconds=self.tiers.load_seconds,
+                load_seconds=dict(self.tiers.load_seconds),
             )
         self.state = state

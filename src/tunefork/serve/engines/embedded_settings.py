@@ -30,7 +30,7 @@ class EmbeddedSettings(Section):
     """Largest rank of an adapter; a slot is as large as it."""
 
     host_memory_bytes: Annotated[int, Field(ge=0)] = 2 * 2**30
-    """Host memory for adapters, pinned where there is a GPU; the least recently used go first."""
+    """Host memory for adapters, as large as their files; the least recently used go first."""
 
     max_requests: PositiveInt = 64
     """Answers computed at the same time."""

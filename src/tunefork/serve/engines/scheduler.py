@@ -106,10 +106,12 @@ class Scheduler:
         if region is None:
             return None  # no room just now
         assert entry.slot is not None
+        began = self.tiers.clock()
         try:
             why = self._try_adapter(entry.slot, region)
         finally:
             self.cache.regions.give(region)
+            self.tiers.load_seconds["trial"] += self.tiers.clock() - began
         if why is not None:
             error = AdapterError(f"{entry.adapter.id}: {why}; it is not served")
             self.tiers.fail(entry, error)

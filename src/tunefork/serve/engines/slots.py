@@ -1,6 +1,7 @@
 """A bank's slots as the tiers fill them: by threads, while passes read the other slots."""
 
 from collections.abc import Sequence
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -9,6 +10,9 @@ from tunefork.kernels.bank_read import lay_out_tiles
 from tunefork.kernels.bank_stretches import Stretch, lay_out
 from tunefork.model.bank import Bank
 from tunefork.serve.engines.adapter_file import HostAdapter
+from tunefork.serve.engines.ferry import Ferry
+
+_FERRY_BYTES = 16 << 20
 
 
 class BankSlots:
@@ -18,11 +22,19 @@ class BankSlots:
         self.bank, self.num_slots = bank, bank.num_slots
         self.ranks: dict[int, int] = {}
         """The largest rank in each slot."""
-        self.dtype = next(iter(bank.layers.values())).dtype
-        self.takes_tiles = bank.device.type == "cuda" and self.dtype == torch.bfloat16
-        self._emptied: dict[int, torch.cuda.Event] = {}
+        layers = bank.layers.values()
+        dtypes = {dtype for layer in layers for dtype in (layer.dtype, layer.dtype_b)}
+        self.most = min(torch.finfo(dtype).max for dtype in dtypes)
+        """No value of an adapter may be above it."""
         is_cuda = bank.device.type == "cuda"
-        self._stream = torch.cuda.Stream(bank.device) if is_cuda else None  # type: ignore[no-untyped-call]
+        self.takes_tiles = is_cuda and dtypes == {torch.bfloat16}
+        self._emptied: dict[int, torch.cuda.Event] = {}
+        self._stream, self._ferry, self._loading = None, None, Lock()
+        if is_cuda:
+            self._stream = torch.cuda.Stream(bank.device)  # type: ignore[no-untyped-call]
+            largest = max(max(la.in_features, la.out_features) * max(la.ranks) for la in layers)
+            num_bytes = max(_FERRY_BYTES, largest * torch.float64.itemsize)
+            self._ferry = Ferry(num_bytes, bank.device, self._stream.synchronize)
 
     def route(
         self, index_n: Tensor, stretches: Sequence[Stretch], *, is_captured: bool = False
@@ -43,14 +55,14 @@ class BankSlots:
     def load(self, slot: int, adapter: HostAdapter) -> None:
         """Put an adapter into `slot`; returns when it is there. Raises AdapterError."""
         self.ranks[slot] = adapter.rank
-        if self._stream is None:
-            self.bank.load_ready(slot, adapter.matrices)
+        if self._stream is None or self._ferry is None:
+            self.bank.load(slot, adapter.deltas)
             return
-        with torch.cuda.stream(self._stream):
+        with self._loading, torch.cuda.stream(self._stream):
             if slot in self._emptied:  # a pass in flight may still read what was there
                 self._stream.wait_event(self._emptied.pop(slot))
-            self.bank.load_ready(slot, adapter.matrices)
-        self._stream.synchronize()
+            self.bank.load(slot, adapter.deltas, self._ferry.carry)
+            self._stream.synchronize()
 
     def clear(self, slot: int) -> None:
         """What is in `slot` is of no more use. It is overwritten by what comes next."""
