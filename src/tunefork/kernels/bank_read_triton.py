@@ -16,6 +16,8 @@ _CHUNK = 16
 """Rows that tensor cores multiply at a time: the fewest."""
 _FEW = 4
 """Rows of a slot that are added to one by one."""
+_ROWS = 64
+"""Up to so many rows are looked through by one form, which compiles once for all graphs."""
 _VALUES = 4096
 """Of B that a warp holds."""
 
@@ -53,7 +55,7 @@ def _next(is_mine, row):
     return at, is_mine & (row > at)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _add_own(
     y, stride_y, u, stride_u, slots, b, num_rows, num_slots,
     sizes: tl.constexpr, rank: tl.constexpr, block_rank: tl.constexpr,
@@ -222,7 +224,7 @@ def add_own(
         block_rank,
         block_o,
         min(block_o, 64),
-        triton.next_power_of_2(y_so.shape[0]),
+        max(_ROWS, triton.next_power_of_2(y_so.shape[0])),
         _step(sizes),
         _FEW,
         _CHUNK,
