@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.serve.embedded import answers, base_folder, request, save_adapter, settings
+from tests.serve.embedded import answers, base_folder, idle, request, save_adapter, settings
 from tests.tiny import tiny_model
 from tunefork.model.bank import add_serving_bank
 from tunefork.registry.peft_deltas import Delta
@@ -81,12 +81,7 @@ def ask(served: Served, **embedded: Any) -> tuple[list[Piece], Any]:
         await engine.start()
         info = engine.info()
         found = await answers(engine, wanted)
-        for _ in range(100):  # the last answers are told before the state is
-            state = engine.state()
-            if state.free_cache_tokens == state.total_cache_tokens:
-                break
-            await asyncio.sleep(0.01)
-        assert state.healthy and state.free_cache_tokens == state.total_cache_tokens
+        assert (await idle(engine)).healthy  # and every token of the cache is free again
         await engine.stop()
         return found, info
 
