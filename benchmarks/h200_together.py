@@ -31,7 +31,7 @@ import numpy as np
 from benchmarks import results, training_runs
 from benchmarks.h200_training import in_a_process, roomy_folder
 from benchmarks.together_runs import measure_group
-from benchmarks.training_runs import BATCHES, EIGHT_B, TINY, WARM_UP, Run
+from benchmarks.training_runs import BATCHES, EIGHT_B, TINY, WARM_UP, Run, need_gpu
 
 _ROOT, _MODULE = Path(__file__).parents[1], "benchmarks.h200_together"
 GROUP = "tunefork"
@@ -219,6 +219,7 @@ def main() -> None:
             arguments.model.mkdir(parents=True, exist_ok=True)
             measure(arguments)
         case "one":
+            need_gpu(arguments.folder)
             found = measure_group(Run(**arguments.run), arguments.folder)
             print("RESULT " + json.dumps(found), flush=True)
         case "collect":
