@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.serve.embedded import answers, base_folder, idle, request, save_adapter, settings
+from tests.serve.test_ferry import deltas
 from tests.tiny import tiny_model
 from tunefork.model.bank import add_serving_bank
-from tunefork.registry.peft_deltas import Delta
 from tunefork.serve.engine import Piece, ServedAdapter
 from tunefork.serve.engines import slots
 from tunefork.serve.engines.adapter_file import HostAdapter
@@ -55,15 +55,7 @@ def test_a_slot_is_filled_as_on_a_cpu(dtype: torch.dtype, monkeypatch: pytest.Mo
         filled = BankSlots(bank)
         torch.manual_seed(0)
         for slot, rank in ((0, 16), (1, 16), (1, 5)):
-            deltas = {
-                path: Delta(
-                    torch.randn(rank, layer.in_features).to(dtype),
-                    torch.randn(layer.out_features, rank).to(dtype),
-                    1.7,
-                )
-                for path, layer in bank.layers.items()
-            }
-            filled.load(slot, HostAdapter(deltas, rank, 0))
+            filled.load(slot, HostAdapter(deltas(bank, rank, dtype), rank, 0))
         found[kind] = {path: layer.stacks for path, layer in bank.layers.items()}
     for path, stacks in found["cpu"].items():
         for one, other in zip(stacks, found["cuda"][path], strict=True):
