@@ -114,6 +114,15 @@ def test_what_has_no_room_or_no_adapters_is_refused() -> None:
         together.fits(full, [LoraSection()], target=_target())
 
 
+def test_inputs_that_one_adapter_would_not_keep_are_not_taken_off() -> None:
+    recipe = _recipe(compile="always", precision="fp8", activation_checkpointing="none")
+    found = [
+        [group.made_again for group in together._groups(recipe, [lora], _target(), None)]
+        for lora in (LoraSection(), LoraSection(targets=("q_proj",)))
+    ]
+    assert found == [[2 * 2 * 1024 * 128 * 8], [0]]
+
+
 def test_64_adapters_beside_an_8b_base(monkeypatch: pytest.MonkeyPatch) -> None:
     """Issue 7: 2.7 billion parameters in fp32 with gradients and moments, beside 16 GB of base."""
     monkeypatch.setattr(together, "config_for", lambda model: config_for(8.03e9))

@@ -12,8 +12,9 @@ the batch, and is counted:
 
 One thing is less. Over FP8 one adapter's product keeps the input it quantised; the adapters of a
 group are products of their own, and the compiler makes a norm's output again rather than keep it.
-Counted where it was measured, compiled and without checkpointing: two inputs a layer, 4 GiB of 8B
-at 8,192 tokens (benchmarks/results/h200_together.json).
+Counted where it was measured, compiled, without checkpointing and with deltas on all linear layers
+(one adapter keeps no input of products without a delta): two inputs a layer, 4 GiB of 8B at 8,192
+tokens (benchmarks/results/h200_together.json).
 """
 
 from collections.abc import Sequence
@@ -174,6 +175,7 @@ def _groups(
         is_compiled=compiles(recipe.train.compile, target.kind, _MANY_STEPS),
     )
     made_again = _MADE_AGAIN * 2 * tokens * config.hidden_size * num_layers(config)
+    is_everywhere = all(lora.targets == "all-linear" for lora in variants)
     is_left = recipe.train.activation_checkpointing == "auto"
     shape = Shape(1, tokens, tokens, is_masked=True, segments=max(2, len(variants)))
     params = tuple(lora_params(config, lora) for lora in variants)
@@ -188,7 +190,10 @@ def _groups(
                 for n, lora in zip(params, variants, strict=True)
             ),
             made_again=made_again
-            if kind.is_compiled and kind.wants_fp8 and kind.checkpointing == "none"
+            if is_everywhere
+            and kind.is_compiled
+            and kind.wants_fp8
+            and kind.checkpointing == "none"
             else 0,
         )
         for kind in (kinds_of(made, target) if is_left else [made])
