@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from tunefork.data.slots import is_even
 from tunefork.errors import AdapterError, ModelError
+from tunefork.kernels import bank_rows
 from tunefork.kernels.bank import Bounds, Padded, padded_rank, spans
 from tunefork.kernels.bank_stretches import Layout
 from tunefork.kernels.bank_tokens import is_own
@@ -152,12 +153,11 @@ class Bank:
     def clear(self, slot: int) -> None:
         """Empty `slot`."""
         for layer in self.layers.values():
-            for rows in layer.own(slot):
-                rows.zero_()
+            layer.write(slot, None, None)
         self.held[slot] = {}
 
     def adapter(self, slot: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """A (R, D) and B (O, R) of the adapter in `slot`, by path; views, not copies."""
+        """A (R, D) and B (O, R) of the adapter in `slot`, by path; views, where it is trained."""
         found = {}
         for path, rank in self.held[slot].items():
             a_rd, b_ro = self.layers[path].own(slot)
@@ -180,6 +180,10 @@ class Bank:
     def route_stretches(self, layout: Layout) -> None:
         """The next pass's tokens are whose the host says: of a bank that is only read."""
         self.routing.layout, self.routing.mode = layout, "stretches"
+
+    def route_rows(self, rows: bank_rows.Layout) -> None:
+        """As `route_stretches`, on a CPU, where layers keep their matrices as rows."""
+        self.routing.rows, self.routing.mode = rows, "rows"
 
     def route_none(self) -> None:
         """Every token sees the base alone."""
@@ -218,15 +222,7 @@ class Bank:
                     f"{slot}, which has rank {room} and {wanted}"
                 )
         for path, layer in self.layers.items():
-            own_a, own_b = layer.own(slot)
-            rank = 0
-            if path in found:
-                a_rd, b_or = found[path]
-                rank = a_rd.shape[0]
-                own_a[:rank].copy_(a_rd, non_blocking=True)
-                own_b[:rank].copy_(b_or.t(), non_blocking=True)
-            own_a[rank:].zero_()
-            own_b[rank:].zero_()
+            layer.write(slot, *found.get(path, (None, None)))
         self.held[slot] = {path: a_rd.shape[0] for path, (a_rd, _) in found.items()}
 
     def _pad(self) -> None:
@@ -299,13 +295,8 @@ def add_bank(
     return bank
 
 
-def add_serving_bank(
-    model: PreTrainedModel, *, slots: int, rank: int, dtype_a: torch.dtype | None = None
-) -> Bank:
-    """Give every linear layer of `model` but the head empty slots of `rank`, to be read; in place.
-
-    `dtype_a` is A's, by default the model's.
-    """
+def add_serving_bank(model: PreTrainedModel, *, slots: int, rank: int) -> Bank:
+    """Give linear layers of `model` (not the head) empty slots of `rank`, to be read; in place."""
     model.requires_grad_(False)
     routing, layers = _routing(model, slots), {}
     for path in linear_paths(model):
@@ -315,8 +306,7 @@ def add_serving_bank(
             base,
             [rank] * slots,
             routing,
-            dtype=dtype_a or model.dtype,
-            dtype_b=model.dtype,
+            dtype=model.dtype,
             is_trained=False,
         )
     for path, layer in layers.items():

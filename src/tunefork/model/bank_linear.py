@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunefork.kernels import bank_rows
 from tunefork.kernels.bank import Bounds, Padded, add_segments, grouped, spans
-from tunefork.kernels.bank_stretches import Layout, Matrices, add_sorted, add_stretches
+from tunefork.kernels.bank_stretches import Layout, add_sorted
 from tunefork.kernels.bank_tokens import bank_tokens
 from tunefork.model.linear import FrozenBase, Nf4Linear
 
@@ -34,7 +35,7 @@ class Routing:
     """(G,) fp32 on the device: each slot's dropout."""
     padded: list[Padded] = field(default_factory=list)
     """How rows lie in the grouped product, of each kind of layer: those of the same ranks."""
-    mode: Literal["none", "segments", "one", "tokens", "stretches"] = "none"
+    mode: Literal["none", "segments", "one", "tokens", "stretches", "rows"] = "none"
     bounds: Bounds = ()
     """`ends_g` as the host knows it, with each slot's start; mode "segments"."""
     is_even: bool = False
@@ -46,7 +47,9 @@ class Routing:
     is_own_sn: Tensor | None = None
     """(S, G) which slot is a token's own, made of `index_s` once a pass; mode "tokens"."""
     layout: Layout | None = None
-    """What the host knows of a pass that is only read from; mode "stretches"."""
+    """Where the tokens of each slot end, of a pass that is only read from; mode "stretches"."""
+    rows: bank_rows.Layout | None = None
+    """What the host knows of such a pass on a CPU; mode "rows"."""
 
 
 class BankLinear(nn.Module):
@@ -62,13 +65,12 @@ class BankLinear(nn.Module):
         routing: Routing,
         *,
         dtype: torch.dtype = torch.float32,
-        dtype_b: torch.dtype | None = None,
         dropout: float = 0.0,
         is_trained: bool = True,
     ) -> None:
         super().__init__()
         self.base: nn.Linear | FrozenBase = base
-        self.routing, self.dtype, self.dtype_b = routing, dtype, dtype_b or dtype
+        self.routing, self.dtype = routing, dtype
         self.dropout = dropout
         """The most of any slot; 0: none ever draws, and the deltas' input is the base's."""
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -85,17 +87,40 @@ class BankLinear(nn.Module):
             torch.zeros(rows, self.in_features, dtype=self.dtype, device=device), self.is_trained
         )
         self.rows_b = nn.Parameter(
-            torch.zeros(rows, self.out_features, dtype=self.dtype_b, device=device), self.is_trained
+            torch.zeros(rows, self.out_features, dtype=self.dtype, device=device), self.is_trained
         )
-        self.matrices: Matrices | None = None
-        """`stacks` as passes on a CPU read them, made by the first one."""
+        self.kept: tuple[bank_rows.Matrices, int] | None = None
+        """Where a CPU keeps A and B of a layer that is only read, and which of them it is."""
         self.kind = 0
         """Which of `routing.padded` says how its rows lie in the grouped product."""
 
     def own(self, slot: int) -> tuple[Tensor, Tensor]:
-        """Views of a slot's A (R, D) and B transposed (R, O), in the graph of their rows."""
+        """Views of a slot's A (R, D) and B transposed (R, O), in the graph of their rows; copies
+        where they are kept elsewhere."""
+        if self.kept is not None:
+            matrices, at = self.kept
+            return matrices.read(at, slot)
         start, end = spans(self.ranks)[slot]
         return self.rows_a[start:end], self.rows_b[start:end]
+
+    def keep_in(self, matrices: bank_rows.Matrices, at: int) -> None:
+        """From now on A and B are layer `at` of `matrices`, which are empty."""
+        self.kept = (matrices, at)
+        self.rows_a.data, self.rows_b.data = self.rows_a[:0].clone(), self.rows_b[:0].clone()
+
+    @torch.no_grad()
+    def write(self, slot: int, a_rd: Tensor | None, b_or: Tensor | None) -> None:
+        """Fill a slot with A and B of its rank or less; None: empty it. Other slots may be read."""
+        b_ro = None if b_or is None else b_or.t()
+        if self.kept is not None:
+            matrices, at = self.kept
+            matrices.write(at, slot, a_rd, b_ro)
+            return
+        for own, given in zip(self.own(slot), (a_rd, b_ro), strict=True):
+            rank = 0 if given is None else given.shape[0]
+            if given is not None:
+                own[:rank].copy_(given, non_blocking=True)
+            own[rank:].zero_()
 
     @property
     def stacks(self) -> tuple[Tensor, Tensor]:
@@ -118,11 +143,11 @@ class BankLinear(nn.Module):
         routing = self.routing
         if routing.mode == "none" or not sum(self.ranks):
             return y_o
-        y_so = y_o.view(-1, y_o.shape[-1])
-        if routing.mode == "stretches":
-            self.add_read(y_so, x_d)
+        y_so, x_sd = y_o.view(-1, y_o.shape[-1]), x_d.reshape(-1, x_d.shape[-1])
+        if routing.mode in ("stretches", "rows"):
+            self.add_read(y_so, x_sd)
             return y_o
-        x_sd = self.dropped(x_d.reshape(-1, x_d.shape[-1]))
+        x_sd = self.dropped(x_sd)
         if routing.mode == "segments" and isinstance(self.base, nn.Linear | Nf4Linear):
             scales = tuple(routing.scales)
             y_so = add_segments(
@@ -132,16 +157,14 @@ class BankLinear(nn.Module):
             y_so = y_so + deltas([self], x_sd)[0]
         return y_so.view(y_o.shape)
 
-    def add_read(self, y_so: Tensor, x_d: Tensor) -> None:
-        """Add the deltas of a pass that is only read from, in place; mode "stretches"."""
-        layout = self.routing.layout
-        assert layout is not None
-        if layout.ends_n is None:
-            if self.matrices is None:
-                self.matrices = Matrices(*(stack.detach() for stack in self.stacks))
-            add_stretches(y_so, x_d, self.matrices, layout)
+    def add_read(self, y_so: Tensor, x_sd: Tensor) -> None:
+        """Add the deltas of a pass that is only read from, in place; mode "stretches" or "rows"."""
+        if self.routing.mode == "rows":
+            assert self.kept is not None and self.routing.rows is not None
+            bank_rows.add_rows(y_so, x_sd, self.kept[0], self.routing.rows)
         else:
-            add_sorted(y_so, x_d.reshape(-1, x_d.shape[-1]), *self.stacks, layout)
+            assert self.routing.layout is not None
+            add_sorted(y_so, x_sd, *self.stacks, self.routing.layout)
 
     def dropped(self, x_sd: Tensor) -> Tensor:
         """x with each slot's dropout, while training; drawn for all tokens at once."""
@@ -184,7 +207,7 @@ def deltas(layers: Sequence[BankLinear], x_sd: Tensor) -> tuple[Tensor, ...]:
                 )
                 for layer in layers
             )
-        case "stretches":
+        case "stretches" | "rows":
             raise NotImplementedError("these are added in place: BankLinear.add_read")
         case "none":
             return tuple(x_sd.new_zeros(x_sd.shape[0], la.out_features) for la in layers)

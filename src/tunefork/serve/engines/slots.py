@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tunefork.kernels.bank_stretches import Stretch, lay_out, lay_out_sorted
+from tunefork.kernels.bank_rows import Layout, lay_out
+from tunefork.kernels.bank_stretches import Stretch, lay_out_sorted
 from tunefork.model.bank import Bank
 from tunefork.serve.engines.adapter_file import HostAdapter
 
@@ -19,6 +20,8 @@ class BankSlots:
         """The largest rank in each slot."""
         self.dtype = next(iter(bank.layers.values())).dtype
         self.sorts_tokens = bank.device.type == "cuda" and self.dtype == torch.bfloat16
+        self._laid_out: tuple[tuple[Stretch, ...], tuple[int, ...], Layout] | None = None
+        """Of the last pass on a CPU: most are of the same requests."""
         self._emptied: dict[int, torch.cuda.Event] = {}
         is_cuda = bank.device.type == "cuda"
         self._stream = torch.cuda.Stream(bank.device) if is_cuda else None  # type: ignore[no-untyped-call]
@@ -39,8 +42,10 @@ class BankSlots:
         elif self.sorts_tokens:
             self.bank.route_stretches(lay_out_sorted(stretches, self.num_slots, device))
         else:
-            rank = max(self.ranks[stretch.slot] for stretch in stretches)
-            self.bank.route_stretches(lay_out(stretches, rank, device))
+            ranks = tuple(self.ranks[stretch.slot] for stretch in stretches)
+            if self._laid_out is None or self._laid_out[:2] != (tuple(stretches), ranks):
+                self._laid_out = (tuple(stretches), ranks, lay_out(stretches, ranks))
+            self.bank.route_rows(self._laid_out[2])
 
     @torch.inference_mode()
     def load(self, slot: int, adapter: HostAdapter) -> None:
