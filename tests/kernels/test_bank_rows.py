@@ -86,4 +86,4 @@ def test_what_is_written_is_read() -> None:
     for found, given in zip(matrices.read(1, 1), (a_rd, b_ro), strict=True):
         assert torch.equal(found[:20], given) and not found[20:].any()
     matrices.write(1, 1, None, None)
-    assert not matrices.a_ncde.any() and not matrices.b_nro.any()
+    assert not matrices.a_ncde.any() and not matrices.b_nceo.any()

@@ -13,7 +13,8 @@ padded batched products and a sum for each layer took 20.
 More than a few tokens of one adapter side by side (a prompt) are products of their own.
 
 Shape legend: S tokens, D features in, L layers, O features out (of all layers), N slots, R rank of
-a slot, C pieces of a rank, T terms of a piece: R = C T. K blocks of columns, of W: O = K W.
+a slot, C pieces of a rank, T terms of a piece: R = C T, E = L T. K blocks of W columns: O = K W.
+G stretches of M tokens. P, Q sums of A's rows, of B's.
 """
 
 import math
@@ -41,17 +42,14 @@ class Matrices:
         self, slots: int, rank: int, features_in: int, sizes: Sequence[int], dtype: torch.dtype
     ) -> None:
         """`rank` of a slot, a multiple of `TERMS`; `sizes`: features out of each layer."""
-        self.slots, self.rank, self.features_in = slots, rank, features_in
-        self.sizes, pieces = tuple(sizes), rank // TERMS
-        self.a_ncde = torch.zeros(slots, pieces, features_in, len(sizes) * TERMS, dtype=dtype)
-        """A transposed, in pieces of its rank: (N, C, D, L T)."""
-        self.b_nro = torch.zeros(slots, rank, sum(sizes), dtype=dtype)
-        """B transposed, of all layers side by side. Both carry no scale but A's."""
+        self.rank, self.features_in, self.sizes = rank, features_in, tuple(sizes)
+        pieces, each = rank // TERMS, len(sizes) * TERMS
+        self.a_ncde = torch.zeros(slots, pieces, features_in, each, dtype=dtype)
+        """A transposed, times its scale, of all layers side by side."""
+        self.b_nceo = torch.zeros(slots, pieces, each, sum(sizes), dtype=dtype)
+        """B transposed, with zeros where u is another layer's than y: so one product is of all."""
         self.block = math.gcd(*sizes)
-        self.rows_a = self.a_ncde.view(-1, len(sizes) * TERMS)
-        self.rows_b = self.b_nro.view(-1, self.block)
-        ends = np.cumsum(sizes).tolist()
-        self.columns = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+        self.rows_a, self.rows_b = self.a_ncde.view(-1, each), self.b_nceo.view(-1, self.block)
 
     def write(self, layer: int, slot: int, a_rd: Tensor | None, b_ro: Tensor | None) -> None:
         """A and B transposed of a slot's rank or less; None: nothing. Others may be read."""
@@ -63,12 +61,15 @@ class Matrices:
 
     def read(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
         """A (R, D) and B transposed (R, O_i); maybe copies."""
-        a_ctd, b_ro = self._views(layer, slot)
-        return a_ctd.flatten(0, 1), b_ro
+        a_ctd, b_cto = self._views(layer, slot)
+        return a_ctd.flatten(0, 1), b_cto.flatten(0, 1)
 
     def _views(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
-        a_cdt = self.a_ncde[slot, :, :, layer * TERMS : (layer + 1) * TERMS]
-        return a_cdt.transpose(1, 2), self.b_nro[slot, :, self.columns[layer]]
+        """(C, T, D) and (C, T, O_i)."""
+        own = slice(layer * TERMS, (layer + 1) * TERMS)
+        end = sum(self.sizes[: layer + 1])
+        columns = slice(end - self.sizes[layer], end)
+        return self.a_ncde[slot, :, :, own].transpose(1, 2), self.b_nceo[slot, :, own, columns]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,16 +118,18 @@ class Run:
     def _indices(self, matrices: Matrices) -> _Indices:
         token_p, slot_p, piece_p = self._parts
         width, layers = matrices.features_in, len(matrices.sizes)
-        rows_pd = (slot_p * (matrices.rank // TERMS) + piece_p)[:, None] * width + np.arange(width)
+        where_p = slot_p * (matrices.rank // TERMS) + piece_p
+        rows_pd = where_p[:, None] * width + np.arange(width)
         layer_k = np.repeat(np.arange(layers), [size // matrices.block for size in matrices.sizes])
         blocks, term_t = len(layer_k), np.arange(TERMS)
         # y's order is that of tokens, of their blocks; a sum is over an adapter's pieces.
         part_q, block_q = np.divmod(np.arange(len(token_p) * blocks), blocks)
         order_q = np.lexsort((part_q, block_q, token_p[part_q]))
         part_q, block_q = part_q[order_q], block_q[order_q]
-        terms_qt = ((part_q * layers + layer_k[block_q]) * TERMS)[:, None] + term_t
-        rank_q = slot_p[part_q] * matrices.rank + piece_p[part_q] * TERMS
-        rows_qt = (rank_q[:, None] + term_t) * blocks + block_q[:, None]
+        term_qt = (layer_k[block_q] * TERMS)[:, None] + term_t
+        terms_qt = part_q[:, None] * layers * TERMS + term_qt
+        rows_qt = where_p[part_q][:, None] * layers * TERMS + term_qt
+        rows_qt = rows_qt * blocks + block_q[:, None]
         lengths = np.repeat(np.array(self.pieces) * TERMS, blocks)
         return _Indices(
             _unless_plain(token_p, len(self.slots)),
@@ -148,36 +151,63 @@ def _unless_plain(values: NDArray[np.int64], count: int) -> Tensor | None:
 
 
 @dataclass(frozen=True, slots=True)
+class Batch:
+    """Long stretches side by side, of one length and as many pieces: a batched product."""
+
+    first: int
+    last: int
+    """Exclusive."""
+    slots: tuple[int, ...]
+    pieces: int
+
+    def of(self, every: Tensor) -> Tensor:
+        """The slots' parts of what all slots have, (N, ...)."""
+        first, last = self.slots[0], self.slots[-1] + 1
+        if self.slots == tuple(range(first, last)):
+            return every[first:last]
+        return every[list(self.slots)]
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """Whose the tokens of a pass are. Those in no stretch see the base alone."""
 
     runs: tuple[Run, ...]
-    long: tuple[tuple[Stretch, int], ...]
-    """With the number of its adapter's pieces."""
+    batches: tuple[Batch, ...]
 
 
 def lay_out(stretches: Sequence[Stretch], ranks: Sequence[int]) -> Layout:
     """`stretches` in the order of their tokens, each with the largest rank of its adapter."""
-    runs: list[tuple[int, list[int], list[int]]] = []
-    long, last = [], -1
-    for stretch, rank in zip(stretches, ranks, strict=True):
-        pieces, length = -(-rank // TERMS), stretch.last - stretch.first
+    runs: list[Run] = []
+    batches: list[Batch] = []
+    for (slot, first, last), rank in zip(stretches, ranks, strict=True):
+        pieces, length = -(-rank // TERMS), last - first
         if length > _FEW:
-            long.append((stretch, pieces))
-            continue
-        if stretch.first != last:
-            runs.append((stretch.first, [], []))
-        last = stretch.last
-        runs[-1][1].extend([stretch.slot] * length)
-        runs[-1][2].extend([pieces] * length)
-    found = tuple(Run(first, tuple(slots), tuple(pieces)) for first, slots, pieces in runs)
-    return Layout(found, tuple(long))
+            batch = Batch(first, last, (slot,), pieces)
+            if batches and _is_alike(batches[-1], batch):
+                before = batches.pop()
+                batch = Batch(before.first, last, (*before.slots, slot), pieces)
+            batches.append(batch)
+        else:
+            run = Run(first, (slot,) * length, (pieces,) * length)
+            if runs and runs[-1].last == first:
+                before_run = runs.pop()
+                slots, each = before_run.slots + run.slots, before_run.pieces + run.pieces
+                run = Run(before_run.first, slots, each)
+            runs.append(run)
+    return Layout(tuple(runs), tuple(batches))
+
+
+def _is_alike(batch: Batch, one: Batch) -> bool:
+    length = (batch.last - batch.first) // len(batch.slots)
+    is_next = batch.last == one.first
+    return is_next and length == one.last - one.first and batch.pieces == one.pieces
 
 
 def add_rows(y_so: Tensor, x_sd: Tensor, matrices: Matrices, layout: Layout) -> None:
     """y += B_n A_n x over the tokens of each slot, in place."""
-    for stretch, pieces in layout.long:
-        _add_long(y_so, x_sd, matrices, stretch, pieces)
+    for batch in layout.batches:
+        _add_batch(y_so, x_sd, matrices, batch)
     for run in layout.runs:
         at, x_rd = run.indices(matrices), x_sd[run.first : run.last]
         if at.tokens_a is not None:
@@ -196,13 +226,9 @@ def _sums(table: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tenso
     ]
 
 
-def _add_long(
-    y_so: Tensor, x_sd: Tensor, matrices: Matrices, stretch: Stretch, pieces: int
-) -> None:
-    slot, first, last = stretch
-    layers = len(matrices.sizes)
-    u_cse = x_sd[first:last] @ matrices.a_ncde[slot, :pieces]
-    u_lsr = u_cse.view(pieces, -1, layers, TERMS).permute(2, 1, 0, 3).flatten(2)
-    b_ro = matrices.b_nro[slot, : pieces * TERMS]
-    for u_sr, columns in zip(u_lsr.unbind(), matrices.columns, strict=True):
-        y_so[first:last, columns].addmm_(u_sr, b_ro[:, columns])
+def _add_batch(y_so: Tensor, x_sd: Tensor, matrices: Matrices, batch: Batch) -> None:
+    tokens, count = slice(batch.first, batch.last), len(batch.slots)
+    x_gmd, y_gmo = (z_sd[tokens].view(count, -1, z_sd.shape[1]) for z_sd in (x_sd, y_so))
+    a_gcde, b_gceo = batch.of(matrices.a_ncde), batch.of(matrices.b_nceo)
+    for piece in range(batch.pieces):
+        y_gmo.baddbmm_(x_gmd @ a_gcde[:, piece], b_gceo[:, piece])
