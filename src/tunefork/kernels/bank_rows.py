@@ -31,6 +31,9 @@ from tunefork.kernels.bank_stretches import Stretch
 
 TERMS = 16
 """T: an adapter's rank is read in pieces of so many, however large its slot is."""
+_WIDEST = 256
+"""Numbers of a block of B's rows. A sum keeps as many as the processor has registers for, and goes
+over rows that are wider once more (16 tokens, O = 3072: 66 us at 192, 99 us at 1536)."""
 _FEW = 8
 """Most tokens of a stretch that are summed row by row: each reads its adapter anew."""
 
@@ -48,8 +51,9 @@ class Matrices:
         """A transposed, times its scale, of all layers side by side."""
         self.b_nceo = torch.zeros(slots, pieces, each, sum(sizes), dtype=dtype)
         """B transposed, with zeros where u is another layer's than y: so one product is of all."""
-        self.block = math.gcd(*sizes)
+        self.block = _width(math.gcd(*sizes))
         self.rows_a, self.rows_b = self.a_ncde.view(-1, each), self.b_nceo.view(-1, self.block)
+        self.shape = (slots, rank, features_in, *sizes)
 
     def write(self, layer: int, slot: int, a_rd: Tensor | None, b_ro: Tensor | None) -> None:
         """A and B transposed of a slot's rank or less; None: nothing. Others may be read."""
@@ -95,10 +99,10 @@ class Run:
     pieces: tuple[int, ...]
     made: dict[tuple[int, ...], _Indices] = field(default_factory=dict)
 
-    @property
-    def last(self) -> int:
-        """Exclusive."""
-        return self.first + len(self.slots)
+    @cached_property
+    def tokens(self) -> slice:
+        """All of them."""
+        return slice(self.first, self.first + len(self.slots))
 
     @cached_property
     def _parts(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -110,10 +114,10 @@ class Run:
 
     def indices(self, matrices: Matrices) -> _Indices:
         """Made once for all matrices of one shape."""
-        key = (matrices.features_in, matrices.rank, *matrices.sizes)
-        if key not in self.made:
-            self.made[key] = self._indices(matrices)
-        return self.made[key]
+        found = self.made.get(matrices.shape)
+        if found is None:
+            found = self.made[matrices.shape] = self._indices(matrices)
+        return found
 
     def _indices(self, matrices: Matrices) -> _Indices:
         token_p, slot_p, piece_p = self._parts
@@ -139,6 +143,13 @@ class Run:
             _numbers(rows_qt),
             _numbers(np.cumsum(lengths) - lengths),
         )
+
+
+def _width(common: int) -> int:
+    """Of the blocks that y is summed in: an even part of every layer, and not wide."""
+    while common > _WIDEST and common % 2 == 0:
+        common //= 2
+    return common
 
 
 def _numbers(values: NDArray[np.int64]) -> Tensor:
@@ -190,7 +201,7 @@ def lay_out(stretches: Sequence[Stretch], ranks: Sequence[int]) -> Layout:
             batches.append(batch)
         else:
             run = Run(first, (slot,) * length, (pieces,) * length)
-            if runs and runs[-1].last == first:
+            if runs and runs[-1].tokens.stop == first:
                 before_run = runs.pop()
                 slots, each = before_run.slots + run.slots, before_run.pieces + run.pieces
                 run = Run(before_run.first, slots, each)
@@ -209,21 +220,19 @@ def add_rows(y_so: Tensor, x_sd: Tensor, matrices: Matrices, layout: Layout) -> 
     for batch in layout.batches:
         _add_batch(y_so, x_sd, matrices, batch)
     for run in layout.runs:
-        at, x_rd = run.indices(matrices), x_sd[run.first : run.last]
+        at, x_rd = run.indices(matrices), x_sd[run.tokens]
         if at.tokens_a is not None:
             x_rd = x_rd.index_select(0, at.tokens_a)
-        u_pe = _sums(matrices.rows_a, at.rows_a, at.starts_a, x_rd)
+        u_p = _sums(matrices.rows_a, at.rows_a, at.starts_a, x_rd.reshape(-1)).view(-1)
         if at.terms_b is not None:
-            u_pe = u_pe.view(-1).index_select(0, at.terms_b)
-        delta_kw = _sums(matrices.rows_b, at.rows_b, at.starts_b, u_pe)
-        y_so[run.first : run.last] += delta_kw.view(-1, y_so.shape[1])
+            u_p = u_p.index_select(0, at.terms_b)
+        delta_kw = _sums(matrices.rows_b, at.rows_b, at.starts_b, u_p)
+        y_so[run.tokens].add_(delta_kw.view(-1, y_so.shape[1]))
 
 
 def _sums(table: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
     """Of `table`'s `rows` times `weights`, from each start to the next; summed in fp32."""
-    return torch.embedding_bag(table, rows, starts, mode=0, per_sample_weights=weights.reshape(-1))[
-        0
-    ]
+    return torch.embedding_bag(table, rows, starts, False, 0, False, weights)[0]
 
 
 def _add_batch(y_so: Tensor, x_sd: Tensor, matrices: Matrices, batch: Batch) -> None:
