@@ -31,10 +31,10 @@ from tunefork.kernels.bank_stretches import Stretch
 
 TERMS = 16
 """T: an adapter's rank is read in pieces of so many, however large its slot is."""
-_WIDEST = 256
+_WIDEST = 640
 """Numbers of a block of B's rows. A sum keeps as many as the processor has registers for, and goes
 over rows that are wider once more (16 tokens, O = 3072: 66 us at 192, 99 us at 1536)."""
-_FEW = 8
+_FEW = 16
 """Most tokens of a stretch that are summed row by row: each reads its adapter anew."""
 
 
