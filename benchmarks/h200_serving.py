@@ -6,14 +6,13 @@ Random weights, 128 tokens in, 128 out, greedy, rank 16 on all linear layers, al
 
     base, 32_adapters   the embedded engine, through `generate` with texts; ratios of one engine
     vllm_*              vLLM without texts, in a process of its own (--site: where its packages lie)
-    cold                an adapter never seen before, while 32 others decode: its first token, and
-                        what others' time per token was before and meanwhile
+    cold                adapters never seen before, one at a time, while 32 others decode: the first
+                        token and where its time went; others' time per token before and meanwhile
     1000_registered     1,000 adapters, 64 slots, 64 requests at a time by Zipf's law: first token
     profile_*           kernels of a decoding step, and how long the GPU is busy (--cases profile)
 
 Forms of the engine are compared in one call with --variants: each is a list of settings to be
-changed, as `compile=true,prefill_tokens=8192`; `plain` changes none. `reads_own=false` is no
-setting: compiled layers then multiply all slots' B (`model/joint_banks.py`).
+changed, as `compile=true,prefill_tokens=8192`; `plain` changes none.
 
 Writes results/h200_serving.json (not with --tiny, which is for a CPU).
 """
@@ -29,29 +28,26 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
 from benchmarks.results import write
-from benchmarks.serving_cold import cold_adapter
+from benchmarks.serving_cold import cold_adapters
 from benchmarks.serving_load import Load, Timing, answer, draw_load, percentiles, round_of, row
 from benchmarks.serving_profile import profile
 from benchmarks.serving_world import many, random_weights, save_adapters, save_base
 from benchmarks.training_runs import EIGHT_B, TINY, Shape
 from tunefork.model.device import describe, pick_device
-from tunefork.model.fused import FusedGroup
 from tunefork.recipe import ModelSection
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.engines.embedded import EmbeddedEngine
 from tunefork.serve.engines.embedded_settings import EmbeddedSettings
 from tunefork.serve.settings import ServeSettings
 
-RANK, ADAPTERS, ROUNDS = 16, 32, 3
+RANK, ADAPTERS, COLD, ROUNDS = 16, 32, 4, 3
 
 
 def main() -> None:
@@ -61,7 +57,7 @@ def main() -> None:
     base, folder = arguments.work / "base", arguments.work / "adapters"
     save_base(base, shape)
     began = time.perf_counter()
-    adapters = save_adapters(folder, shape, ADAPTERS + 1, RANK)
+    adapters = save_adapters(folder, shape, ADAPTERS + COLD, RANK)
     print(f"{len(adapters)} adapters written in {time.perf_counter() - began:.0f} s", flush=True)
     size = (8, 16, 12) if arguments.tiny else (64, 128, 128)
     load = draw_load(*size, shape.vocabulary)
@@ -70,8 +66,7 @@ def main() -> None:
         takes_speed = bool({"speed", "profile"} & set(arguments.cases))
         for variant, settings in _forms(base, arguments).items() if takes_speed else ():
             try:
-                with _reading_own("reads_own=false" not in variant):
-                    found = asyncio.run(_speed(settings, load, adapters, arguments.cases))
+                found = asyncio.run(_speed(settings, load, adapters, arguments.cases))
             except Exception as error:  # the other variants are to be measured
                 traceback.print_exc()
                 found = [{"case": "failed", "error": f"{type(error).__name__}: {error}"[:400]}]
@@ -96,18 +91,6 @@ def _forms(base: Path, arguments: argparse.Namespace) -> dict[str, ServeSettings
     }
 
 
-@contextmanager
-def _reading_own(reads_own: bool) -> Iterator[None]:
-    """Within, compiled layers read each token's own B alone, or multiply all slots'."""
-    join = FusedGroup.join_banks
-
-    def joined(group: FusedGroup, **told: bool) -> None:
-        join(group, reads_own=reads_own and told["reads_own"])
-
-    with patch.object(FusedGroup, "join_banks", joined):
-        yield
-
-
 async def _speed(
     settings: ServeSettings, load: Load, adapters: list[ServedAdapter], cases: list[str]
 ) -> list[dict[str, Any]]:
@@ -115,7 +98,7 @@ async def _speed(
     began = time.perf_counter()
     await engine.start()
     start_s = round(time.perf_counter() - began, 1)
-    warm, cold = adapters[:-1], adapters[-1]
+    warm, cold = adapters[:ADAPTERS], adapters[ADAPTERS:]
     common = {"start_s": start_s, "settings": _told(settings), **engine.info()}
     await round_of(engine, load, [], "warm-base")
     await round_of(engine, load, warm, "warm-adapters")
@@ -131,7 +114,7 @@ async def _speed(
     for one in rows:
         print(_line(one), flush=True)
     if "speed" in cases:
-        rows.append(await cold_adapter(engine, load, warm, cold))
+        rows.append(await cold_adapters(engine, load, warm, cold))
     if "profile" in cases and torch.cuda.is_available():
         for whose in ([], warm):
             rows.append(await profile(engine, load, whose, f"profile-{len(whose)}"))
@@ -171,13 +154,16 @@ async def _registered(
         "slots": state.slots,
         "requests": number,
         "different_adapters": len({adapter.id for adapter in whose}),
-        "files_differ": min(ADAPTERS + 1, len(adapters)),
+        "files_differ": min(ADAPTERS + COLD, len(adapters)),
         "first_token_ms": percentiles([timing.first for timing in timings]),
         "token_ms": percentiles([gap for timing in timings for gap in timing.gaps]),
         "tokens_per_s": round(number * new / seconds, 1),
         "loads": state.loads,
         "evictions": state.evictions,
-        "load_ms_mean": round(1000 * state.load_seconds / max(1, state.loads), 1),
+        "load_ms_mean": {
+            stage: round(1000 * seconds / max(1, state.loads), 1)
+            for stage, seconds in state.load_seconds.items()
+        },
         "settings": _told(settings),
     }
     print(json.dumps(found), flush=True)
@@ -232,8 +218,7 @@ def _settings(
     }
     for one in (*arguments.set, *changed):
         key, _, value = one.partition("=")
-        if key != "reads_own":
-            embedded[key] = json.loads(value) if value[:1] in "0123456789tf" else value
+        embedded[key] = json.loads(value) if value[:1] in "0123456789tf" else value
     return ServeSettings(
         base=ModelSection(id=str(base)), embedded=EmbeddedSettings.model_validate(embedded)
     )

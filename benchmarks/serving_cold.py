@@ -1,8 +1,9 @@
-"""An adapter that was never seen before, asked for while others decode."""
+"""Adapters that were never seen before, each asked for while others decode."""
 
 import asyncio
 import json
 import os
+import statistics
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -13,46 +14,77 @@ from tunefork.serve.engine import EngineRequest, Sampling, ServedAdapter
 from tunefork.serve.engines.embedded import EmbeddedEngine
 
 
-async def cold_adapter(
+async def cold_adapters(
+    engine: EmbeddedEngine, load: Load, warm: list[ServedAdapter], cold: list[ServedAdapter]
+) -> dict[str, Any]:
+    """Of each of `cold` the first request, in the middle of a round over `warm`.
+
+    All are read from the disk but the last, whose file is left in the page cache.
+    """
+    rounds = []
+    for at, one in enumerate(cold):
+        is_cached = at == len(cold) - 1
+        for file in () if is_cached else one.folder.iterdir():
+            _drop_from_page_cache(file)
+        found = await _round(engine, load, warm, one)
+        rounds.append({"read_from": "page cache" if is_cached else "disk"} | found)
+    from_disk = rounds[:-1] or rounds
+    row = {"case": "cold", "tool": "tunefork", "ours": True, "rounds": rounds} | {
+        key: statistics.median(one[key] for one in from_disk) for key in ("first_token_ms", "ratio")
+    }
+    print(json.dumps(row), flush=True)
+    return row
+
+
+async def _round(
     engine: EmbeddedEngine, load: Load, warm: list[ServedAdapter], cold: ServedAdapter
 ) -> dict[str, Any]:
-    """The first request for `cold` in the middle of a round over `warm`."""
     stamps: list[float] = []
-    others = Load(load.prompts[:-1], load.new)
 
     async def watch(at: int, prompt: tuple[int, ...]) -> None:
         sampling = Sampling(max_tokens=load.new, temperature=0.0, ignore_eos=True)
-        wanted = EngineRequest(f"watch-{at}", prompt, sampling, warm[at % len(warm)])
+        wanted = EngineRequest(f"{cold.id}-{at}", prompt, sampling, warm[at % len(warm)])
         async for _ in engine.generate(wanted):
             if at == 0:
                 stamps.append(time.perf_counter())
 
-    for file in cold.folder.iterdir():
-        _drop_from_page_cache(file)
-    tasks = [asyncio.ensure_future(watch(at, prompt)) for at, prompt in enumerate(others.prompts)]
+    others = enumerate(load.prompts[:-1])
+    tasks = [asyncio.ensure_future(watch(at, prompt)) for at, prompt in others]
     while len(stamps) < load.new // 3:
         await asyncio.sleep(0.001)
+    spent = engine.state().load_seconds
     asked = time.perf_counter()
-    timing = await answer(engine, "cold", load.prompts[-1], max(4, load.new // 8), cold)
+    timing = await answer(engine, cold.id, load.prompts[-1], max(4, load.new // 8), cold)
+    stages = {
+        f"{stage}_ms": 1000 * (seconds - spent[stage])
+        for stage, seconds in engine.state().load_seconds.items()
+    }
     arrived = asked + timing.first
     await asyncio.gather(*tasks)
     gaps = [(later, later - one) for one, later in pairwise(stamps)]
+    # The pass with the new one's prompt ends when its first token comes.
+    its_pass = min(gaps, key=lambda one: abs(one[0] - arrived))
     before = [gap for at, gap in gaps[2:] if at < asked]
-    # The new one's own prompt, like any other, takes part in a pass of its own length.
-    meanwhile = [gap for at, gap in gaps if asked <= at < arrived]
-    found = {
-        "case": "cold",
-        "tool": "tunefork",
-        "ours": True,
-        "first_token_ms": round(1000 * timing.first, 1),
+    loading = [gap for at, gap in gaps if asked <= at < its_pass[0]]
+    stages["prompt_ms"] = 1000 * its_pass[1]
+    first_token_ms = 1000 * timing.first
+    return {
+        "first_token_ms": round(first_token_ms, 1),
+        **{stage: round(took, 1) for stage, took in stages.items()},
+        "waited_ms": round(first_token_ms - sum(stages.values()), 1),
         "others_token_ms_before": percentiles(before),
-        "others_token_ms_meanwhile": percentiles(meanwhile),
-        "mean_ratio": round((sum(meanwhile) / len(meanwhile)) / (sum(before) / len(before)), 3)
-        if meanwhile and before
-        else None,
+        "others_token_ms_meanwhile": percentiles([*loading, its_pass[1]]),
+        "others_longest_ms": [round(1000 * gap, 1) for gap in sorted(loading)[-3:]],
+        "ratio": _ratio([*loading, its_pass[1]], before),
+        # Any request's prompt, also one for an adapter that is there, is a pass of its own length.
+        "ratio_without_its_prompt": _ratio(loading, before),
     }
-    print(json.dumps(found), flush=True)
-    return found
+
+
+def _ratio(gaps: list[float], before: list[float]) -> float:
+    if not gaps or not before:
+        return float("nan")
+    return round(statistics.mean(gaps) / statistics.mean(before), 3)
 
 
 def _drop_from_page_cache(file: Path) -> None:

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from tunefork.installed import OWN_VERSION
+
 if TYPE_CHECKING:
     from tunefork.advise.advice import Advice
     from tunefork.compare.comparison import Comparison
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from tunefork.registry.run import RunRecord
     from tunefork.sweep.many_result import ManyResult
     from tunefork.sweep.result import SweepResult
+
+__version__ = OWN_VERSION
 
 __all__ = [
     "advise",

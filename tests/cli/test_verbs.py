@@ -9,7 +9,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,10 @@ from typer.main import get_command
 from tests.cli.conftest import SECRET, Call
 from tests.registry.conftest import make_record
 from tunefork.cli.app import app
+from tunefork.installed import version
 from tunefork.recipe import Recipe
 from tunefork.recipe_file import load
+from tunefork.registry.provenance import versions
 from tunefork.registry.run import RunRecord, read_record, write_record
 
 Write = Callable[..., Path]
@@ -43,9 +45,20 @@ def test_no_help_is_lost_as_markup() -> None:
     assert len(texts) > 100 and [text for text in texts if re.search(r"\[[a-z]", text)] == []
 
 
-def test_version(tunefork: Call) -> None:
+def test_a_source_tree_that_is_not_installed_knows_its_version(
+    tunefork: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = metadata.version("tunefork")
+    found = metadata.distribution
+
+    def without(name: str) -> metadata.Distribution:
+        return found("not-installed" if name == "tunefork" else name)
+
+    monkeypatch.setattr(metadata, "distribution", without)
+    version.cache_clear()
     ended = tunefork("--version")
-    assert (ended.status, ended.out) == (0, f"tunefork {version('tunefork')}\n")
+    assert (ended.status, ended.out) == (0, f"tunefork {installed}\n")
+    assert versions()["tunefork"] == installed
 
 
 def test_the_end_looks_for_no_garbage(tunefork: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from tests.serve.embedded import answers, base_folder, request, save_adapter, settings
-from tunefork.kernels.bank_stretches import Stretch, add_sorted, lay_out_sorted
+from tests.tiny import tiny_model
+from tunefork.model.bank import add_serving_bank
+from tunefork.registry.peft_deltas import Delta
 from tunefork.serve.engine import Piece, ServedAdapter
+from tunefork.serve.engines import slots
+from tunefork.serve.engines.adapter_file import HostAdapter
 from tunefork.serve.engines.attention import flash_agrees
 from tunefork.serve.engines.embedded import EmbeddedEngine
+from tunefork.serve.engines.slots import BankSlots
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::UserWarning:peft")]
 PROMPT = [20, 60, 100, 140, 180, 220]
@@ -20,22 +25,6 @@ PROMPT = [20, 60, 100, 140, 180, 220]
 @pytest.mark.parametrize(("heads", "kv_heads", "features"), [(32, 8, 128), (9, 3, 64), (4, 4, 8)])
 def test_flash_reads_regions_of_the_cache(heads: int, kv_heads: int, features: int) -> None:
     assert flash_agrees(heads, kv_heads, features, torch.bfloat16)
-
-
-def test_grouped_products_over_sorted_tokens() -> None:
-    torch.manual_seed(0)
-    device = torch.device("cuda")
-    a_nrd = torch.randn(5, 16, 64, device=device).bfloat16()
-    b_nro = torch.randn(5, 16, 96, device=device).bfloat16()
-    x_sd = torch.randn(310, 64, device=device).bfloat16()
-    stretches = [Stretch(0, 0, 7), Stretch(2, 7, 207), Stretch(4, 207, 300)]
-    y_so = torch.zeros(310, 96, device=device).bfloat16()
-    found = add_sorted(y_so, x_sd, a_nrd, b_nro, lay_out_sorted(stretches, 5, device))
-    expected = torch.zeros(310, 96, device=device)
-    for slot, first, last in stretches:
-        u = (x_sd[first:last] @ a_nrd[slot].t()).float()
-        expected[first:last] = u @ b_nro[slot].float()
-    assert torch.allclose(found.float(), expected, atol=1.0, rtol=0.02)  # sums up to 100 in bf16
 
 
 class Served:
@@ -53,6 +42,32 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     return Served(tmp_path_factory.mktemp("gpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_slot_is_filled_as_on_a_cpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through pinned memory that is too small for all of it; other slots keep their bits."""
+    monkeypatch.setattr(slots, "_FERRY_BYTES", 1)  # as much as the largest matrix may be
+    found = {}
+    for kind in ("cpu", "cuda"):
+        model = tiny_model("llama").to(torch.bfloat16).to(kind)
+        bank = add_serving_bank(model, slots=3, rank=16)
+        filled = BankSlots(bank)
+        torch.manual_seed(0)
+        for slot, rank in ((0, 16), (1, 16), (1, 5)):
+            deltas = {
+                path: Delta(
+                    torch.randn(rank, layer.in_features).to(dtype),
+                    torch.randn(layer.out_features, rank).to(dtype),
+                    1.7,
+                )
+                for path, layer in bank.layers.items()
+            }
+            filled.load(slot, HostAdapter(deltas, rank, 0))
+        found[kind] = {path: layer.stacks for path, layer in bank.layers.items()}
+    for path, stacks in found["cpu"].items():
+        for one, other in zip(stacks, found["cuda"][path], strict=True):
+            assert torch.equal(one, other.cpu()), path
 
 
 def ask(served: Served, **embedded: Any) -> tuple[list[Piece], Any]:
@@ -88,7 +103,7 @@ def test_fp32_on_a_gpu_is_fp32_on_a_cpu(served: Served) -> None:
         {},
         {"cuda_graphs": False},
         {"fuse": False},
-        {"compile": True},
+        {"compile": False},
         {"base_storage": "nf4"},
         {"base_storage": "fp8"},
     ],
@@ -99,7 +114,7 @@ def test_bf16_says_what_fp32_says(served: Served, options: dict[str, Any]) -> No
     found, info = ask(served, dtype="bf16", **options)
     assert info["attention"] == "flash"
     assert info["cuda_graphs"] == options.get("cuda_graphs", True)
-    assert info["compiled"] == options.get("compile", False)
+    assert info["compiled"] == (options.get("cuda_graphs", True) and options.get("compile", True))
     is_rounded = "base_storage" in options
     for one, other in zip(found, exact, strict=True):
         if one.token_ids[0] == other.token_ids[0]:

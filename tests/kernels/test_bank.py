@@ -8,15 +8,7 @@ from torch import Tensor
 
 from tunefork.kernels import reference
 from tunefork.kernels.bank import Padded, add_segments, grouped, padded_rank, spans
-from tunefork.kernels.bank_own import add_own
-from tunefork.kernels.bank_tokens import (
-    add_masked,
-    bank_tokens,
-    gathered,
-    is_own,
-    masked,
-    sorted_by_slot,
-)
+from tunefork.kernels.bank_tokens import bank_tokens, masked
 
 FEATURES, OUT = 32, 24
 RANKS = (4, 0, 16, 1, 3)
@@ -149,7 +141,7 @@ def test_several_layers_with_one_input_are_each_its_own() -> None:
         torch.testing.assert_close(delta, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", [bank_tokens, gathered, masked, sorted_by_slot])
+@pytest.mark.parametrize("form", [bank_tokens, masked])
 def test_each_token_reads_the_adapter_that_it_names(form: object) -> None:
     torch.manual_seed(0)
     slots, rank = 5, 16
@@ -160,20 +152,3 @@ def test_each_token_reads_the_adapter_that_it_names(form: object) -> None:
     )
     assert not expected[index < 0].any() and (index < 0).any()
     torch.testing.assert_close(form(x, index, a, b), expected, rtol=1e-4, atol=1e-4)  # type: ignore[operator]
-
-
-@pytest.mark.parametrize("rank", [16, 48])
-def test_layers_with_one_input_add_what_each_tokens_adapter_gives(rank: int) -> None:
-    torch.manual_seed(0)
-    slots, x, outs = 5, torch.randn(23, FEATURES), (OUT, 2 * OUT)
-    index = torch.randint(-1, slots, (23,), dtype=torch.int32)
-    a_lnrd = torch.randn(2, slots, rank, FEATURES)
-    bs = [torch.randn(slots, rank, out) for out in outs]
-    ys = [torch.randn(23, out) for out in outs]
-    u_slnr = (x @ a_lnrd.flatten(0, 2).t()).view(23, 2, slots, rank)
-    expected = [y + masked(x, index, a, b) for y, a, b in zip(ys, a_lnrd, bs, strict=True)]
-    own = add_own(ys, u_slnr, index, bs)
-    add_masked(ys, u_slnr, is_own(index, slots), bs)
-    for found, other, wanted in zip(own, ys, expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(other, wanted, rtol=1e-4, atol=1e-4)

@@ -18,11 +18,18 @@ from tunefork.serve.settings import ServeSettings
 
 
 def save_adapter(
-    model: Any, folder: Path, *, rank: int, seed: int, size: float = 1.0
+    model: Any,
+    folder: Path,
+    *,
+    rank: int,
+    seed: int,
+    size: float = 1.0,
+    targets: str | list[str] | None = None,
 ) -> ServedAdapter:
     """A PEFT adapter that changes what `model` says; `model` comes back as it was."""
     torch.manual_seed(seed)
-    targets = "all-linear" if seed % 2 else ["q_proj", "v_proj", "down_proj"]
+    if targets is None:
+        targets = "all-linear" if seed % 2 else ["q_proj", "v_proj", "down_proj"]
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
     wrapped = get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():

@@ -131,6 +131,7 @@ class FakeEngine:
             running=len(self.open),
             resident=tuple(self.loaded),
             loads=len(self.loaded),
+            load_seconds={"read": 0.5},
         )
 
     def info(self) -> Mapping[str, Any]:

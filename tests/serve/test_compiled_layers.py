@@ -27,15 +27,21 @@ def _kernel(
     rows: list[Tensor],
     longest_q: int,
     longest_k: int,
+    is_causal: bool,
     scale: float,
     window: int | None,
 ) -> Tensor:
     starts_q, starts_k, used_r = rows
+    if not is_causal and longest_q > 1:  # query heads in place of tokens: each sees everything
+        groups, longest_q = longest_q, 1
+        assert torch.equal(starts_q, groups * torch.arange(len(starts_q)))
+        starts_q = torch.arange(len(query) + 1)
+        starts_k, used_r = (told.repeat_interleave(groups) for told in (starts_k, used_r))
     reads = Reads(used_r, starts_q, starts_k, used_r, longest_q, longest_k)
     return _flash_by_numbers(query, keys, values, reads, scale, window)
 
 
-def test_one_form_with_and_one_without_adapters(
+def test_many_and_few_rows_with_and_without_adapters_are_all_forms(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -53,13 +59,13 @@ def test_one_form_with_and_one_without_adapters(
         parts, passes = engine._parts, engine._parts.core.passes
         parts.model.set_attn_implementation("sdpa")  # layers with one input are found by a pass
         for group in fused.fuse(parts.model, "bf16", "bf16", torch.device("cpu")):
-            group.join_banks(reads_own=True)
+            group.join_banks()
         parts.model.set_attn_implementation(attention.NAME)
         tiers = parts.core.tiers
         assert tiers is not None
         tiers.slots.load(3, tiers.read(adapter))
         compiled = CompiledLayers(parts.model, partial(torch.compile, backend=counter))
-        passes.flash, graphs = True, passes.make_graphs(64, compiled)
+        passes.flash, passes.groups, graphs = True, {2}, passes.make_graphs(64, compiled)
         passes.graphs, graphs.is_on = graphs, False
         for rows in (48, 33, 2):
             for slots in ((BASE,), (3, BASE)):
@@ -67,9 +73,9 @@ def test_one_form_with_and_one_without_adapters(
                     Part([20 + at], at % 5, 64 * (1 + at), slots[at % len(slots)], True)
                     for at in range(rows)
                 ]
-                compiled.is_on = False
+                compiled.is_on, passes.groups = False, ()
                 expected = passes.run(told).logits_rv.clone()
-                compiled.is_on = True
+                compiled.is_on, passes.groups = True, {2}
                 torch.testing.assert_close(passes.run(told).logits_rv, expected)
         compiled.remove()
         passes.graphs = None
@@ -77,4 +83,4 @@ def test_one_form_with_and_one_without_adapters(
 
     with torch.inference_mode():
         asyncio.run(run())
-    assert counter.frame_count == 2
+    assert counter.frame_count == 4

@@ -21,7 +21,7 @@ from tests.serve.embedded import (
     settings,
 )
 from tunefork.errors import EngineDeadError
-from tunefork.kernels.bank_tokens import add_masked
+from tunefork.kernels.bank_read import add_own
 from tunefork.model import joint_banks
 from tunefork.model.bank import Bank
 from tunefork.model.fused import FusedGroup
@@ -138,7 +138,7 @@ def _as_a_gpu(engine: EmbeddedEngine) -> Graphs:
     core = engine._parts.core
     assert core.tiers is not None and isinstance(core.tiers.slots, BankSlots)
     core.passes.flash = core.overlaps = True
-    core.tiers.slots.sorts_tokens = core.scheduler.sorts_tokens = True
+    core.tiers.slots.takes_tiles = True
     graphs = core.passes.graphs = core.passes.make_graphs(core.scheduler.max_requests, None)
     return graphs
 
@@ -147,7 +147,7 @@ def _as_a_gpu(engine: EmbeddedEngine) -> Graphs:
 def test_a_gpus_way_by_stand_ins(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Filled-up passes, static numbers, tokens sorted by slot, texts one pass late: on a CPU, with
+    """Filled-up passes, static numbers, tiles of tokens, texts one pass late: on a CPU, with
     a stand-in for the kernel and for graphs. The answers are PEFT's."""
     served = Served(tmp_path, architecture)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
@@ -178,6 +178,31 @@ def test_a_gpus_way_by_stand_ins(
     assert [list(piece.token_ids) for piece in found] == expected
 
 
+def test_an_adapter_is_tried_by_rows_that_decode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of q alone changes only what tokens see of those before them: it is served as well."""
+    model = base_folder(tmp_path / "base")
+    adapter = save_adapter(model, tmp_path / "q", rank=4, seed=0, targets=["q_proj"])
+    monkeypatch.setattr(attention, "flash", _flash_by_numbers)
+    monkeypatch.setattr(Graphs, "_capture", lambda graphs, key: _Again(graphs, key))
+    monkeypatch.setattr(base, "keep_as_rows", lambda bank, groups: None)
+    prompt = list(range(20, 40))
+
+    async def run() -> Any:
+        engine = EmbeddedEngine(settings(tmp_path / "base", fuse=False))
+        await engine.start()
+        graphs = _as_a_gpu(engine)
+        try:
+            return await answers(engine, [request("a", prompt, adapter, max_tokens=4)]), graphs
+        finally:
+            await engine.stop()
+
+    [found], graphs = asyncio.run(run())
+    assert list(found.token_ids) == greedy(model, adapter, prompt, 4)
+    assert next(iter(graphs.captured)).rows == 16  # the trial, before anything else
+
+
 def test_fused_layers_take_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As above with q, k, v and gate, up as one product each, and their adapters' A as well."""
     served = Served(tmp_path, "llama")
@@ -191,15 +216,15 @@ def test_fused_layers_take_the_same_way(tmp_path: Path, monkeypatch: pytest.Monk
     ]
     products: Counter[int] = Counter()
 
-    def counted(ys: Any, *told: Any) -> None:
-        products[len(ys)] += 1
-        add_masked(ys, *told)
+    def counted(*told: Any) -> None:
+        products[len(told[4])] += 1
+        add_own(*told)
 
-    monkeypatch.setattr(joint_banks, "add_masked", counted)
+    monkeypatch.setattr(joint_banks, "add_own", counted)
 
     def join(_bank: Bank, groups: Sequence[FusedGroup]) -> None:
         for group in groups:
-            group.join_banks(reads_own=False)
+            group.join_banks()
 
     monkeypatch.setattr(base, "keep_as_rows", join)
 

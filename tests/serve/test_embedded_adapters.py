@@ -77,7 +77,8 @@ def test_more_adapters_than_slots_take_turns(served: Served) -> None:
             state = await idle(engine)
             assert (state.slots, len(state.resident)) == (2, 2)
             assert state.loads >= 6 and state.evictions == state.loads - 2
-            assert state.load_seconds > 0
+            assert set(state.load_seconds) == {"read", "copy", "trial"}
+            assert all(seconds > 0 for seconds in state.load_seconds.values())
 
     run(ask())
 

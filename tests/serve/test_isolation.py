@@ -119,6 +119,7 @@ def test_metrics_are_for_operators(two: Running, keys: dict[str, str]) -> None:
     assert 'tunefork_prompt_tokens_total{model="a/one",tenant="a"} 25.0' in text
     assert "tunefork_engine_up 1.0" in text and "tunefork_adapter_loads_total 1.0" in text
     assert 'tunefork_time_to_first_token_seconds_count{model="a/one"} 1.0' in text
+    assert 'tunefork_adapter_load_seconds_total{stage="read"} 0.5' in text
 
 
 def test_large_inputs_of_one_tenant_do_not_hold_up_another(

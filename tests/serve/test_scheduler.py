@@ -24,15 +24,13 @@ def _running(scheduler: Scheduler, slot: int | None, *, tokens: int, computed: i
 
 
 @pytest.mark.parametrize("has_prompt", [False, True])
-def test_tokens_come_in_the_order_of_their_slots_and_those_without_one_last(
+def test_rows_come_in_the_order_of_their_slots_then_those_without_one_then_prompts(
     has_prompt: bool,
 ) -> None:
     """Also where one that was ready to decode gives its room up for another, so that the pass has
     as many parts as were ready, and a prompt among them."""
     cache: Any = SimpleNamespace(regions=Regions((1 + 5) * UNIT))
-    scheduler = Scheduler(
-        cache, None, lambda *_: None, max_requests=8, prefill_tokens=32, sorts_tokens=True
-    )
+    scheduler = Scheduler(cache, None, lambda *_: None, max_requests=8, prefill_tokens=32)
     for slot in (None, 2):
         _running(scheduler, slot, tokens=10, computed=9)
     if has_prompt:
@@ -43,4 +41,4 @@ def test_tokens_come_in_the_order_of_their_slots_and_those_without_one_last(
         grows.tokens += [7] * UNIT
         grows.computed += UNIT
     slots = [part.slot for _, part in scheduler.plan()]
-    assert slots == ([0, 2, 3, BASE] if has_prompt else [2, 3, BASE])
+    assert slots == ([2, 3, BASE, 0] if has_prompt else [2, 3, BASE])

@@ -17,7 +17,7 @@ from tunefork.data.example import Encoded
 from tunefork.kernels import reference
 from tunefork.kernels.adamw_slots import adamw_slots_, slot_norms
 from tunefork.kernels.bank import Padded, grouped, padded_rank, spans
-from tunefork.kernels.bank_tokens import gathered, masked, sorted_by_slot
+from tunefork.kernels.bank_tokens import bank_tokens, masked
 from tunefork.kernels.layout import Products, Storage
 from tunefork.model import attention
 from tunefork.model.bank import Bank, BankAdapter, add_bank
@@ -33,24 +33,25 @@ from tunefork.train.together import Group, GroupSettings
 
 pytestmark = pytest.mark.gpu
 FEATURES, OUT = 256, 384
+TIMES = 13  # so that segments begin anywhere
 
 
 def _operands(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((8 * sum(LENGTHS), FEATURES), (sum(RANKS), FEATURES), (sum(RANKS), OUT))
+    shapes = ((TIMES * sum(LENGTHS), FEATURES), (sum(RANKS), FEATURES), (sum(RANKS), OUT))
     x, a, b = (torch.randn(shape, generator=generator) for shape in shapes)
     return x.bfloat16().cuda(), (a / 16).cuda(), (b / 4).cuda()
 
 
 def _grouped(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     padded = Padded.of(RANKS, padded_rank(RANKS), SCALES, "cuda")
-    ends = torch.tensor(LENGTHS).mul(8).cumsum(0).int().cuda()
+    ends = torch.tensor(LENGTHS).mul(TIMES).cumsum(0).int().cuda()
     return grouped(x, ends, [a], [b], [0], [padded])[0]
 
 
 def test_grouped_products_are_the_definitions() -> None:
     x, a, b = (t.requires_grad_() for t in _operands())
-    slots = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS) * 8).cuda()
+    slots = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS) * TIMES).cuda()
     dy = torch.randn(len(x), OUT, device="cuda").bfloat16()
     found: list[list[Tensor]] = []
     for is_ours in (True, False):
@@ -72,9 +73,9 @@ def test_grouped_products_are_the_definitions() -> None:
 def test_an_adapter_that_is_not_finite_changes_no_bit_of_the_others() -> None:
     found = []
     start, end = spans(RANKS)[3]
-    first = 8 * sum(LENGTHS[:3])
-    own = torch.ones(8 * sum(LENGTHS), dtype=torch.bool)
-    own[first : first + 8 * LENGTHS[3]] = False
+    first = TIMES * sum(LENGTHS[:3])
+    own = torch.ones(TIMES * sum(LENGTHS), dtype=torch.bool)
+    own[first : first + TIMES * LENGTHS[3]] = False
     for value in (1.0, float("nan")):
         x, a, b = _operands()
         a[start:end] *= value
@@ -92,7 +93,7 @@ def test_an_adapter_that_is_not_finite_changes_no_bit_of_the_others() -> None:
         assert torch.equal(sick, healthy) and bool(sick.isfinite().all())
 
 
-@pytest.mark.parametrize("form", [gathered, masked, sorted_by_slot])
+@pytest.mark.parametrize("form", [bank_tokens, masked])
 def test_each_token_reads_the_adapter_that_it_names(form: Any) -> None:
     torch.manual_seed(0)
     a = torch.randn(5, 16, FEATURES, device="cuda").bfloat16() / 16

@@ -21,6 +21,7 @@ from tunefork.cli.sweep import sweep
 from tunefork.cli.train import train
 from tunefork.cli.train_many import train_many
 from tunefork.cli.verify_resume import verify_resume
+from tunefork.installed import OWN_VERSION
 
 app = typer.Typer(
     name="tunefork",
@@ -45,9 +46,7 @@ app.add_typer(serve, name="serve", rich_help_panel="What came out")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"tunefork {version('tunefork')}")
+        typer.echo(f"tunefork {OWN_VERSION}")
         raise typer.Exit
 
 

@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 from typing import get_args
@@ -26,6 +25,7 @@ from tunefork.compare.search import SearchResult
 from tunefork.compare.verdict import decide
 from tunefork.evaluate.evaluate import FORGETTING, load_columns, primary_metric
 from tunefork.evaluate.statistics import Columns, estimate, paired_difference
+from tunefork.installed import OWN_VERSION
 from tunefork.page.estimate import Estimate
 from tunefork.recipe import Metric, Recipe
 from tunefork.recipe_file import relative
@@ -79,7 +79,7 @@ def assemble(recipe: Recipe, out: Path, arms: dict[Arm, ArmRuns], data: Data) ->
     model = Model(id=recipe.model.id, parameters=records[0].total_params if records else 0)
     primary = primary_metric(recipe, data.labels is not None)
     return Comparison(
-        tunefork_version=version("tunefork"),
+        tunefork_version=OWN_VERSION,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         device=_device(records),
         model=model,

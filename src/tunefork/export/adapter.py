@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tunefork.errors import AdapterError
 from tunefork.registry.peft_format import CONFIG, WEIGHTS, read_config
-from tunefork.registry.safe_read import read_header, read_json, read_tensors
+from tunefork.registry.safe_read import read_header, read_json
+from tunefork.registry.safe_tensors import read_tensors
 
 _KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<which>[AB])\.weight")
 

@@ -34,7 +34,8 @@ from tunefork.export.publish import publish, staged
 from tunefork.model.load import find, load_config
 from tunefork.recipe import ModelSection, Recipe
 from tunefork.registry.peft_format import CONFIG, WEIGHTS
-from tunefork.registry.safe_read import read_header, read_json, read_tensors
+from tunefork.registry.safe_read import read_header, read_json
+from tunefork.registry.safe_tensors import read_tensors
 
 Form = Literal["peft", "merged", "gguf", "gguf-lora", "ollama", "vllm", "sglang"]
 FORMS: tuple[Form, ...] = get_args(Form)

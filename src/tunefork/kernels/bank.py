@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tunefork.kernels.bank_products import each, sums
+
 _STEP = 16
 
 Bounds = tuple[tuple[int, int], ...]
@@ -168,12 +170,12 @@ class _Grouped(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         layers = _by_layer(kinds, tensors)
         a_gkd = _joined_a(layers, rank, x_sd.dtype)
-        u_sk = _each(x_sd, a_gkd.transpose(1, 2), ends_g, is_even)
+        u_sk = each(x_sd, a_gkd.transpose(1, 2), ends_g, is_even)
         deltas = []
         for index, layer in enumerate(layers):
             u = u_sk[:, index * rank : (index + 1) * rank]
             b_gro = _stack(layer.rows_b, layer.at_p, rank, x_sd.dtype)
-            deltas.append(_each(u, b_gro, ends_g, is_even))
+            deltas.append(each(u, b_gro, ends_g, is_even))
         ctx.save_for_backward(x_sd, u_sk, ends_g, *tensors)
         ctx.rank, ctx.kinds, ctx.is_even = rank, kinds, is_even
         return tuple(deltas)
@@ -188,36 +190,20 @@ class _Grouped(torch.autograd.Function):
         for index, (given, layer) in enumerate(zip(dys, layers, strict=True)):
             dy = given.contiguous()
             b_gro = _stack(layer.rows_b, layer.at_p, rank, dy.dtype)
-            du.append(_each(dy, b_gro.transpose(1, 2), ends_g, is_even))
+            du.append(each(dy, b_gro.transpose(1, 2), ends_g, is_even))
             u = u_sk[:, index * rank : (index + 1) * rank]
-            db.append(_unstack(_sums(u, dy, ends_g, is_even), layer.back_q))
+            db.append(_unstack(sums(u, dy, ends_g, is_even), layer.back_q))
         du_sk = torch.cat(du, dim=1) if len(du) > 1 else du[0]
-        da_gkd = _sums(du_sk, x_sd, ends_g, is_even)
+        da_gkd = sums(du_sk, x_sd, ends_g, is_even)
         gradients: list[Tensor | None] = []
         for index, layer in enumerate(layers):
             da = _unstack(da_gkd[:, index * rank : (index + 1) * rank], layer.back_q)
             gradients += [da * layer.scale_q[:, None], db[index]]
         dx_sd = None
         if ctx.needs_input_grad[3]:
-            dx_sd = _each(du_sk, _joined_a(layers, rank, x_sd.dtype), ends_g, is_even)
+            dx_sd = each(du_sk, _joined_a(layers, rank, x_sd.dtype), ends_g, is_even)
         others = [None] * (len(tensors) - len(gradients))
         return None, None, None, dx_sd, None, *gradients, *others
-
-
-def _each(x_sk: Tensor, w_gkn: Tensor, ends_g: Tensor, is_even: bool) -> Tensor:
-    """Each token's x times its slot's w: (S, N)."""
-    if is_even:
-        slots, features, _ = w_gkn.shape
-        return torch.bmm(x_sk.reshape(slots, -1, features), w_gkn).flatten(0, 1)
-    return torch._grouped_mm(x_sk, w_gkn, offs=ends_g)
-
-
-def _sums(x_sk: Tensor, y_sn: Tensor, ends_g: Tensor, is_even: bool) -> Tensor:
-    """x^T y over each slot's tokens: (G, K, N)."""
-    if is_even:
-        x_gsk, y_gsn = (t.reshape(len(ends_g), -1, t.shape[1]) for t in (x_sk, y_sn))
-        return torch.bmm(x_gsk.transpose(1, 2), y_gsn)
-    return torch._grouped_mm(x_sk.t(), y_sn, offs=ends_g)
 
 
 class _Layer(NamedTuple):

@@ -32,6 +32,16 @@ def row_scale(x_sd: Tensor) -> Tensor:
     return x_sd.abs().amax(-1, keepdim=True).float().clamp(min=LEAST) / LARGEST
 
 
+def weight_scales(rows: Sequence[Tensor]) -> Tensor:
+    """(O, 1), fp32, of frozen weights one below the other, from the `row_scale` of each.
+
+    None is less than a 256th of the largest. The delta's columns lie over the same scales: with one
+    of its own, a row of zeros (a pruned one) would take them, and then x, out of range.
+    """
+    scale_o1 = torch.cat(list(rows))
+    return torch.maximum(scale_o1, scale_o1.amax() * 2.0**-8)
+
+
 def as_codes(x_sd: Tensor, scale_s1: Tensor) -> Tensor:
     """x / scale in e4m3."""
     # Times the inverse: a GPU's division takes longer than the memory does. A largest value that

@@ -38,20 +38,12 @@ from tunefork.kernels.e4m3 import (
     quantize_rows,
     row_scale,
     split,
+    weight_scales,
 )
 from tunefork.kernels.fp8_correction import correction
 from tunefork.kernels.layout import Layout
+from tunefork.kernels.nf4_e4m3 import nf4_rows
 from tunefork.kernels.quantized import dequantize_nf4_tensors
-
-_LEAST_SCALE = 2.0**-8
-"""Of a weight's row, in units of its largest. The delta's columns lie over the same scales: with
-one of its own, a row of zeros (a pruned one) would take them, and then x, out of range."""
-
-
-def _weight_scales(weights: Sequence[Tensor]) -> Tensor:
-    """(O, 1), fp32, of weights (O_i, D): what takes a row's largest magnitude to 448, or more."""
-    scale_o1 = torch.cat([row_scale(weight) for weight in weights])
-    return torch.maximum(scale_o1, scale_o1.amax() * _LEAST_SCALE)
 
 
 def scaled_mm(a_mk: Tensor, b_nk: Tensor, scale_m1: Tensor, scale_1n: Tensor) -> Tensor:
@@ -105,7 +97,7 @@ def quantize_weight(weights: Sequence[Tensor], layout: Layout) -> Fp8Weight:
         first = parts[0]
         rows, columns = sum(part.shape[0] for part in parts), first.shape[1]
         room = torch.zeros(rows, columns + width, dtype=torch.uint8, device=first.device)
-        scale_o1, start = _weight_scales(parts), 0
+        scale_o1, start = weight_scales([row_scale(part) for part in parts]), 0
         for part in parts:  # one at a time: the fp32 form of a layer is four times its codes
             end = start + len(part)
             codes = as_codes(part, scale_o1[start:end])
@@ -153,8 +145,8 @@ def correct_nf4(x_sd: Tensor, weights: Sequence[Tensor], layout: Layout) -> None
     those of `no_correction`, and are filled."""
     size = x_sd.shape[1]
     weight_od = dequantize_nf4_tensors(weights, layout.sizes, size, torch.bfloat16)
-    codes_od, scale_o1 = _quantize_nf4(layout, weights, size)
-    found = correction(x_sd, [weight_od], codes_od, scale_o1, layout.spare, layout.apart)
+    rows = nf4_rows(weights, layout.sizes, size)
+    found = correction(x_sd, [weight_od], rows.codes(), rows.scale_o1, layout.spare, layout.apart)
     apart_om, columns_oc, probe_cd = weights[-3:]
     apart_om.copy_(found.apart_om)
     columns_oc.copy_(found.columns_oc.view(torch.uint8))
@@ -233,14 +225,15 @@ def _forward_operand(
     if layout.storage != "nf4":
         codes_op, scale_1o, balance = weights[:3]
         return codes_op, scale_1o, balance
-    codes_od, scale_o1 = _quantize_nf4(layout, weights, features_in)
+    rows = nf4_rows(weights, layout.sizes, features_in)
     apart_om, rest_oc, _ = weights[-3:]
     beside = apart_om.float()
     if layout.rank:
-        beside = torch.cat([_diagonal(lora_b, layout) * layout.scale / scale_o1, beside], dim=1)
+        b_or = _diagonal(lora_b, layout) * layout.scale / rows.scale_o1
+        beside = torch.cat([b_or, beside], dim=1)
     balance = _balance(beside)
-    codes_op = joined([codes_od, *_right(beside / balance), rest_oc]).view(E4M3)
-    return codes_op, scale_o1.t().contiguous(), balance
+    codes_op = rows.codes(joined([*_right(beside / balance), rest_oc]))
+    return codes_op, rows.scale_o1.t().contiguous(), balance
 
 
 def _backward_operand(
@@ -249,31 +242,23 @@ def _backward_operand(
     """(D, O + P) codes, their (1, D) scale, what dy is multiplied by, and the balance, for dx."""
     if layout.storage == "fp8_twice":
         return weights[4], weights[5], None, weights[6]
-    if layout.storage == "fp8":
+    columns, balance = [], None
+    if a_rd is not None:
+        largest = a_rd.abs().amax().float().clamp(min=1e-30)
+        balance = torch.exp2(torch.ceil(torch.log2(largest / LARGEST)))
+        columns = _right(a_rd.float().t() / balance)
+        if filling := layout.back_width - 3 * layout.rank:
+            columns.append(a_rd.new_zeros(features_in, filling, dtype=torch.uint8))
+    # The scales lie along the dimension that is summed over now: dy takes them.
+    if layout.storage == "nf4":
+        rows = nf4_rows(weights, layout.sizes, features_in)
+        codes_dp = rows.codes_turned(joined(columns) if columns else None)
+        scale_1o = rows.scale_o1.t()
+    else:
         codes_op, scale_1o = weights[:2]
         codes_od = codes_op[:, : codes_op.shape[1] - layout.width]
-    else:
-        codes_od, scale_o1 = _quantize_nf4(layout, weights, features_in)
-        scale_1o = scale_o1.t()
-    # The scales lie along the dimension that is summed over now: dy takes them.
-    codes_do = codes_od.view(torch.uint8).t().contiguous().view(E4M3)
-    ones_1d = scale_1o.new_ones(1, codes_do.shape[0])
-    if a_rd is None:
-        return codes_do, ones_1d, scale_1o, None
-    largest = a_rd.abs().amax().float().clamp(min=1e-30)
-    balance = torch.exp2(torch.ceil(torch.log2(largest / LARGEST)))
-    columns = [codes_do, *_right(a_rd.float().t() / balance)]
-    if filling := layout.back_width - 3 * layout.rank:
-        columns.append(codes_do.new_zeros(len(codes_do), filling, dtype=torch.uint8))
-    return joined(columns).view(E4M3), ones_1d, scale_1o, balance
-
-
-def _quantize_nf4(
-    layout: Layout, weights: Sequence[Tensor], features_in: int
-) -> tuple[Tensor, Tensor]:
-    weight_od = dequantize_nf4_tensors(weights, layout.sizes, features_in, torch.bfloat16)
-    scale_o1 = _weight_scales([weight_od])
-    return as_codes(weight_od, scale_o1), scale_o1
+        codes_dp = joined([codes_od.view(torch.uint8).t().contiguous(), *columns]).view(E4M3)
+    return codes_dp, scale_1o.new_ones(1, features_in), scale_1o, balance
 
 
 class _Fp8Lora(torch.autograd.Function):

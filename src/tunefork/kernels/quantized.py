@@ -28,12 +28,19 @@ finally:
     _logger.removeFilter(_is_wanted)
 
 __all__ = [
+    "BLOCK",
     "AdamW8bit",
     "dequantize_nf4",
     "dequantize_nf4_tensors",
+    "nf4_maxima",
     "nf4_tensors",
+    "nf4_values",
     "quantize_nf4",
 ]
+
+
+BLOCK = 64
+"""Consecutive values of a weight that share an absolute maximum."""
 
 
 @cache
@@ -52,7 +59,7 @@ def quantize_nf4(weight: Tensor) -> tuple[Tensor, Any]:
     if weight.is_meta:
         _make_table()
     codes, state = bitsandbytes.functional.quantize_4bit(
-        weight, blocksize=64, compress_statistics=True, quant_type="nf4"
+        weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
     )
     return codes, state
 
@@ -72,16 +79,30 @@ def nf4_tensors(codes: Tensor, state: Any) -> tuple[Tensor, ...]:
     return codes, state.absmax, second.absmax, second.code, state.offset.to(codes.device)
 
 
+def nf4_maxima(tensors: Sequence[Tensor]) -> Tensor:
+    """(N / 64,) fp32, what one weight's blocks are multiplied by; of its `nf4_tensors`."""
+    _, absmax, absmax2, code, offset = tensors
+    blockwise = torch.ops.bitsandbytes.dequantize_blockwise
+    maxima: Tensor = blockwise(absmax, absmax2, code, 256, torch.float32) + offset
+    return maxima
+
+
+def nf4_values() -> Tensor:
+    """(16,) fp32: what a code stands for, in units of its block's maximum. -1 and 1 are two."""
+    values: Tensor = bitsandbytes.functional.get_4bit_type("nf4", device="cpu")
+    return values
+
+
 def dequantize_nf4_tensors(
     tensors: Sequence[Tensor], sizes: Sequence[int], features_in: int, dtype: torch.dtype
 ) -> Tensor:
     """Weights (O_i, D) one below the other, from the `nf4_tensors` of each, one after the other."""
     ops, weights = torch.ops.bitsandbytes, []
     for index, size in enumerate(sizes):
-        codes, absmax, absmax2, code, offset = tensors[5 * index : 5 * index + 5]
-        scales = ops.dequantize_blockwise(absmax, absmax2, code, 256, torch.float32) + offset
+        own = tensors[5 * index : 5 * index + 5]
         # As one row: blocks run on from row to row, which the CPU kernel of bitsandbytes 0.50 heeds
         # only where rows are multiples of a block.
-        flat = ops.dequantize_4bit(codes, scales, 64, "nf4", (1, size * features_in), dtype)
+        shape = (1, size * features_in)
+        flat = ops.dequantize_4bit(own[0], nf4_maxima(own), BLOCK, "nf4", shape, dtype)
         weights.append(flat.view(size, features_in))
     return torch.cat(weights) if len(weights) > 1 else weights[0]

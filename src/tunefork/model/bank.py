@@ -9,7 +9,7 @@ zeros, which train to zeros: their gradients are.
 Shape legend as in `bank_linear.py`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,10 +20,9 @@ from transformers import PreTrainedModel
 
 from tunefork.data.slots import is_even
 from tunefork.errors import AdapterError, ModelError
-from tunefork.kernels import bank_rows
 from tunefork.kernels.bank import Bounds, Padded, padded_rank, spans
+from tunefork.kernels.bank_read import Tiles
 from tunefork.kernels.bank_stretches import Layout
-from tunefork.kernels.bank_tokens import is_own
 from tunefork.model.bank_linear import BankLinear, Routing
 from tunefork.model.build import check_lora, linear_paths, lora_scale, replace
 from tunefork.model.linear import Nf4Linear, first_a
@@ -121,33 +120,31 @@ class Bank:
                 "lora.dropout: this group was begun without dropout; an adapter with it needs a "
                 "group that was begun with one"
             )
-        self._write(slot, matrices)
+        self._write(slot, matrices, matrices.__getitem__)
         self.routing.scales[slot] = scale
         self.routing.rates_g[slot] = dropout
         # In place: a captured pass reads it where it lies.
         for ranks, kind in {la.ranks: la.kind for la in self.layers.values()}.items():
             self.routing.padded[kind].scale_q[slice(*spans(ranks)[slot])] = scale
 
-    def load(self, slot: int, found: Deltas) -> None:
+    @torch.no_grad()
+    def load(
+        self, slot: int, found: Deltas, carry: Callable[[Tensor], Tensor] = lambda matrix: matrix
+    ) -> None:
         """Fill `slot` of a serving bank. Other slots may be read meanwhile.
 
-        Raises AdapterError, before anything is changed, for what has no room here, and for values
-        that are not finite: they would reach other adapters' tokens.
+        Values must be finite, times the scale too: they reach other adapters' tokens, as zero times
+        a number. `carry` brings a matrix to the bank's device. Raises AdapterError, before anything
+        is changed, for what has no room here.
         """
-        scaled = {}
-        for path, (a_rd, b_or, scale) in found.items():
-            if not bool(a_rd.isfinite().all() & b_or.isfinite().all()):
-                raise AdapterError(f"{path}: the adapter has values that are not finite there")
-            scaled[path] = (a_rd.float() * scale, b_or)
-        self._write(slot, scaled)
 
-    def load_ready(self, slot: int, found: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """As `load`, of scale * A and B that are known to be finite: copies and nothing else.
+        def scaled(path: str) -> tuple[Tensor, Tensor]:
+            a_rd, b_or, scale = found[path]
+            dtype = self.layers[path].dtype
+            wide = torch.promote_types(a_rd.dtype, dtype)  # rounded once
+            return (carry(a_rd).to(wide) * scale).to(dtype), carry(b_or)
 
-        Without waiting, where they lie in pinned memory as the slot has them: in its dtype, and B
-        transposed (a view of it).
-        """
-        self._write(slot, found)
+        self._write(slot, {path: (a_rd, b_or) for path, (a_rd, b_or, _) in found.items()}, scaled)
 
     @torch.no_grad()
     def clear(self, slot: int) -> None:
@@ -175,15 +172,14 @@ class Bank:
     def route_tokens(self, index_s: Tensor) -> None:
         """Each token's slot, or -1, is read from `index_s` (S,) whenever a pass runs."""
         self.routing.index_s, self.routing.mode = index_s, "tokens"
-        self.routing.is_own_sn = is_own(index_s, self.num_slots)
 
     def route_stretches(self, layout: Layout) -> None:
         """The next pass's tokens are whose the host says: of a bank that is only read."""
         self.routing.layout, self.routing.mode = layout, "stretches"
 
-    def route_rows(self, rows: bank_rows.Layout) -> None:
-        """As `route_stretches`, on a CPU, where layers keep their matrices as rows."""
-        self.routing.rows, self.routing.mode = rows, "rows"
+    def route_tiles(self, tiles: Tiles) -> None:
+        """As `route_stretches`, on a GPU."""
+        self.routing.tiles, self.routing.mode = tiles, "tiles"
 
     def route_none(self) -> None:
         """Every token sees the base alone."""
@@ -209,7 +205,13 @@ class Bank:
         return paths
 
     @torch.no_grad()
-    def _write(self, slot: int, found: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def _write(
+        self,
+        slot: int,
+        found: Mapping[str, tuple[Tensor, Tensor]],
+        ready: Callable[[str], tuple[Tensor, Tensor]],
+    ) -> None:
+        """`found` in `slot`, as `ready` has the matrices of a path."""
         for path, (a_rd, b_or) in found.items():
             layer = self.layers.get(path)
             if layer is None:
@@ -222,7 +224,7 @@ class Bank:
                     f"{slot}, which has rank {room} and {wanted}"
                 )
         for path, layer in self.layers.items():
-            layer.write(slot, *found.get(path, (None, None)))
+            layer.write(slot, *(ready(path) if path in found else (None, None)))
         self.held[slot] = {path: a_rd.shape[0] for path, (a_rd, _) in found.items()}
 
     def _pad(self) -> None:

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunefork.kernels import bank_rows
 from tunefork.kernels.bank import Bounds, Padded, add_segments, grouped, spans
-from tunefork.kernels.bank_stretches import Layout, add_sorted
+from tunefork.kernels.bank_read import Tiles, down, up
+from tunefork.kernels.bank_stretches import Layout, Matrices, add_stretches
 from tunefork.kernels.bank_tokens import bank_tokens
 from tunefork.model.linear import FrozenBase, Nf4Linear
 
@@ -35,7 +35,7 @@ class Routing:
     """(G,) fp32 on the device: each slot's dropout."""
     padded: list[Padded] = field(default_factory=list)
     """How rows lie in the grouped product, of each kind of layer: those of the same ranks."""
-    mode: Literal["none", "segments", "one", "tokens", "stretches", "rows"] = "none"
+    mode: Literal["none", "segments", "one", "tokens", "stretches", "tiles"] = "none"
     bounds: Bounds = ()
     """`ends_g` as the host knows it, with each slot's start; mode "segments"."""
     is_even: bool = False
@@ -44,12 +44,10 @@ class Routing:
     """Whose every token is; mode "one"."""
     index_s: Tensor | None = None
     """(S,) each token's slot, -1 for none; mode "tokens"."""
-    is_own_sn: Tensor | None = None
-    """(S, G) which slot is a token's own, made of `index_s` once a pass; mode "tokens"."""
     layout: Layout | None = None
-    """Where the tokens of each slot end, of a pass that is only read from; mode "stretches"."""
-    rows: bank_rows.Layout | None = None
-    """What the host knows of such a pass on a CPU; mode "rows"."""
+    """What the host knows of a pass that is only read from; mode "stretches"."""
+    tiles: Tiles | None = None
+    """The same for a GPU; mode "tiles"."""
 
 
 class BankLinear(nn.Module):
@@ -89,7 +87,7 @@ class BankLinear(nn.Module):
         self.rows_b = nn.Parameter(
             torch.zeros(rows, self.out_features, dtype=self.dtype, device=device), self.is_trained
         )
-        self.kept: tuple[bank_rows.Matrices, int] | None = None
+        self.kept: tuple[Matrices, int] | None = None
         """Where a CPU keeps A and B of a layer that is only read, and which of them it is."""
         self.kind = 0
         """Which of `routing.padded` says how its rows lie in the grouped product."""
@@ -103,7 +101,7 @@ class BankLinear(nn.Module):
         start, end = spans(self.ranks)[slot]
         return self.rows_a[start:end], self.rows_b[start:end]
 
-    def keep_in(self, matrices: bank_rows.Matrices, at: int) -> None:
+    def keep_in(self, matrices: Matrices, at: int) -> None:
         """From now on A and B are layer `at` of `matrices`, which are empty."""
         self.kept = (matrices, at)
         self.rows_a.data, self.rows_b.data = self.rows_a[:0].clone(), self.rows_b[:0].clone()
@@ -119,8 +117,9 @@ class BankLinear(nn.Module):
         for own, given in zip(self.own(slot), (a_rd, b_ro), strict=True):
             rank = 0 if given is None else given.shape[0]
             if given is not None:
-                own[:rank].copy_(given, non_blocking=True)
-            own[rank:].zero_()
+                own[:rank].copy_(given)
+            if rank < own.shape[0]:
+                own[rank:].zero_()
 
     @property
     def stacks(self) -> tuple[Tensor, Tensor]:
@@ -144,8 +143,8 @@ class BankLinear(nn.Module):
         if routing.mode == "none" or not sum(self.ranks):
             return y_o
         y_so, x_sd = y_o.view(-1, y_o.shape[-1]), x_d.reshape(-1, x_d.shape[-1])
-        if routing.mode in ("stretches", "rows"):
-            self.add_read(y_so, x_sd)
+        if routing.mode in ("stretches", "tiles"):
+            self._add_read(y_so, x_sd)
             return y_o
         x_sd = self.dropped(x_sd)
         if routing.mode == "segments" and isinstance(self.base, nn.Linear | Nf4Linear):
@@ -157,14 +156,16 @@ class BankLinear(nn.Module):
             y_so = y_so + deltas([self], x_sd)[0]
         return y_so.view(y_o.shape)
 
-    def add_read(self, y_so: Tensor, x_sd: Tensor) -> None:
-        """Add the deltas of a pass that is only read from, in place; mode "stretches" or "rows"."""
-        if self.routing.mode == "rows":
-            assert self.kept is not None and self.routing.rows is not None
-            bank_rows.add_rows(y_so, x_sd, self.kept[0], self.routing.rows)
+    def _add_read(self, y_so: Tensor, x_sd: Tensor) -> None:
+        """Add the deltas of a pass that is only read from, in place."""
+        layout, tiles, rank = self.routing.layout, self.routing.tiles, self.ranks[0]
+        if self.routing.mode == "tiles":
+            assert tiles is not None
+            u_sr = down(x_sd, self.rows_a, tiles, 1, rank)
+            up(y_so, u_sr, self.rows_b.flatten(), tiles, [self.out_features], rank)
         else:
-            assert self.routing.layout is not None
-            add_sorted(y_so, x_sd, *self.stacks, self.routing.layout)
+            assert layout is not None and self.kept is not None
+            add_stretches(y_so, x_sd, self.kept[0], layout)
 
     def dropped(self, x_sd: Tensor) -> Tensor:
         """x with each slot's dropout, while training; drawn for all tokens at once."""
@@ -207,8 +208,8 @@ def deltas(layers: Sequence[BankLinear], x_sd: Tensor) -> tuple[Tensor, ...]:
                 )
                 for layer in layers
             )
-        case "stretches" | "rows":
-            raise NotImplementedError("these are added in place: BankLinear.add_read")
+        case "stretches" | "tiles":
+            raise NotImplementedError("these are added in place")
         case "none":
             return tuple(x_sd.new_zeros(x_sd.shape[0], la.out_features) for la in layers)
 

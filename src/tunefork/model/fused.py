@@ -127,11 +127,11 @@ class FusedGroup(nn.Module):
         return tuple(whole)
 
     @torch.no_grad()
-    def join_banks(self, *, reads_own: bool) -> None:
+    def join_banks(self) -> None:
         """The group is only read from now on, and every layer has a bank (`joint_banks.py`)."""
         is_bf16 = self.layout.storage == self.layout.products == "bf16"
         weight_od = self.weights[0] if is_bf16 else None
-        self.joint = JointBanks([*self.banks.values()], weight_od, reads_own=reads_own)
+        self.joint = JointBanks([*self.banks.values()], weight_od)
         if is_bf16:
             self.weights = (self.joint.weight,)
 

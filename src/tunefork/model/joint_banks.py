@@ -6,12 +6,10 @@ the group lie in one tensor with the base's bf16 weight, [W; A] (O + L N R, D), 
 gives y and u. 33 slots of rank 16 are a tenth of an 8B model's weights, which are read anyway for
 as many tokens. A weight that is kept in FP8 has a product of another kind, and A one of its own.
 
-What is then left of a decoding pass is u's own part times B, in one of two ways:
+What is then left of a decoding pass is each row's own u times its own B, one kernel for all layers
+of the group; a prompt's tokens are multiplied by their own A as well (`kernels/bank_read.py`).
 
-    masked   u of other slots put to zero, all B, one product a layer: every kernel is PyTorch's
-    own      elementwise (`kernels/bank_own.py`): for layers that are compiled
-
-Shape legend as in `kernels/bank_tokens.py`; L layers of the group.
+Shape legend as there; L layers of the group.
 """
 
 from collections.abc import Sequence
@@ -19,19 +17,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tunefork.kernels.bank_own import add_own
-from tunefork.kernels.bank_tokens import add_masked
+from tunefork.kernels.bank_read import add_own, down, up
 from tunefork.model.bank_linear import BankLinear
 
 
 class JointBanks:
     """Of layers that are only read, with slots of one rank; every layer of the group has a bank."""
 
-    def __init__(
-        self, banks: Sequence[BankLinear], weight_od: Tensor | None, *, reads_own: bool
-    ) -> None:
+    def __init__(self, banks: Sequence[BankLinear], weight_od: Tensor | None) -> None:
         """`weight_od` of all layers, one below the other; None: it is multiplied apart."""
-        self.banks, self.reads_own = list(banks), reads_own
+        self.routing, self.rank = banks[0].routing, banks[0].ranks[0]
+        self.sizes = [bank.out_features for bank in banks]
         rows = [bank.rows_a.detach() for bank in banks]
         self.rows = torch.cat(rows if weight_od is None else [weight_od, *rows])
         self.features_out = 0 if weight_od is None else weight_od.shape[0]
@@ -39,6 +35,10 @@ class JointBanks:
         for bank in banks:
             bank.rows_a.data = self.rows[at : at + bank.rows_a.shape[0]]
             at += bank.rows_a.shape[0]
+        self.b = torch.cat([bank.rows_b.detach().flatten() for bank in banks])
+        parts = torch.split(self.b, [bank.rows_b.numel() for bank in banks])
+        for bank, part in zip(banks, parts, strict=True):
+            bank.rows_b.data = part.view_as(bank.rows_b)
 
     @property
     def weight(self) -> Tensor:
@@ -48,24 +48,45 @@ class JointBanks:
     def outputs(self, x_sd: Tensor, ys: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
         """Each layer's y (S, O_i), its deltas added. `ys`: of the base, where it was multiplied
         apart; they may be changed in place."""
-        routing = self.banks[0].routing
-        if routing.mode != "tokens":
-            ys = self._split(x_sd @ self.weight.t()) if ys is None else ys
-            if routing.mode == "stretches":
-                for bank, y_so in zip(self.banks, ys, strict=True):
-                    bank.add_read(y_so, x_sd)
-            return tuple(ys)
+        match self.routing.mode:
+            case "none":
+                return self._split(x_sd @ self.weight.t()) if ys is None else tuple(ys)
+            case "tokens":
+                return self._of_rows(x_sd, ys)
+            case "tiles":
+                return self._of_tiles(x_sd, ys)
+            case mode:
+                raise NotImplementedError(f"these banks are not read by {mode}")
+
+    def _of_rows(self, x_sd: Tensor, ys: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+        slot_s = self.routing.index_s
+        assert slot_s is not None
         both_sk = x_sd @ self.rows.t()
-        ys = self._split(both_sk[:, : self.features_out]) if ys is None else ys
-        slots = len(self.banks[0].ranks)
-        u_slnr = both_sk[:, self.features_out :].view(x_sd.shape[0], len(self.banks), slots, -1)
-        bs = [bank.stacks[1] for bank in self.banks]
-        if self.reads_own:
-            assert routing.index_s is not None
-            return add_own(ys, u_slnr, routing.index_s, bs)
-        assert routing.is_own_sn is not None
-        add_masked(ys, u_slnr, routing.is_own_sn, bs)
+        y_so, u_sk = both_sk[:, : self.features_out], both_sk[:, self.features_out :]
+        if ys is None:
+            add_own(y_so, u_sk, slot_s, self.b, self.sizes, self.rank)
+            return self._split(y_so)
+        for y, u, b in zip(ys, u_sk.chunk(len(self.sizes), dim=1), self._bs(), strict=True):
+            add_own(y, u, slot_s, b, [y.shape[1]], self.rank)
         return tuple(ys)
 
+    def _of_tiles(self, x_sd: Tensor, ys: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+        tiles = self.routing.tiles
+        assert tiles is not None
+        u_sk = down(x_sd, self.rows[self.features_out :], tiles, len(self.sizes), self.rank)
+        if ys is None:
+            y_so = x_sd.new_empty(x_sd.shape[0], self.features_out)
+            up(y_so, u_sk, self.b, tiles, self.sizes, self.rank, begins=True)
+            return self._split(y_so.addmm_(x_sd, self.weight.t()))
+        us = u_sk.chunk(len(self.sizes), dim=1)
+        for y, u, b in zip(ys, us, self._bs(), strict=True):
+            up(y, u, b, tiles, [y.shape[1]], self.rank)
+        return tuple(ys)
+
+    def _bs(self) -> tuple[Tensor, ...]:
+        """Each layer's part of B."""
+        one = self.b.numel() // sum(self.sizes)
+        return torch.split(self.b, [one * size for size in self.sizes])
+
     def _split(self, y_so: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(y_so, [bank.out_features for bank in self.banks], dim=1)
+        return torch.split(y_so, self.sizes, dim=1)

@@ -1,7 +1,7 @@
 """The banks of layers with one input that a CPU serves: kept as tables of rows.
 
 In place of each layer's own matrices, those of all layers of a fused group (or of one layer by
-itself) lie side by side, as `kernels/bank_rows.py` reads them.
+itself) lie side by side, as `kernels/bank_stretches.py` reads them.
 
 Shape legend as there.
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tunefork.kernels.bank_rows import Matrices, add_rows
+from tunefork.kernels.bank_stretches import Matrices, add_stretches
 from tunefork.model.bank_linear import BankLinear
 
 
@@ -27,17 +27,17 @@ class OwnRows:
     def outputs(self, x_sd: Tensor) -> tuple[Tensor, ...]:
         """Each layer's y (S, O_i), its deltas added."""
         y_so = x_sd @ self.weight.t()
-        if self.routing.mode == "rows":
-            assert self.routing.rows is not None
-            add_rows(y_so, x_sd, self.matrices, self.routing.rows)
+        if self.routing.mode == "stretches":
+            assert self.routing.layout is not None
+            add_stretches(y_so, x_sd, self.matrices, self.routing.layout)
         return torch.split(y_so, self.sizes, dim=1)
 
 
 def keep_rows(banks: Sequence[BankLinear]) -> Matrices:
     """Have layers with one input, and slots of one rank, keep A and B in rows. Slots are empty."""
-    ranks = banks[0].ranks
-    sizes = [bank.out_features for bank in banks]
-    matrices = Matrices(len(ranks), ranks[0], banks[0].in_features, sizes, banks[0].dtype)
+    ranks, one = banks[0].ranks, banks[0]
+    sizes, device = [bank.out_features for bank in banks], one.rows_a.device
+    matrices = Matrices(len(ranks), ranks[0], one.in_features, sizes, one.dtype, device)
     for at, bank in enumerate(banks):
         bank.keep_in(matrices, at)
     return matrices

@@ -4,6 +4,7 @@ Everything that `peft_format.load_adapter` checks is checked here, against the b
 keys that are missing or left over, shapes, values that are not finite, a dead adapter.
 """
 
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,8 @@ from tunefork.registry import peft_targets
 from tunefork.registry.peft_config import WEIGHTS, read_config
 from tunefork.registry.peft_format import check_header, expected_shapes
 from tunefork.registry.peft_save import PREFIX
-from tunefork.registry.safe_read import read_header, read_tensors
+from tunefork.registry.safe_read import read_header
+from tunefork.registry.safe_tensors import read_tensors
 
 
 class Delta(NamedTuple):
@@ -32,10 +34,11 @@ Deltas = dict[str, Delta]
 """By the layer's path."""
 
 
-def read_deltas(skeleton: PreTrainedModel, folder: Path) -> Deltas:
+def read_deltas(skeleton: PreTrainedModel, folder: Path, *, most: float = inf) -> Deltas:
     """The matrices of the adapter in `folder`; `skeleton` is its base, on the meta device or not.
 
-    Raises AdapterError, naming file and key, also for what is no plain LoRA on linear layers.
+    Raises AdapterError, naming file and key, also for what is no plain LoRA on linear layers, and
+    for values that, times the scale, are above `most`.
     """
     config = read_config(folder)
     file = folder / WEIGHTS
@@ -52,7 +55,9 @@ def read_deltas(skeleton: PreTrainedModel, folder: Path) -> Deltas:
         )
     header = read_header(file)
     check_header(header, expected_shapes(skeleton, config, targets), file)
-    tensors = {key.removeprefix(PREFIX): value for key, value in read_tensors(file, header).items()}
+    scale = max((abs(delta.scale) for delta in targets.deltas.values()), default=1.0)
+    found = read_tensors(file, header, most=most / max(1.0, scale))
+    tensors = {key.removeprefix(PREFIX): value for key, value in found.items()}
     if not any(bool(value.any()) for key, value in tensors.items() if ".lora_B." in key):
         raise AdapterError(f"{file}: every lora_B is zero: the adapter would change nothing")
     return {

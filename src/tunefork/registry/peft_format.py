@@ -14,6 +14,7 @@ a hostile one: `safe_read.py`.
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,8 @@ from tunefork.registry.peft_config import (
 )
 from tunefork.registry.peft_save import PREFIX, ROWS, save_adapter
 from tunefork.registry.peft_targets import Targets
-from tunefork.registry.safe_read import Entry, read_header, read_tensors
+from tunefork.registry.safe_read import Entry, read_header
+from tunefork.registry.safe_tensors import read_tensors
 
 __all__ = [
     "CONFIG",
@@ -115,8 +117,9 @@ def expected_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Key -> shape of every tensor that the adapter must hold, and no other."""
     shapes: dict[str, tuple[int, ...]] = {}
+    modules: dict[str, Any] = dict(model.named_modules())
     for path, delta in targets.deltas.items():
-        layer = model.get_submodule(path)
+        layer = modules[path]
         features_in, features_out = int(layer.in_features), int(layer.out_features)
         shapes[f"{path}.lora_A.weight"] = (delta.rank, features_in)
         shapes[f"{path}.lora_B.weight"] = (features_out, delta.rank)

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tunefork.errors import AdapterError, fault_in
-from tunefork.installed import version
+from tunefork.installed import OWN_VERSION, version
 from tunefork.model.identity import Identity
 from tunefork.recipe import Method
 from tunefork.registry.run import write_atomically
@@ -87,5 +87,6 @@ def now() -> str:
 
 def versions() -> dict[str, str]:
     """What a figure's reproduction needs."""
-    packages = ("tunefork", "torch", "transformers", "bitsandbytes", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+    packages = ("torch", "transformers", "bitsandbytes", "numpy")
+    own = {"python": platform.python_version(), "tunefork": OWN_VERSION}
+    return own | {name: version(name) for name in packages}

@@ -1,9 +1,9 @@
 """Files from strangers: safetensors and JSON only, looked at before they are believed.
 
-Nothing of a file is read before its size is known to be small, no tensor before its header is
-known to be consistent and its shapes are those that the base asks for. Links are refused, because
-a folder that was downloaded could name any file of this machine, and pickles by name, because
-loading one runs code.
+Nothing of a file is read before its size is known to be small, no tensor (`safe_tensors.py`) before
+its header is known to be consistent and its shapes are those that the base asks for. Links are
+refused, because a folder that was downloaded could name any file of this machine, and pickles by
+name, because loading one runs code.
 
 Header: https://huggingface.co/docs/safetensors#format
 """
@@ -14,14 +14,12 @@ import os
 import stat
 import struct
 from dataclasses import dataclass
+from io import BufferedReader
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
-from torch import Tensor
 
 from tunefork.errors import AdapterError
 
@@ -29,8 +27,13 @@ MOST_JSON_BYTES = 4 << 20
 MOST_HEADER_BYTES = 16 << 20
 _MOST_DIMENSIONS = 8
 _MOST_ELEMENTS = 1 << 48
-_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""A trained tensor's dtypes -> bytes of an element."""
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""Of a trained tensor."""
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 
 
@@ -38,8 +41,11 @@ _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytor
 class Entry:
     """A tensor as its file's header has it."""
 
+    dtype: torch.dtype
     shape: tuple[int, ...]
-    num_bytes: int
+    begin: int
+    """Its first byte, after the header."""
+    end: int
 
 
 def check_folder(folder: Path, weights: str) -> None:
@@ -59,7 +65,7 @@ def check_folder(folder: Path, weights: str) -> None:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A small JSON object, each key once. Raises AdapterError."""
-    with _opened(file) as stream:
+    with opened(file) as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > MOST_JSON_BYTES:
             raise AdapterError(
@@ -71,37 +77,11 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def read_header(file: Path) -> dict[str, Entry]:
     """Tensors of a safetensors file, known to lie in it side by side. Raises AdapterError."""
-    with _opened(file) as stream:
-        return _entries(stream, file)[0]
+    with opened(file) as stream:
+        return entries_of(stream, file)[0]
 
 
-def read_tensors(file: Path, expected: dict[str, Entry]) -> dict[str, Tensor]:
-    """The tensors of a file whose header is still `expected`. Raises AdapterError."""
-    with _opened(file) as stream:
-        if _entries(stream, file)[0] != expected:
-            raise AdapterError(f"{file}: changed while it was read; try again")
-        stream.seek(0)
-        content = stream.read()
-    try:
-        tensors: dict[str, Tensor] = load(content)
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise AdapterError(f"{file}: cannot be read: {error}") from error
-    for key, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise AdapterError(f"{file}: {key} holds NaN or infinite values")
-    return tensors
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether all its values are. By its extremes, which a NaN is one of: a tenth of the time of
-    `torch.isfinite` on a CPU, and the larger part of a served adapter's way from the disk."""
-    if tensor.numel() == 0:
-        return True
-    low, high = torch.aminmax(tensor)
-    return bool(low.isfinite() & high.isfinite())
-
-
-def _opened(file: Path) -> BinaryIO:
+def opened(file: Path) -> BufferedReader:
     """`file` open for reading, if it is a plain file and no link."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -120,7 +100,7 @@ def _opened(file: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def _entries(stream: BinaryIO, file: Path) -> tuple[dict[str, Entry], int]:
+def entries_of(stream: BufferedReader, file: Path) -> tuple[dict[str, Entry], int]:
     """Key -> entry, and where the tensors begin."""
     size = os.fstat(stream.fileno()).st_size
     start = stream.read(8)
@@ -134,8 +114,8 @@ def _entries(stream: BinaryIO, file: Path) -> tuple[dict[str, Entry], int]:
     header.pop("__metadata__", None)
     entries, spans = {}, []
     for key, value in header.items():
-        entries[key], begin, end = _entry(value, f"{file}: {key[:200]!r}")
-        spans.append((begin, end))
+        entry = entries[key] = _entry(value, f"{file}: {key[:200]!r}")
+        spans.append((entry.begin, entry.end))
     at = 0
     for begin, end in sorted(spans):
         if begin != at:
@@ -148,7 +128,7 @@ def _entries(stream: BinaryIO, file: Path) -> tuple[dict[str, Entry], int]:
     return entries, 8 + length
 
 
-def _entry(value: Any, what: str) -> tuple[Entry, int, int]:
+def _entry(value: Any, what: str) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise AdapterError(f"{what}: its header entry has not dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -158,10 +138,10 @@ def _entry(value: Any, what: str) -> tuple[Entry, int, int]:
         raise AdapterError(f"{what}: its shape is no list of at most {_MOST_DIMENSIONS} sizes")
     if not _is_sizes(offsets) or len(offsets) != 2:
         raise AdapterError(f"{what}: its data_offsets are no two byte positions")
-    num_bytes = prod(shape) * _DTYPES[dtype]
+    num_bytes = prod(shape) * _DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != num_bytes:
         raise AdapterError(f"{what}: its shape needs {num_bytes:,} bytes, its offsets differ")
-    return Entry(tuple(shape), num_bytes), offsets[0], offsets[1]
+    return Entry(_DTYPES[dtype], tuple(shape), *offsets)
 
 
 def _is_sizes(value: Any) -> bool:

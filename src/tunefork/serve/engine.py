@@ -141,8 +141,8 @@ class EngineState:
     in_host_memory: tuple[str, ...] = ()
     loads: int = 0
     evictions: int = 0
-    load_seconds: float = 0.0
-    """Of all loads together."""
+    load_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Of all loads together, by stage."""
     free_cache_tokens: int = 0
     total_cache_tokens: int = 0
 

@@ -150,9 +150,14 @@ class _Gauges:
         for name, help_text, total in (
             ("adapter_loads", "Adapters loaded onto the device.", state.loads),
             ("adapter_evictions", "Adapters that made room for others.", state.evictions),
-            ("adapter_load_seconds", "Spent on loading adapters.", state.load_seconds),
         ):
             yield CounterMetricFamily(f"tunefork_{name}", help_text, value=total)
+        loading = CounterMetricFamily(
+            "tunefork_adapter_load_seconds", "Spent on loading adapters.", labels=["stage"]
+        )
+        for stage, seconds in state.load_seconds.items():
+            loading.add_metric([stage], seconds)
+        yield loading
 
     def _hot(self) -> Iterator[Metric]:
         mean = GaugeMetricFamily(

@@ -1,11 +1,11 @@
 """Run folders become `sweep.json`."""
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 from tunefork.evaluate.evaluate import FORGETTING, load_columns, primary_metric
 from tunefork.evaluate.statistics import Columns, paired_difference
+from tunefork.installed import OWN_VERSION
 from tunefork.model.device import describe, pick_device
 from tunefork.page.estimate import Estimate
 from tunefork.recipe import Method, Metric, Recipe
@@ -52,7 +52,7 @@ def assemble(
     tokens, wall_s = (sum(getattr(r.result, what) for r in runs) for what in ("tokens", "train_s"))
     peaks = [o.record.peak_memory_bytes for o in outcomes.values() if o.record is not None]
     return SweepResult(
-        tunefork_version=version("tunefork"),
+        tunefork_version=OWN_VERSION,
         created=now(),
         model_id=relative(recipe, Path.cwd()).model.id,
         method="qlora" if recipe.method is Method.QLORA else "lora",

@@ -8,13 +8,13 @@ done.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from tunefork.errors import BadInputError, TuneforkError
+from tunefork.installed import OWN_VERSION
 from tunefork.model.fingerprint import identify
 from tunefork.model.load import load_skeleton, load_tokenizer
 from tunefork.page.estimate import Estimate
@@ -126,7 +126,7 @@ class _Ledger:
     def result(self) -> ManyResult:
         """Of all that have ended."""
         return ManyResult(
-            tunefork_version=version("tunefork"),
+            tunefork_version=OWN_VERSION,
             created=now(),
             entries=tuple(self.results[name] for name in self.entries if name in self.results),
         )

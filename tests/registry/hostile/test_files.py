@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.tiny import tiny_model
 from tunefork.errors import AdapterError
 from tunefork.model.build import add_deltas
 from tunefork.model.linear import LoraLinear
 from tunefork.recipe import LoraSection
-from tunefork.registry import safe_read
+from tunefork.registry import safe_read, safe_tensors
+from tunefork.registry.peft_deltas import read_deltas
 from tunefork.registry.peft_format import (
     CONFIG,
     WEIGHTS,
@@ -116,11 +118,52 @@ def test_a_header_that_claims_much_is_refused_before_it_is_read(saved: Path) -> 
 def test_large_tensors_are_refused_before_they_are_read(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(safe_read, "load", None)  # reading any would fail otherwise
+    monkeypatch.setattr(safe_tensors, "_content", None)  # reading any would fail otherwise
     text = json.dumps({"x": {"dtype": "F32", "shape": [1 << 36], "data_offsets": [0, 1 << 38]}})
     (saved / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text.encode())
     os.truncate(saved / WEIGHTS, 8 + len(text) + (1 << 38))
     assert "no tensors for" in _refusal(saved)
+
+
+def test_tensors_of_several_dtypes_where_no_element_begins(tmp_path: Path) -> None:
+    """Three runs, the last of them at an odd element: read as they are, and looked at each."""
+    file = tmp_path / "mixed.safetensors"
+    torch.manual_seed(0)
+    sizes = {"a": ("BF16", (3,)), "b": ("F32", (2, 5)), "c": ("BF16", ()), "d": ("F64", (0, 4))}
+    tensors = {k: torch.randn(s).to(safe_read._DTYPES[d]) for k, (d, s) in sizes.items()}
+
+    def write() -> dict[str, safe_read.Entry]:
+        header, content = {}, b""
+        for key, (dtype, shape) in sizes.items():
+            own = tensors[key].reshape(-1).view(torch.uint8).numpy().tobytes()
+            offsets = [len(content), len(content) + len(own)]
+            header[key] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+            content += own
+        text = json.dumps(header).encode()
+        file.write_bytes(struct.pack("<Q", len(text)) + text + content)
+        return safe_read.read_header(file)
+
+    found = safe_tensors.read_tensors(file, write())
+    assert all(torch.equal(found[key], one) for key, one in tensors.items())
+    for key, bad in (("a", torch.nan), ("b", -torch.inf), ("c", torch.inf)):
+        tensors[key].view(-1)[-1], before = bad, tensors[key].view(-1)[-1].clone()
+        with pytest.raises(AdapterError, match=f"{key} holds NaN or infinite values"):
+            safe_tensors.read_tensors(file, write())
+        tensors[key].view(-1)[-1] = before
+    tensors["b"][1, 1] = -9.0
+    assert len(safe_tensors.read_tensors(file, write(), most=9.0)) == 4
+    with pytest.raises(AdapterError, match="b holds NaN, or values above 8"):
+        safe_tensors.read_tensors(file, write(), most=8.0)
+
+
+def test_values_are_limited_times_the_scale(saved: Path) -> None:
+    found = read_deltas(tiny_model("llama"), saved)
+    scale = next(iter(found.values())).scale
+    assert scale > 1
+    largest = scale * max(float(m.abs().max()) for d in found.values() for m in d[:2])
+    assert len(read_deltas(tiny_model("llama"), saved, most=1.001 * largest)) == len(found)
+    with pytest.raises(AdapterError, match="or values above"):
+        read_deltas(tiny_model("llama"), saved, most=0.999 * largest)
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])

@@ -29,6 +29,8 @@ _GPU_SHARE = 0.85
 """Of free GPU memory for the cache; passes need the rest."""
 _CPU_CACHE_BYTES = 4 * 2**30
 _MOST_CACHE_TOKENS = {"cuda": 1 << 20, "cpu": 1 << 17}
+_MANY_KV_HEADS = 4
+"""With so many, attention over many rows has enough to do without cutting long ones into pieces."""
 _PREFILL_TOKENS = {"cuda": 2048, "cpu": 256}
 
 
@@ -86,6 +88,7 @@ def assemble(
         flash=flash,
         graphs=flash and ours.cuda_graphs,
         compiles=flash and ours.compile,
+        groups={la.groups for la in layers if la.groups > 1 and la.kv_heads >= _MANY_KV_HEADS},
     )
     passes.warm(has_slots=slots is not None)
     make_tiers = None
@@ -94,8 +97,7 @@ def assemble(
             read_adapter,
             skeleton=bank.skeleton,
             max_rank=ours.max_rank,
-            dtype=slots.dtype,
-            pin=device.type == "cuda",
+            most=slots.most,
         )
         make_tiers = partial(_tiers, slots, read, ours.host_memory_bytes)
     core = Core(
@@ -106,7 +108,6 @@ def assemble(
         make_tiers,
         max_requests=ours.max_requests,
         prefill_tokens=prefill_tokens,
-        sorts_tokens=slots is not None and slots.sorts_tokens,
     )
     vocabulary = int(model.get_output_embeddings().weight.shape[0])
     grammars = Grammars(tokenizer, vocabulary) if is_available() else None

@@ -17,7 +17,7 @@ Shape legend: N tokens of the pass, R rows (requests), S tokens of the cache, H 
 K key-value heads, E features of a head, L longest row of a group.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,9 @@ class Reads:
     longest_k: int
     spans: tuple[Span, ...] | None = None
     """For `sdpa`; None: `flash`."""
+    grouped: dict[int, Tensor] = field(default_factory=dict)
+    """Of rows of one token, where `flash` is to group heads: `starts_q` times so many query heads
+    of one key-value head."""
     made: dict[Any, Any] = field(default_factory=dict)
     """What layers share: masks, and where to gather from."""
 
@@ -103,10 +106,23 @@ def flash(
 
     A row's last token sees all that is used, those before it one less each.
     """
-    rows = [reads.starts_q, reads.starts_k, reads.used_r]
     run = flash_in_a_graph if torch.compiler.is_compiling() else _kernel
-    longest_q, longest_k = reads.longest_q, reads.longest_k
-    return run(query_nhe, keys_ske, values_ske, rows, longest_q, longest_k, scale, window)
+    tokens, heads, features = query_nhe.shape
+    kv_heads, longest_q, starts_q = keys_ske.shape[1], reads.longest_q, reads.starts_q
+    groups, is_causal = heads // kv_heads, longest_q > 1
+    is_grouped = window is None and groups in reads.grouped
+    if is_grouped:
+        # As many tokens as query heads share a key-value head; all of them see everything. The
+        # kernel would do it too, by three copies in place of two that are fused with others.
+        longest_q, starts_q = groups, reads.grouped[groups]
+        query_nhe = query_nhe.view(tokens, kv_heads, groups, features).transpose(1, 2)
+        query_nhe = query_nhe.reshape(tokens * groups, kv_heads, features)
+    rows = [starts_q, reads.starts_k, reads.used_r]
+    told = (rows, longest_q, reads.longest_k, is_causal, scale, window)
+    found = run(query_nhe, keys_ske, values_ske, *told)
+    if is_grouped:
+        found = found.view(tokens, groups, kv_heads, features).transpose(1, 2)
+    return found.reshape(tokens, heads, features)
 
 
 def _kernel(
@@ -116,6 +132,7 @@ def _kernel(
     rows: list[Tensor],
     longest_q: int,
     longest_k: int,
+    is_causal: bool,
     scale: float,
     window: int | None,
 ) -> Tensor:
@@ -130,7 +147,7 @@ def _kernel(
         longest_q,
         longest_k,
         0.0,
-        longest_q > 1,  # one token sees everything; told so, the kernel groups heads
+        is_causal,
         False,
         scale=scale,
         window_size_left=None if window is None else window - 1,
@@ -148,12 +165,13 @@ def flash_in_a_graph(
     rows: list[Tensor],
     longest_q: int,
     longest_k: int,
+    is_causal: bool,
     scale: float,
     window: int | None,
 ) -> Tensor:
     """The kernel as a compiler sees it: an operator with one result, contiguous, of q's shape."""
-    told = (query_nhe, keys_ske, values_ske, rows, longest_q, longest_k, scale, window)
-    return _kernel(*told).contiguous()
+    told = (rows, longest_q, longest_k, is_causal, scale, window)
+    return _kernel(query_nhe, keys_ske, values_ske, *told).contiguous()
 
 
 @flash_in_a_graph.register_fake
@@ -299,13 +317,17 @@ def flash_agrees(heads: int, kv_heads: int, features: int, dtype: torch.dtype) -
         used_r = numbers([span.used for span in spans])
         write_n = torch.zeros(0, dtype=torch.int64, device=device)
         reads = Reads(write_n, numbers(first), starts_k, used_r, max(new), 256, spans)
+        groups = heads // kv_heads
+        grouped = replace(reads, grouped={groups: reads.starts_q * groups})
         query_nhe = draw(sum(new), heads)
         for window in (None, 16):
-            told = (query_nhe, keys_ske, values_ske, reads, features**-0.5, window)
-            try:
-                found = flash(*told)
-            except (RuntimeError, TypeError):  # this GPU or this PyTorch has it not
-                return False
-            if not torch.allclose(found.float(), sdpa(*told).float(), atol=0.03):
-                return False
+            told = (features**-0.5, window)
+            wanted = sdpa(query_nhe, keys_ske, values_ske, reads, *told).float()
+            for way in (reads, grouped) if max(new) == 1 else (reads,):
+                try:
+                    found = flash(query_nhe, keys_ske, values_ske, way, *told)
+                except (RuntimeError, TypeError):  # this GPU or this PyTorch has it not
+                    return False
+                if not torch.allclose(found.float(), wanted, atol=0.03):
+                    return False
     return True

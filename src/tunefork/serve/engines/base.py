@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 
 from tunefork.export.dense import merge_deltas
-from tunefork.kernels.bank_rows import TERMS
+from tunefork.kernels.bank_stretches import TERMS
 from tunefork.model.bank import Bank, add_serving_bank
 from tunefork.model.build import quantize_nf4
 from tunefork.model.fused import FusedGroup, fuse
@@ -33,26 +33,26 @@ def load_base(
     model.to(device).eval().requires_grad_(False)
     bank = None
     if merged is None:
-        # Tensor cores and grouped products take ranks in steps of 16, and so do rows on a CPU.
+        # Tensor cores and grouped products take ranks in steps of 16, and so do rows.
         rank = -(-ours.max_rank // TERMS) * TERMS
         bank = add_serving_bank(model, slots=ours.slots, rank=rank)
-    is_cpu = device.type == "cpu"
+    has_kernels = device.type == "cuda" and dtype == torch.bfloat16
     groups = []
-    if is_fp8 or (ours.fuse and not is_nf4 and (is_cpu or dtype == torch.bfloat16)):
+    if is_fp8 or (ours.fuse and not is_nf4 and (has_kernels or device.type == "cpu")):
         form: Literal["bf16", "fp8"] = "fp8" if is_fp8 else "bf16"
         groups = fuse(model, form, form, device)
     if bank is not None:
         bank.to(device)
-        if is_cpu:
-            keep_as_rows(bank, groups)
-        else:
+        if has_kernels:
             for group in groups:
-                group.join_banks(reads_own=ours.compile)
+                group.join_banks()
+        else:
+            keep_as_rows(bank, groups)
     return model, bank
 
 
 def keep_as_rows(bank: Bank, groups: Sequence[FusedGroup]) -> None:
-    """On a CPU layers keep their adapters in rows: those of a group together."""
+    """On a CPU, or in fp32, adapters are kept in rows: those of a group's layers together."""
     for group in groups:
         group.keep_rows()
     for layer in bank.layers.values():

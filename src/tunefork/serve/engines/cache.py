@@ -36,6 +36,11 @@ class LayerShape:
     window: int | None
 
     @property
+    def groups(self) -> int:
+        """Query heads of one key-value head."""
+        return self.query_heads // self.kv_heads
+
+    @property
     def features(self) -> int:
         """Numbers kept for one token."""
         return self.kv_heads * (self.key_features + self.value_features)

@@ -3,7 +3,8 @@ them norms and rotations of a few kilobytes, which a GPU cannot do in less than 
 
 One compiled form serves all layers, which differ in their weights alone, and all numbers of rows:
 that dimension is marked, so that everything else stays a number that the compiler knows. Whether a
-pass has adapters is another form. Prompts run as written: they are seldom of one length.
+pass has adapters is another form, and so are many rows, whose heads are grouped (`attention.py`).
+Prompts run as written: they are seldom of one length.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tunefork.model.fused import FusedLinear
 from tunefork.model.layers import decoder_layers
 from tunefork.serve.engines.attention import Reads
 
@@ -35,13 +35,9 @@ class CompiledLayers:
             layer.forward = partial(self._run, layer)
 
     def remove(self) -> None:
-        """Layers run as written from now on, where each token's own B is too many kernels
-        (`kernels/bank_own.py`): all B are multiplied instead."""
+        """Layers run as written from now on."""
         for layer in self._layers:
             del layer.forward
-            for module in layer.modules():
-                if isinstance(module, FusedLinear) and module.group.joint is not None:
-                    module.group.joint.reads_own = False
 
     def mark(self, tensor: Tensor) -> None:
         """Its rows are of any number: (N, ...), or (1, N, ...) where transformers keeps a batch."""
@@ -66,6 +62,7 @@ def _tensors(told: Any) -> Iterator[Tensor]:
             yield told
         case Reads():
             yield from (told.write_n, told.starts_q, told.starts_k, told.used_r)
+            yield from told.grouped.values()
         case tuple() | list():
             for one in told:
                 yield from _tensors(one)

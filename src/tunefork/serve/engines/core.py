@@ -45,7 +45,6 @@ class Core:
         *,
         max_requests: int,
         prefill_tokens: int,
-        sorts_tokens: bool = False,
     ) -> None:
         self.passes, self.cache, self.tokenizer, self.post = passes, cache, tokenizer, post
         self.overlaps = passes.device.type == "cuda"
@@ -63,7 +62,6 @@ class Core:
             self._try_adapter,
             max_requests=max_requests,
             prefill_tokens=prefill_tokens,
-            sorts_tokens=sorts_tokens,
         )
         self._publish()
 
@@ -230,6 +228,6 @@ class Core:
                 in_host_memory=self.tiers.in_host_memory,
                 loads=self.tiers.loads,
                 evictions=self.tiers.evictions,
-                load_seconds=self.tiers.load_seconds,
+                load_seconds=dict(self.tiers.load_seconds),
             )
         self.state = state

@@ -15,7 +15,7 @@ import torch
 
 from tunefork.serve.engines.compiled_layers import CompiledLayers
 
-_MANY_ROWS = 32
+MANY_ROWS = 32
 """From so many rows on, attention has enough to do without cutting long ones into pieces."""
 _FEWEST = 2
 """Rows: of one, a compiled layer would have forms of its own."""
@@ -58,7 +58,7 @@ class Graphs:
     def key(self, rows: int, longest_k: int, *, has_adapters: bool) -> Key:
         """Of a pass of so many rows, of which the longest sees `longest_k` tokens."""
         filled = self.filled(rows)
-        limit = self.max_model_len if filled >= _MANY_ROWS else limited(longest_k)
+        limit = self.max_model_len if filled >= MANY_ROWS else limited(longest_k)
         return Key(filled, min(limit, self.max_model_len), has_adapters)
 
     def filled(self, rows: int) -> int:

@@ -3,7 +3,7 @@
 Shape legend: N tokens of the pass, R rows of which logits are wanted, V tokens of the vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -15,7 +15,7 @@ from tunefork.kernels.bank_stretches import Stretch
 from tunefork.serve.engines.attention import Reads, Span
 from tunefork.serve.engines.choose import greedy
 from tunefork.serve.engines.compiled_layers import CompiledLayers
-from tunefork.serve.engines.graphs import Graphs, Key, limited
+from tunefork.serve.engines.graphs import MANY_ROWS, Graphs, Key, limited
 from tunefork.serve.engines.layout import BASE, STEP, Layout, Part, stretches
 
 
@@ -64,8 +64,11 @@ class Passes:
         flash: bool,
         graphs: bool,
         compiles: bool = False,
+        groups: Collection[int] = (),
     ) -> None:
-        self.model, self.route, self.flash = model, route, flash
+        """`groups`: how many query heads share a key-value head, where many rows of one token are
+        as quick if they are grouped by these beforehand."""
+        self.model, self.route, self.flash, self.groups = model, route, flash, groups
         self.max_model_len = max_model_len
         self.device = model.device
         self.layout = Layout(max_tokens + max_rows + STEP, max_rows, self.device)
@@ -154,6 +157,8 @@ class Passes:
             shape.longest_k,
             spans,
         )
+        if is_captured and shape.rows >= MANY_ROWS:
+            reads.grouped.update({groups: reads.starts_q * groups for groups in self.groups})
         index_n = tensors["slots"][:num_tokens]
         if self.graphs and self.graphs.compiled:
             self.graphs.compiled.mark(index_n)  # which no layer is handed

@@ -33,15 +33,10 @@ class Scheduler:
         *,
         max_requests: int,
         prefill_tokens: int,
-        sorts_tokens: bool,
     ) -> None:
-        """`try_adapter(slot, region)` says what is wrong with an adapter (`trial.py`).
-
-        `sorts_tokens`: a pass has its tokens in the order of their slots, those without one last.
-        """
+        """`try_adapter(slot, region)` says what is wrong with an adapter (`trial.py`)."""
         self.cache, self.tiers, self._try_adapter = cache, tiers, try_adapter
         self.max_requests, self.prefill_tokens = max_requests, prefill_tokens
-        self.sorts_tokens = sorts_tokens
         self.waiting: deque[Answer] = deque()
         self.running: list[Answer] = []
 
@@ -97,8 +92,6 @@ class Scheduler:
             if new > 0:
                 planned.append((answer, _part(answer, new)))
                 left -= new
-        if self.sorts_tokens and left < self.prefill_tokens:  # else they are sorted
-            planned.sort(key=lambda one: (one[1].slot == BASE, one[1].slot))
         return planned
 
     def _entry(self, answer: Answer) -> Entry | None:
@@ -113,10 +106,12 @@ class Scheduler:
         if region is None:
             return None  # no room just now
         assert entry.slot is not None
+        began = self.tiers.clock()
         try:
             why = self._try_adapter(entry.slot, region)
         finally:
             self.cache.regions.give(region)
+            self.tiers.load_seconds["trial"] += self.tiers.clock() - began
         if why is not None:
             error = AdapterError(f"{entry.adapter.id}: {why}; it is not served")
             self.tiers.fail(entry, error)

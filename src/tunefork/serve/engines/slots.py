@@ -1,14 +1,18 @@
 """A bank's slots as the tiers fill them: by threads, while passes read the other slots."""
 
 from collections.abc import Sequence
+from threading import Lock
 
 import torch
 from torch import Tensor
 
-from tunefork.kernels.bank_rows import Layout, lay_out
-from tunefork.kernels.bank_stretches import Stretch, lay_out_sorted
+from tunefork.kernels.bank_read import lay_out_tiles
+from tunefork.kernels.bank_stretches import Layout, Stretch, lay_out
 from tunefork.model.bank import Bank
 from tunefork.serve.engines.adapter_file import HostAdapter
+from tunefork.serve.engines.ferry import Ferry
+
+_FERRY_BYTES = 16 << 20
 
 
 class BankSlots:
@@ -18,47 +22,51 @@ class BankSlots:
         self.bank, self.num_slots = bank, bank.num_slots
         self.ranks: dict[int, int] = {}
         """The largest rank in each slot."""
-        self.dtype = next(iter(bank.layers.values())).dtype
-        self.sorts_tokens = bank.device.type == "cuda" and self.dtype == torch.bfloat16
+        layers = bank.layers.values()
+        dtypes = {layer.dtype for layer in layers}
+        self.most = min(torch.finfo(dtype).max for dtype in dtypes)
+        """No value of an adapter may be above it."""
         self._laid_out: tuple[tuple[Stretch, ...], tuple[int, ...], Layout] | None = None
-        """Of the last pass on a CPU: most are of the same requests."""
-        self._emptied: dict[int, torch.cuda.Event] = {}
+        """Of the last pass: most are of the same requests."""
         is_cuda = bank.device.type == "cuda"
-        self._stream = torch.cuda.Stream(bank.device) if is_cuda else None  # type: ignore[no-untyped-call]
+        self.takes_tiles = is_cuda and dtypes == {torch.bfloat16}
+        self._emptied: dict[int, torch.cuda.Event] = {}
+        self._stream, self._ferry, self._loading = None, None, Lock()
+        if is_cuda:
+            self._stream = torch.cuda.Stream(bank.device)  # type: ignore[no-untyped-call]
+            largest = max(max(la.in_features, la.out_features) * max(la.ranks) for la in layers)
+            num_bytes = max(_FERRY_BYTES, largest * torch.float64.itemsize)
+            self._ferry = Ferry(num_bytes, bank.device, self._stream.synchronize)
 
     def route(
         self, index_n: Tensor, stretches: Sequence[Stretch], *, is_captured: bool = False
     ) -> None:
-        """The next pass's tokens: each one's slot in `index_n` (N,), and those with an adapter.
-
-        In bf16 on a GPU these come in the order of their slots, before those without one, unless
-        the pass is captured.
-        """
+        """The next pass's tokens: each one's slot in `index_n` (N,), and those with an adapter."""
         device = self.bank.device
         if not stretches:
             self.bank.route_none()
         elif is_captured:
             self.bank.route_tokens(index_n)
-        elif self.sorts_tokens:
-            self.bank.route_stretches(lay_out_sorted(stretches, self.num_slots, device))
+        elif self.takes_tiles:
+            self.bank.route_tiles(lay_out_tiles(stretches, len(index_n), device))
         else:
             ranks = tuple(self.ranks[stretch.slot] for stretch in stretches)
             if self._laid_out is None or self._laid_out[:2] != (tuple(stretches), ranks):
                 self._laid_out = (tuple(stretches), ranks, lay_out(stretches, ranks))
-            self.bank.route_rows(self._laid_out[2])
+            self.bank.route_stretches(self._laid_out[2])
 
     @torch.inference_mode()
     def load(self, slot: int, adapter: HostAdapter) -> None:
         """Put an adapter into `slot`; returns when it is there. Raises AdapterError."""
         self.ranks[slot] = adapter.rank
-        if self._stream is None:
-            self.bank.load_ready(slot, adapter.matrices)
+        if self._stream is None or self._ferry is None:
+            self.bank.load(slot, adapter.deltas)
             return
-        with torch.cuda.stream(self._stream):
+        with self._loading, torch.cuda.stream(self._stream):
             if slot in self._emptied:  # a pass in flight may still read what was there
                 self._stream.wait_event(self._emptied.pop(slot))
-            self.bank.load_ready(slot, adapter.matrices)
-        self._stream.synchronize()
+            self.bank.load(slot, adapter.deltas, self._ferry.carry)
+            self._stream.synchronize()
 
     def clear(self, slot: int) -> None:
         """What is in `slot` is of no more use. It is overwritten by what comes next."""

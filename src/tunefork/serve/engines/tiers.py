@@ -44,7 +44,8 @@ class Tiers:
         """Adapters that a slot is wanted for, and since when."""
         self.failures: dict[str, TuneforkError] = {}
         self.free = deque(range(slots.num_slots))
-        self.loads, self.evictions, self.load_seconds = 0, 0, 0.0
+        self.loads, self.evictions = 0, 0
+        self.load_seconds = {"read": 0.0, "copy": 0.0, "trial": 0.0}
         self._arrived: deque[tuple[Entry, HostAdapter | TuneforkError | None, float]] = deque()
         self._threads = ThreadPoolExecutor(2, "tunefork-adapters")
 
@@ -234,7 +235,7 @@ class Tiers:
         self, entry: Entry, found: HostAdapter | TuneforkError | None, seconds: float
     ) -> None:
         """What a thread has done with `entry`."""
-        self.load_seconds += seconds
+        self.load_seconds["read" if entry.stage is Stage.READING else "copy"] += seconds
         if isinstance(found, TuneforkError):
             self.failures[entry.adapter.id] = found
             entry.stage = Stage.HOST

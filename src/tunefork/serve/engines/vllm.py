@@ -131,7 +131,7 @@ class VllmEngine:
         loads, evictions, seconds = self._totals()
         if server is None:
             return EngineState(
-                healthy=False, loads=loads, evictions=evictions, load_seconds=seconds
+                healthy=False, loads=loads, evictions=evictions, load_seconds={"load": seconds}
             )
         known = [name for name in server.adapters.ids() if name != ZERO_ID]
         waiting = min(self._open, int(server.gauges.get("vllm:num_requests_waiting", 0)))
@@ -146,7 +146,7 @@ class VllmEngine:
             in_host_memory=tuple(known),
             loads=loads,
             evictions=evictions,
-            load_seconds=seconds,
+            load_seconds={"load": seconds},
             free_cache_tokens=int(cache * (1 - used)),
             total_cache_tokens=cache,
         )

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunefork.kernels.bank_rows import TERMS, Matrices, add_rows, lay_out
-from tunefork.kernels.bank_stretches import Stretch
+from tunefork.kernels.bank_stretches import TERMS, Matrices, Stretch, add_stretches, lay_out
 
 WIDE, RANK, SLOTS = 24, 3 * TERMS, 9
 RANKS = (4, TERMS, 17, RANK, 1, 20, 2, 3, 33)
@@ -57,8 +56,8 @@ def test_each_token_has_its_own_delta(
         if slot >= 0:
             expected[token] += torch.cat([own @ x_sd[token].float() for own in products[slot]])
     layout = lay_out(stretches, [RANKS[stretch.slot] for stretch in stretches])
-    add_rows(y_so.clone(), x_sd + 1, matrices, layout)  # indices are made for any input
-    add_rows(y_so, x_sd, matrices, layout)
+    add_stretches(y_so.clone(), x_sd + 1, matrices, layout)  # indices are made for any input
+    add_stretches(y_so, x_sd, matrices, layout)
     # bf16: rounding of u, of the delta and of the sum, each 2^-8 of numbers up to 150.
     tolerance = 1e-3 if dtype == torch.float32 else 1.5
     assert torch.allclose(y_so.float(), expected, atol=tolerance)
@@ -73,7 +72,7 @@ def test_a_slot_that_is_not_finite_spoils_no_other() -> None:
     # Short and long, before and behind slot 1, whose own token comes between.
     stretches = [(0, 0, 2), (1, 2, 3), (2, 3, 4), (0, 4, 22), (2, 22, 40)]
     layout = lay_out([Stretch(*one) for one in stretches], [TERMS] * 5)
-    add_rows(y_so, x_sd, matrices, layout)
+    add_stretches(y_so, x_sd, matrices, layout)
     is_finite = y_so.isfinite().all(1)
     assert not is_finite[2] and is_finite.sum() == 39
     assert torch.equal(y_so[is_finite], torch.ones(39, 40))

@@ -1,0 +1,305 @@
+"""The kernels of `kernels/bank_read.py`: own A for several layers at once, own B, added to y.
+
+All of them are bound by memory: by B while few tokens decode, by x and y in a prompt. So a program
+has one slot and a piece of its columns, and takes the tokens of that slot from wherever they lie.
+"""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_CHUNK = 16
+"""Rows that tensor cores multiply at a time: the fewest."""
+_FEW = 4
+"""Rows of a slot that are added to one by one."""
+
+
+@triton.jit
+def _piece(block, sizes: tl.constexpr, block_o: tl.constexpr):
+    """Of layers side by side, cut into blocks that none of them shares: the block's layer, the
+    first of its columns, where its layer begins, and the layer's size."""
+    layer, first = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
+    size = tl.full([], sizes[0], tl.int32)
+    for at in tl.static_range(len(sizes) - 1):
+        blocks = (sizes[at] + block_o - 1) // block_o
+        is_behind = (layer == at) & (block >= blocks)
+        block = tl.where(is_behind, block - blocks, block)
+        first = tl.where(is_behind, first + sizes[at], first)
+        size = tl.where(is_behind, sizes[at + 1], size)
+        layer = tl.where(is_behind, at + 1, layer)
+    return layer, block * block_o, first, size
+
+
+@triton.jit
+def _own_b(b, slot, num_slots, column, first, size, mask_r, mask_o, rank: tl.constexpr,
+           block_rank: tl.constexpr):  # fmt: skip
+    """(block_rank, block_o) of a slot's B: layer after layer, each (N, R, O_i)."""
+    place = tl.arange(0, block_rank)
+    begin = first.to(tl.int64) * num_slots * rank + (slot * rank).to(tl.int64) * size
+    at = begin + place[:, None] * size + column[None, :]
+    return tl.load(b + at, mask=mask_r[:, None] & mask_o[None, :], other=0.0)
+
+
+@triton.jit
+def _next(is_mine, row):
+    """The first of the rows, and the others."""
+    at = tl.min(tl.where(is_mine, row, 2147483647), axis=0)
+    return at, is_mine & (row > at)
+
+
+@triton.jit
+def _add_own(
+    y, stride_y, u, stride_u, slots, b, num_rows, num_slots,
+    sizes: tl.constexpr, rank: tl.constexpr, block_rank: tl.constexpr,
+    block_o: tl.constexpr, block_m: tl.constexpr, block_rows: tl.constexpr, step: tl.constexpr,
+    few: tl.constexpr, chunk: tl.constexpr, is_early: tl.constexpr,
+):  # fmt: skip
+    layer, begin, first, size = _piece(tl.program_id(0), sizes, block_o)
+    slot = tl.program_id(1)
+    begin, first = tl.multiple_of(begin, step), tl.multiple_of(first, step)
+    size = tl.multiple_of(size, step)
+    place, row = tl.arange(0, block_rank), tl.arange(0, block_rows)
+    mask_r = place < rank
+    is_mine = tl.load(slots + row, mask=row < num_rows, other=-1) == slot
+    count = tl.sum(is_mine.to(tl.int32), axis=0)
+    u += (layer * num_slots + slot) * rank
+    y += first
+    if count > few:  # by tensor cores, so many rows at a time
+        if is_early:
+            tl.extra.cuda.gdc_wait()
+        number = tl.arange(0, chunk)
+        for done in range(0, count, chunk):
+            mask_s, at = done + number < count, tl.zeros([chunk], tl.int32)
+            for turn in range(chunk):
+                found, is_mine = _next(is_mine, row)
+                at = tl.where(number == turn, found, at)
+            at = tl.where(mask_s, at, 0)
+            u_at = u + at[:, None] * stride_u + place[None, :]
+            u_sr = tl.load(u_at, mask=mask_s[:, None] & mask_r[None, :], other=0.0)
+            for part in range(0, block_o, block_m):
+                column = begin + part + tl.arange(0, block_m)
+                mask_o = column < size
+                b_ro = _own_b(
+                    b, slot, num_slots, column, first, size, mask_r, mask_o, rank, block_rank
+                )
+                y_at = y + at[:, None] * stride_y + column[None, :]
+                mask = mask_s[:, None] & mask_o[None, :]
+                y_so = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
+                y_so = y_so + tl.dot(u_sr, b_ro)
+                tl.store(y_at, y_so.to(y.dtype.element_ty), mask=mask)
+    elif count > 0:  # row by row, by sums that stay within a thread
+        column = begin + tl.arange(0, block_o)
+        mask_o = column < size
+        b_ro = _own_b(b, slot, num_slots, column, first, size, mask_r, mask_o, rank, block_rank)
+        if is_early:
+            tl.extra.cuda.gdc_wait()
+        for _ in range(count):
+            found, is_mine = _next(is_mine, row)
+            u_r = tl.load(u + found * stride_u + place, mask=mask_r, other=0.0).to(tl.float32)
+            y_at = y + found * stride_y + column
+            y_o = tl.load(y_at, mask=mask_o, other=0.0).to(tl.float32)
+            y_o = y_o + tl.sum(b_ro.to(tl.float32) * u_r[:, None], axis=0)
+            tl.store(y_at, y_o.to(y.dtype.element_ty), mask=mask_o)
+    elif is_early:  # or what comes next would be told that the kernel before has ended
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _down(
+    x, stride_x, a, stride_a, u, stride_u, tiles, num_slots, features,
+    num_columns: tl.constexpr, rank: tl.constexpr, is_even: tl.constexpr,
+    block_t: tl.constexpr, block_k: tl.constexpr, block_d: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    slot, start, count = (
+        tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
+    )  # fmt: skip
+    if slot < 0:
+        return
+    at = tl.arange(0, block_t)
+    mask_t = at < count
+    token = (start + at).to(tl.int64)
+    k = tl.program_id(1) * block_k + tl.arange(0, block_k)
+    mask_k = k < num_columns
+    row_a = ((k // rank) * num_slots + slot) * rank + k % rank
+    d = tl.arange(0, block_d)
+    x_at = x + token[:, None] * stride_x + d[None, :]
+    a_at = a + row_a.to(tl.int64)[None, :] * stride_a + d[:, None]
+    total = tl.zeros([block_t, block_k], tl.float32)
+    for begin in range(0, features, block_d):
+        mask_x, mask_a = mask_t[:, None], mask_k[None, :]
+        if not is_even:
+            mask_x = mask_x & (begin + d < features)[None, :]
+            mask_a = mask_a & (begin + d < features)[:, None]
+        x_td = tl.load(x_at + begin, mask=mask_x, other=0.0)
+        a_dk = tl.load(a_at + begin, mask=mask_a, other=0.0)
+        total = tl.dot(x_td, a_dk, total)
+    tl.store(
+        u + token[:, None] * stride_u + k[None, :], total.to(u.dtype.element_ty),
+        mask=mask_t[:, None] & mask_k[None, :],
+    )  # fmt: skip
+
+
+@triton.jit
+def _up(
+    y, stride_y, u, stride_u, b, tiles, num_slots,
+    sizes: tl.constexpr, rank: tl.constexpr, block_rank: tl.constexpr,
+    block_t: tl.constexpr, block_o: tl.constexpr, step: tl.constexpr, begins: tl.constexpr,
+):  # fmt: skip
+    layer, column, first, size = _piece(tl.program_id(0), sizes, block_o)
+    tile = tl.program_id(1)
+    slot, start, count = (
+        tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
+    )  # fmt: skip
+    column = tl.multiple_of(column, step)
+    first, size = tl.multiple_of(first, step), tl.multiple_of(size, step)
+    column = column + tl.arange(0, block_o)
+    place = tl.arange(0, block_rank)
+    mask_o, mask_r = column < size, (place < rank) & (slot >= 0)
+    b_ro = _own_b(b, slot, num_slots, column, first, size, mask_r, mask_o, rank, block_rank)
+    at = tl.arange(0, block_t)
+    mask_t = at < count
+    token = (start + at).to(tl.int64)
+    u_tr = tl.load(
+        u + token[:, None] * stride_u + (layer * rank + place)[None, :],
+        mask=mask_t[:, None] & mask_r[None, :], other=0.0,
+    )  # fmt: skip
+    y_at = y + token[:, None] * stride_y + (first + column)[None, :]
+    mask = mask_t[:, None] & mask_o[None, :]
+    y_to = tl.dot(u_tr, b_ro)
+    if not begins:
+        y_to = y_to + tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_at, y_to.to(y.dtype.element_ty), mask=mask)
+
+
+def _step(sizes: Sequence[int]) -> int:
+    """What every layer's first column is a multiple of, up to what one thread loads at once."""
+    return next(step for step in (16, 8, 4, 2, 1) if not any(size % step for size in sizes))
+
+
+def _blocks(sizes: Sequence[int], block_o: int) -> int:
+    return sum(triton.cdiv(size, block_o) for size in sizes)
+
+
+def _block_o(rank: int, most: int) -> int:
+    """Columns of B that a program holds: fewer for a large rank, as they lie in registers."""
+    return max(16, min(most, 8192 // rank))
+
+
+def add_own(
+    y_so: Tensor,
+    u_sk: Tensor,
+    slot_s: Tensor,
+    b: Tensor,
+    sizes: Sequence[int],
+    rank: int,
+    *,
+    most: int = 4096,
+    num_warps: int = 1,
+    few: int = _FEW,
+    is_early: bool = False,
+    maxnreg: int | None = None,
+) -> None:
+    """As `bank_read.add_own`. `is_early`: B is read while the kernel before still runs."""
+    num_slots = b.numel() // (rank * sum(sizes))
+    block_rank = max(16, triton.next_power_of_2(rank))
+    block_o = max(16, most // block_rank)
+    _add_own[(_blocks(sizes, block_o), num_slots)](
+        y_so,
+        y_so.stride(0),
+        u_sk,
+        u_sk.stride(0),
+        slot_s,
+        b,
+        y_so.shape[0],
+        num_slots,
+        tuple(sizes),
+        rank,
+        block_rank,
+        block_o,
+        min(block_o, 64),
+        triton.next_power_of_2(y_so.shape[0]),
+        _step(sizes),
+        few,
+        _CHUNK,
+        is_early,
+        num_warps=num_warps,
+        launch_pdl=is_early,
+        maxnreg=maxnreg,
+    )
+
+
+def down(
+    x_sd: Tensor,
+    a_kd: Tensor,
+    tiles_t3: Tensor,
+    tile: int,
+    layers: int,
+    rank: int,
+    *,
+    block_d: int = 128,
+    num_warps: int = 4,
+    num_stages: int = 4,
+) -> Tensor:
+    """As `bank_read.down`."""
+    columns, features = layers * rank, x_sd.shape[1]
+    u_sk = x_sd.new_empty(x_sd.shape[0], columns)
+    block_k = max(16, min(128, triton.next_power_of_2(columns)))
+    grid = (tiles_t3.shape[0], triton.cdiv(columns, block_k))
+    _down[grid](
+        x_sd,
+        x_sd.stride(0),
+        a_kd,
+        a_kd.stride(0),
+        u_sk,
+        u_sk.stride(0),
+        tiles_t3,
+        a_kd.shape[0] // columns,
+        features,
+        columns,
+        rank,
+        features % block_d == 0,
+        tile,
+        block_k,
+        block_d,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    return u_sk
+
+
+def up(
+    y_so: Tensor,
+    u_sk: Tensor,
+    b: Tensor,
+    tiles_t3: Tensor,
+    tile: int,
+    sizes: Sequence[int],
+    rank: int,
+    *,
+    begins: bool,
+    block_o: int = 128,
+    num_warps: int = 4,
+) -> None:
+    """As `bank_read.up`."""
+    block_rank = max(16, triton.next_power_of_2(rank))
+    block_o = _block_o(block_rank, block_o)
+    _up[(_blocks(sizes, block_o), tiles_t3.shape[0])](
+        y_so,
+        y_so.stride(0),
+        u_sk,
+        u_sk.stride(0),
+        b,
+        tiles_t3,
+        b.numel() // (rank * sum(sizes)),
+        tuple(sizes),
+        rank,
+        block_rank,
+        tile,
+        block_o,
+        _step(sizes),
+        begins,
+        num_warps=num_warps,
+    )

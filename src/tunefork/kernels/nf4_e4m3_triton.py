@@ -1,0 +1,114 @@
+"""The kernels of `kernels/nf4_e4m3.py`: NF4 to e4m3, as it lies and transposed.
+
+Two codes a byte, the first one in the high half (bitsandbytes); 64 codes share a maximum.
+"""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_COLUMNS = 2048
+"""Of a program's row."""
+_TILE = (128, 64)
+"""Rows and columns of the weight that a program turns."""
+
+
+@triton.jit
+def _rounded(byte, largest, inverse, values):
+    """The two weights of a byte beside each other, in units of their row's scale, e4m3."""
+    first = tl.load(values + (byte >> 4).to(tl.int32)) * largest
+    second = tl.load(values + (byte & 15).to(tl.int32)) * largest
+    # Through bf16, which is what the weight is kept for elsewhere.
+    first = first.to(tl.bfloat16).to(tl.float32) * inverse
+    second = second.to(tl.bfloat16).to(tl.float32) * inverse
+    return tl.interleave(first, second).to(tl.float8e4nv)
+
+
+@triton.jit
+def _codes(
+    packed, maxima, inverse, values, out, stride, features_in,
+    block: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * columns
+    pair = start // 2 + tl.arange(0, columns // 2)
+    inside = pair < features_in // 2
+    byte = tl.load(packed + row * (features_in // 2) + pair, mask=inside, other=0)
+    place = row * (features_in // block) + pair // (block // 2)
+    largest = tl.load(maxima + place, mask=inside, other=0.0)
+    codes = _rounded(byte, largest, tl.load(inverse + row), values)
+    column = start + tl.arange(0, columns)
+    tl.store(out + row * stride + column, codes, mask=column < features_in)
+
+
+@triton.jit
+def _codes_turned(
+    packed, maxima, inverse, values, out, stride, features_out, features_in,
+    block: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
+    start = tl.program_id(1) * columns
+    pair = start // 2 + tl.arange(0, columns // 2)
+    has_row = row < features_out
+    inside = has_row[:, None] & (pair < features_in // 2)[None, :]
+    byte = tl.load(packed + row[:, None] * (features_in // 2) + pair[None, :], mask=inside, other=0)
+    place = row[:, None] * (features_in // block) + (pair // (block // 2))[None, :]
+    largest = tl.load(maxima + place, mask=inside, other=0.0)
+    each = tl.load(inverse + row, mask=has_row, other=0.0)
+    codes = tl.trans(_rounded(byte, largest, each[:, None], values))
+    column = (start + tl.arange(0, columns)).to(tl.int64)
+    kept = (column < features_in)[:, None] & has_row[None, :]
+    tl.store(out + column[:, None] * stride + row[None, :], codes, mask=kept)
+
+
+def launch(
+    packed: Sequence[Tensor],
+    maxima: Sequence[Tensor],
+    inverse_o1: Tensor,
+    values: Tensor,
+    out_op: Tensor,
+    *,
+    block: int,
+) -> None:
+    """Fill the first D columns of `out_op` with the layers of `packed`, one below the other.
+
+    `values` are NF4's 16, fp32, `inverse` that of the rows' scales. D is a multiple of
+    `block`.
+    """
+    start = 0
+    for bytes_of, maxima_of in zip(packed, maxima, strict=True):
+        features_in = _features_in(packed, inverse_o1)
+        size = 2 * bytes_of.numel() // features_in
+        grid = (size, triton.cdiv(features_in, _COLUMNS))
+        _codes[grid](
+            bytes_of, maxima_of, inverse_o1[start:], values, out_op[start:], out_op.stride(0),
+            features_in, block, _COLUMNS, num_warps=4,
+        )  # fmt: skip
+        start += size
+
+
+def launch_turned(
+    packed: Sequence[Tensor],
+    maxima: Sequence[Tensor],
+    inverse_o1: Tensor,
+    values: Tensor,
+    out_dp: Tensor,
+    *,
+    block: int,
+) -> None:
+    """Fill the first O columns of `out_dp` with the same, transposed."""
+    start = 0
+    for bytes_of, maxima_of in zip(packed, maxima, strict=True):
+        features_in = _features_in(packed, inverse_o1)
+        size = 2 * bytes_of.numel() // features_in
+        grid = (triton.cdiv(size, _TILE[0]), triton.cdiv(features_in, _TILE[1]))
+        _codes_turned[grid](
+            bytes_of, maxima_of, inverse_o1[start:], values, out_dp[:, start:], out_dp.stride(0),
+            size, features_in, block, *_TILE, num_warps=4,
+        )  # fmt: skip
+        start += size
+
+
+def _features_in(packed: Sequence[Tensor], inverse_o1: Tensor) -> int:
+    return 2 * sum(part.numel() for part in packed) // inverse_o1.shape[0]
