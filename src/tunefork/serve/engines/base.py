@@ -48,7 +48,15 @@ def load_base(
                 group.join_banks()
         else:
             keep_as_rows(bank, groups)
+    if groups and device.type == "cpu":
+        _let_files_go(model)
     return model, bank
+
+
+def _let_files_go(model: Any) -> None:
+    """Groups have copies of their weights; views of the mapped files would keep all of these."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def keep_as_rows(bank: Bank, groups: Sequence[FusedGroup]) -> None:
