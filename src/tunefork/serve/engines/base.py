@@ -8,6 +8,7 @@ import torch
 from tunefork.export.dense import merge_deltas
 from tunefork.kernels.bank_stretches import TERMS
 from tunefork.model.bank import Bank, add_serving_bank
+from tunefork.model.bank_linear import BankLinear
 from tunefork.model.build import quantize_nf4
 from tunefork.model.fused import FusedGroup, fuse
 from tunefork.model.load import load_model
@@ -55,8 +56,10 @@ def load_base(
 
 def _let_files_go(model: Any) -> None:
     """Groups have copies of their weights; views of the mapped files would keep all of these."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
+    for module in model.modules():
+        if not isinstance(module, BankLinear):
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                tensor.data = tensor.data.clone()
 
 
 def keep_as_rows(bank: Bank, groups: Sequence[FusedGroup]) -> None:
