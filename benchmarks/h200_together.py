@@ -31,17 +31,15 @@ import numpy as np
 from benchmarks import results, training_runs
 from benchmarks.h200_training import in_a_process, roomy_folder
 from benchmarks.together_runs import measure_group
-from benchmarks.training_runs import BATCHES, EIGHT_B, TINY, WARM_UP, Run
+from benchmarks.training_runs import BATCHES, EIGHT_B, TINY, WARM_UP, Run, need_gpu
 
 _ROOT, _MODULE = Path(__file__).parents[1], "benchmarks.h200_together"
 GROUP = "tunefork"
-_SELECTIVE = {"train": {"activation_checkpointing": "selective"}}
-"""64 adapters of ranks 8 to 64 are 5 billion parameters: 75 GiB of weights, gradients, moments."""
 RUNS = {
     run.name: run
     for run in (
         Run("group_16x512", GROUP, 16, 512),
-        Run("group_64x128", GROUP, 64, 128, _SELECTIVE),
+        Run("group_64x128", GROUP, 64, 128),
         Run("group_64x128_rank16", GROUP, 64, 128, {"rank": 16}),
         Run("group_16x512_kept", GROUP, 16, 512, {"keeps_operands": True}),
         Run("looped_16x512", GROUP, 16, 512, {"looped": True}),
@@ -221,6 +219,7 @@ def main() -> None:
             arguments.model.mkdir(parents=True, exist_ok=True)
             measure(arguments)
         case "one":
+            need_gpu(arguments.folder)
             found = measure_group(Run(**arguments.run), arguments.folder)
             print("RESULT " + json.dumps(found), flush=True)
         case "collect":

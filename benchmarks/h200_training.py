@@ -27,7 +27,17 @@ import numpy as np
 
 from benchmarks import training_runs
 from benchmarks.training_cases import CASES, TOOLS, chosen_runs, setting
-from benchmarks.training_runs import BATCHES, EIGHT_B, NUM_LOSSES, TINY, WARM_UP, Run, Shape
+from benchmarks.training_runs import (
+    BATCHES,
+    EIGHT_B,
+    NO_GPU,
+    NUM_LOSSES,
+    TINY,
+    WARM_UP,
+    Run,
+    Shape,
+    need_gpu,
+)
 
 _ROOT, _MODULE = Path(__file__).parents[1], "benchmarks.h200_training"
 
@@ -90,6 +100,8 @@ def in_a_process(
     if said_lines:
         found: dict[str, Any] = json.loads(said_lines[-1].removeprefix("RESULT "))
         return found
+    if done.returncode == NO_GPU:
+        raise SystemExit("no GPU is seen any more: what has been measured is kept")
     print(done.stderr[-3000:], file=sys.stderr, flush=True)
     reason = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["nothing"]
     return {"error": f"exit status {done.returncode}: {reason[-1][:400]}"}
@@ -162,6 +174,7 @@ def main() -> None:
         case "make":
             training_runs.make_model(arguments.folder, _shape(arguments.tiny))
         case "one":
+            need_gpu(arguments.folder)
             found = training_runs.measure(Run(**arguments.run), arguments.folder)
             print("RESULT " + json.dumps(found), flush=True)
         case "collect":

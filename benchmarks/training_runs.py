@@ -9,6 +9,7 @@ loss read in each step. The peers' loop does less: tokens are on the device, not
 """
 
 import itertools
+import json
 import os
 import statistics
 import time
@@ -95,6 +96,19 @@ def make_model(folder: Path, shape: Shape) -> None:
         unk_token="t3",
     )
     tokenizer.save_pretrained(folder)
+
+
+NO_GPU = 7
+"""Exit status of a run that would have taken hours on a CPU."""
+
+
+def need_gpu(folder: Path) -> None:
+    """End here where `folder`'s model is no tiny one and there is no GPU, or none any more."""
+    import torch
+
+    width = json.loads((folder / "config.json").read_text())["hidden_size"]
+    if width > TINY.width and not torch.cuda.is_available():
+        raise SystemExit(NO_GPU)
 
 
 def draw_batches(run: Run, num_steps: int, vocabulary: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import h200_training, results, training_peers, training_runs
 from benchmarks.training_cases import CASES, RUNS, TOOLS, chosen_runs
@@ -75,9 +76,15 @@ def test_a_case_names_runs_that_exist_and_its_own_tool_first() -> None:
 
 def test_a_run_that_fails_or_hangs_says_so(tmp_path: Path) -> None:
     run = Run("none", "no such tool", 1, 4)
+    config = tmp_path / "config.json"
+    config.write_text('{"hidden_size": 64}')
     found = h200_training.in_a_process(run, tmp_path, None, 60.0)
     assert "KeyError: 'no such tool'" in found["error"]
     assert "not done after" in h200_training.in_a_process(run, tmp_path, None, 0.01)["error"]
+    if not torch.cuda.is_available():
+        config.write_text('{"hidden_size": 4096}')
+        with pytest.raises(SystemExit, match="no GPU is seen any more"):
+            h200_training.in_a_process(run, tmp_path, None, 60.0)
 
 
 def _raw(run: str, call: str, **more: Any) -> str:

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.serve.embedded import answers, base_folder, request, save_adapter, settings
+from tests.serve.embedded import answers, base_folder, idle, request, save_adapter, settings
+from tests.serve.test_ferry import deltas
 from tests.tiny import tiny_model
 from tunefork.model.bank import add_serving_bank
-from tunefork.registry.peft_deltas import Delta
 from tunefork.serve.engine import Piece, ServedAdapter
 from tunefork.serve.engines import slots
 from tunefork.serve.engines.adapter_file import HostAdapter
-from tunefork.serve.engines.attention import flash_agrees
 from tunefork.serve.engines.embedded import EmbeddedEngine
+from tunefork.serve.engines.flash import flash_agrees
 from tunefork.serve.engines.slots import BankSlots
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::UserWarning:peft")]
@@ -55,15 +55,7 @@ def test_a_slot_is_filled_as_on_a_cpu(dtype: torch.dtype, monkeypatch: pytest.Mo
         filled = BankSlots(bank)
         torch.manual_seed(0)
         for slot, rank in ((0, 16), (1, 16), (1, 5)):
-            deltas = {
-                path: Delta(
-                    torch.randn(rank, layer.in_features).to(dtype),
-                    torch.randn(layer.out_features, rank).to(dtype),
-                    1.7,
-                )
-                for path, layer in bank.layers.items()
-            }
-            filled.load(slot, HostAdapter(deltas, rank, 0))
+            filled.load(slot, HostAdapter(deltas(bank, rank, dtype), rank, 0))
         found[kind] = {path: layer.stacks for path, layer in bank.layers.items()}
     for path, stacks in found["cpu"].items():
         for one, other in zip(stacks, found["cuda"][path], strict=True):
@@ -81,8 +73,7 @@ def ask(served: Served, **embedded: Any) -> tuple[list[Piece], Any]:
         await engine.start()
         info = engine.info()
         found = await answers(engine, wanted)
-        state = engine.state()
-        assert state.healthy and state.free_cache_tokens == state.total_cache_tokens
+        assert (await idle(engine)).healthy  # and every token of the cache is free again
         await engine.stop()
         return found, info
 

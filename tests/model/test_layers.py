@@ -1,13 +1,17 @@
 """However layers are kept or run again, losses and gradients are those of none."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._functorch._aot_autograd.utils import make_boxed_func
 
 from tests.tiny import tiny_model
+from tunefork.kernels.layout import Products, Storage
 from tunefork.model.build import build
+from tunefork.model.fused import fuse
 from tunefork.model.layers import decoder_layers, prepare_layers
 from tunefork.model.linear import LoraLinear
 from tunefork.recipe import Checkpointing, LoraSection, Method
@@ -17,7 +21,7 @@ IDS = torch.arange(3, 35).view(2, 16)
 
 def _built(kind: str) -> Any:
     model = tiny_model("llama")
-    method = Method.FULL if kind == "full" else Method.LORA
+    method = Method.FULL if kind == "full" else Method.QLORA if kind == "qlora" else Method.LORA
     build(model, method, LoraSection(rank=4, dropout=0.2 if kind == "dropout" else 0.0), seed=0)
     torch.manual_seed(1)
     for layer in model.modules():
@@ -68,3 +72,38 @@ def test_evaluation_and_generation_take_the_layers_as_written() -> None:
     assert ran == 0
     model(input_ids=IDS, use_cache=False)
     assert ran == len(decoder_layers(model)) == 2
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.compile about itself
+@pytest.mark.parametrize(("storage", "products"), [("bf16", "bf16"), ("nf4", "fp8")])
+def test_a_compiled_second_run_makes_no_result(storage: Storage, products: Products) -> None:
+    """What nobody reads is not made: a layer's last product is in the first run's code alone."""
+    plain, kept = (_built("qlora" if storage == "nf4" else "lora").bfloat16() for _ in range(2))
+    graphs: list[int] = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        from torch._dynamo.backends.common import aot_autograd
+
+        def noting(module: Any, inputs: Any) -> Any:
+            called = [str(node.target) for node in module.graph.nodes]
+            graphs.append(sum(".mm" in name or ".addmm" in name for name in called))
+            return make_boxed_func(module.forward)
+
+        def run(module: Any, inputs: Any) -> Any:
+            return make_boxed_func(module.forward)
+
+        return aot_autograd(fw_compiler=noting, bw_compiler=run)(graph, example)
+
+    for model in (plain, kept):
+        fuse(model, storage, products, torch.device("cpu"))
+    prepare_layers(plain, "offload", compiles=False)
+    compiler = partial(torch.compile, backend=backend, fullgraph=True)
+    prepare_layers(kept, "offload", compiles=True, dynamic=False, compiler=compiler)
+    torch._dynamo.reset()
+    (loss, gradients), (again, by_kept) = _step(plain), _step(kept)
+    torch.testing.assert_close(again, loss, rtol=0, atol=1e-3)
+    for name, want in gradients.items():
+        error = (by_kept[name] - want).norm() / want.norm()
+        assert error < 1e-2, name
+    first, second = graphs[: len(graphs) // 2], graphs[len(graphs) // 2 :]
+    assert min(first) > max(second) > 0

@@ -15,7 +15,7 @@ def _run(layer: nn.Module, x: torch.Tensor, **_: Any) -> torch.Tensor:
 
 def _pass(layers: list[nn.Linear], shelf: Shelf | None, x: torch.Tensor) -> torch.Tensor:
     for layer in layers:
-        x = _run(layer, x) if shelf is None else offloaded(_run, shelf, False, layer, x)
+        x = _run(layer, x) if shelf is None else offloaded(_run, _run, shelf, False, layer, x)
     return x.square().sum()
 
 

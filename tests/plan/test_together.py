@@ -129,14 +129,20 @@ def test_64_adapters_beside_an_8b_base(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_a_group_takes_what_it_took_on_an_h200(monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 adapters x 512 tokens, ranks 8 to 64, FP8 base in two copies, captured: peak tensors and
-    reserved memory with its context, 2026-11-26 (benchmarks/results/h200_together.json)."""
+@pytest.mark.parametrize(
+    ("adapters", "params", "tensors", "reserved"),
+    [(16, 1_258_291_200, 69.45, 71.67), (64, 5_033_164_800, 125.75, 127.74)],
+)
+def test_a_group_takes_what_it_took_on_an_h200(
+    adapters: int, params: int, tensors: float, reserved: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8,192 tokens, ranks 8 to 64, FP8 base in two copies, captured: peak tensors and reserved
+    memory (to which the context comes), 2026-11-26 (benchmarks/results/h200_together.json)."""
     monkeypatch.setattr(together, "config_for", lambda model: config_for(8.03e9))
     recipe = _recipe(micro_batch_tokens=8192, compile="always", precision="fp8")
-    variants = [LoraSection(rank=rank) for rank in [8, 16, 32, 64] * 4]
+    variants = [LoraSection(rank=rank) for rank in [8, 16, 32, 64] * (adapters // 4)]
     found = together.fits(recipe, variants, target=_target())
-    assert found.activation_checkpointing == "none"
-    assert sum(adapter.params for adapter in found.adapters) == 1_258_291_200
-    assert found.peak_tensor_bytes.mid / GIB == pytest.approx(74.69, rel=0.03)
-    assert found.peak_process_bytes.mid / GIB == pytest.approx(76.22 + 0.74, rel=0.05)
+    assert found.fits and found.activation_checkpointing == "none"
+    assert sum(adapter.params for adapter in found.adapters) == params
+    assert found.peak_tensor_bytes.mid / GIB == pytest.approx(tensors, rel=0.02)
+    assert found.peak_process_bytes.mid / GIB == pytest.approx(reserved + 0.74, rel=0.03)

@@ -11,11 +11,11 @@ from torch import Tensor
 from tests.serve.embedded import base_folder, save_adapter, settings
 from tests.serve.test_embedded import _flash_by_numbers
 from tunefork.model import fused
-from tunefork.serve.engines import attention
-from tunefork.serve.engines.attention import Reads
+from tunefork.serve.engines import attention, flash
 from tunefork.serve.engines.compiled_layers import CompiledLayers
 from tunefork.serve.engines.embedded import EmbeddedEngine
 from tunefork.serve.engines.layout import BASE, Part
+from tunefork.serve.engines.reads import Reads
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning:peft")]
 
@@ -46,7 +46,7 @@ def test_many_and_few_rows_with_and_without_adapters_are_all_forms(
 ) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    monkeypatch.setattr(attention, "_kernel", _kernel)
+    monkeypatch.setattr(flash, "_kernel", _kernel)
     base = tmp_path / "base"
     model = base_folder(base)
     adapter = save_adapter(model, tmp_path / "a", rank=8, seed=1)

@@ -27,10 +27,10 @@ from tunefork.model.bank import Bank
 from tunefork.model.fused import FusedGroup
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.engines import attention, base
-from tunefork.serve.engines.attention import Reads
 from tunefork.serve.engines.embedded import EmbeddedEngine
 from tunefork.serve.engines.graphs import Graphs, Key
 from tunefork.serve.engines.passes import Outcome
+from tunefork.serve.engines.reads import Reads
 from tunefork.serve.engines.shapes import MOST
 from tunefork.serve.engines.slots import BankSlots
 

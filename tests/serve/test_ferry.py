@@ -2,27 +2,51 @@
 
 import torch
 
+from tests.tiny import tiny_model
+from tunefork.model.bank import Bank, add_serving_bank
+from tunefork.registry.peft_deltas import Delta, Deltas
 from tunefork.serve.engines.ferry import Ferry
 
 
-def test_all_arrive_as_they_were_and_none_is_overtaken() -> None:
-    """On a CPU what was carried lies in the ferry's own memory, until all of it has arrived."""
+def deltas(bank: Bank, rank: int, dtype: torch.dtype, skipped: int = 0) -> Deltas:
+    """Random ones of all layers but the first few."""
+    return {
+        path: Delta(
+            torch.randn(rank, layer.in_features).to(dtype),
+            torch.randn(layer.out_features, rank).to(dtype),
+            1.7,
+        )
+        for path, layer in list(bank.layers.items())[skipped:]
+    }
+
+
+def test_a_slot_filled_in_parts_is_filled_as_at_once() -> None:
+    """Bit for bit, whatever dtype the file has, and whoever was in the slot; what has crossed is
+    overwritten no sooner than it has arrived."""
     torch.manual_seed(0)
-    arrivals: list[bool] = []
-    on_their_way: list[tuple[torch.Tensor, torch.Tensor]] = []
+    model = tiny_model("llama").bfloat16()
+    whole = add_serving_bank(model, slots=2, rank=16)
+    parted = add_serving_bank(tiny_model("llama").bfloat16(), slots=2, rank=16)
+    arrived = 0
 
     def arrive() -> None:
-        assert on_their_way
-        arrivals.extend(torch.equal(sent, found) for sent, found in on_their_way)
-        on_their_way.clear()
+        nonlocal arrived
+        arrived += 1
+        ferry.there.fill_(255)  # NaN, to whoever still reads it
 
-    ferry = Ferry(4096, torch.device("cpu"), arrive)
-    dtypes = (torch.bfloat16, torch.float64, torch.float32)
-    for at in range(30):
-        sent = torch.randn(5, 3 + at).to(dtypes[at % 3])
-        found = ferry.carry(sent)  # may wait for those before it
-        on_their_way.append((sent, found))
-    largest = torch.randn(4096 // 4)
-    on_their_way.append((largest, ferry.carry(largest)))
-    arrive()
-    assert arrivals == [True] * 31
+    ferry = Ferry(1 << 14, torch.device("cpu"), arrive)
+    for rank, dtype, skipped in (
+        (16, torch.bfloat16, 0),
+        (5, torch.float32, 3),
+        (16, torch.float16, 1),
+        (3, torch.float64, 0),
+    ):
+        found, before = deltas(whole, rank, dtype, skipped), arrived
+        with torch.inference_mode():
+            whole.load(1, found)
+            parted.load_parts(1, found, ferry.carry(found))
+        assert arrived > before
+        assert parted.held == whole.held
+        for path, layer in whole.layers.items():
+            for one, other in zip(layer.stacks, parted.layers[path].stacks, strict=True):
+                assert torch.equal(one, other), (path, dtype)

@@ -5,7 +5,9 @@ has one slot and a piece of its columns, and takes the tokens of that slot from 
 """
 
 from collections.abc import Sequence
+from functools import cache
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,6 +16,10 @@ _CHUNK = 16
 """Rows that tensor cores multiply at a time: the fewest."""
 _FEW = 4
 """Rows of a slot that are added to one by one."""
+_ROWS = 64
+"""Up to so many rows are looked through by one form, which compiles once for all graphs."""
+_VALUES = 4096
+"""Of B that a warp holds."""
 
 
 @triton.jit
@@ -49,7 +55,7 @@ def _next(is_mine, row):
     return at, is_mine & (row > at)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _add_own(
     y, stride_y, u, stride_u, slots, b, num_rows, num_slots,
     sizes: tl.constexpr, rank: tl.constexpr, block_rank: tl.constexpr,
@@ -183,29 +189,27 @@ def _blocks(sizes: Sequence[int], block_o: int) -> int:
     return sum(triton.cdiv(size, block_o) for size in sizes)
 
 
-def _block_o(rank: int, most: int) -> int:
-    """Columns of B that a program holds: fewer for a large rank, as they lie in registers."""
-    return max(16, min(most, 8192 // rank))
+@cache
+def _can_be_early(device: torch.device) -> bool:
+    """Whether a kernel can begin while the one before ends (programmatic dependent launch)."""
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program may take."""
+    found = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return int(found["max_shared_mem"])
 
 
 def add_own(
-    y_so: Tensor,
-    u_sk: Tensor,
-    slot_s: Tensor,
-    b: Tensor,
-    sizes: Sequence[int],
-    rank: int,
-    *,
-    most: int = 4096,
-    num_warps: int = 1,
-    few: int = _FEW,
-    is_early: bool = False,
-    maxnreg: int | None = None,
+    y_so: Tensor, u_sk: Tensor, slot_s: Tensor, b: Tensor, sizes: Sequence[int], rank: int
 ) -> None:
-    """As `bank_read.add_own`. `is_early`: B is read while the kernel before still runs."""
+    """As `bank_read.add_own`."""
     num_slots = b.numel() // (rank * sum(sizes))
     block_rank = max(16, triton.next_power_of_2(rank))
-    block_o = max(16, most // block_rank)
+    block_o = max(16, _VALUES // block_rank)
+    is_early = _can_be_early(y_so.device)
     _add_own[(_blocks(sizes, block_o), num_slots)](
         y_so,
         y_so.stride(0),
@@ -220,33 +224,21 @@ def add_own(
         block_rank,
         block_o,
         min(block_o, 64),
-        triton.next_power_of_2(y_so.shape[0]),
+        max(_ROWS, triton.next_power_of_2(y_so.shape[0])),
         _step(sizes),
-        few,
+        _FEW,
         _CHUNK,
         is_early,
-        num_warps=num_warps,
+        num_warps=1,  # a lane holds all rows of its columns of B
         launch_pdl=is_early,
-        maxnreg=maxnreg,
     )
 
 
-def down(
-    x_sd: Tensor,
-    a_kd: Tensor,
-    tiles_t3: Tensor,
-    tile: int,
-    layers: int,
-    rank: int,
-    *,
-    block_d: int = 128,
-    num_warps: int = 4,
-    num_stages: int = 4,
-) -> Tensor:
+def down(x_sd: Tensor, a_kd: Tensor, tiles_t3: Tensor, tile: int, layers: int, rank: int) -> Tensor:
     """As `bank_read.down`."""
     columns, features = layers * rank, x_sd.shape[1]
     u_sk = x_sd.new_empty(x_sd.shape[0], columns)
-    block_k = max(16, min(128, triton.next_power_of_2(columns)))
+    block_k, block_d = max(16, min(128, triton.next_power_of_2(columns))), 128
     grid = (tiles_t3.shape[0], triton.cdiv(columns, block_k))
     _down[grid](
         x_sd,
@@ -264,8 +256,8 @@ def down(
         tile,
         block_k,
         block_d,
-        num_warps=num_warps,
-        num_stages=num_stages,
+        num_warps=4,
+        num_stages=max(1, min(4, _shared_bytes(x_sd.device) // (2 * block_d * (tile + block_k)))),
     )
     return u_sk
 
@@ -280,12 +272,11 @@ def up(
     rank: int,
     *,
     begins: bool,
-    block_o: int = 128,
-    num_warps: int = 4,
 ) -> None:
     """As `bank_read.up`."""
     block_rank = max(16, triton.next_power_of_2(rank))
-    block_o = _block_o(block_rank, block_o)
+    # Columns of B lie in registers: fewer for a large rank.
+    block_o = max(16, min(128, 8192 // block_rank))
     _up[(_blocks(sizes, block_o), tiles_t3.shape[0])](
         y_so,
         y_so.stride(0),
@@ -301,5 +292,5 @@ def up(
         block_o,
         _step(sizes),
         begins,
-        num_warps=num_warps,
+        num_warps=4,
     )

@@ -9,7 +9,7 @@ zeros, which train to zeros: their gradients are.
 Shape legend as in `bank_linear.py`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -128,23 +128,43 @@ class Bank:
             self.routing.padded[kind].scale_q[slice(*spans(ranks)[slot])] = scale
 
     @torch.no_grad()
-    def load(
-        self, slot: int, found: Deltas, carry: Callable[[Tensor], Tensor] = lambda matrix: matrix
-    ) -> None:
+    def load(self, slot: int, found: Deltas) -> None:
         """Fill `slot` of a serving bank. Other slots may be read meanwhile.
 
         Values must be finite, times the scale too: they reach other adapters' tokens, as zero times
-        a number. `carry` brings a matrix to the bank's device. Raises AdapterError, before anything
-        is changed, for what has no room here.
+        a number. Raises AdapterError, before anything is changed, for what has no room here.
         """
 
         def scaled(path: str) -> tuple[Tensor, Tensor]:
             a_rd, b_or, scale = found[path]
-            dtype = self.layers[path].dtype
-            wide = torch.promote_types(a_rd.dtype, dtype)  # rounded once
-            return (carry(a_rd).to(wide) * scale).to(dtype), carry(b_or)
+            return (self._wide(path, a_rd) * scale).to(self.layers[path].dtype), b_or
 
         self._write(slot, {path: (a_rd, b_or) for path, (a_rd, b_or, _) in found.items()}, scaled)
+
+    @torch.no_grad()
+    def load_parts(self, slot: int, found: Deltas, parts: Iterable[Deltas]) -> None:
+        """As `load`, of what has room here, with few calls: `parts` are `found`, of which each is
+        on the bank's device until the next is asked for."""
+        rooms, rest = {}, []
+        for path, layer in self.layers.items():
+            rank = found[path][0].shape[0] if path in found else 0
+            own = layer.own(slot)
+            rooms[path] = (own[0][:rank], own[1][:rank])
+            if rank < layer.ranks[slot]:
+                rest += [own[0][rank:], own[1][rank:]]
+        if rest:
+            torch._foreach_zero_(rest)
+        for part in parts:
+            wide = [self._wide(path, a_rd) for path, (a_rd, _, _) in part.items()]
+            scaled = torch._foreach_mul(wide, [scale for _, _, scale in part.values()])
+            torch._foreach_copy_([rooms[path][0] for path in part], scaled)
+            up = [b_or.t() for _, b_or, _ in part.values()]
+            torch._foreach_copy_([rooms[path][1] for path in part], up)
+        self.held[slot] = {path: a_rd.shape[0] for path, (a_rd, _, _) in found.items()}
+
+    def _wide(self, path: str, a_rd: Tensor) -> Tensor:
+        """A in the dtype in which it is scaled, to be rounded once."""
+        return a_rd.to(torch.promote_types(a_rd.dtype, self.layers[path].dtype))
 
     @torch.no_grad()
     def clear(self, slot: int) -> None:

@@ -9,7 +9,8 @@ other shapes, and take the layers as written.
                 attention's forward pass), the results of the large products are kept
     full        a layer's input alone is kept, and the layer runs again in the backward pass (Chen
                 et al. 2016, https://arxiv.org/abs/1604.06174)
-    offload     full, and the inputs wait in host memory (`model/offload.py`)
+    offload     full, and the inputs wait in host memory; compiled, the second run leaves out what
+                is made for the layer's result alone (`model/offload.py`)
 """
 
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tunefork.errors import ModelError
 from tunefork.model.bank_linear import BankLinear
 from tunefork.model.fused import FusedLinear
-from tunefork.model.offload import Shelf, offloaded
+from tunefork.model.offload import Shelf, offloaded, unread
 from tunefork.recipe import Checkpointing
 
 
@@ -50,10 +51,10 @@ def prepare_layers(
     which computes nothing, has a `compiler` and a `shelf` (`model/offload.py`) of its own. Raises
     ModelError for checkpointing that the model has no layers for.
     """
-    again = draws(model)
+    is_random = draws(model)
     run: Callable[..., Any] = _as_written
     if checkpointing == "selective":
-        run = partial(_checkpointed, _as_written, again)
+        run = partial(_checkpointed, _as_written, is_random)
     if compiles:
         # A fused group remembers its outputs until its last member has asked for them, within one
         # run of the layer: nothing that the second run would have to do again.
@@ -65,9 +66,12 @@ def prepare_layers(
         torch._functorch.config.cse = not (keeps_all and _makes_operands_twice(model))
         run = compiler(run, dynamic=dynamic)
     if checkpointing == "full":
-        run = partial(_checkpointed, run, again)
+        run = partial(_checkpointed, run, is_random)
     if checkpointing == "offload":
-        run = partial(offloaded, run, shelf or Shelf(), again)
+        again = run
+        if compiles and not is_random:  # two codes might draw apart
+            again = compiler(partial(unread, _as_written), dynamic=dynamic)
+        run = partial(offloaded, run, again, shelf or Shelf(), is_random)
     layers = decoder_layers(model)
     if not layers and checkpointing != "none":
         raise ModelError(

@@ -136,12 +136,13 @@ class _Offloaded(torch.autograd.Function):
     def forward(
         ctx: Any,
         run: Callable[[Tensor], Tensor],
+        again: Callable[[Tensor], Tensor],
         shelf: Shelf,
         draws: bool,
         x_d: Tensor,
         _anchor: Tensor,
     ) -> Tensor:
-        ctx.run, ctx.shelf, ctx.random = run, shelf, None
+        ctx.again, ctx.shelf, ctx.random = again, shelf, None
         if draws:
             ctx.random = (torch.get_rng_state(), *get_device_states(x_d))
         y_d = run(x_d)
@@ -153,19 +154,19 @@ class _Offloaded(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_d: Tensor) -> tuple[Tensor | None, ...]:
-        x_d = ctx.shelf.take(ctx.kept).requires_grad_(ctx.needs_input_grad[3])
+        x_d = ctx.shelf.take(ctx.kept).requires_grad_(ctx.needs_input_grad[4])
         now = None
         if ctx.random is not None:
             now = (torch.get_rng_state(), *get_device_states(x_d))
             torch.set_rng_state(ctx.random[0])
             set_device_states(*ctx.random[1:])
         with torch.enable_grad():
-            y_d = ctx.run(x_d)
+            y_d = ctx.again(x_d)
         if now is not None:
             torch.set_rng_state(now[0])
             set_device_states(*now[1:])
         torch.autograd.backward(y_d, dy_d)
-        return None, None, None, x_d.grad, None
+        return None, None, None, None, x_d.grad, None
 
 
 _REFUSED = (
@@ -174,8 +175,37 @@ _REFUSED = (
 )
 
 
+class _Unread(torch.autograd.Function):
+    """Stands for a result whose values nobody reads, and takes its gradient to where it was made.
+
+    What only they were made of is then dead code to a compiler.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y_d: Tensor) -> Tensor:
+        return torch.empty(y_d.shape, dtype=y_d.dtype, device=y_d.device)  # of its size alone
+
+    @staticmethod
+    def backward(ctx: Any, dy_d: Tensor) -> Tensor:
+        return dy_d
+
+
+def unread(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`run`, to be compiled for a layer's second run: the gradient passes, the values are not made.
+
+    A decoder layer ends with the MLP's last product, a quarter of its arithmetic, of which its own
+    backward pass needs the input alone.
+    """
+    y_d = run(*args, **kwargs)
+    if not isinstance(y_d, Tensor):
+        return y_d
+    apply: Callable[..., Tensor] = _Unread.apply
+    return apply(y_d)
+
+
 def offloaded(
     run: Callable[..., Any],
+    again: Callable[..., Any],
     shelf: Shelf,
     draws: bool,
     layer: nn.Module,
@@ -183,7 +213,8 @@ def offloaded(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    """`run(layer, x_d, *args, **kwargs)`, a (..., D) tensor, whose backward pass runs it again.
+    """`run(layer, x_d, *args, **kwargs)`, a (..., D) tensor, whose backward pass runs `again` for
+    it: the same, but that what it returns may be anything of that size.
 
     `x_d` waits in host memory until then. Gradients of `layer`'s parameters add up in their `grad`
     (never through `torch.autograd.grad`). With `draws` the second run draws the same random
@@ -197,4 +228,5 @@ def offloaded(
     # Its gradient is not asked for, but without an input that has one there is no backward pass.
     anchor = torch.empty(0, device=x_d.device, requires_grad=True)
     apply: Callable[..., Tensor] = _Offloaded.apply
-    return apply(lambda x: run(layer, x, *args, **kwargs), shelf, draws, x_d, anchor)
+    first, second = (lambda x, f=f: f(layer, x, *args, **kwargs) for f in (run, again))
+    return apply(first, second, shelf, draws, x_d, anchor)

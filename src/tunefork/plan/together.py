@@ -9,6 +9,11 @@ the batch, and is counted:
     AdamW's two moments, fp32        8
     in the pass, one layer at a time: bf16 copies of its A and B for all adapters, padded to the
     highest rank (a multiple of 16), the gradients in that form, and these widened:  2 + 2 + 4
+
+One thing is less. Over FP8 one adapter's product keeps the input it quantised; the adapters of a
+group are products of their own, and the compiler makes a norm's output again rather than keep it.
+Counted where it was measured, compiled and without checkpointing: two inputs a layer, 4 GiB of 8B
+at 8,192 tokens (benchmarks/results/h200_together.json).
 """
 
 from collections.abc import Sequence
@@ -30,6 +35,8 @@ from tunefork.recipe import Checkpointing, LoraSection, Method, Recipe
 from tunefork.train.engine import compiles
 
 _WEIGHT, _GRADIENT, _MOMENTS, _IN_PASS = 4, 4, 8, 2 + 2 + 4
+_MADE_AGAIN = 2
+"""Inputs of a layer's products, bf16: of attention and of the MLP, which are norms' outputs."""
 _RANK_STEP = 16
 """Ranks are padded to a multiple of this in a pass (`kernels/bank.py`)."""
 _MANY_STEPS = 1000
@@ -166,6 +173,7 @@ def _groups(
         wants_fp8=recipe.train.precision == "fp8",
         is_compiled=compiles(recipe.train.compile, target.kind, _MANY_STEPS),
     )
+    made_again = _MADE_AGAIN * 2 * tokens * config.hidden_size * num_layers(config)
     is_left = recipe.train.activation_checkpointing == "auto"
     shape = Shape(1, tokens, tokens, is_masked=True, segments=max(2, len(variants)))
     params = tuple(lora_params(config, lora) for lora in variants)
@@ -179,6 +187,9 @@ def _groups(
                 _IN_PASS * n * padded // lora.rank // num_layers(config)
                 for n, lora in zip(params, variants, strict=True)
             ),
+            made_again=made_again
+            if kind.is_compiled and kind.wants_fp8 and kind.checkpointing == "none"
+            else 0,
         )
         for kind in (kinds_of(made, target) if is_left else [made])
     ]
@@ -195,6 +206,8 @@ class _Group:
     """Of each adapter."""
     in_pass: tuple[int, ...]
     """Bytes that each takes in the layer at work."""
+    made_again: int
+    """Bytes of what one adapter keeps of a pass and a group does not."""
 
     def planned(self) -> Together:
         """All of them, and how many fit."""
@@ -220,9 +233,9 @@ class _Group:
     def memory(self, count: int) -> Memory:
         """Of the first `count` adapters."""
         step = self.case.step(self.shape)
-        return self.case.memory_of(
-            _with(step, self.params[:count], self.in_pass[:count]), self.shape
-        )
+        more = sum(self.in_pass[:count])
+        group = _with(step, self.params[:count], more, self.made_again)
+        return self.case.memory_of(group, self.shape)
 
     def _largest(self, memory_bytes: int) -> int:
         """How many fit; each takes more than the one before."""
@@ -236,7 +249,7 @@ class _Group:
         return fitting
 
 
-def _with(step: Step, params: Sequence[int], in_pass: Sequence[int]) -> Step:
+def _with(step: Step, params: Sequence[int], in_pass: int, made_again: int) -> Step:
     """`step`, which has one adapter, with those of `params` in its place."""
     more = sum(params) - step.trained
     extra: dict[Part, int] = {
@@ -250,7 +263,8 @@ def _with(step: Step, params: Sequence[int], in_pass: Sequence[int]) -> Step:
 
     def peak(found: Peak) -> Peak:
         parts = grown(found.parts)
-        parts["workspace"] = parts.get("workspace", 0) + sum(in_pass)
+        parts["activations"] = max(0, parts.get("activations", 0) - made_again)
+        parts["workspace"] = parts.get("workspace", 0) + in_pass
         return Peak(sum(parts.values()), parts)
 
     return replace(

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from tunefork.errors import ModelError
 from tunefork.serve.engines import attention
+from tunefork.serve.engines.flash import flash_agrees
 from tunefork.serve.engines.regions import UNIT, Region, Regions
 
 _PROBE = "tunefork_serving_probe"
@@ -148,6 +149,6 @@ def takes_flash(layers: list[LayerShape], dtype: torch.dtype, device: torch.devi
         for layer in layers
     }
     return all(
-        key == value and key % 8 == 0 and key <= 256 and attention.flash_agrees(h, k, key, dtype)
+        key == value and key % 8 == 0 and key <= 256 and flash_agrees(h, k, key, dtype)
         for h, k, key, value in kinds
     )

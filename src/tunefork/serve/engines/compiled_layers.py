@@ -3,7 +3,7 @@ them norms and rotations of a few kilobytes, which a GPU cannot do in less than 
 
 One compiled form serves all layers, which differ in their weights alone, and all numbers of rows:
 that dimension is marked, so that everything else stays a number that the compiler knows. Whether a
-pass has adapters is another form, and so are many rows, whose heads are grouped (`attention.py`).
+pass has adapters is another form, and so are many rows, whose heads are grouped (`flash.py`).
 Prompts run as written: they are seldom of one length.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunefork.model.layers import decoder_layers
-from tunefork.serve.engines.attention import Reads
+from tunefork.serve.engines.reads import Reads
 
 _MOST_FORMS = 32
 """With or without adapters, by attention's limits of length, for each kind of layer."""

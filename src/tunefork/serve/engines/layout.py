@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tunefork.kernels.bank_stretches import Stretch
-from tunefork.serve.engines.attention import Span
+from tunefork.serve.engines.reads import Span
 
 STEP = 8
 """A CPU's passes are filled up to a multiple of so many tokens: oneDNN compiles its products anew

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tunefork.kernels.bank_stretches import Stretch
-from tunefork.serve.engines.attention import Reads, Span
 from tunefork.serve.engines.choose import greedy
 from tunefork.serve.engines.compiled_layers import CompiledLayers
 from tunefork.serve.engines.graphs import MANY_ROWS, Graphs, Key, limited
 from tunefork.serve.engines.layout import BASE, STEP, Layout, Part, stretches
+from tunefork.serve.engines.reads import Reads, Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ class Passes:
         *,
         is_captured: bool = False,
     ) -> Outcome:
-        """`spans` for `attention.sdpa`, None for `flash`."""
+        """`spans` for `sdpa`, None for `flash`."""
         tensors, num_tokens = self.layout.tensors, shape.num_tokens
         reads = Reads(
             tensors["write"][:num_tokens].long(),

@@ -35,7 +35,7 @@ class BankSlots:
         if is_cuda:
             self._stream = torch.cuda.Stream(bank.device)  # type: ignore[no-untyped-call]
             largest = max(max(la.in_features, la.out_features) * max(la.ranks) for la in layers)
-            num_bytes = max(_FERRY_BYTES, largest * torch.float64.itemsize)
+            num_bytes = max(_FERRY_BYTES, 2 * largest * torch.float64.itemsize)
             self._ferry = Ferry(num_bytes, bank.device, self._stream.synchronize)
 
     def route(
@@ -65,8 +65,10 @@ class BankSlots:
         with self._loading, torch.cuda.stream(self._stream):
             if slot in self._emptied:  # a pass in flight may still read what was there
                 self._stream.wait_event(self._emptied.pop(slot))
-            self.bank.load(slot, adapter.deltas, self._ferry.carry)
-            self._stream.synchronize()
+            try:
+                self.bank.load_parts(slot, adapter.deltas, self._ferry.carry(adapter.deltas))
+            finally:  # nobody else takes the ferry before
+                self._stream.synchronize()
 
     def clear(self, slot: int) -> None:
         """What is in `slot` is of no more use. It is overwritten by what comes next."""

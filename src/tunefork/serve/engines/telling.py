@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tunefork.errors import EngineError
 from tunefork.serve.engine import FinishReason, Piece, TokenLogprob
@@ -38,9 +39,9 @@ def read(answers: Sequence[Answer], outcome: Outcome) -> list[Event]:
     choices = [_choice(answer) for answer in answers]
     able = [Choice() if isinstance(one, EngineError) else one for one in choices]
     if all(choice.is_greedy for choice in able):
-        tokens = outcome.tokens_r[: len(answers)].tolist()
+        tokens = _numbers(outcome.tokens_r[: len(answers)])
     else:
-        tokens = choose(outcome.logits_rv, able).tolist()
+        tokens = _numbers(choose(outcome.logits_rv, able))
     told = _logprobs(answers, tokens, outcome)
     events = []
     for row, (answer, token) in enumerate(zip(answers, tokens, strict=True)):
@@ -56,6 +57,19 @@ def read(answers: Sequence[Answer], outcome: Outcome) -> list[Event]:
                 error = _failed("its grammar", failure)
         events.append(Event(answer, token, finish, told.get(row), error))
     return events
+
+
+def _numbers(tokens_r: Tensor) -> list[int]:
+    """As a list. A GPU is waited for by an event: a copy to memory that is not pinned waits within
+    the driver, which a thread that brings an adapter wants as well."""
+    if tokens_r.is_cuda:
+        here_r = torch.empty_like(tokens_r, device="cpu", pin_memory=True)
+        tokens_r = here_r.copy_(tokens_r, non_blocking=True)
+        is_there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        is_there.record()
+        is_there.synchronize()
+    numbers: list[int] = tokens_r.tolist()
+    return numbers
 
 
 def piece_of(event: Event, tokenizer: Any) -> Piece | EngineError:

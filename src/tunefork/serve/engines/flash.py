@@ -1,0 +1,145 @@
+"""Serving's attention by PyTorch's FlashAttention 2: a GPU in bf16 or fp16.
+
+A segment of keys begins anywhere in the cache and is as long as `used` says, so nothing is copied.
+
+Shape legend as in `attention.py`.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunefork.serve.engines.reads import Reads, Span
+from tunefork.serve.engines.sdpa import sdpa
+
+
+def flash(
+    query_nhe: Tensor,
+    keys_ske: Tensor,
+    values_ske: Tensor,
+    reads: Reads,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """(N, H, E). CUDA, bf16 or fp16; no number is read off the GPU.
+
+    A row's last token sees all that is used, those before it one less each.
+    """
+    run = flash_in_a_graph if torch.compiler.is_compiling() else _kernel
+    tokens, heads, features = query_nhe.shape
+    kv_heads, longest_q, starts_q = keys_ske.shape[1], reads.longest_q, reads.starts_q
+    groups, is_causal = heads // kv_heads, longest_q > 1
+    is_grouped = window is None and groups in reads.grouped
+    if is_grouped:
+        # As many tokens as query heads share a key-value head; all of them see everything. The
+        # kernel would do it too, by three copies in place of two that are fused with others.
+        longest_q, starts_q = groups, reads.grouped[groups]
+        query_nhe = query_nhe.view(tokens, kv_heads, groups, features).transpose(1, 2)
+        query_nhe = query_nhe.reshape(tokens * groups, kv_heads, features)
+    rows = [starts_q, reads.starts_k, reads.used_r]
+    told = (rows, longest_q, reads.longest_k, is_causal, scale, window)
+    found = run(query_nhe, keys_ske, values_ske, *told)
+    if is_grouped:
+        found = found.view(tokens, groups, kv_heads, features).transpose(1, 2)
+    return found.reshape(tokens, heads, features)
+
+
+def _kernel(
+    query_nhe: Tensor,
+    keys_ske: Tensor,
+    values_ske: Tensor,
+    rows: list[Tensor],
+    longest_q: int,
+    longest_k: int,
+    is_causal: bool,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """The operator, and not `torch.nn.attention.varlen`: see `model/packed_attention.py`."""
+    starts_q, starts_k, used_r = rows
+    found: tuple[Tensor, ...] = torch.ops.aten._flash_attention_forward(
+        query_nhe,
+        keys_ske,
+        values_ske,
+        starts_q,
+        starts_k,
+        longest_q,
+        longest_k,
+        0.0,
+        is_causal,
+        False,
+        scale=scale,
+        window_size_left=None if window is None else window - 1,
+        window_size_right=None if window is None else 0,
+        seqused_k=used_r,
+    )
+    return found[0]
+
+
+@torch.library.custom_op("tunefork::serving_flash", mutates_args=())
+def flash_in_a_graph(
+    query_nhe: Tensor,
+    keys_ske: Tensor,
+    values_ske: Tensor,
+    rows: list[Tensor],
+    longest_q: int,
+    longest_k: int,
+    is_causal: bool,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """The kernel as a compiler sees it: an operator with one result, contiguous, of q's shape."""
+    told = (rows, longest_q, longest_k, is_causal, scale, window)
+    return _kernel(query_nhe, keys_ske, values_ske, *told).contiguous()
+
+
+@flash_in_a_graph.register_fake
+def _(query_nhe: Tensor, *_: Any) -> Tensor:
+    return query_nhe.new_empty(query_nhe.shape)
+
+
+def flash_agrees(heads: int, kv_heads: int, features: int, dtype: torch.dtype) -> bool:
+    """Whether `flash` is what `sdpa` is on this GPU, for decoding rows and for pieces of prompts.
+
+    Regions lie apart and in no order here, with something else around them.
+    """
+    device = torch.device("cuda")
+    random = torch.Generator(device).manual_seed(0)
+
+    def draw(tokens: int, number: int) -> Tensor:
+        shape = (tokens, number, features)
+        return torch.randn(shape, generator=random, device=device).to(dtype)
+
+    keys_ske, values_ske = draw(512, kv_heads), draw(512, kv_heads)
+    for new in ((1, 1, 1), (1, 5, 40)):
+        first = [sum(new[:at]) for at in range(4)]
+        spans = tuple(
+            Span(at, number, start, used)
+            for at, number, start, used in zip(
+                first, new, (300, 64, 129), (77, 33, 170), strict=False
+            )
+        )
+
+        def numbers(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        starts_k = numbers([*(span.start for span in spans), 0])
+        used_r = numbers([span.used for span in spans])
+        write_n = torch.zeros(0, dtype=torch.int64, device=device)
+        reads = Reads(write_n, numbers(first), starts_k, used_r, max(new), 256, spans)
+        groups = heads // kv_heads
+        grouped = replace(reads, grouped={groups: reads.starts_q * groups})
+        query_nhe = draw(sum(new), heads)
+        for window in (None, 16):
+            told = (features**-0.5, window)
+            wanted = sdpa(query_nhe, keys_ske, values_ske, reads, *told).float()
+            for way in (reads, grouped) if max(new) == 1 else (reads,):
+                try:
+                    found = flash(query_nhe, keys_ske, values_ske, way, *told)
+                except (RuntimeError, TypeError):  # this GPU or this PyTorch has it not
+                    return False
+                if not torch.allclose(found.float(), wanted, atol=0.03):
+                    return False
+    return True
