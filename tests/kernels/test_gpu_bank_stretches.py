@@ -5,7 +5,10 @@ import torch
 
 from tunefork.kernels.bank_stretches import TERMS, Matrices, Stretch, add_stretches, lay_out
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 def test_a_gpus_sums_are_a_cpus() -> None:
