@@ -6,7 +6,8 @@
 one process and in turn, so that all see the same machine: the embedded engine over the base alone,
 over 8 adapters, and PEFT's `generate` over one batch with `adapter_names`, in the same dtype. Times
 are of the wall; `cpu_tokens_per_s` is by the process's own processor time, which other work on the
-machine changes less. Writes results/cpu_serving.json.
+machine changes less. PEFT runs in threads that end, as whatever computes beside the engine in a
+server (`serve/engines/cores.py`). Writes results/cpu_serving.json.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from tunefork.model.device import describe, has_fast_bf16
 from tunefork.model.load import find
 from tunefork.recipe import ModelSection
 from tunefork.serve.engine import ServedAdapter
+from tunefork.serve.engines.cores import in_a_thread
 from tunefork.serve.engines.embedded import EmbeddedEngine
 from tunefork.serve.engines.embedded_settings import EmbeddedSettings
 from tunefork.serve.settings import ServeSettings
@@ -49,23 +51,21 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     dtype = arguments.dtype or ("bf16" if has_fast_bf16() else "fp32")
     with TemporaryDirectory() as folder:
-        adapters = _save_adapters(Path(folder), arguments.rank)
-        rows = asyncio.run(_measure(adapters, dtype, arguments.rank, arguments.rounds))
+        rows = asyncio.run(_measure(Path(folder), dtype, arguments.rank, arguments.rounds))
     device = describe(torch.device("cpu"))
     name = f"{device['name']}, {arguments.threads} threads"
     if not arguments.dry:
         print(write("cpu_serving", rows, device=name))
 
 
-async def _measure(
-    adapters: list[ServedAdapter], dtype: str, rank: int, rounds: int
-) -> list[dict[str, Any]]:
+async def _measure(folder: Path, dtype: str, rank: int, rounds: int) -> list[dict[str, Any]]:
+    adapters = await in_a_thread(lambda: _save_adapters(folder, rank))
     load = draw_load(REQUESTS, PROMPT, NEW, 40_000)
     fields = {"device": "cpu", "dtype": dtype, "slots": ADAPTERS, "max_rank": rank}
     embedded = EmbeddedSettings.model_validate(fields | {"max_model_len": 1024})
     engine = EmbeddedEngine(ServeSettings(base=ModelSection(id=BASE), embedded=embedded))
     await engine.start()
-    peft = _peft(adapters, dtype)
+    peft = await in_a_thread(lambda: _peft(adapters, dtype))
     await round_of(engine, load, adapters, "warm")  # adapters are read and checked here
     taken: dict[str, list[tuple[float, list[Timing]]]] = {"base": [], "8_adapters": []}
     cpu: dict[str, list[float]] = {"base": [], "8_adapters": [], "peft": []}
@@ -76,7 +76,7 @@ async def _measure(
             taken[case].append(await round_of(engine, load, whose, f"{case}-{turn}"))
             cpu[case].append(time.process_time() - began)
         began, wall = time.process_time(), time.perf_counter()
-        _generate(peft, load, adapters)
+        await in_a_thread(lambda: _generate(peft, load, adapters))
         seconds.append(time.perf_counter() - wall)
         cpu["peft"].append(time.process_time() - began)
     await engine.stop()

@@ -11,12 +11,14 @@ from transformers import PreTrainedModel
 
 from tests.tiny import tiny_model
 from tunefork.errors import AdapterError, ModelError
+from tunefork.kernels.bank_stretches import Stretch, lay_out
 from tunefork.model.bank import Bank, BankAdapter, add_bank, add_serving_bank
 from tunefork.model.bank_linear import BankLinear
 from tunefork.model.build import build, lora_scale, quantize_nf4
 from tunefork.model.fused import fuse
 from tunefork.model.layers import prepare_layers
 from tunefork.model.linear import LoraLinear
+from tunefork.model.own_rows import keep_rows
 from tunefork.recipe import LoraSection, Method
 from tunefork.registry.peft_save import save_adapter, save_deltas
 
@@ -145,9 +147,12 @@ def _about_equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool((found - expected).norm() < 0.01 * expected.norm())
 
 
-@pytest.mark.parametrize("form", ["plain", "bf16", "bf16 joined", "fp8 joined"])
+@pytest.mark.parametrize(
+    "form", ["plain", "bf16", "bf16 joined", "fp8 joined", "plain rows", "bf16 rows"]
+)
 def test_a_server_tells_each_token_its_adapter(form: str) -> None:
-    """Layers by themselves, and groups of them: deltas by layer, or A with the group's product."""
+    """Layers by themselves, and groups of them: deltas by layer, A with the group's product, or
+    sums of rows."""
     model = tiny_model("llama").bfloat16()
     bank = add_serving_bank(model, slots=3, rank=16)
     train = _bank(dtype=torch.bfloat16)
@@ -156,10 +161,25 @@ def test_a_server_tells_each_token_its_adapter(form: str) -> None:
     kind, _, joined = form.partition(" ")
     if kind != "plain":
         for group in fuse(model, kind, kind, torch.device("cpu")):  # type: ignore[arg-type]
-            if joined:
+            if joined == "rows":
+                group.keep_rows()
+            elif joined:
                 group.join_banks()
+    elif joined:
+        for layer in bank.layers.values():
+            keep_rows([layer])
+
+    def tell(whose: list[int]) -> None:
+        index = torch.tensor(whose, dtype=torch.int32).repeat_interleave(16)
+        if joined != "rows":
+            bank.route_tokens(index)
+            return
+        rows = [Stretch(slot, 16 * at, 16 * at + 16) for at, slot in enumerate(whose) if slot >= 0]
+        bank.route_stretches(lay_out(rows, [16] * len(rows)))
+
     base = model(input_ids=IDS).logits
-    same = torch.equal if not joined else _about_equal  # another product, other roundings
+    # Another product, other roundings.
+    same = torch.equal if joined in ("", "rows") else _about_equal
 
     def load(slot: int, source: int) -> None:
         scale = train.routing.scales[source]
@@ -168,8 +188,7 @@ def test_a_server_tells_each_token_its_adapter(form: str) -> None:
 
     load(0, 1)
     load(2, 2)
-    index = torch.tensor([2, -1, 0, 2], dtype=torch.int32).repeat_interleave(16)
-    bank.route_tokens(index)
+    tell([2, -1, 0, 2])
     mixed = model(input_ids=IDS).logits
     for row, source in enumerate((2, None, 1, 2)):
         if source is None:
@@ -180,8 +199,7 @@ def test_a_server_tells_each_token_its_adapter(form: str) -> None:
         most = 0.02 if kind != "fp8" else 0.1
         assert (mixed[row] - expected).norm() < most * expected.norm(), row
     load(0, 0)  # replaced: row 2 changes, and no bit of the others
-    index[:16] = 0  # and the index is read where it lies
-    bank.route_tokens(index)
+    tell([0, -1, 0, 2])
     again = model(input_ids=IDS).logits
     assert torch.equal(again[[1, 3]], mixed[[1, 3]])
     assert not torch.equal(again[2], mixed[2])

@@ -4,7 +4,7 @@ import asyncio
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from tests.serve.embedded import (
 )
 from tunefork.errors import EngineDeadError
 from tunefork.kernels.bank_read import add_own
-from tunefork.model import fused, joint_banks
+from tunefork.model import joint_banks
+from tunefork.model.bank import Bank
+from tunefork.model.fused import FusedGroup
 from tunefork.serve.engine import ServedAdapter
-from tunefork.serve.engines import attention
+from tunefork.serve.engines import attention, base
 from tunefork.serve.engines.embedded import EmbeddedEngine
 from tunefork.serve.engines.graphs import Graphs, Key
 from tunefork.serve.engines.passes import Outcome
@@ -151,6 +153,7 @@ def test_a_gpus_way_by_stand_ins(
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(attention, "flash", _flash_by_numbers)
     monkeypatch.setattr(Graphs, "_capture", lambda graphs, key: _Again(graphs, key))
+    monkeypatch.setattr(base, "keep_as_rows", lambda bank, groups: None)
     whose: list[ServedAdapter | None] = [None, *served.adapters]
     wanted = [
         request(str(at), prompt, whose[at % 4], max_tokens=12, ignore_eos=True)
@@ -158,7 +161,7 @@ def test_a_gpus_way_by_stand_ins(
     ]
 
     async def run() -> Any:
-        engine = EmbeddedEngine(settings(served.base, prefill_tokens=40))
+        engine = EmbeddedEngine(settings(served.base, prefill_tokens=40, fuse=False))
         await engine.start()
         graphs = _as_a_gpu(engine)
         assert engine._parts is not None
@@ -183,10 +186,11 @@ def test_an_adapter_is_tried_by_rows_that_decode(
     adapter = save_adapter(model, tmp_path / "q", rank=4, seed=0, targets=["q_proj"])
     monkeypatch.setattr(attention, "flash", _flash_by_numbers)
     monkeypatch.setattr(Graphs, "_capture", lambda graphs, key: _Again(graphs, key))
+    monkeypatch.setattr(base, "keep_as_rows", lambda bank, groups: None)
     prompt = list(range(20, 40))
 
     async def run() -> Any:
-        engine = EmbeddedEngine(settings(tmp_path / "base"))
+        engine = EmbeddedEngine(settings(tmp_path / "base", fuse=False))
         await engine.start()
         graphs = _as_a_gpu(engine)
         try:
@@ -218,15 +222,15 @@ def test_fused_layers_take_the_same_way(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(joint_banks, "add_own", counted)
 
+    def join(_bank: Bank, groups: Sequence[FusedGroup]) -> None:
+        for group in groups:
+            group.join_banks()
+
+    monkeypatch.setattr(base, "keep_as_rows", join)
+
     async def run() -> Any:
         engine = EmbeddedEngine(settings(served.base, prefill_tokens=40))
         await engine.start()
-        assert engine._parts is not None
-        model = engine._parts.model
-        model.set_attn_implementation("sdpa")  # layers with one input are found by a pass
-        for group in fused.fuse(model, "bf16", "bf16", torch.device("cpu")):
-            group.join_banks()
-        model.set_attn_implementation(attention.NAME)
         _as_a_gpu(engine)
         try:
             return await answers(engine, wanted)

@@ -1,32 +1,40 @@
-"""Many LoRA adapters over one base, read only: the host knows whose each stretch of tokens is.
+"""Many LoRA adapters over one base, on a CPU: each token sums rows of its own adapter, of no other.
 
-What `bank_tokens.py` finds out on the device for every layer, the host knows once for the whole
-pass. A CPU's time is the number of calls: one padded batched product for all short stretches
-(requests that decode, sorted by slot) and for neighbours of one length, and two products for any
-other long one (a prompt), added in place. What a GPU makes of stretches is in `bank_read.py`.
+Where few tokens decode over many adapters, a product for each adapter is a call for each, and one
+product for all is mostly of adapters that are not a token's own. But A x is the rows of A's
+transpose weighted by x, and B u those of B's weighted by u: a sum of weighted rows of one table,
+each token's own, which is what PyTorch's `embedding_bag` computes in one call for all tokens,
+whatever their adapters. So a group of layers with one input takes two calls and an addition, no
+number of another adapter is read, and nothing is copied.
 
-In bf16 on a CPU A is kept in fp32, and B in bf16: of one core of an EPYC, for 16 tokens of 8 slots,
-x A takes 37 us as a batched product in fp32 (D = 576), and its B, added to y (O = 1536), 49 us as a
-weighted sum of rows (`embedding_bag`) in place of 74 us as a batched product in fp32.
+Decoding SmolLM2-135M, 16 tokens over 8 adapters of rank 16 (2 cores of an EPYC): 9 ms a pass, where
+padded batched products and a sum for each layer took 20.
 
-Shape legend: S tokens, D features in, O features out, N slots, R rank, P padded places.
+More than a few tokens of one adapter side by side (a prompt) are products of their own.
+
+Shape legend: S tokens, D features in, L layers, O features out (of all layers), N slots, R rank of
+a slot, C pieces of a rank, T terms of a piece: R = C T, E = L T. K blocks of W columns: O = K W.
+G stretches of M tokens. P, Q sums of A's rows, of B's.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-_SHORT = 64
-"""Most tokens of a stretch that is padded rather than multiplied by itself."""
-_GAP = 4
-_VIEWS = 64
-"""Most pairs of views that a layer keeps, 1 KB each: there are as many as runs of slots, times
-ranks."""
-_FEW = 4
-"""Most tokens of a stretch whose B is summed row by row, in bf16: B is read once for each token."""
+TERMS = 16
+"""T: an adapter's rank is read in pieces of so many, however large its slot is."""
+_WIDEST = 640
+"""Numbers of a block of B's rows. A sum keeps as many as the processor has registers for, and goes
+over rows that are wider once more (16 tokens, O = 3072: 66 us at 192, 99 us at 1536)."""
+_FEW = 16
+"""Most tokens of a stretch that are summed row by row: each reads its adapter anew."""
 
 
 class Stretch(NamedTuple):
@@ -37,171 +45,215 @@ class Stretch(NamedTuple):
     last: int
 
 
-@dataclass(frozen=True, slots=True)
-class Padded:
-    """Short stretches side by side, one of each of the slots `lowest` to `highest` (exclusive)."""
+class Matrices:
+    """A and B of all slots, of layers that are given the same input. Slots start empty: zeros."""
 
-    lowest: int
-    highest: int
+    def __init__(
+        self,
+        slots: int,
+        rank: int,
+        features_in: int,
+        sizes: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> None:
+        """`rank` of a slot, a multiple of `TERMS`; `sizes`: features out of each layer."""
+        self.rank, self.features_in, self.sizes = rank, features_in, tuple(sizes)
+        pieces, each = rank // TERMS, len(sizes) * TERMS
+        self.a_ncde = torch.zeros(slots, pieces, features_in, each, dtype=dtype, device=device)
+        """A transposed, times its scale, of all layers side by side."""
+        self.b_nceo = torch.zeros(slots, pieces, each, sum(sizes), dtype=dtype, device=device)
+        """B transposed, with zeros where u is another layer's than y: so one product is of all."""
+        self.block = _width(math.gcd(*sizes))
+        self.rows_a, self.rows_b = self.a_ncde.view(-1, each), self.b_nceo.view(-1, self.block)
+        self.shape = (slots, rank, features_in, *sizes)
+
+    def write(self, layer: int, slot: int, a_rd: Tensor | None, b_ro: Tensor | None) -> None:
+        """A and B transposed of a slot's rank or less; None: nothing. Others may be read."""
+        for own, given in zip(self._views(layer, slot), (a_rd, b_ro), strict=True):
+            padded = own.new_zeros(self.rank, own.shape[-1])
+            if given is not None:
+                padded[: given.shape[0]] = given
+            own.copy_(padded.view(own.shape))
+
+    def read(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
+        """A (R, D) and B transposed (R, O_i); maybe copies."""
+        a_ctd, b_cto = self._views(layer, slot)
+        return a_ctd.flatten(0, 1), b_cto.flatten(0, 1)
+
+    def _views(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
+        """(C, T, D) and (C, T, O_i)."""
+        own = slice(layer * TERMS, (layer + 1) * TERMS)
+        end = sum(self.sizes[: layer + 1])
+        columns = slice(end - self.sizes[layer], end)
+        return self.a_ncde[slot, :, :, own].transpose(1, 2), self.b_nceo[slot, :, own, columns]
+
+
+@dataclass(frozen=True, slots=True)
+class _Indices:
+    """Which rows a run's sums are of, for matrices of one shape."""
+
+    tokens_a: Tensor | None
+    """The token of each of A's sums; None: one each, in order."""
+    rows_a: Tensor
+    starts_a: Tensor
+    terms_b: Tensor | None
+    """Which numbers of u are B's weights; None: all, in order."""
+    rows_b: Tensor
+    starts_b: Tensor
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tokens from `first` on, side by side: the slot of each, and how many pieces it has."""
+
+    first: int
+    slots: tuple[int, ...]
+    pieces: tuple[int, ...]
+    made: dict[tuple[int, ...], _Indices] = field(default_factory=dict)
+
+    @cached_property
+    def tokens(self) -> slice:
+        """All of them."""
+        return slice(self.first, self.first + len(self.slots))
+
+    @cached_property
+    def _parts(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Of each of A's sums, tokens in order: its token, slot and piece."""
+        pieces = np.array(self.pieces)
+        token_p = np.repeat(np.arange(len(pieces)), pieces)
+        piece_p = np.arange(len(token_p)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        return token_p, np.array(self.slots)[token_p], piece_p
+
+    def indices(self, matrices: Matrices) -> _Indices:
+        """Made once for all matrices of one shape."""
+        found = self.made.get(matrices.shape)
+        if found is None:
+            found = self.made[matrices.shape] = self._indices(matrices)
+        return found
+
+    def _indices(self, matrices: Matrices) -> _Indices:
+        token_p, slot_p, piece_p = self._parts
+        width, layers = matrices.features_in, len(matrices.sizes)
+        where_p = slot_p * (matrices.rank // TERMS) + piece_p
+        rows_pd = where_p[:, None] * width + np.arange(width)
+        layer_k = np.repeat(np.arange(layers), [size // matrices.block for size in matrices.sizes])
+        blocks, term_t = len(layer_k), np.arange(TERMS)
+        # y's order is that of tokens, of their blocks; a sum is over an adapter's pieces.
+        part_q, block_q = np.divmod(np.arange(len(token_p) * blocks), blocks)
+        order_q = np.lexsort((part_q, block_q, token_p[part_q]))
+        part_q, block_q = part_q[order_q], block_q[order_q]
+        term_qt = (layer_k[block_q] * TERMS)[:, None] + term_t
+        terms_qt = part_q[:, None] * layers * TERMS + term_qt
+        rows_qt = where_p[part_q][:, None] * layers * TERMS + term_qt
+        rows_qt = rows_qt * blocks + block_q[:, None]
+        lengths = np.repeat(np.array(self.pieces) * TERMS, blocks)
+        device = matrices.a_ncde.device
+        return _Indices(
+            _unless_plain(token_p, len(self.slots), device),
+            _numbers(rows_pd, device),
+            _numbers(np.arange(len(token_p)) * width, device),
+            _unless_plain(terms_qt, len(token_p) * layers * TERMS, device),
+            _numbers(rows_qt, device),
+            _numbers(np.cumsum(lengths) - lengths, device),
+        )
+
+
+def _width(common: int) -> int:
+    """Of the blocks that y is summed in: an even part of every layer, and not wide."""
+    while common > _WIDEST and common % 2 == 0:
+        common //= 2
+    return common
+
+
+def _numbers(values: NDArray[np.int64], device: torch.device) -> Tensor:
+    """int32: there are many, and they are read too."""
+    return torch.from_numpy(values.ravel().astype(np.int32)).to(device)
+
+
+def _unless_plain(values: NDArray[np.int64], count: int, device: torch.device) -> Tensor | None:
+    flat = values.ravel()
+    is_plain = np.array_equal(flat, np.arange(count))
+    return None if is_plain else torch.from_numpy(flat).to(device)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Long stretches side by side, of one length and as many pieces: a batched product."""
+
     first: int
     last: int
-    """Of their tokens (exclusive)."""
-    places_p: Tensor | None
-    """(P,) the token at each place, less `first`; None: they fill their places exactly."""
-    back_s: Tensor | None
-    """The place of each token."""
-    width: int
-    """Places of each slot."""
+    """Exclusive."""
     slots: tuple[int, ...]
-    """Of each token."""
-    made: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    pieces: int
 
-    def rows(self, rank: int, stride: int) -> tuple[Tensor, Tensor]:
-        """Where the first `rank` rows of each token's slot lie, of `stride` rows a slot, one token
-        after the other; and where each token's begin."""
-        if (rank, stride) not in self.made:
-            rows_sr = torch.tensor(self.slots)[:, None] * stride + torch.arange(rank)
-            self.made[rank, stride] = rows_sr.flatten(), torch.arange(0, rows_sr.numel(), rank)
-        return self.made[rank, stride]
-
-    def sums_rows(self, dtype: torch.dtype) -> bool:
-        """Whether each token's B is summed row by row."""
-        return self.width <= _FEW and dtype == torch.bfloat16
-
-
-class Inputs:
-    """What padded products take of an input; made once for layers that are given the same one."""
-
-    def __init__(self) -> None:
-        self._of: Tensor | None = None
-        self._parts: list[Tensor] = []
-
-    def parts(self, x_d: Tensor, layout: "Layout", wide: torch.dtype) -> list[Tensor]:
-        """(slots, width, D) of each of `layout.padded`."""
-        if self._of is not x_d:
-            x_sd = x_d.reshape(-1, x_d.shape[-1])
-            self._of, self._parts = x_d, [_places(x_sd, part, wide) for part in layout.padded]
-        return self._parts
-
-
-def _places(x_sd: Tensor, part: Padded, wide: torch.dtype) -> Tensor:
-    x_td = x_sd[part.first : part.last]
-    if part.sums_rows(x_sd.dtype):
-        x_td = x_td.to(wide)
-    if part.places_p is not None:
-        x_td = x_td.index_select(0, part.places_p)
-    return x_td.view(part.highest - part.lowest, part.width, -1)
+    def of(self, every: Tensor) -> Tensor:
+        """The slots' parts of what all slots have, (N, ...)."""
+        first, last = self.slots[0], self.slots[-1] + 1
+        if self.slots == tuple(range(first, last)):
+            return every[first:last]
+        return every[list(self.slots)]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """All stretches of a pass. Tokens in none of them see the base alone."""
+    """Whose the tokens of a pass are. Those in no stretch see the base alone."""
 
-    rank: int
-    """The largest of the adapters there; rows of A and B behind it are zero."""
-    padded: tuple[Padded, ...]
-    long: tuple[Stretch, ...]
-    inputs: Inputs = field(default_factory=Inputs)
+    runs: tuple[Run, ...]
+    batches: tuple[Batch, ...]
 
 
-def lay_out(stretches: Sequence[Stretch], rank: int, device: torch.device | None = None) -> Layout:
-    """`stretches` in the order of their tokens, for `add_stretches`."""
-    runs: list[list[Stretch]] = []
-    for stretch in stretches:
-        if runs and _follows(runs[-1][-1], stretch):
-            runs[-1].append(stretch)
+def lay_out(stretches: Sequence[Stretch], ranks: Sequence[int]) -> Layout:
+    """`stretches` in the order of their tokens, each with the largest rank of its adapter."""
+    runs: list[Run] = []
+    batches: list[Batch] = []
+    for (slot, first, last), rank in zip(stretches, ranks, strict=True):
+        pieces, length = -(-rank // TERMS), last - first
+        if length > _FEW:
+            batch = Batch(first, last, (slot,), pieces)
+            if batches and _is_alike(batches[-1], batch):
+                before = batches.pop()
+                batch = Batch(before.first, last, (*before.slots, slot), pieces)
+            batches.append(batch)
         else:
-            runs.append([stretch])
-    is_long = [len(run) == 1 and _length(run[0]) > _SHORT for run in runs]
-    padded = [_pad(run, device) for run, alone in zip(runs, is_long, strict=True) if not alone]
-    long = [run[0] for run, alone in zip(runs, is_long, strict=True) if alone]
-    return Layout(rank, tuple(padded), tuple(long))
+            run = Run(first, (slot,) * length, (pieces,) * length)
+            if runs and runs[-1].tokens.stop == first:
+                before_run = runs.pop()
+                slots, each = before_run.slots + run.slots, before_run.pieces + run.pieces
+                run = Run(before_run.first, slots, each)
+            runs.append(run)
+    return Layout(tuple(runs), tuple(batches))
 
 
-def _length(stretch: Stretch) -> int:
-    return stretch.last - stretch.first
+def _is_alike(batch: Batch, one: Batch) -> bool:
+    length = (batch.last - batch.first) // len(batch.slots)
+    is_next = batch.last == one.first
+    return is_next and length == one.last - one.first and batch.pieces == one.pieces
 
 
-def _follows(before: Stretch, stretch: Stretch) -> bool:
-    """Whether it may lie in the same product: next to it, few slots between, and of its length."""
-    gap = stretch.slot - before.slot
-    if stretch.first != before.last or not 0 < gap <= _GAP:
-        return False
-    shorter, longer = sorted((_length(before), _length(stretch)))
-    if longer > _SHORT:  # places that stay empty would cost more than a product of its own
-        return gap == 1 and shorter == longer
-    return longer <= 2 * shorter + 2
+def add_stretches(y_so: Tensor, x_sd: Tensor, matrices: Matrices, layout: Layout) -> None:
+    """y += B_n A_n x over the tokens of each slot, in place."""
+    for batch in layout.batches:
+        _add_batch(y_so, x_sd, matrices, batch)
+    for run in layout.runs:
+        at, x_rd = run.indices(matrices), x_sd[run.tokens]
+        if at.tokens_a is not None:
+            x_rd = x_rd.index_select(0, at.tokens_a)
+        u_p = _sums(matrices.rows_a, at.rows_a, at.starts_a, x_rd.reshape(-1)).view(-1)
+        if at.terms_b is not None:
+            u_p = u_p.index_select(0, at.terms_b)
+        delta_kw = _sums(matrices.rows_b, at.rows_b, at.starts_b, u_p)
+        y_so[run.tokens].add_(delta_kw.view(-1, y_so.shape[1]))
 
 
-def _pad(run: Sequence[Stretch], device: torch.device | None) -> Padded:
-    first, last = run[0].first, run[-1].last
-    lowest, highest = run[0].slot, run[-1].slot + 1
-    width = max(map(_length, run))
-    slots = tuple(stretch.slot for stretch in run for _ in range(_length(stretch)))
-    if (last - first) == width * (highest - lowest):
-        return Padded(lowest, highest, first, last, None, None, width, slots)
-    places, back = [0] * (width * (highest - lowest)), []
-    for stretch in run:
-        for at, token in enumerate(range(stretch.first, stretch.last)):
-            place = (stretch.slot - lowest) * width + at
-            places[place] = token - first
-            back.append(place)
-    places_p = torch.tensor(places, device=device)
-    back_s = torch.tensor(back, device=device)
-    return Padded(lowest, highest, first, last, places_p, back_s, width, slots)
+def _sums(table: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+    """Of `table`'s `rows` times `weights`, from each start to the next; summed in fp32."""
+    return torch.embedding_bag(table, rows, starts, False, 0, False, weights)[0]
 
 
-class Matrices:
-    """One layer's A (N, R, D) and B transposed (N, R, O), and the views of them that passes take:
-    making some views is as long as a small product."""
-
-    def __init__(self, a_nrd: Tensor, b_nro: Tensor) -> None:
-        self.a_nrd, self.b_nro = a_nrd, b_nro
-        self.rows_b = b_nro.flatten(0, 1)
-        self._views: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
-
-    def of(self, part: Padded, rank: int) -> tuple[Tensor, Tensor]:
-        """A transposed (G, D, R) and B (G, R, O) of a part's slots."""
-        key = (part.lowest, part.highest, rank)
-        if key not in self._views:
-            if len(self._views) == _VIEWS:
-                self._views.clear()
-            slots = slice(part.lowest, part.highest)
-            self._views[key] = (
-                self.a_nrd[slots, :rank].transpose(1, 2),
-                self.b_nro[slots, :rank],
-            )
-        return self._views[key]
-
-
-def add_stretches(y_so: Tensor, x_d: Tensor, matrices: Matrices, layout: Layout) -> Tensor:
-    """y += B_n A_n x over each slot's tokens, in place; returns y. A carries the scale, and may be
-    wider than the rest. x is (..., D): layers that are given the very same one share its parts."""
-    rank, a_nrd, b_nro = layout.rank, matrices.a_nrd, matrices.b_nro
-    if layout.long:
-        x_sd = x_d.reshape(-1, x_d.shape[-1])
-        for slot, first, last in layout.long:
-            a_rd = a_nrd[slot, :rank].to(x_sd.dtype)
-            y_so[first:last].addmm_(x_sd[first:last] @ a_rd.t(), b_nro[slot, :rank])
-    parts = layout.inputs.parts(x_d, layout, a_nrd.dtype)
-    for part, x_gmd in zip(layout.padded, parts, strict=True):
-        a_gdr, b_gro = matrices.of(part, rank)
-        own_so = y_so[part.first : part.last]
-        if part.sums_rows(y_so.dtype):
-            _add_rows(own_so, torch.bmm(x_gmd, a_gdr), matrices, part)
-            continue
-        u_gmr = torch.bmm(x_gmd, a_gdr.to(x_gmd.dtype))
-        if part.back_s is None:
-            own_so.view(*u_gmr.shape[:2], -1).baddbmm_(u_gmr, b_gro)
-        else:
-            own_so += torch.bmm(u_gmr, b_gro).flatten(0, 1).index_select(0, part.back_s)
-    return y_so
-
-
-def _add_rows(y_so: Tensor, u_gmr: Tensor, matrices: Matrices, part: Padded) -> None:
-    """Each token's u times the rows of its own B."""
-    if part.back_s is not None:
-        u_gmr = u_gmr.flatten(0, 1).index_select(0, part.back_s)
-    rows, starts = part.rows(u_gmr.shape[-1], matrices.b_nro.shape[1])
-    weights = u_gmr.to(y_so.dtype).view(-1)
-    y_so += torch.embedding_bag(matrices.rows_b, rows, starts, False, 0, False, weights)[0]
+def _add_batch(y_so: Tensor, x_sd: Tensor, matrices: Matrices, batch: Batch) -> None:
+    tokens, count = slice(batch.first, batch.last), len(batch.slots)
+    x_gmd, y_gmo = (z_sd[tokens].view(count, -1, z_sd.shape[1]) for z_sd in (x_sd, y_so))
+    a_gcde, b_gceo = batch.of(matrices.a_ncde), batch.of(matrices.b_nceo)
+    for piece in range(batch.pieces):
+        y_gmo.baddbmm_(x_gmd @ a_gcde[:, piece], b_gceo[:, piece])

@@ -170,12 +170,11 @@ class Bank:
     def clear(self, slot: int) -> None:
         """Empty `slot`."""
         for layer in self.layers.values():
-            for rows in layer.own(slot):
-                rows.zero_()
+            layer.write(slot, None, None)
         self.held[slot] = {}
 
     def adapter(self, slot: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """A (R, D) and B (O, R) of the adapter in `slot`, by path; views, not copies."""
+        """A (R, D) and B (O, R) of the adapter in `slot`, by path; views, where it is trained."""
         found = {}
         for path, rank in self.held[slot].items():
             a_rd, b_ro = self.layers[path].own(slot)
@@ -245,16 +244,7 @@ class Bank:
                     f"{slot}, which has rank {room} and {wanted}"
                 )
         for path, layer in self.layers.items():
-            own_a, own_b = layer.own(slot)
-            rank = 0
-            if path in found:
-                a_rd, b_or = ready(path)
-                rank = a_rd.shape[0]
-                own_a[:rank].copy_(a_rd)
-                own_b[:rank].copy_(b_or.t())
-            if rank < layer.ranks[slot]:
-                own_a[rank:].zero_()
-                own_b[rank:].zero_()
+            layer.write(slot, *(ready(path) if path in found else (None, None)))
         self.held[slot] = {path: a_rd.shape[0] for path, (a_rd, _) in found.items()}
 
     def _pad(self) -> None:
@@ -327,13 +317,8 @@ def add_bank(
     return bank
 
 
-def add_serving_bank(
-    model: PreTrainedModel, *, slots: int, rank: int, dtype_a: torch.dtype | None = None
-) -> Bank:
-    """Give every linear layer of `model` but the head empty slots of `rank`, to be read; in place.
-
-    `dtype_a` is A's, by default the model's.
-    """
+def add_serving_bank(model: PreTrainedModel, *, slots: int, rank: int) -> Bank:
+    """Give linear layers of `model` (not the head) empty slots of `rank`, to be read; in place."""
     model.requires_grad_(False)
     routing, layers = _routing(model, slots), {}
     for path in linear_paths(model):
@@ -343,8 +328,7 @@ def add_serving_bank(
             base,
             [rank] * slots,
             routing,
-            dtype=dtype_a or model.dtype,
-            dtype_b=model.dtype,
+            dtype=model.dtype,
             is_trained=False,
         )
     for path, layer in layers.items():

@@ -63,13 +63,12 @@ class BankLinear(nn.Module):
         routing: Routing,
         *,
         dtype: torch.dtype = torch.float32,
-        dtype_b: torch.dtype | None = None,
         dropout: float = 0.0,
         is_trained: bool = True,
     ) -> None:
         super().__init__()
         self.base: nn.Linear | FrozenBase = base
-        self.routing, self.dtype, self.dtype_b = routing, dtype, dtype_b or dtype
+        self.routing, self.dtype = routing, dtype
         self.dropout = dropout
         """The most of any slot; 0: none ever draws, and the deltas' input is the base's."""
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -86,17 +85,41 @@ class BankLinear(nn.Module):
             torch.zeros(rows, self.in_features, dtype=self.dtype, device=device), self.is_trained
         )
         self.rows_b = nn.Parameter(
-            torch.zeros(rows, self.out_features, dtype=self.dtype_b, device=device), self.is_trained
+            torch.zeros(rows, self.out_features, dtype=self.dtype, device=device), self.is_trained
         )
-        self.matrices: Matrices | None = None
-        """`stacks` as passes on a CPU read them, made by the first one."""
+        self.kept: tuple[Matrices, int] | None = None
+        """Where a CPU keeps A and B of a layer that is only read, and which of them it is."""
         self.kind = 0
         """Which of `routing.padded` says how its rows lie in the grouped product."""
 
     def own(self, slot: int) -> tuple[Tensor, Tensor]:
-        """Views of a slot's A (R, D) and B transposed (R, O), in the graph of their rows."""
+        """Views of a slot's A (R, D) and B transposed (R, O), in the graph of their rows; copies
+        where they are kept elsewhere."""
+        if self.kept is not None:
+            matrices, at = self.kept
+            return matrices.read(at, slot)
         start, end = spans(self.ranks)[slot]
         return self.rows_a[start:end], self.rows_b[start:end]
+
+    def keep_in(self, matrices: Matrices, at: int) -> None:
+        """From now on A and B are layer `at` of `matrices`, which are empty."""
+        self.kept = (matrices, at)
+        self.rows_a.data, self.rows_b.data = self.rows_a[:0].clone(), self.rows_b[:0].clone()
+
+    @torch.no_grad()
+    def write(self, slot: int, a_rd: Tensor | None, b_or: Tensor | None) -> None:
+        """Fill a slot with A and B of its rank or less; None: empty it. Other slots may be read."""
+        b_ro = None if b_or is None else b_or.t()
+        if self.kept is not None:
+            matrices, at = self.kept
+            matrices.write(at, slot, a_rd, b_ro)
+            return
+        for own, given in zip(self.own(slot), (a_rd, b_ro), strict=True):
+            rank = 0 if given is None else given.shape[0]
+            if given is not None:
+                own[:rank].copy_(given)
+            if rank < own.shape[0]:
+                own[rank:].zero_()
 
     @property
     def stacks(self) -> tuple[Tensor, Tensor]:
@@ -119,11 +142,11 @@ class BankLinear(nn.Module):
         routing = self.routing
         if routing.mode == "none" or not sum(self.ranks):
             return y_o
-        y_so = y_o.view(-1, y_o.shape[-1])
+        y_so, x_sd = y_o.view(-1, y_o.shape[-1]), x_d.reshape(-1, x_d.shape[-1])
         if routing.mode in ("stretches", "tiles"):
-            self._add_read(y_so, x_d)
+            self._add_read(y_so, x_sd)
             return y_o
-        x_sd = self.dropped(x_d.reshape(-1, x_d.shape[-1]))
+        x_sd = self.dropped(x_sd)
         if routing.mode == "segments" and isinstance(self.base, nn.Linear | Nf4Linear):
             scales = tuple(routing.scales)
             y_so = add_segments(
@@ -133,18 +156,16 @@ class BankLinear(nn.Module):
             y_so = y_so + deltas([self], x_sd)[0]
         return y_so.view(y_o.shape)
 
-    def _add_read(self, y_so: Tensor, x_d: Tensor) -> None:
+    def _add_read(self, y_so: Tensor, x_sd: Tensor) -> None:
         """Add the deltas of a pass that is only read from, in place."""
         layout, tiles, rank = self.routing.layout, self.routing.tiles, self.ranks[0]
         if self.routing.mode == "tiles":
             assert tiles is not None
-            u_sr = down(x_d.reshape(-1, x_d.shape[-1]), self.rows_a, tiles, 1, rank)
+            u_sr = down(x_sd, self.rows_a, tiles, 1, rank)
             up(y_so, u_sr, self.rows_b.flatten(), tiles, [self.out_features], rank)
-            return
-        assert layout is not None
-        if self.matrices is None:
-            self.matrices = Matrices(*(stack.detach() for stack in self.stacks))
-        add_stretches(y_so, x_d, self.matrices, layout)
+        else:
+            assert layout is not None and self.kept is not None
+            add_stretches(y_so, x_sd, self.kept[0], layout)
 
     def dropped(self, x_sd: Tensor) -> Tensor:
         """x with each slot's dropout, while training; drawn for all tokens at once."""

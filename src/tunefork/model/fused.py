@@ -29,6 +29,7 @@ from tunefork.kernels.quantized import dequantize_nf4_tensors, nf4_tensors
 from tunefork.model.bank_linear import BankLinear, deltas
 from tunefork.model.joint_banks import JointBanks
 from tunefork.model.linear import LoraLinear, Nf4Linear
+from tunefork.model.own_rows import OwnRows
 
 
 class FusedGroup(nn.Module):
@@ -76,6 +77,8 @@ class FusedGroup(nn.Module):
                 self.weights = self.fp8.tensors()
         self.joint: JointBanks | None = None
         """All layers' banks, where they are read token by token (`join_banks`)."""
+        self.own_rows: OwnRows | None = None
+        """The same on a CPU (`keep_rows`)."""
         self.input: Tensor | None = None
         self.outputs: tuple[Tensor, ...] = ()
         self.is_calibrated = True
@@ -93,7 +96,10 @@ class FusedGroup(nn.Module):
         return y_o
 
     def forward(self, x_d: Tensor) -> tuple[Tensor, ...]:
-        """(..., D) in bf16 -> each member's (..., O_i), without its bias."""
+        """(..., D) in the weight's dtype -> each member's (..., O_i), without its bias."""
+        if self.own_rows is not None:
+            found = self.own_rows.outputs(x_d.reshape(-1, self.features_in))
+            return tuple(y.view(*x_d.shape[:-1], y.shape[-1]) for y in found)
         if not self.is_calibrated:
             self._correct(x_d.reshape(-1, self.features_in))
         lora_a = [member.lora_a for member in self.deltas]
@@ -129,6 +135,11 @@ class FusedGroup(nn.Module):
         if is_bf16:
             self.weights = (self.joint.weight,)
 
+    @torch.no_grad()
+    def keep_rows(self) -> None:
+        """As `join_banks`, on a CPU over a dense weight (`own_rows.py`)."""
+        self.own_rows = OwnRows([*self.banks.values()], self.weights[0])
+
     def _correct(self, x_sd: Tensor) -> None:
         if self.fp8 is not None:
             fp8.correct(self.fp8, x_sd, self.originals, self.layout)
@@ -147,7 +158,7 @@ class FusedGroup(nn.Module):
 
     @torch.no_grad()
     def materialize(self, index: int) -> Tensor:
-        """Member `index`'s frozen weight, (O_i, D), in bf16."""
+        """Member `index`'s frozen weight, (O_i, D), in bf16 or as it came."""
         rows = slice(*self.layout.bounds[index])
         if self.layout.storage == "bf16":
             return self.weights[0][rows, : self.features_in]

@@ -17,6 +17,7 @@ from tunefork.serve.engines.adapter_file import read_adapter
 from tunefork.serve.engines.base import load_base
 from tunefork.serve.engines.cache import Cache, bytes_a_token, layer_shapes, takes_flash
 from tunefork.serve.engines.core import Core, Parcel
+from tunefork.serve.engines.cores import use_one_core
 from tunefork.serve.engines.embedded_settings import EmbeddedSettings
 from tunefork.serve.engines.grammar import Grammars, is_available
 from tunefork.serve.engines.passes import Passes
@@ -99,7 +100,8 @@ def assemble(
             max_rank=ours.max_rank,
             most=slots.most,
         )
-        make_tiers = partial(_tiers, slots, read, ours.host_memory_bytes)
+        begin = use_one_core if device.type == "cpu" else None
+        make_tiers = partial(_tiers, slots, read, ours.host_memory_bytes, begin)
     core = Core(
         passes,
         cache,
@@ -124,8 +126,21 @@ def assemble(
     return Assembled(core, tokenizer, grammars, model, max_model_len, vocabulary, info)
 
 
-def _tiers(slots: BankSlots, read: Any, host_memory_bytes: int, wake: Callable[[], None]) -> Tiers:
-    return Tiers(slots, read, host_memory_bytes=host_memory_bytes, wake=wake, clock=time.monotonic)
+def _tiers(
+    slots: BankSlots,
+    read: Any,
+    host_memory_bytes: int,
+    begin: Callable[[], None] | None,
+    wake: Callable[[], None],
+) -> Tiers:
+    return Tiers(
+        slots,
+        read,
+        host_memory_bytes=host_memory_bytes,
+        wake=wake,
+        clock=time.monotonic,
+        begin=begin,
+    )
 
 
 def _ignore(*_: Any, **__: Any) -> None:

@@ -1,14 +1,18 @@
 """The base that is served, in the form that was asked for, and slots for adapters over it."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 
 from tunefork.export.dense import merge_deltas
+from tunefork.kernels.bank_stretches import TERMS
 from tunefork.model.bank import Bank, add_serving_bank
+from tunefork.model.bank_linear import BankLinear
 from tunefork.model.build import quantize_nf4
-from tunefork.model.fused import fuse
+from tunefork.model.fused import FusedGroup, fuse
 from tunefork.model.load import load_model
+from tunefork.model.own_rows import keep_rows
 from tunefork.registry.peft_format import load_adapter
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.settings import ServeSettings
@@ -30,17 +34,38 @@ def load_base(
     model.to(device).eval().requires_grad_(False)
     bank = None
     if merged is None:
-        # Beside bf16 on a CPU, A in fp32 is the quicker one (`kernels/bank_stretches.py`).
-        wide = torch.float32 if device.type == "cpu" else dtype
-        # Tensor cores and grouped products take ranks in steps of 16.
-        rank = ours.max_rank if device.type == "cpu" else -(-ours.max_rank // 16) * 16
-        bank = add_serving_bank(model, slots=ours.slots, rank=rank, dtype_a=wide)
-    can_fuse = device.type == "cuda" and dtype == torch.bfloat16 and not is_nf4
-    if is_fp8 or (can_fuse and ours.fuse):
+        # Tensor cores and grouped products take ranks in steps of 16, and so do rows.
+        rank = -(-ours.max_rank // TERMS) * TERMS
+        bank = add_serving_bank(model, slots=ours.slots, rank=rank)
+    has_kernels = device.type == "cuda" and dtype == torch.bfloat16
+    groups = []
+    if is_fp8 or (ours.fuse and not is_nf4 and (has_kernels or device.type == "cpu")):
         form: Literal["bf16", "fp8"] = "fp8" if is_fp8 else "bf16"
         groups = fuse(model, form, form, device)
-        if bank is not None:
-            bank.to(device)
+    if bank is not None:
+        bank.to(device)
+        if has_kernels:
             for group in groups:
                 group.join_banks()
+        else:
+            keep_as_rows(bank, groups)
+    if groups and device.type == "cpu":
+        _let_files_go(model)
     return model, bank
+
+
+def _let_files_go(model: Any) -> None:
+    """Groups have copies of their weights; views of the mapped files would keep all of these."""
+    for module in model.modules():
+        if not isinstance(module, BankLinear):
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                tensor.data = tensor.data.clone()
+
+
+def keep_as_rows(bank: Bank, groups: Sequence[FusedGroup]) -> None:
+    """On a CPU, or in fp32, adapters are kept in rows: those of a group's layers together."""
+    for group in groups:
+        group.keep_rows()
+    for layer in bank.layers.values():
+        if layer.kept is None:
+            keep_rows([layer])

@@ -32,6 +32,7 @@ from tunefork.serve.engine import (
 )
 from tunefork.serve.engines.assemble import Assembled, assemble
 from tunefork.serve.engines.core import Parcel
+from tunefork.serve.engines.cores import in_a_thread
 from tunefork.serve.engines.grammar import KINDS, Matcher, is_available
 from tunefork.serve.engines.sequence import open_sequence
 from tunefork.serve.settings import ServeSettings
@@ -94,7 +95,7 @@ class EmbeddedEngine:
         """Load the base and get ready. Raises TuneforkError."""
         await self.stop()
         self._loop, self._death = asyncio.get_running_loop(), None
-        self._parts = await asyncio.to_thread(assemble, self.settings, self._post, self.merged)
+        self._parts = await in_a_thread(lambda: assemble(self.settings, self._post, self.merged))
         self.capabilities = self._capabilities(self._parts.max_model_len)
         self._thread = Thread(target=self._run, args=(self._parts,), name="tunefork-engine")
         self._thread.daemon = True

@@ -21,7 +21,7 @@ class EmbeddedSettings(Section):
     best over NF4. `fp8` (a GPU that has it): in 8 bits, multiplied in 8 bits."""
 
     fuse: bool = True
-    """On a GPU in bf16: layers that read the same input (q, k, v; gate, up) as one product."""
+    """Layers that read the same input (q, k, v; gate, up) as one product; on a GPU only in bf16."""
 
     slots: PositiveInt = 8
     """Adapters that can be computed with at the same time. Each takes memory for `max_rank`."""

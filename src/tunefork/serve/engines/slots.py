@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tunefork.kernels.bank_read import lay_out_tiles
-from tunefork.kernels.bank_stretches import Stretch, lay_out
+from tunefork.kernels.bank_stretches import Layout, Stretch, lay_out
 from tunefork.model.bank import Bank
 from tunefork.serve.engines.adapter_file import HostAdapter
 from tunefork.serve.engines.ferry import Ferry
@@ -23,9 +23,11 @@ class BankSlots:
         self.ranks: dict[int, int] = {}
         """The largest rank in each slot."""
         layers = bank.layers.values()
-        dtypes = {dtype for layer in layers for dtype in (layer.dtype, layer.dtype_b)}
+        dtypes = {layer.dtype for layer in layers}
         self.most = min(torch.finfo(dtype).max for dtype in dtypes)
         """No value of an adapter may be above it."""
+        self._laid_out: tuple[tuple[Stretch, ...], tuple[int, ...], Layout] | None = None
+        """Of the last pass: most are of the same requests."""
         is_cuda = bank.device.type == "cuda"
         self.takes_tiles = is_cuda and dtypes == {torch.bfloat16}
         self._emptied: dict[int, torch.cuda.Event] = {}
@@ -48,8 +50,10 @@ class BankSlots:
         elif self.takes_tiles:
             self.bank.route_tiles(lay_out_tiles(stretches, len(index_n), device))
         else:
-            rank = max(self.ranks[stretch.slot] for stretch in stretches)
-            self.bank.route_stretches(lay_out(stretches, rank, device))
+            ranks = tuple(self.ranks[stretch.slot] for stretch in stretches)
+            if self._laid_out is None or self._laid_out[:2] != (tuple(stretches), ranks):
+                self._laid_out = (tuple(stretches), ranks, lay_out(stretches, ranks))
+            self.bank.route_stretches(self._laid_out[2])
 
     @torch.inference_mode()
     def load(self, slot: int, adapter: HostAdapter) -> None:

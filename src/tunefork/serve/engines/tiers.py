@@ -36,7 +36,9 @@ class Tiers:
         host_memory_bytes: int,
         wake: Callable[[], None],
         clock: Callable[[], float],
+        begin: Callable[[], None] | None = None,
     ) -> None:
+        """`begin` is called by each thread that loads, before anything else."""
         self.slots, self.read, self.wake, self.clock = slots, read, wake, clock
         self.host_memory_bytes = host_memory_bytes
         self.entries: OrderedDict[str, Entry] = OrderedDict()  # least recently used first
@@ -47,7 +49,7 @@ class Tiers:
         self.loads, self.evictions = 0, 0
         self.load_seconds = {"read": 0.0, "copy": 0.0, "trial": 0.0}
         self._arrived: deque[tuple[Entry, HostAdapter | TuneforkError | None, float]] = deque()
-        self._threads = ThreadPoolExecutor(2, "tunefork-adapters")
+        self._threads = ThreadPoolExecutor(2, "tunefork-adapters", initializer=begin)
 
     @property
     def resident(self) -> tuple[str, ...]:
