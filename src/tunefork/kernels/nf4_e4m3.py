@@ -95,7 +95,9 @@ def _codes(
     from tunefork.kernels.nf4_e4m3_triton import launch  # needs Triton, which comes with CUDA
 
     out = _empty(inverse, features_in, beside)
-    launch(packed, maxima, inverse, _values(inverse.device), out, block=BLOCK)
+    launch(
+        packed, maxima, inverse, _values(inverse.device), out, features_in=features_in, block=BLOCK
+    )
     if beside is not None:
         out.view(torch.uint8)[:, features_in:] = beside
     return out
@@ -128,7 +130,9 @@ def _codes_turned(
     from tunefork.kernels.nf4_e4m3_triton import launch_turned
 
     out = _empty_turned(inverse, features_in, beside)
-    launch_turned(packed, maxima, inverse, _values(inverse.device), out, block=BLOCK)
+    launch_turned(
+        packed, maxima, inverse, _values(inverse.device), out, features_in=features_in, block=BLOCK
+    )
     if beside is not None:
         out.view(torch.uint8)[:, inverse.shape[0] :] = beside
     return out

@@ -69,6 +69,7 @@ def launch(
     values: Tensor,
     out_op: Tensor,
     *,
+    features_in: int,
     block: int,
 ) -> None:
     """Fill the first D columns of `out_op` with the layers of `packed`, one below the other.
@@ -78,7 +79,6 @@ def launch(
     """
     start = 0
     for bytes_of, maxima_of in zip(packed, maxima, strict=True):
-        features_in = _features_in(packed, inverse_o1)
         size = 2 * bytes_of.numel() // features_in
         grid = (size, triton.cdiv(features_in, _COLUMNS))
         _codes[grid](
@@ -95,12 +95,12 @@ def launch_turned(
     values: Tensor,
     out_dp: Tensor,
     *,
+    features_in: int,
     block: int,
 ) -> None:
     """Fill the first O columns of `out_dp` with the same, transposed."""
     start = 0
     for bytes_of, maxima_of in zip(packed, maxima, strict=True):
-        features_in = _features_in(packed, inverse_o1)
         size = 2 * bytes_of.numel() // features_in
         grid = (triton.cdiv(size, _TILE[0]), triton.cdiv(features_in, _TILE[1]))
         _codes_turned[grid](
@@ -108,7 +108,3 @@ def launch_turned(
             size, features_in, block, *_TILE, num_warps=4,
         )  # fmt: skip
         start += size
-
-
-def _features_in(packed: Sequence[Tensor], inverse_o1: Tensor) -> int:
-    return 2 * sum(part.numel() for part in packed) // inverse_o1.shape[0]

@@ -85,7 +85,7 @@ class TrainSection(Section):
 
     compile: Compile = "auto"
     """Compile the layers (torch.compile) and, where launching a pass's kernels takes longer than
-    running them, replay it as one CUDA graph. Costs 15 to 45 s at the start of a first run; the
+    running them, replay it as one CUDA graph. Costs 15 to 60 s at the start of a first run; the
     compiled code is kept for later ones. `auto`: on a GPU, for runs of at least 100 optimiser
     steps. A CPU run is never compiled."""
 
