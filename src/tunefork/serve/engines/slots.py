@@ -30,6 +30,7 @@ class BankSlots:
         """Of the last pass: most are of the same requests."""
         is_cuda = bank.device.type == "cuda"
         self.takes_tiles = is_cuda and dtypes == {torch.bfloat16}
+        self.keeps_rows = all(layer.kept is not None for layer in layers)
         self._emptied: dict[int, torch.cuda.Event] = {}
         self._stream, self._ferry, self._loading = None, None, Lock()
         if is_cuda:
@@ -42,13 +43,12 @@ class BankSlots:
         self, index_n: Tensor, stretches: Sequence[Stretch], *, is_captured: bool = False
     ) -> None:
         """The next pass's tokens: each one's slot in `index_n` (N,), and those with an adapter."""
-        device = self.bank.device
         if not stretches:
             self.bank.route_none()
-        elif is_captured:
+        elif self.takes_tiles and not is_captured:
+            self.bank.route_tiles(lay_out_tiles(stretches, len(index_n), self.bank.device))
+        elif not self.keeps_rows:  # a captured pass, or fp32 on a GPU
             self.bank.route_tokens(index_n)
-        elif self.takes_tiles:
-            self.bank.route_tiles(lay_out_tiles(stretches, len(index_n), device))
         else:
             ranks = tuple(self.ranks[stretch.slot] for stretch in stretches)
             if self._laid_out is None or self._laid_out[:2] != (tuple(stretches), ranks):
