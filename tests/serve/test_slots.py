@@ -1,8 +1,12 @@
 """What a CPU's slots tell a pass."""
 
+from contextlib import nullcontext
+from unittest.mock import Mock
+
 import pytest
 import torch
 
+from tests.serve.test_ferry import deltas
 from tests.tiny import tiny_model
 from tunefork.kernels.bank_stretches import Stretch
 from tunefork.model.bank import add_serving_bank
@@ -30,12 +34,20 @@ def test_a_pass_of_the_same_requests_is_laid_out_once() -> None:
     assert bank.routing.mode == "none"
 
 
-def test_where_no_rows_are_kept_tokens_name_their_slots() -> None:
-    """A GPU in fp32, where adapters come in parts into matrices as they are."""
+def test_rows_on_a_gpu_are_written_by_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 on a GPU: no parts, which would be written to copies of rows."""
     bank = add_serving_bank(tiny_model("llama"), slots=2, rank=32)
-    index = torch.tensor([1])
-    BankSlots(bank).route(index, [Stretch(1, 0, 1)])
-    assert bank.routing.mode == "tokens" and bank.routing.index_s is index
+    for layer in bank.layers.values():
+        keep_rows([layer])
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    slots, waited = BankSlots(bank), Mock()
+    slots._stream = waited
+    found = deltas(bank, 20, torch.float32)
+    slots.load(1, HostAdapter(found, 20, 0))
+    waited.synchronize.assert_called_once()
+    for path, (_, b_or) in bank.adapter(1).items():
+        assert torch.equal(b_or, found[path].lora_b)
+    assert bank.adapter(1).keys() == found.keys()
 
 
 @pytest.mark.parametrize("mode", ["tokens", "load in parts"])

@@ -47,7 +47,7 @@ def load_base(
         if has_kernels:
             for group in groups:
                 group.join_banks()
-        elif device.type == "cpu":
+        else:
             keep_as_rows(bank, groups)
     if groups and device.type == "cpu":
         _let_files_go(model)
@@ -63,7 +63,7 @@ def _let_files_go(model: Any) -> None:
 
 
 def keep_as_rows(bank: Bank, groups: Sequence[FusedGroup]) -> None:
-    """On a CPU adapters are kept in rows: those of a group's layers together."""
+    """On a CPU, or in fp32, adapters are kept in rows: those of a group's layers together."""
     for group in groups:
         group.keep_rows()
     for layer in bank.layers.values():
