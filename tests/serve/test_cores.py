@@ -1,4 +1,4 @@
-"""Which threads of a server compute with all cores."""
+"""Which threads of a server compute with all cores, and where they launch."""
 
 import asyncio
 from collections.abc import Iterator
@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from tests.serve.embedded import base_folder, settings
+from tunefork.errors import ModelError
+from tunefork.model.device import use_device
+from tunefork.serve.engines import assemble, embedded
 from tunefork.serve.engines.cores import in_a_thread
 from tunefork.serve.engines.embedded import EmbeddedEngine
 
@@ -43,3 +46,34 @@ def test_who_reads_adapters_computes_alone(two_cores: None, tmp_path: Path) -> N
     later.start()
     later.join()
     assert [*found, torch.get_num_threads()] == [1, 2, 2]
+
+
+def test_the_engines_thread_uses_the_device_that_was_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a second GPU's tokens are waited for by an event of the first."""
+    base_folder(tmp_path / "base")
+    told: list[tuple[object, str]] = []
+
+    def note(device: torch.device) -> None:
+        told.append((device, current_thread().name))
+
+    monkeypatch.setattr(assemble, "use_device", note)
+    monkeypatch.setattr(embedded, "use_device", note)
+
+    async def run() -> None:
+        engine = EmbeddedEngine(settings(tmp_path / "base"))
+        await engine.start()
+        await engine.stop()
+
+    asyncio.run(run())
+    (loaded_on, _), engines = told
+    assert loaded_on == torch.device("cpu") and engines == (loaded_on, "tunefork-engine")
+    used: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    for device in ("cpu", "cuda", "cuda:1"):
+        use_device(torch.device(device))
+    assert used == [torch.device("cuda:1")]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ModelError, match="no such CUDA device"):
+        asyncio.run(EmbeddedEngine(settings(tmp_path / "base", device="cuda:1")).start())

@@ -7,8 +7,8 @@ adapters. For one layer by itself; those of a fused group are in `model/joint_ba
     a GPU, otherwise  u of all slots, what is not a token's own put to zero, all B
     a CPU             a loop over the adapters that are there
 
-u of other adapters is replaced by zeros, not multiplied; B must be finite, which `model.bank`
-checks as an adapter enters.
+u of other adapters is replaced by zeros, not multiplied; B must be finite, which
+`registry/peft_deltas.py` checks as an adapter is read.
 
 Shape legend: S tokens, D features in, O features out, N slots, R rank (padded with zeros).
 """

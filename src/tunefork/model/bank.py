@@ -148,6 +148,7 @@ class Bank:
         rooms, rest = {}, []
         for path, layer in self.layers.items():
             rank = found[path][0].shape[0] if path in found else 0
+            assert layer.kept is None, "rows: `own` may be a copy; see `load`"
             own = layer.own(slot)
             rooms[path] = (own[0][:rank], own[1][:rank])
             if rank < layer.ranks[slot]:

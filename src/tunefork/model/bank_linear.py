@@ -124,6 +124,7 @@ class BankLinear(nn.Module):
     @property
     def stacks(self) -> tuple[Tensor, Tensor]:
         """A (G, R, D) and B transposed (G, R, O) of slots that have one rank."""
+        assert self.kept is None, "A and B are not here, but in the tables of `keep_in`"
         slots = len(self.ranks)
         return (
             self.rows_a.view(slots, -1, self.in_features),
@@ -199,15 +200,7 @@ def deltas(layers: Sequence[BankLinear], x_sd: Tensor) -> tuple[Tensor, ...]:
             return tuple(_delta_of_one(layer, x_sd) for layer in layers)
         case "tokens":
             assert routing.index_s is not None
-            return tuple(
-                bank_tokens(
-                    x_sd,
-                    routing.index_s,
-                    layer.rows_a.view(len(layer.ranks), -1, layer.in_features),
-                    layer.rows_b.view(len(layer.ranks), -1, layer.out_features),
-                )
-                for layer in layers
-            )
+            return tuple(bank_tokens(x_sd, routing.index_s, *layer.stacks) for layer in layers)
         case "stretches" | "tiles":
             raise NotImplementedError("these are added in place")
         case "none":

@@ -19,6 +19,15 @@ def pick_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def use_device(device: torch.device) -> None:
+    """Have the calling thread launch kernels and record events on `device` where it names none.
+
+    A thread begins with the first GPU, and an event that is recorded there waits for no other.
+    """
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Dtype of weights and activations for the recipe's `train.precision`."""
     if precision == "fp32":

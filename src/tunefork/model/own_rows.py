@@ -26,6 +26,8 @@ class OwnRows:
 
     def outputs(self, x_sd: Tensor) -> tuple[Tensor, ...]:
         """Each layer's y (S, O_i), its deltas added."""
+        if self.routing.mode not in ("none", "stretches"):
+            raise NotImplementedError(f"these banks are not read by {self.routing.mode}")
         y_so = x_sd @ self.weight.t()
         if self.routing.mode == "stretches":
             assert self.routing.layout is not None

@@ -32,7 +32,7 @@ def read_tensors(file: Path, expected: dict[str, Entry], *, most: float = inf) -
             raise AdapterError(f"{file}: changed while it was read; try again")
         size = max((entry.end for entry in entries.values()), default=0)
         content = _content(stream, start, size, file)
-    ordered = sorted(entries.values(), key=lambda entry: entry.begin)
+    ordered = sorted(entries.values(), key=lambda entry: (entry.begin, entry.end))
     runs = [list(run) for _, run in groupby(ordered, key=lambda entry: entry.dtype)]
     if not all(_within(_part(content, run[0], run[-1].end), most) for run in runs):
         for key, entry in entries.items():

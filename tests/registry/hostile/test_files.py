@@ -156,6 +156,19 @@ def test_tensors_of_several_dtypes_where_no_element_begins(tmp_path: Path) -> No
         safe_tensors.read_tensors(file, write(), most=8.0)
 
 
+def test_nothing_is_hidden_behind_a_tensor_of_no_bytes(tmp_path: Path) -> None:
+    """Which begins where another does, and ends there."""
+    file = tmp_path / "x"
+    header = {
+        "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+        "none": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]},
+    }
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + struct.pack("<f", float("nan")))
+    with pytest.raises(AdapterError, match="a holds NaN"):
+        safe_tensors.read_tensors(file, safe_read.read_header(file))
+
+
 def test_values_are_limited_times_the_scale(saved: Path) -> None:
     found = read_deltas(tiny_model("llama"), saved)
     scale = next(iter(found.values())).scale

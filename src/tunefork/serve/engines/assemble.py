@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from tunefork.errors import ModelError
-from tunefork.model.device import has_fp8, pick_device, pick_dtype
+from tunefork.model.device import has_fp8, pick_device, pick_dtype, use_device
 from tunefork.model.load import load_tokenizer
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.engines.adapter_file import read_adapter
@@ -59,10 +59,11 @@ def assemble(
     """
     ours = settings.embedded
     device = pick_device() if ours.device == "auto" else torch.device(ours.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ModelError(
-            f"embedded.device: {ours.device}: there is no CUDA device; set cpu or auto"
+            f"embedded.device: {ours.device}: there is no such CUDA device; set cpu or auto"
         )
+    use_device(device)
     dtype = pick_dtype(ours.dtype, device)
     if ours.base_storage == "fp8" and not (has_fp8(device) and dtype == torch.bfloat16):
         raise ModelError(

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from tunefork.errors import BadInputError, EngineBusyError, EngineDeadError, TuneforkError
+from tunefork.model.device import use_device
 from tunefork.serve.engine import (
     Capabilities,
     EngineRequest,
@@ -191,6 +192,7 @@ class EmbeddedEngine:
         """The engine's thread."""
         death: EngineDeadError | None = None
         try:
+            use_device(parts.core.passes.device)
             parts.core.run()
         except Exception as error:  # whatever it was: the gateway starts the engine again
             death = EngineDeadError(f"the engine stopped: {type(error).__name__}: {error}"[:500])

@@ -34,21 +34,21 @@ class BankSlots:
         self._stream, self._ferry, self._loading = None, None, Lock()
         if is_cuda:
             self._stream = torch.cuda.Stream(bank.device)  # type: ignore[no-untyped-call]
-            largest = max(max(la.in_features, la.out_features) * max(la.ranks) for la in layers)
-            num_bytes = max(_FERRY_BYTES, 2 * largest * torch.float64.itemsize)
-            self._ferry = Ferry(num_bytes, bank.device, self._stream.synchronize)
+            if self.takes_tiles:  # in fp32 they are kept in rows, which are written one by one
+                largest = max(max(la.in_features, la.out_features) * max(la.ranks) for la in layers)
+                num_bytes = max(_FERRY_BYTES, 2 * largest * torch.float64.itemsize)
+                self._ferry = Ferry(num_bytes, bank.device, self._stream.synchronize)
 
     def route(
         self, index_n: Tensor, stretches: Sequence[Stretch], *, is_captured: bool = False
     ) -> None:
         """The next pass's tokens: each one's slot in `index_n` (N,), and those with an adapter."""
-        device = self.bank.device
         if not stretches:
             self.bank.route_none()
         elif is_captured:
             self.bank.route_tokens(index_n)
         elif self.takes_tiles:
-            self.bank.route_tiles(lay_out_tiles(stretches, len(index_n), device))
+            self.bank.route_tiles(lay_out_tiles(stretches, len(index_n), self.bank.device))
         else:
             ranks = tuple(self.ranks[stretch.slot] for stretch in stretches)
             if self._laid_out is None or self._laid_out[:2] != (tuple(stretches), ranks):
@@ -59,14 +59,17 @@ class BankSlots:
     def load(self, slot: int, adapter: HostAdapter) -> None:
         """Put an adapter into `slot`; returns when it is there. Raises AdapterError."""
         self.ranks[slot] = adapter.rank
-        if self._stream is None or self._ferry is None:
+        if self._stream is None:
             self.bank.load(slot, adapter.deltas)
             return
         with self._loading, torch.cuda.stream(self._stream):
             if slot in self._emptied:  # a pass in flight may still read what was there
                 self._stream.wait_event(self._emptied.pop(slot))
             try:
-                self.bank.load_parts(slot, adapter.deltas, self._ferry.carry(adapter.deltas))
+                if self._ferry is None:
+                    self.bank.load(slot, adapter.deltas)
+                else:
+                    self.bank.load_parts(slot, adapter.deltas, self._ferry.carry(adapter.deltas))
             finally:  # nobody else takes the ferry before
                 self._stream.synchronize()
 
