@@ -32,7 +32,7 @@ def _is_close(found: Tensor, expected: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rows", [2, 24, 64])
+@pytest.mark.parametrize("rows", [2, 24, 64, 300])
 def test_each_row_adds_what_its_own_adapter_gives(
     rows: int, shape: tuple[int, int, int, tuple[int, ...]]
 ) -> None:

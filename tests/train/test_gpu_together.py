@@ -3,7 +3,6 @@ and captured against launched ones."""
 
 import copy
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from tunefork.data.example import Encoded
 from tunefork.kernels import reference
 from tunefork.kernels.adamw_slots import adamw_slots_, slot_norms
 from tunefork.kernels.bank import Padded, grouped, padded_rank, spans
-from tunefork.kernels.bank_tokens import bank_tokens, masked
+from tunefork.kernels.bank_tokens import bank_tokens
 from tunefork.kernels.layout import Products, Storage
 from tunefork.model import attention
 from tunefork.model.bank import Bank, BankAdapter, add_bank
@@ -93,8 +92,7 @@ def test_an_adapter_that_is_not_finite_changes_no_bit_of_the_others() -> None:
         assert torch.equal(sick, healthy) and bool(sick.isfinite().all())
 
 
-@pytest.mark.parametrize("form", [bank_tokens, masked])
-def test_each_token_reads_the_adapter_that_it_names(form: Any) -> None:
+def test_each_token_reads_the_adapter_that_it_names() -> None:
     torch.manual_seed(0)
     a = torch.randn(5, 16, FEATURES, device="cuda").bfloat16() / 16
     b = torch.randn(5, 16, OUT, device="cuda").bfloat16() / 4
@@ -104,7 +102,7 @@ def test_each_token_reads_the_adapter_that_it_names(form: Any) -> None:
     expected = reference.bank_linear(
         x, zero, None, index, list(a), list(b.transpose(1, 2)), [1.0] * 5
     )
-    found = form(x, index, a, b)
+    found = bank_tokens(x, index, a, b)
     assert not found[index < 0].any()
     assert (found - expected).float().norm() < 1e-2 * expected.float().norm()
 

@@ -1,14 +1,9 @@
 """Many LoRA adapters over one base, read only: each token names its own adapter, -1 none.
 
 The index is a tensor that is read where it lies, so that a captured CUDA graph serves any mix of
-adapters. For one layer by itself; those of a fused group are in `model/joint_banks.py`. Three ways:
-
-    a GPU, bf16       u of all slots, one product; then each token's own B (`bank_read.py`)
-    a GPU, otherwise  u of all slots, what is not a token's own put to zero, all B
-    a CPU             a loop over the adapters that are there
-
-u of other adapters is replaced by zeros, not multiplied; B must be finite, which
-`registry/peft_deltas.py` checks as an adapter is read.
+adapters. For one layer by itself; those of a fused group are in `model/joint_banks.py`. On a GPU in
+bf16: u of all slots, one product, then each token's own B (`bank_read.py`). The definition, which
+runs elsewhere, is a loop over the adapters that are there.
 
 Shape legend: S tokens, D features in, O features out, N slots, R rank (padded with zeros).
 """
@@ -21,23 +16,12 @@ from tunefork.kernels.bank_read import add_own
 
 def bank_tokens(x_sd: Tensor, slot_s: Tensor, a_nrd: Tensor, b_nro: Tensor) -> Tensor:
     """B_n A_n x with n each token's slot: (S, O), zero for -1. A carries the adapter's scale."""
-    if not x_sd.is_cuda:
+    if not x_sd.is_cuda or x_sd.dtype != torch.bfloat16:
         return _by_slot(x_sd, slot_s, a_nrd, b_nro)
-    if x_sd.dtype != torch.bfloat16:
-        return masked(x_sd, slot_s, a_nrd, b_nro)
     u_sk = x_sd @ a_nrd.flatten(0, 1).t()
     delta_so = x_sd.new_zeros(x_sd.shape[0], b_nro.shape[2])
     add_own(delta_so, u_sk, slot_s, b_nro.flatten(), [b_nro.shape[2]], a_nrd.shape[1])
     return delta_so
-
-
-def masked(x_sd: Tensor, slot_s: Tensor, a_nrd: Tensor, b_nro: Tensor) -> Tensor:
-    """All slots' products, each token's own kept."""
-    slots, rank, _ = a_nrd.shape
-    u_snr = (x_sd @ a_nrd.flatten(0, 1).t()).view(-1, slots, rank)
-    is_own_sn = slot_s[:, None] == torch.arange(slots, device=slot_s.device)
-    own_snr = torch.where(is_own_sn[:, :, None], u_snr, 0)
-    return own_snr.flatten(1) @ b_nro.flatten(0, 1)
 
 
 def _by_slot(x_sd: Tensor, slot_s: Tensor, a_nrd: Tensor, b_nro: Tensor) -> Tensor:
