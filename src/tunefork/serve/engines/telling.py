@@ -60,8 +60,8 @@ def read(answers: Sequence[Answer], outcome: Outcome) -> list[Event]:
 
 
 def _numbers(tokens_r: Tensor) -> list[int]:
-    """As a list. A GPU is waited for by an event: a copy to memory that is not pinned waits within
-    the driver, which a thread that brings an adapter wants as well."""
+    """As a list. A GPU is waited for by an event, outside of the driver: a copy to memory that is
+    not pinned waits within it, and may keep out a thread that brings an adapter."""
     if tokens_r.is_cuda:
         here_r = torch.empty_like(tokens_r, device="cpu", pin_memory=True)
         tokens_r = here_r.copy_(tokens_r, non_blocking=True)
