@@ -20,11 +20,12 @@ def test_the_table_is_the_demos() -> None:
     assert markdown_table(comparison) in README
     words = " ".join(line.removeprefix("> ") for line in README.splitlines())
     for sentence in (
-        "Choose full fine-tuning.",
+        "Choose QLoRA.",
+        "It forgets more: on general text its loss rose by 3.92 nats a token,",
         "of another size.",
         "variance of training is unmeasured",
     ):
-        assert sentence in comparison.verdict.text and sentence in words
+        assert sentence in comparison.verdict.text and sentence in words.replace("**", "")
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "examples/README.md", *DOCS])

@@ -25,6 +25,18 @@ def test_a_detected_best_is_the_verdict() -> None:
     assert "If 3.2 points would not matter (compare.margin), LoRA" in _said(verdict)
 
 
+def test_one_that_forgets_more_than_another_is_told() -> None:
+    told = (
+        "It forgets more: on general text its loss rose by 0.16 nats a token, that of LoRA by 0.04 "
+        "and that of QLoRA by 0.04."
+    )
+    assert told in fabricate(FULL_AHEAD, half_width=0.004).verdict.text
+    assert "forgets" not in fabricate().verdict.text  # LoRA is chosen, and full forgets most
+    assert (
+        "forgets" not in fabricate(FULL_AHEAD, half_width=0.004, has_forgetting=False).verdict.text
+    )
+
+
 def test_indistinguishable_methods_give_the_cheapest_and_what_could_be_lost() -> None:
     verdict = fabricate().verdict
     assert (verdict.method, verdict.recommended) == ("no_detectable_difference", "lora")

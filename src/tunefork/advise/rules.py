@@ -231,7 +231,7 @@ VOTES: tuple[Vote, ...] = (
     Vote(
         "small-model", WEIGHTS, 1, when.is_small_model,
         "A model of {params} is cheap to train fully ({full_cost}), and in the one comparison at "
-        "135M that tunefork ships, full was ahead: compare both.",
+        "135M that tunefork ships, full measured best, if not detectably: compare both.",
         DEMO,
     ),
     Vote(

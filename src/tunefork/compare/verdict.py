@@ -218,6 +218,7 @@ def _cautions(
             yield f"{sentence(SUBJECTS[arm])} lacks a run: {_first_line(result.error)}."
     if not finding.finished:
         return
+    yield from _forgotten(finding, methods)
     if not finding.over_base:
         yield "Without the base's figure, whether fine-tuning pays at all is unmeasured."
     if metric == "accuracy" and data.majority_share is not None:
@@ -237,6 +238,25 @@ def _cautions(
             "the choice of evaluation examples only."
         )
     yield from _extent(finding, metric, model, data)
+
+
+def _forgotten(finding: Finding, methods: Mapping[Arm, MethodResult]) -> Iterator[str]:
+    """Where what is recommended lost more of its general text than another that finished."""
+    changes = {
+        arm: result.forgetting.change
+        for arm, result in methods.items()
+        if result.forgetting is not None and result.forgetting.change is not None
+    }
+    chosen = changes.get(finding.recommended) if finding.recommended else None
+    if chosen is None or chosen.low <= 0:
+        return
+    less = [arm for arm in finding.finished if arm in changes and changes[arm].high < chosen.low]
+    if less:
+        others = [f"that of {SUBJECTS[arm]} by {changes[arm].value:.2f}" for arm in less]
+        yield (
+            f"It forgets more: on general text its loss rose by {chosen.value:.2f} nats a token, "
+            f"{_listed(others)}."
+        )
 
 
 def _extent(finding: Finding, metric: Metric, model: Model, data: Data) -> Iterator[str]:
