@@ -75,7 +75,10 @@ def test_evaluation_and_generation_take_the_layers_as_written() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile about itself
-@pytest.mark.parametrize(("storage", "products"), [("bf16", "bf16"), ("nf4", "fp8")])
+@pytest.mark.parametrize(
+    ("storage", "products"),
+    [("bf16", "bf16"), pytest.param("nf4", "fp8", marks=pytest.mark.slow)],
+)
 def test_a_compiled_second_run_makes_no_result(storage: Storage, products: Products) -> None:
     """What nobody reads is not made: a layer's last product is in the first run's code alone."""
     plain, kept = (_built("qlora" if storage == "nf4" else "lora").bfloat16() for _ in range(2))
