@@ -24,8 +24,9 @@ from benchmarks.fp8_run import Trial, load, recipe_of
 from tunefork.data.example import Encoded
 from tunefork.kernels.layout import Storage
 from tunefork.model.build import build
-from tunefork.model.fused import FusedGroup, find_groups
+from tunefork.model.fused import FusedGroup
 from tunefork.model.load import load_model
+from tunefork.model.shared_inputs import find_groups
 from tunefork.recipe import LoraSection, Method
 from tunefork.train.method import calibration_ids
 

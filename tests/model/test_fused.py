@@ -20,8 +20,9 @@ from tests.tiny import CONFIGS, tiny_model
 from tunefork.errors import ModelError
 from tunefork.kernels.layout import Storage
 from tunefork.model.build import build
-from tunefork.model.fused import find_groups, fuse
+from tunefork.model.fused import fuse
 from tunefork.model.linear import LoraLinear
+from tunefork.model.shared_inputs import find_groups
 from tunefork.recipe import LoraSection, Method
 
 IDS = torch.arange(3, 67).view(2, 32)

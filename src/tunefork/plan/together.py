@@ -266,16 +266,16 @@ def _with(step: Step, params: Sequence[int], in_pass: int, made_again: int) -> S
     def grown(parts: dict[Part, int]) -> dict[Part, int]:
         return parts | {part: parts.get(part, 0) + size for part, size in extra.items()}
 
-    def peak(found: Peak) -> Peak:
+    def peak(found: Peak, less: int) -> Peak:
         parts = grown(found.parts)
-        parts["activations"] = max(0, parts.get("activations", 0) - made_again)
+        parts["activations"] = max(0, parts.get("activations", 0) - less)
         parts["workspace"] = parts.get("workspace", 0) + in_pass
         return Peak(sum(parts.values()), parts)
 
     return replace(
         step,
-        peaks={name: peak(found) for name, found in step.peaks.items()},
-        evaluation=None if step.evaluation is None else peak(step.evaluation),
+        peaks={name: peak(found, made_again) for name, found in step.peaks.items()},
+        evaluation=None if step.evaluation is None else peak(step.evaluation, 0),  # keeps nothing
         static=grown(step.static),
         gradients=step.gradients + extra["gradients"],
         trained=sum(params),
