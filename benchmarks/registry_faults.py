@@ -147,7 +147,7 @@ def _is_intact(store: Store, version: Version) -> bool:
 
 
 def _publish_forever(home: Path, log: Path, folder: Path, kill: int) -> None:
-    artefact = folder / "artefact"
+    artefact = folder / f"artefact-{kill}"  # a killed save leaves a half file in its folder
     with Store.open(home) as store:
         for n in range(10_000):
             save_artefact(artefact, kill * 10_000 + n)

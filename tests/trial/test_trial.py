@@ -142,6 +142,7 @@ def test_an_interrupted_run_is_usable_and_the_same_call_goes_on(
         assert (record.status, record.num_steps, record.metrics) == ("interrupted", 1, {})
         assert record == read_record(folder) and open_model(str(folder)).model is not None
         assert train_run(recipe, folder, say=said.append).num_steps == 2
+    (folder / str(record.artifact) / ".tmpQ84qVi").write_bytes(b"")  # a save that was killed
     done = train_run(recipe, folder, say=said.append)
     assert [line.partition(" (")[0] for line in said] == [
         "going on after step 1",
@@ -154,6 +155,10 @@ def test_an_interrupted_run_is_usable_and_the_same_call_goes_on(
     same = ("status", "num_steps", "tokens", "supervised_tokens", "metrics", "artifact_bytes")
     assert [getattr(done, f) for f in same] == [getattr(uninterrupted, f) for f in same]
     assert _artefact(folder) == _artefact(whole[1])
+    files = [
+        sorted(path.name for path in (f / str(done.artifact)).iterdir()) for f in (folder, whole[1])
+    ]
+    assert files[0] == files[1]
     assert _steps(folder) == _steps(whole[1])
     assert not (folder / "checkpoints").exists()
 

@@ -1,5 +1,6 @@
 """What training leaves on the disk: an adapter or a model folder, with where it comes from."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ def save(
     """
     name = MODEL if record.method is Method.FULL else ADAPTER
     assert record.method is not None
-    (folder / name / CARD).unlink(missing_ok=True)  # of what an interrupted run had saved
     with Interrupt() as interrupt:
+        if (folder / name).exists():  # of an interrupted run, or half of one that was killed here
+            shutil.rmtree(folder / name)
         write_artifact(model, tokenizer, recipe, record.method, folder / name)
         write_provenance(folder / name, _provenance(recipe, record, folder / name, tokenizer, data))
         saved = {
