@@ -9,6 +9,7 @@ each of two layers, 1 % and 5 %.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,14 +23,10 @@ from tests.data.test_pack import random_examples
 from tunefork.data.bucket import padded, size_of
 from tunefork.data.pack import MicroBatch, Segments, pack
 from tunefork.model.attention import NAME, register
+from tunefork.model.attention_reference import reference, sees
 from tunefork.model.head import Head, find_head
-from tunefork.model.packed_attention import (
-    flash,
-    in_place_of_mask,
-    packed_attention,
-    reference,
-    sees,
-)
+from tunefork.model.kept_attention import Results, has_cudnn
+from tunefork.model.packed_attention import flash, in_place_of_mask, packed_attention
 from tunefork.train.deterministic import deterministic
 from tunefork.train.kernels import attention_kernels
 from tunefork.train.loss import loss_sum
@@ -96,6 +93,33 @@ def _masked(starts: Tensor, window: int | None) -> Callable[..., Tensor]:
 
 def _error(actual: Tensor, exact: Tensor) -> float:
     return float((actual.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("features", [64, 128, 256])
+@pytest.mark.parametrize(("lengths", "rows"), [(LENGTHS, 1), ([512] * 4, 4)])
+def test_what_was_kept_gives_what_is_made_again(
+    lengths: list[int], rows: int, features: int
+) -> None:
+    """By flash over segments, and by cuDNN where rows are whole."""
+    length = sum(lengths) // rows
+    told = in_place_of_mask(Segments.of(lengths, rows=rows), length)
+    told = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in told.items()}
+    states = _states(sum(lengths), 8, 2, features)
+    module = torch.nn.Identity()
+
+    def attend(*states: Tensor, results: Results | None = None) -> Tensor:
+        q, k, v = (x.view(rows, length, *x.shape[1:]).transpose(1, 2) for x in states)
+        options: dict[str, Any] = told | {"dropout": 0.0, "attention_results": results}
+        return packed_attention(module, q, k, v, scaling=0.1, **options)
+
+    results = Results(has_cudnn(DEVICE), [])
+    with torch.no_grad():
+        first = attend(*states, results=results)
+    made = _with_gradients(attend, states)
+    given = _with_gradients(partial(attend, results=results), states)
+    assert results.kept == [] and torch.equal(first, given[0])
+    for name, got, want in zip(("out", "dq", "dk", "dv"), given, made, strict=True):
+        assert _error(got, want.double()) < 0.01, name
 
 
 @pytest.mark.parametrize("window", [None, 1, 100])

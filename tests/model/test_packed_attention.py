@@ -11,7 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from tests.tiny import tiny_model
 from tunefork.data.pack import Segments
 from tunefork.model import attention
-from tunefork.model.packed_attention import flash, in_place_of_mask, reference
+from tunefork.model.attention_reference import reference
+from tunefork.model.packed_attention import flash, in_place_of_mask
 
 
 class _Module(nn.Module):

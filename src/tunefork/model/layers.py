@@ -9,8 +9,8 @@ other shapes, and take the layers as written.
                 attention's forward pass), the results of the large products are kept
     full        a layer's input alone is kept, and the layer runs again in the backward pass (Chen
                 et al. 2016, https://arxiv.org/abs/1604.06174)
-    offload     full, and the inputs wait in host memory; compiled, the second run leaves out what
-                is made for the layer's result alone (`model/offload.py`)
+    offload     full, and the inputs wait in host memory; compiled, attention's results too, and
+                the second run leaves out what is made for the layer's result alone (`offload.py`)
 """
 
 from collections.abc import Callable
@@ -27,7 +27,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tunefork.errors import ModelError
 from tunefork.model.bank_linear import BankLinear
 from tunefork.model.fused import FusedLinear
-from tunefork.model.offload import Shelf, offloaded, unread
+from tunefork.model.kept_attention import has_cudnn
+from tunefork.model.offload import offloaded, plainly, sparingly
+from tunefork.model.shelf import Shelf
 from tunefork.recipe import Checkpointing
 
 
@@ -68,10 +70,13 @@ def prepare_layers(
     if checkpointing == "full":
         run = partial(_checkpointed, run, is_random)
     if checkpointing == "offload":
-        again = run
+        first, again = plainly(run)
         if compiles and not is_random:  # two codes might draw apart
-            again = compiler(partial(unread, _as_written), dynamic=dynamic)
-        run = partial(offloaded, run, again, shelf or Shelf(), is_random)
+            first, again = (
+                compiler(one, dynamic=dynamic)
+                for one in sparingly(_as_written, has_cudnn(model.device))
+            )
+        run = partial(offloaded, first, again, shelf or Shelf(), is_random)
     layers = decoder_layers(model)
     if not layers and checkpointing != "none":
         raise ModelError(

@@ -19,6 +19,8 @@ Shape legend: B rows, T tokens of a row, N = B * T, H query heads, K key-value h
 a head.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +30,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tunefork.data.bucket import WHOLE_ROWS, limit
 from tunefork.data.pack import Segments
+from tunefork.model import kept_attention
+from tunefork.model.attention_reference import reference
+from tunefork.model.kept_attention import Results
 
 _FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -67,9 +72,11 @@ def packed_attention(
     max_length_q: int,
     whole_rows: bool,
     sliding_window: int | None = None,
+    attention_results: Results | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """(B, T, H, E). The keyword arguments are `in_place_of_mask`'s and the architecture's own.
+    """(B, T, H, E). The keyword arguments are `in_place_of_mask`'s and the architecture's own, and
+    `attention_results` of a layer that keeps them for a second run.
 
     Raises ValueError for what the kernels cannot express.
     """
@@ -78,7 +85,13 @@ def packed_attention(
         raise ValueError(f"{type(module).__name__}: {why} cannot be had without a mask")
     rows, heads, length, features = query_bhte.shape
     scale = features**-0.5 if scaling is None else scaling
-    if whole_rows and (sliding_window is None or sliding_window >= length):
+    is_whole = whole_rows and (sliding_window is None or sliding_window >= length)
+    if attention_results is not None and is_whole:
+        if kept_attention.takes_whole_rows(attention_results, query_bhte):
+            return kept_attention.whole_rows(
+                attention_results, query_bhte, key_bkte, value_bkte, scale=scale
+            )
+    elif is_whole:
         with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
             return F.scaled_dot_product_attention(
                 query_bhte,
@@ -91,7 +104,9 @@ def packed_attention(
     q_nhe, k_nke, v_nke = (
         states.transpose(1, 2).flatten(0, 1) for states in (query_bhte, key_bkte, value_bkte)
     )
-    kernel = flash if query_bhte.is_cuda else reference
+    kernel: Callable[..., Tensor] = flash if query_bhte.is_cuda else reference
+    if attention_results is not None:
+        kernel = partial(kept_attention.segments, attention_results)
     out_nhe = kernel(
         q_nhe, k_nke, v_nke, cu_seq_lens_q, max_length_q, scale=scale, window=sliding_window
     )
@@ -138,54 +153,8 @@ def flash(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """`reference` by PyTorch's flash attention, (N, H, E), with its gradient. CUDA, bf16 or fp16.
-
-    `torch.nn.attention.varlen` wraps the same operator, but its arguments change from one version
-    of PyTorch to the next; the operator's do not.
-    """
-    found: tuple[Tensor, ...] = torch.ops.aten._flash_attention_forward(
-        q_nhe,
-        k_nke,
-        v_nke,
-        starts,
-        starts,
-        longest,
-        longest,
-        0.0,
-        True,
-        False,
-        scale=scale,
-        window_size_left=None if window is None else window - 1,
-        window_size_right=None if window is None else 0,
+    """`reference` by PyTorch's flash attention, (N, H, E), with its gradient; CUDA, half floats."""
+    made = kept_attention.flash_with_sums(
+        q_nhe, k_nke, v_nke, starts, longest, scale=scale, window=window
     )
-    return found[0]
-
-
-def reference(
-    q_nhe: Tensor,
-    k_nke: Tensor,
-    v_nke: Tensor,
-    starts: Tensor,
-    longest: int,
-    *,
-    scale: float,
-    window: int | None = None,
-) -> Tensor:
-    """The definition, (N, H, E): a token sees those of its segment up to itself, and of these the
-    last `window` ones. `longest` is only asked of kernels."""
-    del longest
-    sees_nn = sees(starts, q_nhe.shape[0], window)
-    heads = q_nhe.shape[1]
-    k_nhe, v_nhe = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k_nke, v_nke))
-    scores_hnn = torch.einsum("qhe,khe->hqk", q_nhe, k_nhe) * scale
-    weights_hnn = scores_hnn.masked_fill(~sees_nn, -torch.inf).softmax(-1)
-    return torch.einsum("hqk,khe->qhe", weights_hnn, v_nhe)
-
-
-def sees(starts: Tensor, tokens: int, window: int | None = None) -> Tensor:
-    """The mask that segments stand for: (N, N) boolean, query by key."""
-    at = torch.arange(tokens, device=starts.device)
-    segment = torch.bucketize(at, starts[1:], right=True)
-    distance = at[:, None] - at
-    seen = (segment[:, None] == segment) & (distance >= 0)
-    return seen if window is None else seen & (distance < window)
+    return made[0]

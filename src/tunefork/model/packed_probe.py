@@ -20,7 +20,8 @@ from transformers.masking_utils import sdpa_mask
 from tunefork.data.isolation import keeps_apart
 from tunefork.data.pack import Segments
 from tunefork.model import attention
-from tunefork.model.packed_attention import in_place_of_mask, refusal, sees
+from tunefork.model.attention_reference import sees
+from tunefork.model.packed_attention import in_place_of_mask, refusal
 
 _NAME = "tunefork_probe"
 _LENGTHS = ((7, 5, 4), (9, 7))

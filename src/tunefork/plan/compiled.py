@@ -5,7 +5,7 @@ offloading run as they are; what they would put into host memory goes to `EmptyS
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,22 +19,22 @@ from tunefork.plan.trace import Room, Trace
 
 @dataclass(slots=True)
 class EmptyShelf:
-    """In the place of `model.offload.Shelf`: of what is put there one tensor is on its way."""
+    """In the place of `model.shelf.Shelf`: of what is put there one layer's is on its way."""
 
-    moving: Tensor | None = None
+    moving: list[Tensor] = field(default_factory=list)
     num_kept: int = 0
 
-    def put(self, x_d: Tensor) -> tuple[torch.Size, torch.dtype]:
-        """Keep the shape; the tensor itself is copied while the next layer runs."""
-        self.moving = x_d.detach()
+    def put(self, *tensors: Tensor) -> list[tuple[torch.Size, torch.dtype]]:
+        """Keep the shapes; the tensors themselves are copied while the next layer runs."""
+        self.moving = [x.detach() for x in tensors]
         self.num_kept += 1
-        return x_d.shape, x_d.dtype
+        return [(x.shape, x.dtype) for x in tensors]
 
-    def take(self, kept: tuple[torch.Size, torch.dtype]) -> Tensor:
-        """A tensor of the shape; the one below it is fetched ahead."""
-        back = torch.empty(kept[0], dtype=kept[1], device="meta")
+    def take(self, kept: list[tuple[torch.Size, torch.dtype]]) -> list[Tensor]:
+        """Tensors of the shapes; those of the layer below are fetched ahead."""
+        back = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in kept]
         self.num_kept -= 1
-        self.moving = torch.empty_like(back) if self.num_kept else None
+        self.moving = [torch.empty_like(x) for x in back] if self.num_kept else []
         return back
 
 
