@@ -39,7 +39,9 @@ class _Offloaded(torch.autograd.Function):
         ctx.again, ctx.shelf, ctx.random = again, shelf, None
         if draws:
             ctx.random = (torch.get_rng_state(), *get_device_states(x_d))
-        y_d, kept = first(x_d)
+        # The first layer's input needs no gradient. Were that to show, here or in the second run,
+        # its runs would be compiled apart from all others', which takes longer than the gradient.
+        y_d, kept = first(x_d.detach())
         if not isinstance(y_d, Tensor):
             raise ModelError(_REFUSED.format(f"return a {type(y_d).__name__}, not one tensor"))
         ctx.kept = shelf.put(x_d, *kept)
@@ -49,7 +51,7 @@ class _Offloaded(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_d: Tensor) -> tuple[Tensor | None, ...]:
         x_d, *kept = ctx.shelf.take(ctx.kept)
-        x_d.requires_grad_(ctx.needs_input_grad[4])
+        x_d.requires_grad_()
         now = None
         if ctx.random is not None:
             now = (torch.get_rng_state(), *get_device_states(x_d))
@@ -61,7 +63,7 @@ class _Offloaded(torch.autograd.Function):
             torch.set_rng_state(now[0])
             set_device_states(*now[1:])
         torch.autograd.backward(y_d, dy_d)
-        return None, None, None, None, x_d.grad, None
+        return None, None, None, None, x_d.grad if ctx.needs_input_grad[4] else None, None
 
 
 _REFUSED = (
