@@ -10,7 +10,7 @@ Shape legend: T tokens in any layout, D features.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +151,9 @@ def offloaded(
         parts = given if isinstance(given, list | tuple) else (given,)
         if any(isinstance(part, Tensor) and part.requires_grad for part in parts):
             raise ModelError(_REFUSED.format("share another tensor that needs a gradient"))
+    if not (x_d.requires_grad or any(p.requires_grad for p in layer.parameters())):
+        with torch.no_grad():  # below the first layer that is trained
+            return cast(Tensor, first(layer, x_d, *args, **kwargs)[0])
     # Its gradient is not asked for, but without an input that has one there is no backward pass.
     anchor = torch.empty(0, device=x_d.device, requires_grad=True)
     apply: Callable[..., Tensor] = _Offloaded.apply
