@@ -50,7 +50,7 @@ def test_the_kernels_are_the_definition(
     for codes, wanted in zip(
         found, (joined([want, right]), joined([turned, below]), turned), strict=True
     ):
-        # Without the kernel a compiled inverse may differ in its last bit, and what lies between two
+        # Without the kernel a compiled inverse may differ in its last bit: what lies between two
         # codes then goes to the other one.
         most = 1e-5 if is_compiled and features_in % BLOCK else 0.0
         assert (codes.view(torch.uint8) != wanted).float().mean() <= most
