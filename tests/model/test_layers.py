@@ -79,13 +79,17 @@ def test_evaluation_and_generation_take_the_layers_as_written() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile about itself
 @pytest.mark.parametrize(
-    ("storage", "products"),
-    [("bf16", "bf16"), pytest.param("nf4", "fp8", marks=pytest.mark.slow)],
+    ("storage", "products", "checkpointing"),
+    [
+        ("bf16", "bf16", "offload"),
+        pytest.param("bf16", "bf16", "full", marks=pytest.mark.slow),
+        pytest.param("nf4", "fp8", "offload", marks=pytest.mark.slow),
+    ],
 )
-def test_a_compiled_second_run_makes_neither_attention_nor_the_result(
-    storage: Storage, products: Products
+def test_a_compiled_second_run_makes_only_what_is_read(
+    storage: Storage, products: Products, checkpointing: Checkpointing
 ) -> None:
-    """Attention's result was kept, and the layer's last product is read by nobody."""
+    """Not the layer's last product, nor attention, whose result is offloaded beside the input."""
     attention.register()
     kind = "qlora" if storage == "nf4" else "lora"
     plain, kept = (_built(kind, attn_implementation=attention.NAME).bfloat16() for _ in range(2))
@@ -105,9 +109,9 @@ def test_a_compiled_second_run_makes_neither_attention_nor_the_result(
 
     for model in (plain, kept):
         fuse(model, storage, products, torch.device("cpu"))
-    prepare_layers(plain, "offload", compiles=False)
+    prepare_layers(plain, checkpointing, compiles=False)
     compiler = partial(torch.compile, backend=backend, fullgraph=True)
-    prepare_layers(kept, "offload", compiles=True, dynamic=False, compiler=compiler)
+    prepare_layers(kept, checkpointing, compiles=True, dynamic=False, compiler=compiler)
     torch._dynamo.reset()
     told = in_place_of_mask(Segments.of([5, 9, 2, 16], rows=2), 16)
     (loss, gradients), (again, by_kept) = _step(plain, **told), _step(kept, **told)
@@ -119,4 +123,4 @@ def test_a_compiled_second_run_makes_neither_attention_nor_the_result(
     attends = [any("_softmax" in name for name in graph) for graph in graphs]
     first, second = products_of  # one form each for all layers
     assert first > second > 0
-    assert attends == [True, False]
+    assert attends == [True, checkpointing == "full"]

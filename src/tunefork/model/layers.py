@@ -8,12 +8,12 @@ other shapes, and take the layers as written.
     selective   compiled only: what is quickly made again is made again (norms, activations,
                 attention's forward pass), the results of the large products are kept
     full        a layer's input alone is kept, and the layer runs again in the backward pass (Chen
-                et al. 2016, https://arxiv.org/abs/1604.06174)
-    offload     full, and the inputs wait in host memory; compiled, attention's results too, and
-                the second run leaves out what is made for the layer's result alone (`offload.py`)
+                et al. 2016, https://arxiv.org/abs/1604.06174); compiled, without what is made for
+                its result alone (`rerun.py`)
+    offload     full, and the inputs wait in host memory; compiled, attention's results too
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,8 +28,14 @@ from tunefork.errors import ModelError
 from tunefork.model.bank_linear import BankLinear
 from tunefork.model.fused import FusedLinear
 from tunefork.model.kept_attention import has_cudnn
-from tunefork.model.offload import offloaded, plainly, sparingly
-from tunefork.model.shelf import Shelf
+from tunefork.model.rerun import (
+    plainly,
+    rerun,
+    returns_one_tensor,
+    shares_gradients,
+    sparingly,
+)
+from tunefork.model.shelf import Held, Shelf
 from tunefork.recipe import Checkpointing
 
 
@@ -50,7 +56,7 @@ def prepare_layers(
     """Have `model`'s layers run so while they are trained, in place.
 
     `dynamic` is torch.compile's: whether one compiled form serves every number of tokens. A plan,
-    which computes nothing, has a `compiler` and a `shelf` (`model/offload.py`) of its own. Raises
+    which computes nothing, has a `compiler` and a `shelf` (`shelf.py`) of its own. Raises
     ModelError for checkpointing that the model has no layers for.
     """
     is_random = draws(model)
@@ -67,17 +73,18 @@ def prepare_layers(
         keeps_all = checkpointing in ("none", "selective")
         torch._functorch.config.cse = not (keeps_all and _makes_operands_twice(model))
         run = compiler(run, dynamic=dynamic)
-    if checkpointing == "full":
-        run = partial(_checkpointed, run, is_random)
-    if checkpointing == "offload":
+    layers = decoder_layers(model)
+    if checkpointing in ("full", "offload"):
         first, again = plainly(run)
         if compiles and not is_random:  # two codes might draw apart
-            first, again = (
-                compiler(one, dynamic=dynamic)
-                for one in sparingly(_as_written, has_cudnn(model.device))
-            )
-        run = partial(offloaded, first, again, shelf or Shelf(), is_random)
-    layers = decoder_layers(model)
+            two = sparingly(_as_written, checkpointing == "offload", has_cudnn(model.device))
+            first, again = (compiler(one, dynamic=dynamic) for one in two)
+        if checkpointing == "offload":
+            run = partial(rerun, first, again, shelf or Shelf(), is_random)
+        elif compiles and not is_random and _are_simple(model, layers):
+            run = partial(_rerun_or_checkpointed, partial(rerun, first, again, Held(), False), run)
+        else:
+            run = partial(_checkpointed, run, is_random)
     if not layers and checkpointing != "none":
         raise ModelError(
             f"train.activation_checkpointing: {checkpointing} cannot be had, as "
@@ -86,6 +93,16 @@ def prepare_layers(
         )
     for layer in layers:
         layer.forward = partial(_forward, run, layer)
+
+
+def shared_weights(model: PreTrainedModel) -> list[str]:
+    """What each layer but the first calls the weights that several of them have."""
+    seen, found = set[nn.Parameter](), []
+    for layer in decoder_layers(model):
+        named = list(layer.named_parameters())
+        found += [name for name, parameter in named if parameter in seen]
+        seen.update(parameter for _, parameter in named)
+    return found
 
 
 def draws(model: PreTrainedModel) -> bool:
@@ -115,6 +132,23 @@ def _forward(run: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: An
 
 def _as_written(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(layer).forward(layer, *args, **kwargs)
+
+
+def _are_simple(model: PreTrainedModel, layers: Sequence[nn.Module]) -> bool:
+    """Whether `rerun` takes them; PyTorch's own takes any."""
+    return all(returns_one_tensor(layer) for layer in layers) and not shared_weights(model)
+
+
+def _rerun_or_checkpointed(
+    ours: Callable[..., Any],
+    run: Callable[..., Any],
+    layer: nn.Module,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if shares_gradients(*args[1:], *kwargs.values()):
+        return _checkpointed(run, False, layer, *args, **kwargs)
+    return ours(layer, *args, **kwargs)
 
 
 def _checkpointed(

@@ -1,4 +1,8 @@
-"""Host memory where layers leave what they keep, copied both ways beside the computation."""
+"""Where layers leave what they keep until their backward pass: where it is, or in host memory.
+
+A shelf's `put` takes a layer's tensors, its input first, and returns a ticket; `take` gives them
+back for it. The last layer's are taken first.
+"""
 
 import weakref
 from collections.abc import Iterable
@@ -13,6 +17,20 @@ _IN_FLIGHT = 2
 GPU runs them, and would let all of them wait for their copies in GPU memory."""
 _SMALL = 16
 """A tensor so many times smaller than its layer's first is not worth a copy, and stays."""
+
+
+class Held:
+    """They stay on their device."""
+
+    def put(self, *tensors: Tensor) -> list[Tensor]:
+        """They are their own ticket."""
+        return [x.detach() for x in tensors]
+
+    def take(self, ticket: list[Tensor]) -> list[Tensor]:
+        """What was put there; the ticket, which outlives the backward pass, is empty then."""
+        found = list(ticket)
+        ticket.clear()
+        return found
 
 
 @dataclass(slots=True)
@@ -63,7 +81,8 @@ class _Ticket:
 
 @dataclass(slots=True)
 class Shelf:
-    """What the layers of one forward pass keep, last layer last, and the pinned memory it lies in.
+    """They lie in pinned host memory, and are copied both ways beside the computation: each layer's
+    leave while the next one runs, and come back while the layer above is differentiated.
 
     Device memory is taken and given back in the order of the computation's own stream, and the
     copies' stream is waited for before: so what is given back can be used again at once.

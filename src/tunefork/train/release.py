@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from tunefork.data.example import Encoded
 from tunefork.data.pack import arrange
 from tunefork.errors import ModelError, RecipeError
-from tunefork.model.layers import decoder_layers
+from tunefork.model.layers import shared_weights
 from tunefork.recipe import Checkpointing
 from tunefork.train.clip import norm_of_parts, part_norms
 
@@ -142,12 +142,8 @@ def _whole(lengths: Sequence[int], tokens: int, packing: bool) -> int:
 
 def check_shared(model: PreTrainedModel, checkpointing: Checkpointing) -> None:
     """Raise ModelError for a weight of several layers whose backward passes are run one by one."""
-    seen = set[nn.Parameter]()
-    for layer in decoder_layers(model) if checkpointing == "offload" else []:
-        for name, parameter in layer.named_parameters():
-            if parameter in seen:
-                raise ModelError(
-                    f"full.gradient_release: {name} is shared by several layers, each of which "
-                    "train.activation_checkpointing: offload differentiates by itself; set full"
-                )
-            seen.add(parameter)
+    if checkpointing == "offload" and (shared := shared_weights(model)):
+        raise ModelError(
+            f"full.gradient_release: {shared[0]} is shared by several layers, each of which "
+            "train.activation_checkpointing: offload differentiates by itself; set full"
+        )

@@ -1,14 +1,19 @@
-"""Checkpointing whose kept inputs wait in host memory, copied both ways beside the computation.
+"""A layer that keeps little, and runs again in the backward pass: what the two runs leave out.
 
-With full checkpointing what is left of the activations is one (tokens, features) tensor a layer:
-4 GiB for 16,384 tokens of an 8B model. A layer runs for several milliseconds, and copying its
-input over PCIe takes fewer, so the copies hide behind it: each input leaves while the next layer
-runs, and comes back while the layer above it is differentiated. There is time left to take
-attention's result along (`kept_attention.py`), which spares the second run its forward pass.
+With full checkpointing what is left of a layer's activations is its input (Chen et al. 2016,
+https://arxiv.org/abs/1604.06174). PyTorch's `checkpoint` has one function for both runs. Here they
+are two: the first keeps nothing for a backward pass, the second makes nothing that its backward
+pass does not read.
+
+Where the inputs wait is the shelf's affair (`shelf.py`): they stay, or lie in host memory, 4 GiB of
+16,384 tokens of an 8B model. A layer runs for several milliseconds, and copying its input over PCIe
+takes fewer, so the copies hide behind it. There is time left to take attention's result along
+(`kept_attention.py`), which spares the second run its forward pass.
 
 Shape legend: T tokens in any layout, D features.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -19,19 +24,19 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from tunefork.errors import ModelError
 from tunefork.model.kept_attention import Results
-from tunefork.model.shelf import Shelf
+from tunefork.model.shelf import Held, Shelf
 
 IS_OURS = "cu_seq_lens_q"
 """The keyword argument that attention is given where it is `packed_attention.py`'s."""
 
 
-class _Offloaded(torch.autograd.Function):
+class _Rerun(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         first: Callable[[Tensor], tuple[Tensor, list[Tensor]]],
         again: Callable[[Tensor, list[Tensor]], Tensor],
-        shelf: Shelf,
+        shelf: Shelf | Held,
         draws: bool,
         x_d: Tensor,
         _anchor: Tensor,
@@ -88,7 +93,7 @@ class _Unread(torch.autograd.Function):
 
 
 def plainly(run: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The two runs of `offloaded` as `run` twice, which keeps nothing beside the input."""
+    """The two runs of `rerun` as `run` twice, which keeps nothing beside the input."""
 
     def first(*args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
         return run(*args, **kwargs), []
@@ -100,18 +105,17 @@ def plainly(run: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., 
 
 
 def sparingly(
-    run: Callable[..., Any], has_cudnn: bool
+    run: Callable[..., Any], keeps_attention: bool, has_cudnn: bool
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The two runs of `offloaded`, each to be compiled: the second is spared what it can be.
+    """The two runs of `rerun`, each to be compiled: the second is spared what it can be.
 
-    The first keeps what attention made, where that is ours (`kept_attention.py`). The second
-    passes the gradient, and the values of its result are not made: a decoder layer ends with the
-    MLP's last product, a quarter of its arithmetic, of which its own backward pass needs the input
-    alone.
+    The second passes the gradient, and the values of its result are not made: a decoder layer ends
+    with the MLP's last product, a quarter of its arithmetic, of which its own backward pass needs
+    the input alone. With `keeps_attention` the first keeps what attention made, where that is ours.
     """
 
     def first(*args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
-        if IS_OURS not in kwargs:
+        if not keeps_attention or IS_OURS not in kwargs:
             return run(*args, **kwargs), []
         results = Results(has_cudnn, [])
         return run(*args, attention_results=results, **kwargs), results.kept
@@ -128,10 +132,24 @@ def sparingly(
     return first, again
 
 
-def offloaded(
+def shares_gradients(*given: Any) -> bool:
+    """Whether any of them is, or holds, a tensor that needs a gradient."""
+    return any(
+        isinstance(part, Tensor) and part.requires_grad
+        for one in given
+        for part in (one if isinstance(one, list | tuple) else (one,))
+    )
+
+
+def returns_one_tensor(layer: nn.Module) -> bool:
+    """Whether the layer's code says so."""
+    return inspect.signature(type(layer).forward).return_annotation in (Tensor, "torch.Tensor")
+
+
+def rerun(
     first: Callable[..., Any],
     again: Callable[..., Any],
-    shelf: Shelf,
+    shelf: Shelf | Held,
     draws: bool,
     layer: nn.Module,
     x_d: Tensor,
@@ -147,16 +165,14 @@ def offloaded(
     same random numbers. Raises ModelError where something else than `x_d` would need a gradient,
     or the result is no tensor.
     """
-    for given in (*args, *kwargs.values()):
-        parts = given if isinstance(given, list | tuple) else (given,)
-        if any(isinstance(part, Tensor) and part.requires_grad for part in parts):
-            raise ModelError(_REFUSED.format("share another tensor that needs a gradient"))
+    if shares_gradients(*args, *kwargs.values()):
+        raise ModelError(_REFUSED.format("share another tensor that needs a gradient"))
     if not (x_d.requires_grad or any(p.requires_grad for p in layer.parameters())):
         with torch.no_grad():  # below the first layer that is trained
             return cast(Tensor, first(layer, x_d, *args, **kwargs)[0])
     # Its gradient is not asked for, but without an input that has one there is no backward pass.
     anchor = torch.empty(0, device=x_d.device, requires_grad=True)
-    apply: Callable[..., Tensor] = _Offloaded.apply
+    apply: Callable[..., Tensor] = _Rerun.apply
     return apply(
         lambda x_d: first(layer, x_d, *args, **kwargs),
         lambda x_d, kept: again(layer, x_d, kept, *args, **kwargs),

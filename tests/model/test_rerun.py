@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunefork.model.offload import offloaded, plainly
+from tunefork.model.rerun import plainly, rerun
 from tunefork.model.shelf import Shelf
 
 
@@ -16,7 +16,7 @@ def _run(layer: nn.Module, x: torch.Tensor, **_: Any) -> torch.Tensor:
 
 def _pass(layers: list[nn.Linear], shelf: Shelf | None, x: torch.Tensor) -> torch.Tensor:
     for layer in layers:
-        x = _run(layer, x) if shelf is None else offloaded(*plainly(_run), shelf, False, layer, x)
+        x = _run(layer, x) if shelf is None else rerun(*plainly(_run), shelf, False, layer, x)
     return x.square().sum()
 
 
