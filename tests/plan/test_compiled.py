@@ -45,6 +45,24 @@ def _build(method: Method = Method.LORA, checkpointing: Checkpointing = "none", 
     )
 
 
+def test_a_second_run_counts_what_it_makes() -> None:
+    """Not the MLP's last product, nor attention where its result was kept."""
+    config = at_depth(CONFIG, 2)
+
+    def work(checkpointing: Checkpointing, kind: str, **more: Any) -> float:
+        done = trace_step(config, _build(checkpointing=checkpointing, **more), SHAPE).work
+        return float(
+            sum(w.flops for k, w in done.items() if (k == "attention") == (kind == "attention"))
+        )
+
+    assert work("offload", "attention") == work("none", "attention")
+    assert work("full", "attention") == pytest.approx(work("none", "attention") * 4.5 / 3.5)
+    products = [work(kind, "products", is_compiled=False) for kind in ("none", "full")]
+    down = 2 * 2 * (2 * 128) * (64 * 160 + 4 * 64)  # layers x 2 operations x tokens x (W + B)
+    for kind in ("full", "offload"):
+        assert work(kind, "products") - work("none", "products") == products[1] - products[0] - down
+
+
 @pytest.mark.parametrize(
     "made",
     [

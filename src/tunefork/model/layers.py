@@ -52,12 +52,14 @@ def prepare_layers(
     dynamic: bool | None = None,
     compiler: Callable[..., Any] = torch.compile,
     shelf: Any = None,
+    two_runs: Callable[[bool], tuple[Callable[..., Any], Callable[..., Any]]] | None = None,
 ) -> None:
     """Have `model`'s layers run so while they are trained, in place.
 
     `dynamic` is torch.compile's: whether one compiled form serves every number of tokens. A plan,
-    which computes nothing, has a `compiler` and a `shelf` (`shelf.py`) of its own. Raises
-    ModelError for checkpointing that the model has no layers for.
+    which computes nothing, has its own in the place of the `compiler`, the `shelf` (`shelf.py`) and
+    the two compiled runs of a layer (`rerun.sparingly`, told whether to keep attention's result).
+    Raises ModelError for checkpointing that the model has no layers for.
     """
     is_random = draws(model)
     run: Callable[..., Any] = _as_written
@@ -77,8 +79,12 @@ def prepare_layers(
     if checkpointing in ("full", "offload"):
         first, again = plainly(run)
         if compiles and not is_random:  # two codes might draw apart
-            two = sparingly(_as_written, checkpointing == "offload", has_cudnn(model.device))
-            first, again = (compiler(one, dynamic=dynamic) for one in two)
+            keeps_attention = checkpointing == "offload"
+            if two_runs is not None:
+                first, again = two_runs(keeps_attention)
+            else:
+                two = sparingly(_as_written, keeps_attention, has_cudnn(model.device))
+                first, again = (compiler(one, dynamic=dynamic) for one in two)
         if checkpointing == "offload":
             run = partial(rerun, first, again, shelf or Shelf(), is_random)
         elif compiles and not is_random and _are_simple(model, layers):

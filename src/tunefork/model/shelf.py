@@ -16,7 +16,11 @@ _IN_FLIGHT = 2
 """Layers whose tensors may be on their way out at once. The host launches layers faster than the
 GPU runs them, and would let all of them wait for their copies in GPU memory."""
 _SMALL = 16
-"""A tensor so many times smaller than its layer's first is not worth a copy, and stays."""
+
+
+def is_large(x: Tensor, first: Tensor) -> bool:
+    """Whether a tensor is worth copying, beside its layer's `first`; or else it stays."""
+    return x.nbytes * _SMALL > first.nbytes
 
 
 class Held:
@@ -96,7 +100,7 @@ class Shelf:
     def put(self, *tensors: Tensor) -> _Ticket:
         """Start copying a layer's `tensors` out, its input first."""
         self._drop_abandoned()
-        parts = [self._part(x.detach().contiguous(), tensors[0].nbytes) for x in tensors]
+        parts = [self._part(x.detach().contiguous(), tensors[0]) for x in tensors]
         kept = _Kept(parts, tensors[0].device)
         leaving = [
             (p.used, p.source.view(-1))
@@ -113,8 +117,8 @@ class Shelf:
         self.kept.append(kept)
         return ticket
 
-    def _part(self, x: Tensor, largest: int) -> _Part:
-        if x.nbytes * _SMALL <= largest:
+    def _part(self, x: Tensor, first: Tensor) -> _Part:
+        if not is_large(x, first):
             return _Part(x.shape, None, x)
         fitting = (b for b in self.free if b.numel() >= x.numel() and b.dtype == x.dtype)
         host = next(fitting, None)

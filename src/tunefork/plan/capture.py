@@ -29,7 +29,13 @@ from tunefork.data.pack import Segments
 from tunefork.kernels.compiled import standing_for_gpu
 from tunefork.model.layers import decoder_layers, prepare_layers
 from tunefork.model.packed_attention import in_place_of_mask
-from tunefork.plan.graph import TOKENS, UnknownOperationError, program_of
+from tunefork.plan.graph import (
+    TOKENS,
+    UnknownOperationError,
+    attention_results,
+    program_of,
+    second_run,
+)
 from tunefork.plan.program import Program
 from tunefork.plan.recorded import joint_graph
 from tunefork.recipe import Checkpointing
@@ -43,6 +49,12 @@ class Layer:
     backward: Program
     num_results: int
     """Of the forward graph's outputs, which come first; the others are kept for the backward."""
+    again: Program
+    """The second run of one that is run again."""
+    spared: Program
+    """The same where it is given what attention made."""
+    attention: tuple[str, ...]
+    """That, among the forward graph's tensors."""
 
 
 def takes_segments(model: PreTrainedModel) -> bool:
@@ -114,7 +126,9 @@ class _Pair:
             raise UnknownOperationError("a layer without a backward pass")
         forward, backward = program_of(self.forward), program_of(self.backward)
         num_kept = sum(not name.startswith("tangents") for name in backward.inputs)
-        return Layer(forward, backward, len(forward.outputs) - num_kept)
+        again, spared = (second_run(self.forward, has_attention=given) for given in (False, True))
+        num_results, attention = len(forward.outputs) - num_kept, attention_results(self.forward)
+        return Layer(forward, backward, num_results, again, spared, attention)
 
 
 def _empty(value: Any) -> Any:

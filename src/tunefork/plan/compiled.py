@@ -1,10 +1,10 @@
 """A compiled decoder layer in the traced step: its programs' tensors come and go in its place.
 
-The programs (`plan/capture.py`) are run for any number of tokens. Around them checkpointing and
-offloading run as they are; what they would put into host memory goes to `EmptyShelf`.
+The programs (`plan/capture.py`) are run for any number of tokens. Around them layers that run again
+do so as they are; what they would put into host memory goes to `EmptyShelf`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tunefork.model.rerun import IS_OURS
+from tunefork.model.shelf import is_large
 from tunefork.plan.capture import Layer
 from tunefork.plan.program import Program
 from tunefork.plan.trace import Room, Trace
@@ -24,15 +26,19 @@ class EmptyShelf:
     moving: list[Tensor] = field(default_factory=list)
     num_kept: int = 0
 
-    def put(self, *tensors: Tensor) -> list[tuple[torch.Size, torch.dtype]]:
-        """Keep the shapes; the tensors themselves are copied while the next layer runs."""
-        self.moving = [x.detach() for x in tensors]
+    def put(self, *tensors: Tensor) -> list[Tensor | tuple[torch.Size, torch.dtype]]:
+        """Keep the small ones, and the shapes of the others, copied while the next layer runs."""
+        large = [x.detach() for x in tensors if is_large(x, tensors[0])]
+        self.moving = large
         self.num_kept += 1
-        return [(x.shape, x.dtype) for x in tensors]
+        return [(x.shape, x.dtype) if is_large(x, tensors[0]) else x for x in tensors]
 
-    def take(self, kept: list[tuple[torch.Size, torch.dtype]]) -> list[Tensor]:
+    def take(self, kept: list[Tensor | tuple[torch.Size, torch.dtype]]) -> list[Tensor]:
         """Tensors of the shapes; those of the layer below are fetched ahead."""
-        back = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in kept]
+        back = [
+            x if isinstance(x, Tensor) else torch.empty(x[0], dtype=x[1], device="meta")
+            for x in kept
+        ]
         self.num_kept -= 1
         self.moving = [torch.empty_like(x) for x in back] if self.num_kept else []
         return back
@@ -52,15 +58,48 @@ class Replay:
         del run, dynamic
         return self._run
 
+    def two_runs(
+        self, keeps_attention: bool
+    ) -> tuple[Callable[..., tuple[Tensor, list[Tensor]]], Callable[..., Tensor]]:
+        """In the place of a layer's two compiled runs (`model.rerun.sparingly`)."""
+
+        def first(
+            layer: nn.Module, x_d: Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, list[Tensor]]:
+            program = self.programs[layer]
+            keeps = program.attention if keeps_attention and IS_OURS in kwargs else ()
+            return self._first(program, x_d, keeps)
+
+        def again(
+            layer: nn.Module, x_d: Tensor, kept: list[Tensor], *args: Any, **kwargs: Any
+        ) -> Tensor:
+            program = self.programs[layer]
+            forward = program.spared if kept else program.again
+            return self._differentiated(layer, forward, x_d, kept)
+
+        return first, again
+
     def _run(self, layer: nn.Module, x_d: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         program = self.programs[layer]
-        if not torch.is_grad_enabled():  # offloading's first run, which is compiled to keep nothing
-            tensors = _Tensors(program.forward, self.trace, _tokens(x_d), self.segments)
-            tensors.run()
-            return tensors.result(x_d)
+        if not torch.is_grad_enabled():  # the first of two runs that are alike
+            return self._first(program, x_d, ())[0]
+        return self._differentiated(layer, program.forward, x_d, [])
+
+    def _first(
+        self, layer: Layer, x_d: Tensor, keeps: Sequence[str]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """A run that keeps these tensors and no others."""
+        tensors = _Tensors(layer.forward, self.trace, _tokens(x_d), self.segments)
+        tensors.run(also=keeps)
+        return tensors.result(x_d), [tensors.held[name] for name in keeps]
+
+    def _differentiated(
+        self, layer: nn.Module, forward: Program, x_d: Tensor, given: list[Tensor]
+    ) -> Tensor:
         trained = [p for p in layer.parameters() if p.requires_grad]
         apply: Callable[..., Tensor] = _Replayed.apply
-        return apply(program, self.trace, self.segments, x_d, *trained)
+        program = self.programs[layer]
+        return apply(program, forward, self.trace, self.segments, given, x_d, *trained)
 
 
 def _tokens(x_d: Tensor) -> int:
@@ -76,9 +115,9 @@ class _Tensors:
         self.held: dict[str, Tensor] = {}
         self.inner: dict[str, Room] = {}
 
-    def run(self) -> None:
-        """Each kernel's results come, and what nothing needs any more goes."""
-        leaving = set(self.program.outputs)
+    def run(self, also: Sequence[str] = ()) -> None:
+        """Each kernel's results come, and what nothing needs any more goes, but for `also`."""
+        leaving = {*self.program.outputs, *also}
         for kernel in self.program.kernels:
             if kernel.replaces is not None:
                 self._drop(kernel.replaces)
@@ -93,7 +132,8 @@ class _Tensors:
             flops = kernel.work(self.tokens, self.trace.squares)
             self.trace.count(kernel.kind, flops, kernel.moved(self.tokens))
             for name in kernel.frees:
-                self._drop(name)
+                if name not in also:
+                    self._drop(name)
 
     def _drop(self, name: str) -> None:
         self.held.pop(name, None)
@@ -101,26 +141,38 @@ class _Tensors:
             self.trace.give_back(self.inner.pop(name))
 
     def result(self, x_d: Tensor) -> Tensor:
-        """A forward program's first output, which is like its input."""
-        return self.held[self.program.outputs[0] or ""].view(x_d.dtype).view(x_d.shape)
+        """A forward program's first output, which is like its input; nobody's values, where it
+        makes none."""
+        name = self.program.outputs[0]
+        if name is None:
+            return torch.empty_like(x_d)
+        return self.held[name].view(x_d.dtype).view(x_d.shape)
 
 
 class _Replayed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, layer: Layer, trace: Trace, segments: int, x_d: Tensor, *trained: Tensor
+        ctx: Any,
+        layer: Layer,
+        forward: Program,
+        trace: Trace,
+        segments: int,
+        given: list[Tensor],
+        x_d: Tensor,
+        *trained: Tensor,
     ) -> Tensor:
         tokens = _tokens(x_d)
-        tensors = _Tensors(layer.forward, trace, tokens, segments)
+        tensors = _Tensors(forward, trace, tokens, segments)
+        tensors.held.update(zip(layer.attention, given, strict=False))
         tensors.run()
         y_d = tensors.result(x_d)
         kept = {}
         for ours, theirs in zip(
-            layer.forward.outputs[layer.num_results :], layer.backward.inputs, strict=False
+            forward.outputs[layer.num_results :], layer.backward.inputs, strict=False
         ):
             if ours in tensors.held:
-                kept[theirs] = y_d if ours == layer.forward.outputs[0] else tensors.held[ours]
-            elif ours is not None and layer.forward.sizes[ours].per_token * tokens >= x_d.nbytes:
+                kept[theirs] = y_d if ours == forward.outputs[0] else tensors.held[ours]
+            elif ours is not None and forward.sizes[ours].per_token * tokens >= x_d.nbytes:
                 kept[theirs] = x_d
         ctx.save_for_backward(*kept.values())
         ctx.names, ctx.layer, ctx.trace, ctx.segments = tuple(kept), layer, trace, segments
@@ -137,7 +189,7 @@ class _Replayed(torch.autograd.Function):
         results = [
             tensors.held[name] for name in ctx.layer.backward.outputs if name in tensors.held
         ]
-        return None, None, None, *(_taken(results, *like) for like in ctx.likes)
+        return *[None] * 5, *(_taken(results, *like) for like in ctx.likes)
 
 
 def _taken(results: list[Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor | None:

@@ -49,6 +49,35 @@ def program_of(graph_module: GraphModule) -> Program:
     return _Reading(list(graph_module.graph.nodes)).program()
 
 
+def attention_results(graph_module: GraphModule) -> tuple[str, ...]:
+    """What attention's forward pass makes in a graph."""
+    return tuple(node.name for of_one in _attentions(graph_module.graph) for node in of_one.users)
+
+
+def second_run(graph_module: GraphModule, *, has_attention: bool) -> Program:
+    """The program of a forward graph of which the first output, a layer's result, is not read, and
+    with `has_attention` what attention made is there (`model/rerun.py`)."""
+    graph = torch.fx.Graph()
+    results: Any = graph.graph_copy(graph_module.graph, {})
+    graph.output((None, *results[1:]))
+    for attention in _attentions(graph) if has_attention else []:
+        for made in list(attention.users):
+            with graph.inserting_before(next(iter(graph.nodes))):
+                given = graph.placeholder(f"{made.name}_given")
+            given.meta = made.meta
+            made.replace_all_uses_with(given)
+            graph.erase_node(made)
+            given._rename(made.name)
+        graph.erase_node(attention)
+    graph.eliminate_dead_code()
+    return _Reading(list(graph.nodes)).program()
+
+
+def _attentions(graph: torch.fx.Graph) -> list[Node]:
+    """Forward passes of attention."""
+    return [n for n in graph.nodes if n.op == "call_function" and FLASH.get(_call(n)[0]) == 1.0]
+
+
 class _Reading:
     def __init__(self, nodes: list[Node]) -> None:
         self.nodes = nodes

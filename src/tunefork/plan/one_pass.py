@@ -133,7 +133,12 @@ def _prepare(
     # What `selective` keeps is in the programs.
     checkpointing = "none" if checkpointing == "selective" else checkpointing
     prepare_layers(
-        model, checkpointing, compiles=True, compiler=replay.compiler, shelf=EmptyShelf()
+        model,
+        checkpointing,
+        compiles=True,
+        compiler=replay.compiler,
+        shelf=EmptyShelf(),
+        two_runs=replay.two_runs,
     )
 
 
