@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 import threading
+import weakref
 from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from tests.serve.embedded import (
     settings,
     started,
 )
-from tunefork.errors import AdapterError, EngineError
+from tunefork.errors import AdapterError, EngineDeadError, EngineError
 from tunefork.serve.engine import Piece, ServedAdapter
 from tunefork.serve.engines import core
 from tunefork.serve.engines.embedded import EmbeddedEngine
@@ -308,6 +309,33 @@ def test_a_load_that_breaks_is_an_error_of_its_requests(served: Served, error: E
                 await answer(engine, request("a", PROMPT, served.adapters[0]))
             assert len((await answer(engine, request("b", PROMPT))).token_ids) == 8
             assert len(tiers_of(engine).free) == 4
+
+    run(ask())
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_stopped_engine_holds_nothing(served: Served, dies: bool) -> None:
+    """Whether it died before, and while a client still has not read its answer."""
+
+    async def ask() -> None:
+        engine = EmbeddedEngine(settings(served.base))
+        await engine.start()
+        unread = engine.generate(request("u", PROMPT, served.adapters[0], max_tokens=200))
+        await anext(unread)
+        assert engine._parts is not None
+        core, model = engine._parts.core, engine._parts.model
+        assert core.tiers is not None
+        held = [core, core.tiers, core.tiers.slots, core.passes, model, *model.modules()]
+        left = [weakref.ref(one) for one in held]
+        if dies:
+            core.passes.run = None  # type: ignore[method-assign, assignment]
+            with pytest.raises(EngineDeadError):
+                await answer(engine, request("d", PROMPT))
+        del core, model, held
+        await engine.stop()
+        assert [type(one()).__name__ for one in left if one() is not None] == []
+        assert not [t.name for t in threading.enumerate() if t.name.startswith("tunefork")]
+        await unread.aclose()
 
     run(ask())
 
