@@ -63,7 +63,7 @@ def test_many_and_few_rows_with_and_without_adapters_are_all_forms(
         parts.model.set_attn_implementation(attention.NAME)
         tiers = parts.core.tiers
         assert tiers is not None
-        tiers.slots.load(3, tiers.read(adapter))
+        tiers.slots.load(3, tiers.loading.read(adapter))
         compiled = CompiledLayers(parts.model, partial(torch.compile, backend=counter))
         passes.flash, passes.groups, graphs = True, {2}, passes.make_graphs(64, compiled)
         passes.graphs, graphs.is_on = graphs, False

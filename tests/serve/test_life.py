@@ -15,7 +15,15 @@ import pytest
 
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.servers import ASKED, Running, eventually, serving
-from tunefork.errors import AdapterError, BadInputError, EngineBusyError, EngineError, ModelError
+from tunefork.errors import (
+    AdapterError,
+    BadInputError,
+    EngineBusyError,
+    EngineError,
+    ModelError,
+    NoAdapterMemoryError,
+    NoMemoryError,
+)
 from tunefork.registry.store import Store
 from tunefork.serve.database import connect
 from tunefork.serve.engine import Capabilities
@@ -141,6 +149,8 @@ def test_a_full_queue_says_when_to_come_again(settings: ServeSettings) -> None:
         (EngineError("in /secret"), 503, "engine_failed"),
         (EngineBusyError("in /secret"), 503, "overloaded"),
         (RuntimeError("in /secret"), 503, "engine_failed"),
+        (NoMemoryError("in /secret"), 503, "no_memory"),
+        (NoAdapterMemoryError("in /secret"), 503, "no_memory"),
         (BadInputError("in /secret"), 400, "invalid_value"),
         (AdapterError("in /secret"), 400, "adapter_unusable"),
     ],

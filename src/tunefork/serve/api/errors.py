@@ -89,6 +89,7 @@ Unavailable = Literal[
     "draining",
     "engine_failed",
     "overloaded",
+    "no_memory",
     "deadline_exceeded",
     "adapter_unreadable",
     "store_unusable",
