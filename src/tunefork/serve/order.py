@@ -80,6 +80,6 @@ def told_of(error: Exception, sampling: Sampling) -> ApiError:
         return unavailable(
             "no_memory", f"The server has no memory {what} now; try again later, {instead}", 5.0
         )
-    is_known = isinstance(error, TuneforkError)  # its message says enough
-    logger.error("an answer failed: %s", error, exc_info=None if is_known else error)
+    is_explained = isinstance(error, TuneforkError) and error.__cause__ is None
+    logger.error("an answer failed: %s", error, exc_info=None if is_explained else error)
     return unavailable("engine_failed", "The engine failed; try again", 1.0)
