@@ -191,6 +191,7 @@ def test_an_engine_that_dies_is_started_again(
             assert answer.status_code == 503 and "secret" not in answer.text
     with server.http() as http:
         eventually(lambda: http.get("/ready").status_code == 503)
+        eventually(lambda: "failed 3 times in a row" in http.get("/ready").text)
         assert server.ask().json()["error"]["code"] == "engine_failed"
         assert http.get("/health").json() == {
             "status": "ok",

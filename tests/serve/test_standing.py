@@ -11,7 +11,7 @@ from tests.serve.fake_engine import ALL, FakeEngine
 from tests.serve.servers import eventually, serving
 from tunefork.errors import BadInputError, EngineError, ModelError
 from tunefork.registry.store import Store
-from tunefork.serve import gateway, standing
+from tunefork.serve import gateway
 from tunefork.serve.choose import make_replica
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.heat import Heat
@@ -65,7 +65,6 @@ def test_a_merged_version_is_answered_by_its_replica(
 ) -> None:
     """And, while that is dead, by the adapters' engine; it is started again."""
     monkeypatch.setattr(gateway, "_LOOK_S", 0.05)
-    monkeypatch.setattr(standing, "_BACK_OFF_S", 0.02)
     main, replica = FakeEngine(), FakeEngine()
     made: list[ServedAdapter] = []
 
@@ -163,7 +162,7 @@ def test_only_so_many_adapters_are_told_apart() -> None:
 def test_an_adapter_is_brought_nearer_while_its_request_waits(
     settings: ServeSettings, adapter: Path
 ) -> None:
-    engine = FakeEngine(capabilities=replace(ALL, max_requests=1), delay_s=0.05)
+    engine = FakeEngine(capabilities=replace(ALL, max_requests=1), delay_s=0.01)
     with Store.open() as store:
         store.publish(adapter, "acme")
     with serving(engine, settings) as running, ThreadPoolExecutor(2) as pool:

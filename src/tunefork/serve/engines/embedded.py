@@ -172,7 +172,7 @@ class EmbeddedEngine:
     def state(self) -> EngineState:
         """As of the last pass."""
         if self._parts is None or self._death is not None:
-            return EngineState(healthy=False)
+            return EngineState(healthy=False, why=self._death or "")
         return self._parts.core.state
 
     def info(self) -> Mapping[str, Any]:
