@@ -62,10 +62,14 @@ def run(
         list[str] | None, typer.Option(help="A page's origin that may call it.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="Settings (docs/serving.md).")
+        Path | None,
+        typer.Option(
+            "--config", metavar="FILE", help="Settings as YAML (docs/serving_settings.md)."
+        ),
     ] = None,
     sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any setting of it, as embedded.slots=16."),
     ] = None,
 ) -> None:
     """Serve one base and all its adapters through the OpenAI API, until Ctrl-C."""

@@ -99,8 +99,8 @@ class Quotas:
         if left is not None and tokens > left:
             raise ApiError(
                 429,
-                f"The month's quota has {counted(max(0, left), 'token')} left, and this request may "
-                f"use {tokens:,}; ask for fewer max_tokens, or wait for the next month",
+                f"The month's quota has {counted(max(0, left), 'token')} left, and this request "
+                f"may use {tokens:,}; ask for fewer max_tokens, or wait for the next month",
                 kind="insufficient_quota",
                 code="insufficient_quota",
                 retry_after=_until_next_month_s(),
