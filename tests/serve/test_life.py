@@ -27,6 +27,7 @@ from tunefork.errors import (
 from tunefork.registry.store import Store
 from tunefork.serve.database import connect
 from tunefork.serve.engine import Capabilities
+from tunefork.serve.run import drain_on_signal
 from tunefork.serve.settings import ServeSettings
 
 LONG: dict[str, Any] = {
@@ -238,6 +239,25 @@ def test_health_is_told_while_large_inputs_are_read(server: Running) -> None:
             slowest = max(slowest, time.monotonic() - began)
         assert slowest < 1.0
         assert {future.result().status_code for future in asked} == {400}
+
+
+def test_a_second_signal_cancels_what_runs_and_tells_it(settings: ServeSettings) -> None:
+    """In the API's shape, and on record; the server ends at once."""
+    said: list[str] = []
+    with serving(FakeEngine(delay_s=0.05), settings) as running, ThreadPoolExecutor(2) as pool:
+        drain_on_signal(running.server, running.gateway, said.append)
+        asked = [pool.submit(running.ask, **LONG, stream=stream) for stream in (False, True)]
+        eventually(lambda: running.gateway.parts.queue.running == 2)
+        time.sleep(0.2)  # the stream has begun
+        running.server.handle_exit(signal.SIGINT, None)
+        eventually(lambda: said)
+        assert "a second Ctrl-C" in said[0] and not any(future.done() for future in asked)
+        running.server.handle_exit(signal.SIGINT, None)
+        plain, stream = (future.result() for future in asked)
+        assert plain.status_code == 503 and plain.json()["error"]["code"] == "draining"
+        assert json.loads(stream.text.split("\n\n")[-2][6:])["error"]["code"] == "draining"
+        assert not running.server.force_exit
+    assert [status for status, _, _ in _statuses(settings)] == ["cancelled"] * 2
 
 
 _SERVER = """

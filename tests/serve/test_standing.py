@@ -116,7 +116,9 @@ def test_what_cannot_be_served_is_said_at_the_start(settings: ServeSettings, opt
     with serving(FakeEngine(), wanted) as running:
         eventually(lambda: running.gateway.failure is not None)
         assert isinstance(running.gateway.failure, BadInputError)
-        assert str(running.gateway.failure).startswith(f"{option}: nobody: ")
+        assert str(running.gateway.failure).startswith(
+            f"{option}: nobody: the store has no such adapter"
+        )
         with running.http() as http:
             assert http.get("/health").status_code == 503
             assert http.get("/metrics").status_code == 503

@@ -68,6 +68,8 @@ class Gateway:
     ) -> None:
         self.engine, self.settings = engine, settings
         self._is_draining = False
+        self.loop: asyncio.AbstractEventLoop | None = None
+        """Once it has begun."""
         self.failure: BaseException | None = None
         """Why it never became ready."""
         self.on_failure: Callable[[], None] = lambda: None
@@ -92,6 +94,7 @@ class Gateway:
 
     def begin(self) -> None:
         """Start, in the background: /health answers meanwhile."""
+        self.loop = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._live())
 
     def drain(self) -> None:

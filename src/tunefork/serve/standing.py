@@ -109,4 +109,7 @@ async def _lease(name: str, adapters: Adapters, option: str) -> Lease:
     try:
         return await adapters.lease(name, LOCAL, is_merged=option == "merge")
     except ApiError as error:
-        raise BadInputError(f"{option}: {name}: {error.message}") from error
+        why = error.message
+        if error.status == 404:
+            why = "the store has no such adapter (tunefork adapters list shows all)"
+        raise BadInputError(f"{option}: {name}: {why}") from error

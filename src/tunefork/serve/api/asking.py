@@ -114,7 +114,7 @@ def answer_tokens(
     """
     longest, most = max(lengths), target.engine.capabilities.max_model_len
     if longest + (asked or 1) > most:
-        wanted = f" and {asked} of the answer" if asked else ""
+        wanted = f" and {asked:,} of the answer" if asked else ""
         raise too_long(most, f"{counted(longest, 'token')}{wanted} were asked for", param)
     if asked is not None:
         return asked
