@@ -3,7 +3,10 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any, cast
+
+import pytest
 
 from tunefork.errors import NoAdapterMemoryError
 from tunefork.serve.engine import ServedAdapter
@@ -62,7 +65,9 @@ def test_one_that_is_evicted_while_it_is_wanted_again_is_read_again() -> None:
     tiers.close()
 
 
-def test_who_cannot_be_read_for_want_of_memory_finds_more_at_the_next_try() -> None:
+def test_who_cannot_be_read_for_want_of_memory_finds_more_at_the_next_try(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Copies of others, which can be read again, are dropped; a pin holds all the same."""
     has_room = False
 
@@ -72,6 +77,7 @@ def test_who_cannot_be_read_for_want_of_memory_finds_more_at_the_next_try() -> N
         return _Host()
 
     tiers = Tiers(_Slots(), read, host_memory_bytes=100, wake=lambda: None, clock=time.monotonic)
+    monkeypatch.setattr(Thread, "start", None)  # nor can a thread begin any more
 
     def until(is_so: Callable[[dict[str, Any]], object]) -> None:
         for _ in range(200):

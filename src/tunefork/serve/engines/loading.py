@@ -6,6 +6,7 @@ The engine's thread says what is to be loaded, and takes in what has arrived.
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 from tunefork.errors import EngineError, NoAdapterMemoryError, TuneforkError
 from tunefork.serve.engine import ServedAdapter
@@ -13,12 +14,14 @@ from tunefork.serve.engines.adapter_file import HostAdapter
 from tunefork.serve.engines.tier_entry import Entry, Slots, Stage
 from tunefork.train.out_of_memory import is_out_of_memory
 
+_THREADS = 2
+"""So that one adapter can be read while another is copied."""
 Arrival = tuple[Entry, HostAdapter | TuneforkError | None, float]
 """What was loaded, what came of it (None: it is in its slot), and how many seconds it took."""
 
 
 class Loading:
-    """Two threads, so that one adapter can be read while another is copied."""
+    """The threads, and what has arrived."""
 
     def __init__(
         self,
@@ -33,7 +36,11 @@ class Loading:
         anything else."""
         self.slots, self.read, self.wake, self.clock = slots, read, wake, clock
         self._arrived: deque[Arrival] = deque()
-        self._threads = ThreadPoolExecutor(2, "tunefork-adapters", initializer=begin)
+        self._threads = ThreadPoolExecutor(_THREADS, "tunefork-adapters", initializer=begin)
+        # All of them now: where memory is short, a thread that cannot begin ends the engine.
+        together = Barrier(_THREADS, timeout=10.0)
+        for _ in range(_THREADS):
+            self._threads.submit(together.wait)
 
     def start(self, entry: Entry) -> None:
         """Load it; its stage says which step is due."""
