@@ -39,8 +39,8 @@ class Loading:
         self._threads = ThreadPoolExecutor(_THREADS, "tunefork-adapters", initializer=begin)
         # All of them now: where memory is short, a thread that cannot begin ends the engine.
         together = Barrier(_THREADS, timeout=10.0)
-        for _ in range(_THREADS):
-            self._threads.submit(together.wait)
+        for begun in [self._threads.submit(together.wait) for _ in range(_THREADS)]:
+            begun.result()
 
     def start(self, entry: Entry) -> None:
         """Load it; its stage says which step is due."""
