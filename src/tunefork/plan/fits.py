@@ -48,6 +48,9 @@ class MemoryFit(_Model):
     """The same with activation checkpointing, where what comes and goes is more various."""
     held_per_captured: float
     """On top of either, where the pass is captured: a CUDA graph has a pool of its own."""
+    held_per_varied: float
+    """On top of either, where the passes are of many lengths: what one was cut from does not suit
+    the next, and a CPU's allocator (glibc's heap) is left with gaps."""
     held_per_room: float
     """Per byte of the room that the optimiser's update takes."""
     tensor_error: float
