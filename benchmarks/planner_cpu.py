@@ -56,7 +56,7 @@ VARIED = [
     f"{size}-{method}-{batch}-varied"
     for size in SIZES
     for method in ("lora", "qlora", "full")
-    for batch in ("4x128", "4x256", "4x256-ckpt")
+    for batch in ("4x128", "4x128-ckpt")
     if size == "135m" or batch == "4x128"
 ]
 STEPS, STEPS_VARIED = 6, 16
