@@ -56,14 +56,14 @@ def unread(graph_module: GraphModule) -> GraphModule:
     again = copy.copy(graph_module)
     again.graph = copy.deepcopy(graph_module.graph)
     output = again.graph.output_node()
-    result, *kept = output.args[0]  # type: ignore[misc]
-    value = result.meta["val"]  # type: ignore[union-attr]
+    results: Any = output.args[0]
+    value = results[0].meta["val"]
     with again.graph.inserting_before(output):
         empty = again.graph.call_function(
             torch.ops.aten.empty.memory_format, (list(value.shape),), {"dtype": value.dtype}
         )
     empty.meta["val"] = value
-    output.args = ([empty, *kept],)
+    output.args = ([empty, *results[1:]],)
     again.graph.eliminate_dead_code()
     return again
 
