@@ -62,8 +62,8 @@ VARIED = [
     if size == "135m" or batch == "4x128"
 ]
 TIMES = {name: value for name, value in PRIOR.items() if name != "host_update"}
-"""What is fitted of time. The models have 272 and 290 tensors: nothing here would tell what it costs
-to start their updates from the bytes that these move, so it costs what starting anything does."""
+"""What is fitted of time. The models have 272 and 290 tensors: nothing here tells what it costs to
+start their updates from the bytes that these move, so it costs what starting anything does."""
 STEPS, STEPS_VARIED = 6, 16
 
 
