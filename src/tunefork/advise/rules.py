@@ -170,15 +170,15 @@ VOTES: tuple[Vote, ...] = (
     ),
     Vote(
         "too-few", NOTHING, 32, when.too_few_examples,
-        "{examples} examples seldom show an effect: put some of them into the prompt, and keep the "
-        "rest to measure by.",
+        "So few examples ({examples}) seldom show an effect: put some of them into the prompt, and "
+        "keep the rest to measure by.",
         OPENAI,
         "50 examples (here {examples}): fine-tuning is worth a try from there on, with 200 or more "
         "it is on firmer ground.",
     ),
     Vote(
         "few", NOTHING, 2, when.few_examples,
-        "With {examples} examples, a prompt with a few of them is the thing to beat.",
+        "With so few examples ({examples}) a prompt that holds some is the thing to beat.",
         OPENAI,
     ),
     Vote(
@@ -327,7 +327,7 @@ STARTS: tuple[Start, ...] = (
     ),
     Start(
         "rate-short", (ADAPTER,), "learning_rate", when.few_steps,
-        "Learning rate {lora_rate}: with only {steps} steps about 15 times full fine-tuning's "
+        "Learning rate {lora_rate}: with only {steps} about 15 times full fine-tuning's "
         "({full_rate}).",
         REGRET,
     ),

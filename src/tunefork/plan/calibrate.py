@@ -87,4 +87,5 @@ def _measure(case: Case, shape: Shape, device: torch.device, name: str) -> Measu
         measured_step_s=measured.step_s,
         predicted_process_bytes=case.memory(shape).process.mid,
         measured_process_bytes=measured.process_bytes,
+        fit=case.target.fit.id,
     )

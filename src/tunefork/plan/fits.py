@@ -13,6 +13,7 @@ its own data sheet's rates, with wider intervals.
 benchmarks/planner_h200.py writes the H200's entry, benchmarks/planner_cpu.py the CPU's.
 """
 
+import hashlib
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -121,6 +122,11 @@ class Fit(_Model):
     """Likewise, bytes a second."""
     memory: MemoryFit
     time: TimeFit
+
+    @property
+    def id(self) -> str:
+        """Another one for other constants."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, slots=True)
