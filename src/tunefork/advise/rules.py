@@ -216,15 +216,15 @@ VOTES: tuple[Vote, ...] = (
     ),
     Vote(
         "full-elsewhere", ADAPTER, 4, when.full_fits_only_elsewhere,
-        "Full fine-tuning needs {full_peak} on each of {gpus}, which has {memory}; it would need "
+        "Full fine-tuning needs {full_peak} a GPU, and {gpus} has {memory}; it would need "
         "{full_where}.",
         PLAN + "; " + thumb(2),
         undone_by="{full_where} would hold full fine-tuning.",
     ),
     Vote(
         "full-nowhere", ADAPTER, 64, when.full_fits_nowhere,
-        "Full fine-tuning needs {full_peak} on each of {gpus}, which has {memory}, and the data "
-        "may not leave for a larger machine.",
+        "Full fine-tuning needs {full_peak} a GPU, {gpus} has {memory}, and the data may not leave "
+        "for a larger machine.",
         PLAN + "; " + thumb(2),
         undone_by="{full_where} in the house would hold full fine-tuning.",
     ),
@@ -271,7 +271,7 @@ FORMS: tuple[Form, ...] = (
     ),
     Form(
         "form-memory", ADAPTER, "qlora", when.lora_does_not_fit,
-        "Memory is the binding limit: LoRA needs {lora_peak} on each of {gpus}, which has "
+        "Memory is the binding limit: LoRA needs {lora_peak} a GPU, and {gpus} has "
         "{memory}; over a base in 4 bits (QLoRA) it needs {qlora_peak}.",
         PLAN + "; " + QLORA,
         "A GPU with {lora_peak} would hold LoRA over the bf16 base, which is faster and spares the "

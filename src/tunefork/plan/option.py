@@ -132,7 +132,7 @@ def _larger_machine(case: Case, batches: Batches, machines: Sequence[Machine]) -
         if replace(case, made=made, target=target).fits(batches.largest):
             several = "its weights sharded over " if target.count > 1 else ""
             return (
-                f"{several}{target.count} x {target.id} (${target.usd_per_hour:.2f} an hour) with "
+                f"{several}{target.count} x {target.id} (${target.usd_per_hour:.2f} an hour) and "
                 "train.activation_checkpointing: full"
             )
     return None
