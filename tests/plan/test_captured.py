@@ -30,7 +30,7 @@ def _layer(bytes_a_token: float) -> Layer:
         "attention", (("a", Size(bytes_a_token)),), Size(1.0, 2.0), query=(4, 2, 16), share=2.5
     )
     program = Program((kernel,), ("x",), ("a", None), {"x": Size(fixed=3.0)})
-    return Layer(program, program, 1)
+    return Layer(program, program, 1, program)
 
 
 def _refuse() -> None:

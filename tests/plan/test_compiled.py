@@ -110,6 +110,16 @@ def test_only_what_is_read_by_a_product_or_leaves_is_held() -> None:
     assert after.moved(10) == 2 * 10 * 16 * 4
 
 
+def test_an_offloaded_layer_run_again_makes_nothing_for_its_result_alone() -> None:
+    redone, offloaded = (
+        trace_step(CONFIG, _build(checkpointing=checkpointing), SHAPE).work["skinny"]
+        for checkpointing in ("full", "offload")
+    )
+    # The MLP's last product and what its delta adds to it.
+    assert redone.count - offloaded.count == 2 * 7
+    assert redone.flops - offloaded.flops == 2 * 256 * (160 + 4) * 64 * 7
+
+
 def test_capturing_leaves_the_model_as_it_was() -> None:
     there = built(at_depth(CONFIG, 4), _build())
     layers = capture(there.model, "none")

@@ -178,7 +178,7 @@ def program(
 @pytest.mark.slow
 def test_ten_thousand_drawn_requests_leave_nothing_behind(program: Program) -> None:
     first = draw_and_send(program, 5_000, 2)
-    # so many shapes as it remembers, PyTorch on a CPU has met by now (`engines/shapes.py`)
+    # so many shapes as it remembers, PyTorch on a CPU has met by now (`model/onednn.py`)
     before = program.rss()
     second = draw_and_send(program, 5_000, 3)
     assert sum((first.statuses + second.statuses).values()) == 10_000

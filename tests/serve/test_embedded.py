@@ -1,7 +1,6 @@
 """The embedded engine against PEFT's `generate`, and what a request may ask of it."""
 
 import asyncio
-import os
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,6 @@ from tunefork.serve.engines.embedded import EmbeddedEngine
 from tunefork.serve.engines.graphs import Graphs, Key
 from tunefork.serve.engines.passes import Outcome
 from tunefork.serve.engines.reads import Reads
-from tunefork.serve.engines.shapes import MOST
 from tunefork.serve.engines.slots import BankSlots
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -259,19 +257,3 @@ def test_a_request_is_told_of_an_engine_that_stopped_meanwhile(
                 await answers(engine, [request("1", served.prompts[0], None, max_tokens=2)])
 
     asyncio.run(run())
-
-
-def test_a_cpu_remembers_few_shapes_unless_told_otherwise(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def run() -> None:
-        engine = EmbeddedEngine(settings(served.base))
-        await engine.start()
-        await engine.stop()
-
-    told, untold = "LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
-    for name in (told, untold):
-        monkeypatch.setenv(name, "7")
-    monkeypatch.delenv(untold)
-    asyncio.run(run())
-    assert (os.environ[told], os.environ[untold]) == ("7", str(MOST))

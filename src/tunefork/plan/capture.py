@@ -29,7 +29,7 @@ from tunefork.data.pack import Segments
 from tunefork.kernels.compiled import standing_for_gpu
 from tunefork.model.layers import decoder_layers, prepare_layers
 from tunefork.model.packed_attention import in_place_of_mask
-from tunefork.plan.graph import TOKENS, UnknownOperationError, program_of
+from tunefork.plan.graph import TOKENS, UnknownOperationError, program_of, unread
 from tunefork.plan.program import Program
 from tunefork.plan.recorded import joint_graph
 from tunefork.recipe import Checkpointing
@@ -43,6 +43,8 @@ class Layer:
     backward: Program
     num_results: int
     """Of the forward graph's outputs, which come first; the others are kept for the backward."""
+    again: Program
+    """The forward pass where nobody reads its result: an offloaded layer's second run."""
 
 
 def takes_segments(model: PreTrainedModel) -> bool:
@@ -114,7 +116,8 @@ class _Pair:
             raise UnknownOperationError("a layer without a backward pass")
         forward, backward = program_of(self.forward), program_of(self.backward)
         num_kept = sum(not name.startswith("tangents") for name in backward.inputs)
-        return Layer(forward, backward, len(forward.outputs) - num_kept)
+        again = program_of(unread(self.forward))
+        return Layer(forward, backward, len(forward.outputs) - num_kept, again)
 
 
 def _empty(value: Any) -> Any:

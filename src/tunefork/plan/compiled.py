@@ -5,13 +5,15 @@ offloading run as they are; what they would put into host memory goes to `EmptyS
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tunefork.model.offload import unread
 from tunefork.plan.capture import Layer
 from tunefork.plan.program import Program
 from tunefork.plan.trace import Room, Trace
@@ -49,11 +51,15 @@ class Replay:
 
     def compiler(self, run: Callable[..., Any], *, dynamic: bool | None = None) -> Any:
         """In the place of torch.compile."""
-        del run, dynamic
-        return self._run
+        del dynamic
+        return partial(self._run, getattr(run, "func", None) is unread)
 
-    def _run(self, layer: nn.Module, x_d: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _run(
+        self, is_unread: bool, layer: nn.Module, x_d: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         program = self.programs[layer]
+        if is_unread:
+            program = replace(program, forward=program.again)
         if not torch.is_grad_enabled():  # offloading's first run, which is compiled to keep nothing
             tensors = _Tensors(program.forward, self.trace, _tokens(x_d), self.segments)
             tensors.run()

@@ -10,6 +10,7 @@ The graph is captured for one number of tokens that divides no size of a weight,
 bytes are seen to grow with the tokens or not to.
 """
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -47,6 +48,24 @@ def _size(amount: float) -> Size:
 def program_of(graph_module: GraphModule) -> Program:
     """The kernels of a graph from AOTAutograd whose nodes know their values' shapes."""
     return _Reading(list(graph_module.graph.nodes)).program()
+
+
+def unread(graph_module: GraphModule) -> GraphModule:
+    """A forward graph without what is made for its first output alone, which is then of its size
+    and no more: as `model.offload.unread` has it, and the compiler's removal of dead code."""
+    again = copy.copy(graph_module)
+    again.graph = copy.deepcopy(graph_module.graph)
+    output = again.graph.output_node()
+    results: Any = output.args[0]
+    value = results[0].meta["val"]
+    with again.graph.inserting_before(output):
+        empty = again.graph.call_function(
+            torch.ops.aten.empty.memory_format, (list(value.shape),), {"dtype": value.dtype}
+        )
+    empty.meta["val"] = value
+    output.args = ([empty, *results[1:]],)
+    again.graph.eliminate_dead_code()
+    return again
 
 
 class _Reading:

@@ -18,7 +18,7 @@ from tunefork.serve.engines.reads import Span
 
 STEP = 8
 """A CPU's passes are filled up to a multiple of so many tokens: oneDNN compiles its products anew
-for every number of them, and keeps them (`shapes.py`)."""
+for every number of them, and keeps them (`model/onednn.py`)."""
 BASE = -1
 """The slot of tokens that no adapter is for."""
 
