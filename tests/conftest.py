@@ -1,9 +1,18 @@
 """What every test runs under."""
 
 import gc
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+gc.disable()  # while tests are collected nothing is garbage, and all of PyTorch would be looked at
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,12 +36,20 @@ def fingerprints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fingerprints")
 
 
+@pytest.fixture(scope="session")
+def new_home(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """Numbered here: `mktemp` reads a folder of thousands to find the next number."""
+    folder, numbers = tmp_path_factory.mktemp("homes"), itertools.count()
+    return lambda: folder / str(next(numbers))
+
+
 @pytest.fixture(autouse=True)
 def home(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, fingerprints: Path
+    new_home: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, fingerprints: Path
 ) -> Path:
     """A TUNEFORK_HOME of the test's own: its runs correct no plan but its own."""
-    folder = tmp_path_factory.mktemp("home")
+    folder = new_home()
+    folder.mkdir()
     (folder / "fingerprints").symlink_to(fingerprints)
     monkeypatch.setenv("TUNEFORK_HOME", str(folder))
     return folder

@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI
 from pydantic import ValidationError
 
-from tests.serve.fake_engine import FakeEngine
+from tests.serve.fake_engine import FakeEngine, begun
 from tests.serve.servers import ASKED, Running, serving
 from tunefork.errors import BadInputError
 from tunefork.serve.api import reading
@@ -197,7 +197,8 @@ def test_what_fails_unforeseen_is_a_503(shared: Running, monkeypatch: pytest.Mon
 
 
 def test_too_many_at_once_are_sent_away_but_health_is_told(settings: ServeSettings) -> None:
-    engine = FakeEngine(delay_s=0.05)
+    engine = FakeEngine()
+    engine.holds = begun
     few = settings.model_copy(update={"max_open_requests": 1})
     with serving(engine, few) as running, running.http() as http:
         body = {"model": "tiny-base", "messages": ASKED, "stream": True}
