@@ -44,9 +44,7 @@ def new_home(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
 
 
 @pytest.fixture(autouse=True)
-def home(
-    new_home: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, fingerprints: Path
-) -> Path:
+def home(new_home: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, fingerprints: Path) -> Path:
     """A TUNEFORK_HOME of the test's own: its runs correct no plan but its own."""
     folder = new_home()
     folder.mkdir()
