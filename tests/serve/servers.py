@@ -35,7 +35,7 @@ class Running:
     def http(self, key: str | None = None) -> httpx.Client:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         # Certificates, which take longer to read than most tests, are not needed.
-        return httpx.Client(base_url=self.url, timeout=20, headers=headers, verify=False)
+        return httpx.Client(base_url=self.url, timeout=60, headers=headers, verify=False)
 
     def ask(self, key: str | None = None, **fields: Any) -> httpx.Response:
         """One chat completion."""

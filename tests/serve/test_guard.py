@@ -169,7 +169,7 @@ def test_a_body_without_end_is_cut_off(settings: ServeSettings) -> None:
 
 
 def test_a_head_is_bounded(shared: Running) -> None:
-    with socket.create_connection(("127.0.0.1", shared.port), timeout=10) as endless:
+    with socket.create_connection(("127.0.0.1", shared.port), timeout=60) as endless:
         endless.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
         with suppress(ConnectionError):
             for number in range(100):
