@@ -2,7 +2,8 @@
 
 import gc
 import itertools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,14 @@ def imports_left_to_themselves() -> None:
     """A run collects garbage before it measures memory: over what PyTorch's and transformers'
     imports leave, a quarter of a second each time."""
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_power_cut() -> Iterator[None]:
+    """A killed process loses nothing that was written: no test needs the disk to have it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture(scope="session")
