@@ -1,7 +1,7 @@
 """An engine without a model: what it answers tells who was asked, and how long the prompt was."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from tests.data.conftest import train_tokenizer
@@ -63,7 +63,7 @@ class FakeEngine:
         self.forgotten: list[str] = []
         self.pinned: set[str] = set()
         self.is_alive = False
-        self.holds = nothing
+        self.holds: Callable[[EngineRequest, int], bool] = nothing
         """Whether a request that has so many tokens waits, rather than gets the next; until the
         engine dies."""
         self.fails: Exception | None = None
