@@ -34,8 +34,8 @@ def _stored(
 ) -> tuple[Layout, tuple[Tensor, ...]]:
     layout = Layout(storage, "fp8", (weight.shape[0],), (a.shape[0],), scale)
     if storage == "nf4":
-        none = fp8.no_correction(layout, weight.shape[1], weight.device)
-        return layout, (*nf4_tensors(*quantize_nf4(weight)), *none)
+        own = nf4_tensors(*quantize_nf4(weight))
+        return layout, fp8.nf4_weights(own, layout, weight.shape[1])
     quantized = fp8.quantize_weight([weight], layout)
     fp8.write_delta(quantized, [a], [b], layout)
     return layout, quantized.tensors()

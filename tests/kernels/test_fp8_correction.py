@@ -51,7 +51,7 @@ def check(storage: Storage, rank: int, device: torch.device) -> None:
         stored = [quantize_nf4(half) for half in halves]
         weight = torch.cat([dequantize_nf4(*one) for one in stored])
         own = [tensor for one in stored for tensor in nf4_tensors(*one)]
-        weights = (*own, *fp8.no_correction(layout, D, weight.device))
+        weights = fp8.nf4_weights(own, layout, D)
     else:
         quantized = fp8.quantize_weight(halves, layout)
         weights = quantized.tensors()

@@ -108,5 +108,5 @@ def test_a_compiled_second_run_makes_no_result(storage: Storage, products: Produ
     for name, want in gradients.items():
         error = (by_kept[name] - want).norm() / want.norm()
         assert error < 1e-2, name
-    first, second = graphs[: len(graphs) // 2], graphs[len(graphs) // 2 :]
-    assert min(first) > max(second) > 0
+    first, second = graphs  # one form each for all layers
+    assert first > second > 0

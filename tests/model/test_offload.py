@@ -58,3 +58,14 @@ def test_passes_without_a_backward_pass_neither_pile_up_nor_mix() -> None:
     for layer, want in zip(layers, expected, strict=True):
         assert layer.weight.grad is not None
         torch.testing.assert_close(layer.weight.grad, want)
+
+
+def test_layers_below_the_first_that_is_trained_keep_nothing() -> None:
+    layers, shelf, x = _layers(), Shelf(), torch.randn(4, 8)
+    layers[0].requires_grad_(False)
+    (want,) = torch.autograd.grad(_pass(layers, None, x), [layers[1].weight])
+    loss = _pass(layers, shelf, x)
+    assert len(shelf.kept) == 2
+    loss.backward()
+    assert layers[0].weight.grad is None and layers[1].weight.grad is not None
+    torch.testing.assert_close(layers[1].weight.grad, want)

@@ -42,7 +42,7 @@ from tunefork.kernels.e4m3 import (
 )
 from tunefork.kernels.fp8_correction import correction
 from tunefork.kernels.layout import Layout
-from tunefork.kernels.nf4_e4m3 import nf4_rows
+from tunefork.kernels.nf4_e4m3 import Nf4Rows, nf4_scales
 from tunefork.kernels.quantized import dequantize_nf4_tensors
 
 
@@ -128,11 +128,13 @@ def correct(weight: Fp8Weight, x_sd: Tensor, weights: Sequence[Tensor], layout: 
     weight.probe_cd.copy_(found.probe_cd)
 
 
-def no_correction(layout: Layout, features_in: int, device: torch.device) -> tuple[Tensor, ...]:
-    """What an NF4 base has beside it, of a `Correction` that corrects nothing: the directions
-    apart, the columns' bytes, and the probe."""
-    rows = sum(layout.sizes)
+def nf4_weights(tensors: Sequence[Tensor], layout: Layout, features_in: int) -> tuple[Tensor, ...]:
+    """What is kept of an NF4 base: the `nf4_tensors` of each layer, their `nf4_scales`, and of a
+    `Correction` that corrects nothing the directions apart, the columns' bytes, and the probe."""
+    rows, device = sum(layout.sizes), tensors[0].device
     return (
+        *tensors,
+        nf4_scales(tensors, layout.sizes, features_in),
         torch.zeros(rows, layout.apart, dtype=torch.bfloat16, device=device),
         torch.zeros(rows, layout.spare, dtype=torch.uint8, device=device),
         torch.zeros(layout.apart + layout.spare, features_in, dtype=torch.bfloat16, device=device),
@@ -141,12 +143,13 @@ def no_correction(layout: Layout, features_in: int, device: torch.device) -> tup
 
 @torch.no_grad()
 def correct_nf4(x_sd: Tensor, weights: Sequence[Tensor], layout: Layout) -> None:
-    """`correct` for an NF4 base, whose e4m3 form is made anew each time: the last of `weights` are
-    those of `no_correction`, and are filled."""
+    """`correct` for an NF4 base, whose e4m3 form is made anew each time: `weights` are those of
+    `nf4_weights`, and the last of them are filled."""
     size = x_sd.shape[1]
     weight_od = dequantize_nf4_tensors(weights, layout.sizes, size, torch.bfloat16)
-    rows = nf4_rows(weights, layout.sizes, size)
-    found = correction(x_sd, [weight_od], rows.codes(), rows.scale_o1, layout.spare, layout.apart)
+    rows = _nf4_rows(layout, weights, size)
+    scale_o1 = rows.scale_1o.t()
+    found = correction(x_sd, [weight_od], rows.codes(), scale_o1, layout.spare, layout.apart)
     apart_om, columns_oc, probe_cd = weights[-3:]
     apart_om.copy_(found.apart_om)
     columns_oc.copy_(found.columns_oc.view(torch.uint8))
@@ -225,15 +228,20 @@ def _forward_operand(
     if layout.storage != "nf4":
         codes_op, scale_1o, balance = weights[:3]
         return codes_op, scale_1o, balance
-    rows = nf4_rows(weights, layout.sizes, features_in)
+    rows = _nf4_rows(layout, weights, features_in)
     apart_om, rest_oc, _ = weights[-3:]
     beside = apart_om.float()
     if layout.rank:
-        b_or = _diagonal(lora_b, layout) * layout.scale / rows.scale_o1
+        b_or = _diagonal(lora_b, layout) * layout.scale / rows.scale_1o.t()
         beside = torch.cat([b_or, beside], dim=1)
     balance = _balance(beside)
     codes_op = rows.codes(joined([*_right(beside / balance), rest_oc]))
-    return codes_op, rows.scale_o1.t().contiguous(), balance
+    return codes_op, rows.scale_1o, balance
+
+
+def _nf4_rows(layout: Layout, weights: Sequence[Tensor], features_in: int) -> Nf4Rows:
+    count = 5 * len(layout.sizes)
+    return Nf4Rows(weights[:count], weights[count], layout.sizes, features_in)
 
 
 def _backward_operand(
@@ -251,9 +259,9 @@ def _backward_operand(
             columns.append(a_rd.new_zeros(features_in, filling, dtype=torch.uint8))
     # The scales lie along the dimension that is summed over now: dy takes them.
     if layout.storage == "nf4":
-        rows = nf4_rows(weights, layout.sizes, features_in)
+        rows = _nf4_rows(layout, weights, features_in)
         codes_dp = rows.codes_turned(joined(columns) if columns else None)
-        scale_1o = rows.scale_o1.t()
+        scale_1o = rows.scale_1o
     else:
         codes_op, scale_1o = weights[:2]
         codes_od = codes_op[:, : codes_op.shape[1] - layout.width]
@@ -329,8 +337,7 @@ def fp8_lora(
     x_d (..., D) and the results (..., O_i) are bf16. A (R_i, D) and B (O_i, R_i) are those of the
     layers that have a delta, and get gradients in their own dtype. `weights` are those of
     `Fp8Weight.tensors` (then `write_delta` must have been told of A and B: their values here serve
-    the gradients only), or for storage "nf4" those of `quantized.nf4_tensors` and then those of
-    `no_correction`.
+    the gradients only), or for storage "nf4" those of `nf4_weights`.
     """
     apply: Callable[..., tuple[Tensor, ...]] = _Fp8Lora.apply
     a_rd = [torch.cat([a.to(x_d.dtype) for a in lora_a])] if lora_a else []

@@ -3,8 +3,8 @@
 Unpacking to bf16, finding each row's largest magnitude, rounding to e4m3, turning and putting the
 delta's columns beside it are half a dozen passes over a weight as PyTorch has them, 17 bytes a
 parameter, three times a step where layers are recomputed. One kernel (`nf4_e4m3_triton.py`) reads
-half a byte and writes one. A row's largest magnitude needs no reading: a block's absolute maximum
-is one of its values, so a row's is the largest of its blocks', a sixty-fourth of the data.
+half a byte and writes one. What rounds the rows is made once: a block's absolute maximum is one of
+its values, so a row's largest magnitude is the largest of its blocks'.
 
 The definition is here, in PyTorch, and runs elsewhere; so it does for rows that are no whole number
 of blocks, where a block lies in two.
@@ -24,24 +24,46 @@ from tunefork.kernels.e4m3 import E4M3, LARGEST, LEAST, as_codes, joined, row_sc
 from tunefork.kernels.quantized import BLOCK, dequantize_nf4_tensors, nf4_maxima, nf4_values
 
 
+@torch.no_grad()
+def nf4_scales(tensors: Sequence[Tensor], sizes: Sequence[int], features_in: int) -> Tensor:
+    """(2, O) fp32: the rows' scales and their inverse, of the `nf4_tensors` of each layer (O_i, D),
+    one after the other."""
+    if features_in % BLOCK:
+        weight_od = dequantize_nf4_tensors(tensors, sizes, features_in, torch.bfloat16)
+        rows = [row_scale(weight_od)]
+    else:
+        maxima = (nf4_maxima(tensors[5 * at : 5 * at + 5]) for at in range(len(sizes)))
+        largest = (
+            of_blocks.view(size, -1).abs().amax(1, keepdim=True)
+            for of_blocks, size in zip(maxima, sizes, strict=True)
+        )
+        # As bf16 holds it, in which the weight is.
+        rows = [each.bfloat16().float().clamp(min=LEAST) / LARGEST for each in largest]
+    scale_o1 = weight_scales(rows)
+    return torch.cat([scale_o1, scale_o1.reciprocal()], dim=1).t().contiguous()
+
+
 @dataclass(frozen=True, slots=True)
 class Nf4Rows:
-    """Weights (O_i, D) one below the other, as `nf4_tensors` keeps them, and what rounds them."""
+    """Weights (O_i, D) one below the other."""
 
     tensors: Sequence[Tensor]
-    """Five of each layer."""
+    """The `nf4_tensors` of each."""
+    scales_2o: Tensor
+    """Their `nf4_scales`."""
     sizes: Sequence[int]
     features_in: int
-    maxima: Sequence[Tensor]
-    """Of each layer's blocks, (O_i D / 64,) fp32."""
-    scale_o1: Tensor
-    """(O, 1) fp32."""
+
+    @property
+    def scale_1o(self) -> Tensor:
+        """(1, O) fp32"""
+        return self.scales_2o[:1]
 
     def codes(self, beside_op: Tensor | None = None) -> Tensor:
         """(O, D + P) e4m3: weight / scale, and `beside` (O, P), bytes, to its right."""
         if self._has_kernel():
             return torch.ops.tunefork.nf4_codes(*self._operands(), beside_op)  # type: ignore[no-any-return]
-        codes_od = as_codes(self._weight_od(), self.scale_o1)
+        codes_od = as_codes(self._weight_od(), self.scale_1o.t())
         return codes_od if beside_op is None else joined([codes_od, beside_op]).view(E4M3)
 
     def codes_turned(self, beside_dp: Tensor | None = None) -> Tensor:
@@ -55,28 +77,10 @@ class Nf4Rows:
         return dequantize_nf4_tensors(self.tensors, self.sizes, self.features_in, torch.bfloat16)
 
     def _has_kernel(self) -> bool:
-        return is_on_gpu(self.scale_o1) and self.features_in % BLOCK == 0
+        return is_on_gpu(self.scales_2o) and self.features_in % BLOCK == 0
 
-    def _operands(self) -> tuple[list[Tensor], list[Tensor], Tensor, int]:
-        packed = [self.tensors[5 * index] for index in range(len(self.sizes))]
-        return packed, list(self.maxima), self.scale_o1.reciprocal(), self.features_in
-
-
-def nf4_rows(tensors: Sequence[Tensor], sizes: Sequence[int], features_in: int) -> Nf4Rows:
-    """Of the `nf4_tensors` of each layer, one after the other; what follows them is not read."""
-    tensors = tensors[: 5 * len(sizes)]
-    maxima = [nf4_maxima(tensors[5 * index : 5 * index + 5]) for index in range(len(sizes))]
-    if features_in % BLOCK:
-        weight_od = dequantize_nf4_tensors(tensors, sizes, features_in, torch.bfloat16)
-        rows = [row_scale(weight_od)]
-    else:
-        # As bf16 holds it, in which the weight is.
-        largest = [
-            each.view(size, -1).abs().amax(1, keepdim=True)
-            for each, size in zip(maxima, sizes, strict=True)
-        ]
-        rows = [each.bfloat16().float().clamp(min=LEAST) / LARGEST for each in largest]
-    return Nf4Rows(tensors, sizes, features_in, maxima, weight_scales(rows))
+    def _operands(self) -> tuple[list[Tensor], Tensor, int]:
+        return list(self.tensors), self.scales_2o[1], self.features_in
 
 
 @cache
@@ -86,18 +90,12 @@ def _values(device: torch.device) -> Tensor:
 
 @torch.library.custom_op("tunefork::nf4_codes", mutates_args=(), device_types="cuda")
 def _codes(
-    packed: Sequence[Tensor],
-    maxima: Sequence[Tensor],
-    inverse: Tensor,
-    features_in: int,
-    beside: Tensor | None,
+    tensors: Sequence[Tensor], inverse: Tensor, features_in: int, beside: Tensor | None
 ) -> Tensor:
     from tunefork.kernels.nf4_e4m3_triton import launch  # needs Triton, which comes with CUDA
 
     out = _empty(inverse, features_in, beside)
-    launch(
-        packed, maxima, inverse, _values(inverse.device), out, features_in=features_in, block=BLOCK
-    )
+    launch(tensors, inverse, _values(inverse.device), out, features_in=features_in, block=BLOCK)
     if beside is not None:
         out.view(torch.uint8)[:, features_in:] = beside
     return out
@@ -105,11 +103,7 @@ def _codes(
 
 @_codes.register_fake
 def _(
-    packed: Sequence[Tensor],
-    maxima: Sequence[Tensor],
-    inverse: Tensor,
-    features_in: int,
-    beside: Tensor | None,
+    tensors: Sequence[Tensor], inverse: Tensor, features_in: int, beside: Tensor | None
 ) -> Tensor:
     return _empty(inverse, features_in, beside)
 
@@ -121,18 +115,13 @@ def _empty(inverse: Tensor, features_in: int, beside: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("tunefork::nf4_codes_turned", mutates_args=(), device_types="cuda")
 def _codes_turned(
-    packed: Sequence[Tensor],
-    maxima: Sequence[Tensor],
-    inverse: Tensor,
-    features_in: int,
-    beside: Tensor | None,
+    tensors: Sequence[Tensor], inverse: Tensor, features_in: int, beside: Tensor | None
 ) -> Tensor:
     from tunefork.kernels.nf4_e4m3_triton import launch_turned
 
     out = _empty_turned(inverse, features_in, beside)
-    launch_turned(
-        packed, maxima, inverse, _values(inverse.device), out, features_in=features_in, block=BLOCK
-    )
+    values = _values(inverse.device)
+    launch_turned(tensors, inverse, values, out, features_in=features_in, block=BLOCK)
     if beside is not None:
         out.view(torch.uint8)[:, inverse.shape[0] :] = beside
     return out
@@ -140,11 +129,7 @@ def _codes_turned(
 
 @_codes_turned.register_fake
 def _(
-    packed: Sequence[Tensor],
-    maxima: Sequence[Tensor],
-    inverse: Tensor,
-    features_in: int,
-    beside: Tensor | None,
+    tensors: Sequence[Tensor], inverse: Tensor, features_in: int, beside: Tensor | None
 ) -> Tensor:
     return _empty_turned(inverse, features_in, beside)
 

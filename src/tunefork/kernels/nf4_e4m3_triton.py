@@ -1,6 +1,7 @@
 """The kernels of `kernels/nf4_e4m3.py`: NF4 to e4m3, as it lies and transposed.
 
-Two codes a byte, the first one in the high half (bitsandbytes); 64 codes share a maximum.
+Two codes a byte, the first one in the high half (bitsandbytes); 64 codes share a maximum, which is
+itself a code of 8 bits, in units of what 256 maxima share, less an offset of all.
 """
 
 from collections.abc import Sequence
@@ -8,6 +9,8 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from tunefork.kernels.quantized import GROUP
 
 _COLUMNS = 2048
 """Of a program's row."""
@@ -27,16 +30,24 @@ def _rounded(byte, largest, inverse, values):
 
 
 @triton.jit
+def _largest(maxima, place, outer, table, offset, mask, group: tl.constexpr):
+    """The blocks' maxima."""
+    code = tl.load(maxima + place, mask=mask, other=0).to(tl.int32)
+    unit = tl.load(outer + place // group, mask=mask, other=0.0)
+    return tl.load(table + code) * unit + tl.load(offset)
+
+
+@triton.jit
 def _codes(
-    packed, maxima, inverse, values, out, stride, features_in,
-    block: tl.constexpr, columns: tl.constexpr,
+    packed, maxima, outer, table, offset, inverse, values, out, stride, features_in,
+    block: tl.constexpr, group: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * columns
     pair = start // 2 + tl.arange(0, columns // 2)
     inside = pair < features_in // 2
     byte = tl.load(packed + row * (features_in // 2) + pair, mask=inside, other=0)
     place = row * (features_in // block) + pair // (block // 2)
-    largest = tl.load(maxima + place, mask=inside, other=0.0)
+    largest = _largest(maxima, place, outer, table, offset, inside, group)
     codes = _rounded(byte, largest, tl.load(inverse + row), values)
     column = start + tl.arange(0, columns)
     tl.store(out + row * stride + column, codes, mask=column < features_in)
@@ -44,8 +55,8 @@ def _codes(
 
 @triton.jit
 def _codes_turned(
-    packed, maxima, inverse, values, out, stride, features_out, features_in,
-    block: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+    packed, maxima, outer, table, offset, inverse, values, out, stride, features_out, features_in,
+    block: tl.constexpr, group: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
     start = tl.program_id(1) * columns
@@ -54,7 +65,7 @@ def _codes_turned(
     inside = has_row[:, None] & (pair < features_in // 2)[None, :]
     byte = tl.load(packed + row[:, None] * (features_in // 2) + pair[None, :], mask=inside, other=0)
     place = row[:, None] * (features_in // block) + (pair // (block // 2))[None, :]
-    largest = tl.load(maxima + place, mask=inside, other=0.0)
+    largest = _largest(maxima, place, outer, table, offset, inside, group)
     each = tl.load(inverse + row, mask=has_row, other=0.0)
     codes = tl.trans(_rounded(byte, largest, each[:, None], values))
     column = (start + tl.arange(0, columns)).to(tl.int64)
@@ -63,35 +74,33 @@ def _codes_turned(
 
 
 def launch(
-    packed: Sequence[Tensor],
-    maxima: Sequence[Tensor],
-    inverse_o1: Tensor,
+    tensors: Sequence[Tensor],
+    inverse_o: Tensor,
     values: Tensor,
     out_op: Tensor,
     *,
     features_in: int,
     block: int,
 ) -> None:
-    """Fill the first D columns of `out_op` with the layers of `packed`, one below the other.
+    """Fill the first D columns of `out_op` with the layers of `tensors`, one below the other.
 
-    `values` are NF4's 16, fp32, `inverse` that of the rows' scales. D is a multiple of
-    `block`.
+    `tensors` are the `quantized.nf4_tensors` of each layer, `values` are NF4's 16, fp32, `inverse`
+    that of the rows' scales. D is a multiple of `block`.
     """
     start = 0
-    for bytes_of, maxima_of in zip(packed, maxima, strict=True):
-        size = 2 * bytes_of.numel() // features_in
+    for own in _by_layer(tensors):
+        size = 2 * own[0].numel() // features_in
         grid = (size, triton.cdiv(features_in, _COLUMNS))
         _codes[grid](
-            bytes_of, maxima_of, inverse_o1[start:], values, out_op[start:], out_op.stride(0),
-            features_in, block, _COLUMNS, num_warps=4,
+            *own, inverse_o[start:], values, out_op[start:], out_op.stride(0), features_in,
+            block, GROUP, _COLUMNS, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         start += size
 
 
 def launch_turned(
-    packed: Sequence[Tensor],
-    maxima: Sequence[Tensor],
-    inverse_o1: Tensor,
+    tensors: Sequence[Tensor],
+    inverse_o: Tensor,
     values: Tensor,
     out_dp: Tensor,
     *,
@@ -100,11 +109,15 @@ def launch_turned(
 ) -> None:
     """Fill the first O columns of `out_dp` with the same, transposed."""
     start = 0
-    for bytes_of, maxima_of in zip(packed, maxima, strict=True):
-        size = 2 * bytes_of.numel() // features_in
+    for own in _by_layer(tensors):
+        size = 2 * own[0].numel() // features_in
         grid = (triton.cdiv(size, _TILE[0]), triton.cdiv(features_in, _TILE[1]))
         _codes_turned[grid](
-            bytes_of, maxima_of, inverse_o1[start:], values, out_dp[:, start:], out_dp.stride(0),
-            size, features_in, block, *_TILE, num_warps=4,
+            *own, inverse_o[start:], values, out_dp[:, start:], out_dp.stride(0), size,
+            features_in, block, GROUP, *_TILE, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         start += size
+
+
+def _by_layer(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    return [tensors[at : at + 5] for at in range(0, len(tensors), 5)]

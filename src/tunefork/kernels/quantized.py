@@ -29,6 +29,7 @@ finally:
 
 __all__ = [
     "BLOCK",
+    "GROUP",
     "AdamW8bit",
     "dequantize_nf4",
     "dequantize_nf4_tensors",
@@ -41,6 +42,8 @@ __all__ = [
 
 BLOCK = 64
 """Consecutive values of a weight that share an absolute maximum."""
+GROUP = 256
+"""Consecutive maxima that share one of theirs."""
 
 
 @cache
@@ -83,7 +86,7 @@ def nf4_maxima(tensors: Sequence[Tensor]) -> Tensor:
     """(N / 64,) fp32, what one weight's blocks are multiplied by; of its `nf4_tensors`."""
     _, absmax, absmax2, code, offset = tensors
     blockwise = torch.ops.bitsandbytes.dequantize_blockwise
-    maxima: Tensor = blockwise(absmax, absmax2, code, 256, torch.float32) + offset
+    maxima: Tensor = blockwise(absmax, absmax2, code, GROUP, torch.float32) + offset
     return maxima
 
 

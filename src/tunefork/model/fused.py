@@ -66,7 +66,7 @@ class FusedGroup(nn.Module):
         if storage == "nf4":
             self.weights = tuple(t for base in bases for t in nf4_tensors(base.codes, base.state))
             if products == "fp8":
-                self.weights += fp8.no_correction(self.layout, self.features_in, device)
+                self.weights = fp8.nf4_weights(self.weights, self.layout, self.features_in)
         else:
             self.originals = [base.weight.detach() for base in bases]
             weights = [weight.to(device) for weight in self.originals]

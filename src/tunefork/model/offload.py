@@ -11,7 +11,7 @@ Shape legend: T tokens in any layout, D features.
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +145,9 @@ class _Offloaded(torch.autograd.Function):
         ctx.again, ctx.shelf, ctx.random = again, shelf, None
         if draws:
             ctx.random = (torch.get_rng_state(), *get_device_states(x_d))
-        y_d = run(x_d)
+        # The first layer's input needs no gradient. Were that to show, here or in the second run,
+        # its runs would be compiled apart from all others', which takes longer than the gradient.
+        y_d = run(x_d.detach())
         if not isinstance(y_d, Tensor):
             raise ModelError(_REFUSED.format(f"return a {type(y_d).__name__}, not one tensor"))
         ctx.kept = shelf.put(x_d)
@@ -154,7 +156,7 @@ class _Offloaded(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_d: Tensor) -> tuple[Tensor | None, ...]:
-        x_d = ctx.shelf.take(ctx.kept).requires_grad_(ctx.needs_input_grad[4])
+        x_d = ctx.shelf.take(ctx.kept).requires_grad_()
         now = None
         if ctx.random is not None:
             now = (torch.get_rng_state(), *get_device_states(x_d))
@@ -166,7 +168,7 @@ class _Offloaded(torch.autograd.Function):
             torch.set_rng_state(now[0])
             set_device_states(*now[1:])
         torch.autograd.backward(y_d, dy_d)
-        return None, None, None, None, x_d.grad, None
+        return None, None, None, None, x_d.grad if ctx.needs_input_grad[4] else None, None
 
 
 _REFUSED = (
@@ -225,6 +227,9 @@ def offloaded(
         parts = given if isinstance(given, list | tuple) else (given,)
         if any(isinstance(part, Tensor) and part.requires_grad for part in parts):
             raise ModelError(_REFUSED.format("share another tensor that needs a gradient"))
+    if not (x_d.requires_grad or any(p.requires_grad for p in layer.parameters())):
+        with torch.no_grad():  # below the first layer that is trained
+            return cast(Tensor, run(layer, x_d, *args, **kwargs))
     # Its gradient is not asked for, but without an input that has one there is no backward pass.
     anchor = torch.empty(0, device=x_d.device, requires_grad=True)
     apply: Callable[..., Tensor] = _Offloaded.apply
