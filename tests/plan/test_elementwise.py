@@ -24,6 +24,7 @@ QUESTIONS: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
     (ATEN.mul.Tensor, (_meta(6, dtype=torch.int64), 2), {}),
     (ATEN.mul.Tensor, (_meta(6, dtype=torch.int64), 2.0), {}),
     (ATEN.mul.Tensor, (WIDE.t(), WIDE.t()), {}),
+    (ATEN.mul.Tensor, (_meta(6, 4), _meta(6, 4)), {}),
     (ATEN.add.Tensor, (_meta(4, 1), HALF), {"alpha": 3}),
     (ATEN.gt.Scalar, (WIDE, 0.5), {}),
     (ATEN.silu.default, (WIDE.t(),), {}),

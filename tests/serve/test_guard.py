@@ -163,8 +163,8 @@ def test_a_body_without_end_is_cut_off(settings: ServeSettings) -> None:
             slow.sendall(head + b"Content-Length: 100\r\n\r\n{")
             assert b" 408 " in slow.recv(1000)
         with socket.create_connection(("127.0.0.1", running.port)) as endless:
-            endless.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
-            endless.sendall(b"4000\r\n" + b" " * 0x4000 + b"\r\n")
+            chunk = b"4000\r\n" + b" " * 0x4000 + b"\r\n"
+            endless.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk)
             assert b" 413 " in endless.recv(1000)
 
 
