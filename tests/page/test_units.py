@@ -4,6 +4,7 @@ from tunefork.page.estimate import Estimate
 from tunefork.page.units import (
     bytes_text,
     count_text,
+    counted,
     difference_text,
     figure_text,
     rate_text,
@@ -24,6 +25,8 @@ from tunefork.page.units import (
         (count_text(9_999), "9,999"),
         (count_text(134_515_008), "134.5M"),
         (count_text(8_030_261_248), "8.03B"),
+        (counted(1, "request"), "1 request"),
+        (counted(1200, "request"), "1,200 requests"),
         (seconds_text(4.21), "4.2 s"),
         (seconds_text(171), "171 s"),
         (seconds_text(1470), "24.5 min"),

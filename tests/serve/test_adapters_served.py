@@ -15,7 +15,7 @@ from tests.recipes import rows
 from tests.serve.fake_engine import ALL, FakeEngine, nothing
 from tests.serve.servers import Running, eventually, serving
 from tunefork.data.loader import load_data
-from tunefork.errors import StoreError
+from tunefork.errors import AdapterError, StoreError
 from tunefork.model.asked import asked_sha256
 from tunefork.model.fingerprint import identify
 from tunefork.recipe import ModelSection, Recipe
@@ -23,6 +23,7 @@ from tunefork.registry.garbage import collect_garbage
 from tunefork.registry.peft_config import CONFIG, WEIGHTS
 from tunefork.registry.provenance import FILE, read_provenance, write_provenance
 from tunefork.registry.store import Store
+from tunefork.serve import checks
 from tunefork.serve.settings import ServeSettings
 
 
@@ -104,6 +105,27 @@ def test_a_store_that_cannot_be_read_is_no_missing_model(
         answer = server.ask(model="acme")
         assert answer.status_code == 503 and answer.headers["retry-after"] == "5"
         assert answer.json()["error"]["code"] == "store_unusable" and "locked" not in answer.text
+    assert _said(server, "acme") == "acme:v1"
+
+
+def test_what_cannot_be_read_just_now_is_not_refused_for_ever(
+    server: Running, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Store.open() as store:
+        store.publish(adapter, "acme")
+
+    def no_more_files(file: Path) -> None:
+        raise AdapterError(f"{file}: cannot be read") from OSError(24, "Too many open files")
+
+    def no_memory(_: Path) -> None:
+        raise MemoryError
+
+    for fail in (no_more_files, no_memory):
+        with monkeypatch.context() as patch:
+            patch.setattr(checks, "read_header", fail)
+            answer = server.ask(model="acme")
+            assert answer.status_code == 503 and "/" not in answer.json()["error"]["message"]
+            assert answer.json()["error"]["code"] == "adapter_unreadable"
     assert _said(server, "acme") == "acme:v1"
 
 

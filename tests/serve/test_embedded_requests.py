@@ -20,7 +20,13 @@ from tests.serve.embedded import (
     started,
     until,
 )
-from tunefork.errors import BadInputError, EngineBusyError, EngineDeadError, EngineError
+from tunefork.errors import (
+    BadInputError,
+    EngineBusyError,
+    EngineDeadError,
+    EngineError,
+    NoMemoryError,
+)
 from tunefork.serve.engine import Piece
 from tunefork.serve.engines import core, sequence
 from tunefork.serve.engines.cache import Cache
@@ -275,7 +281,7 @@ def test_a_pass_without_memory_costs_the_largest_request_alone(base: Any) -> Non
 
             passes.run = short  # type: ignore[method-assign]
             small = asyncio.ensure_future(answer(engine, request("a", PROMPT, max_tokens=30)))
-            with pytest.raises(EngineError, match="no memory"):
+            with pytest.raises(NoMemoryError, match="out of memory in a pass"):
                 await answer(engine, request("b", PROMPT * 30, max_tokens=5))
             assert len((await small).token_ids) == 30
 
@@ -325,7 +331,7 @@ def test_what_an_answers_choice_or_text_fails_with_is_its_own(
             assert isinstance(found[0], Piece) and found[0].token_ids == alone.token_ids
             assert [str(one).split(":")[0][:13] for one in found[1:]] == [
                 "its grammar c",
-                "no memory for",
+                "out of memory",
             ]
 
     run(ask())

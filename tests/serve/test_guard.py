@@ -180,7 +180,8 @@ def test_a_head_is_bounded(shared: Running) -> None:
 
 def test_unknown_paths_and_methods_have_the_api_s_shape(shared: Running) -> None:
     with shared.http() as http:
-        assert http.get("/v2").json()["error"]["code"] == "unknown_url"
+        error = http.post("/v1/responses").json()["error"]
+        assert error["code"] == "unknown_url" and "POST /v1/chat/completions," in error["message"]
         answer = http.get("/v1/chat/completions")
         assert answer.status_code == 405 and answer.headers["allow"] == "POST"
         assert answer.json()["error"]["code"] == "method_not_allowed"

@@ -17,10 +17,19 @@ import pytest
 
 from tests.serve.fake_engine import FakeEngine, everything, nothing
 from tests.serve.servers import ASKED, Running, eventually, serving
-from tunefork.errors import AdapterError, BadInputError, EngineBusyError, EngineError, ModelError
+from tunefork.errors import (
+    AdapterError,
+    BadInputError,
+    EngineBusyError,
+    EngineError,
+    ModelError,
+    NoAdapterMemoryError,
+    NoMemoryError,
+)
 from tunefork.registry.store import Store
 from tunefork.serve.database import connect
 from tunefork.serve.engine import Capabilities
+from tunefork.serve.run import drain_on_signal
 from tunefork.serve.settings import ServeSettings
 
 LONG: dict[str, Any] = {
@@ -145,6 +154,8 @@ def test_a_full_queue_says_when_to_come_again(settings: ServeSettings) -> None:
         (EngineError("in /secret"), 503, "engine_failed"),
         (EngineBusyError("in /secret"), 503, "overloaded"),
         (RuntimeError("in /secret"), 503, "engine_failed"),
+        (NoMemoryError("in /secret"), 503, "no_memory"),
+        (NoAdapterMemoryError("in /secret"), 503, "no_memory"),
         (BadInputError("in /secret"), 400, "invalid_value"),
         (AdapterError("in /secret"), 400, "adapter_unusable"),
     ],
@@ -185,6 +196,7 @@ def test_an_engine_that_dies_is_started_again(
             assert answer.status_code == 503 and "secret" not in answer.text
     with server.http() as http:
         eventually(lambda: http.get("/ready").status_code == 503)
+        eventually(lambda: "failed 3 times in a row" in http.get("/ready").text)
         assert server.ask().json()["error"]["code"] == "engine_failed"
         assert http.get("/health").json() == {
             "status": "ok",
@@ -230,6 +242,25 @@ def test_health_is_told_while_large_inputs_are_read(server: Running) -> None:
             slowest = max(slowest, time.monotonic() - began)
         assert slowest < 1.0
         assert {future.result().status_code for future in asked} == {400}
+
+
+def test_a_second_signal_cancels_what_runs_and_tells_it(settings: ServeSettings) -> None:
+    """In the API's shape, and on record; the server ends at once."""
+    said: list[str] = []
+    with serving(FakeEngine(delay_s=0.05), settings) as running, ThreadPoolExecutor(2) as pool:
+        drain_on_signal(running.server, running.gateway, said.append)
+        asked = [pool.submit(running.ask, **LONG, stream=stream) for stream in (False, True)]
+        eventually(lambda: running.gateway.parts.queue.running == 2)
+        time.sleep(0.2)  # the stream has begun
+        running.server.handle_exit(signal.SIGINT, None)
+        eventually(lambda: said)
+        assert "a second Ctrl-C" in said[0] and not any(future.done() for future in asked)
+        running.server.handle_exit(signal.SIGINT, None)
+        plain, stream = (future.result() for future in asked)
+        assert plain.status_code == 503 and plain.json()["error"]["code"] == "draining"
+        assert json.loads(stream.text.split("\n\n")[-2][6:])["error"]["code"] == "draining"
+        assert not running.server.force_exit
+    assert [status for status, _, _ in _statuses(settings)] == ["cancelled"] * 2
 
 
 _SERVER = """

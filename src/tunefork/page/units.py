@@ -30,6 +30,11 @@ def count_text(count: float) -> str:
     return f"{count:,.0f}" if count < 10_000 else _scaled(count, ("", "k", "M", "B", "T"), space="")
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 request`, `1,200 requests`"""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def _scaled(value: float, suffixes: tuple[str, ...], space: str) -> str:
     """`value` in thousands of thousands, to three digits or one decimal."""
     power = 0

@@ -24,6 +24,7 @@ from tunefork.serve.engines.passes import Passes
 from tunefork.serve.engines.shapes import bound_shapes
 from tunefork.serve.engines.slots import BankSlots
 from tunefork.serve.engines.tiers import Tiers
+from tunefork.serve.engines.trial import ROOM, TRIED
 from tunefork.serve.settings import ServeSettings
 
 _GPU_SHARE = 0.85
@@ -84,8 +85,8 @@ def assemble(
     passes = Passes(
         model,
         _ignore if slots is None else slots.route,
-        max_tokens=prefill_tokens,
-        max_rows=ours.max_requests,
+        max_tokens=max(prefill_tokens, ROOM),
+        max_rows=max(ours.max_requests, TRIED),
         max_model_len=max_model_len,
         flash=flash,
         graphs=flash and ours.cuda_graphs,

@@ -94,6 +94,7 @@ class Layout:
     def lay_out(self, parts: Sequence[Part]) -> tuple[list[Span], int, int]:
         """Any parts. Returns their spans, how many tokens they are, and how many want logits."""
         numbers, at, wanted = self.numbers, 0, 0
+        numbers["last"][0] = 0  # a pass reads one row of logits, even where none is wanted
         spans = []
         for row, part in enumerate(parts):
             new = len(part.ids)

@@ -127,6 +127,13 @@ class Server:
         if not self.healthy:
             raise EngineDeadError("vLLM does not run; it is started again")
 
+    def why(self) -> str:
+        """What is known of its end; nothing while it answers."""
+        if self.healthy:
+            return ""
+        ended = "" if self.child is None else self.child.why_ended()
+        return ended or "vLLM runs, but does not answer"
+
     async def what_broke(self, error: StreamBrokenError | EngineError) -> TuneforkError:
         """What to raise for an answer that failed: the server may have failed with it, or not."""
         if self.healthy and not await self._is_well():
