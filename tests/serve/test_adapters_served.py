@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.folders import save_model
 from tests.recipes import rows
-from tests.serve.fake_engine import ALL, FakeEngine
+from tests.serve.fake_engine import ALL, FakeEngine, nothing
 from tests.serve.servers import Running, eventually, serving
 from tunefork.data.loader import load_data
 from tunefork.errors import AdapterError, StoreError
@@ -47,7 +47,9 @@ def test_a_moved_tag_is_followed_while_old_answers_go_on(
 ) -> None:
     with Store.open() as store:
         store.publish(adapter, "acme", tags=("prod",))
-        engine.delay_s = 0.05
+        engine.holds = lambda request, number: (
+            number > 0 and request.adapter is not None and request.adapter.id == "acme:v1"
+        )
         with (
             server.http() as http,
             http.stream(
@@ -64,10 +66,10 @@ def test_a_moved_tag_is_followed_while_old_answers_go_on(
             lines = old.iter_lines()
             next(lines)
             store.publish(adapter, "acme", tags=("prod",), note="new")
-            engine.delay_s = 0.0
             assert _said(server, "acme:prod") == "acme:v2"
             with pytest.raises(StoreError, match="held by tunefork serve"):
                 store.remove("acme:v1")
+            engine.holds = nothing
             assert '"finish_reason":"stop"' in "".join(lines)
         assert _said(server, "acme:v1") == "acme:v1"
         assert _said(server, "acme") == "acme:v2"

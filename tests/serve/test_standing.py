@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.fake_engine import ALL, FakeEngine
+from tests.serve.fake_engine import ALL, FakeEngine, everything, nothing
 from tests.serve.servers import eventually, serving
 from tunefork.errors import BadInputError, EngineError, ModelError
 from tunefork.registry.store import Store
@@ -164,7 +164,8 @@ def test_only_so_many_adapters_are_told_apart() -> None:
 def test_an_adapter_is_brought_nearer_while_its_request_waits(
     settings: ServeSettings, adapter: Path
 ) -> None:
-    engine = FakeEngine(capabilities=replace(ALL, max_requests=1), delay_s=0.01)
+    engine = FakeEngine(capabilities=replace(ALL, max_requests=1))
+    engine.holds = everything
     with Store.open() as store:
         store.publish(adapter, "acme")
     with serving(engine, settings) as running, ThreadPoolExecutor(2) as pool:
@@ -173,4 +174,5 @@ def test_an_adapter_is_brought_nearer_while_its_request_waits(
         second = pool.submit(running.ask, model="acme")
         eventually(lambda: "acme:v1" in engine.loaded)
         assert len(engine.seen) == 1 and not first.done()
+        engine.holds = nothing
         assert second.result().status_code == 200
