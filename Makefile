@@ -14,8 +14,9 @@ demo: $(READY)
 	$(BIN)/tunefork compare examples/01_route_requests.yaml --out demo/run
 	@echo "Report: demo/run/report.html"
 
+# Tests start some fifty processes: sources are compiled once, not by each of them.
 test: check
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff format --check .

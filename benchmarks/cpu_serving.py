@@ -3,11 +3,13 @@
     python -m benchmarks.cpu_serving [--dtype bf16] [--rounds 3] [--threads 2]
 
 128 tokens in, 64 out, greedy, adapters of rank 16 on all linear layers (tunefork's defaults). In
-one process and in turn, so that all see the same machine: the embedded engine over the base alone,
-over 8 adapters, and PEFT's `generate` over one batch with `adapter_names`, in the same dtype. Times
-are of the wall; `cpu_tokens_per_s` is by the process's own processor time, which other work on the
-machine changes less. PEFT runs in threads that end, as whatever computes beside the engine in a
-server (`serve/engines/cores.py`). Writes results/cpu_serving.json.
+one process and in turn, so that all see the same machine: the embedded engine over the base alone
+and over 8 adapters, three times and in either order, then PEFT's `generate` over one batch with
+`adapter_names`, in the same dtype. A machine's speed changes within minutes, so a ratio is the
+median of those between neighbours, and its spread is theirs. Times are of the wall;
+`cpu_tokens_per_s` is by the process's own processor time, which other work on the machine changes
+less. PEFT runs in threads that end, as whatever computes beside the engine in a server
+(`serve/engines/cores.py`). Writes results/cpu_serving.json.
 """
 
 import argparse
@@ -37,6 +39,8 @@ from tunefork.serve.settings import ServeSettings
 BASE = "smollm2-135m-instruct"
 REQUESTS, PROMPT, NEW = 16, 128, 64
 ADAPTERS = 8
+PAIRS = 3
+"""Of the base and the adapters, to a round."""
 
 
 def main() -> None:
@@ -71,10 +75,12 @@ async def _measure(folder: Path, dtype: str, rank: int, rounds: int) -> list[dic
     cpu: dict[str, list[float]] = {"base": [], "8_adapters": [], "peft": []}
     seconds: list[float] = []
     for turn in range(rounds):
-        for case, whose in (("base", []), ("8_adapters", adapters)):
-            began = time.process_time()
-            taken[case].append(await round_of(engine, load, whose, f"{case}-{turn}"))
-            cpu[case].append(time.process_time() - began)
+        cases = [("base", []), ("8_adapters", adapters)]
+        for again in range(PAIRS):
+            for case, whose in cases if again % 2 else cases[::-1]:
+                began = time.process_time()
+                taken[case].append(await round_of(engine, load, whose, f"{case}-{turn}-{again}"))
+                cpu[case].append(time.process_time() - began)
         began, wall = time.process_time(), time.perf_counter()
         await in_a_thread(lambda: _generate(peft, load, adapters))
         seconds.append(time.perf_counter() - wall)
@@ -87,18 +93,24 @@ async def _measure(folder: Path, dtype: str, rank: int, rounds: int) -> list[dic
     total = REQUESTS * NEW
     for one, case in zip(rows, cpu, strict=True):
         one["cpu_tokens_per_s"] = round(total / statistics.median(cpu[case]), 1)
-    base, ours, theirs = rows
-    ours["ratios"] = {"peft": _ratio(ours, theirs, "tokens_per_s")}
-    ours["of_base"] = _ratio(ours, base, "tokens_per_s")
-    ours["cpu_ratios"] = {"peft": _ratio(ours, theirs, "cpu_tokens_per_s")}
-    ours["cpu_of_base"] = _ratio(ours, base, "cpu_tokens_per_s")
+    wall_s = {case: [took for took, _ in found] for case, found in taken.items()} | {
+        "peft": seconds
+    }
+    for prefix, by_case in (("", wall_s), ("cpu_", cpu)):
+        ours, base, theirs = by_case["8_adapters"], by_case["base"], by_case["peft"]
+        nearest = [one for one in theirs for _ in range(PAIRS)]
+        rows[1][f"{prefix}of_base"] = _ratio(base, ours)
+        rows[1][f"{prefix}ratios"] = {"peft": _ratio(nearest, ours)}
     for one in rows:
         print(one, flush=True)
     return rows
 
 
-def _ratio(one: dict[str, Any], other: dict[str, Any], key: str) -> float:
-    return round(float(one[key] / other[key]), 3)
+def _ratio(theirs_s: Sequence[float], ours_s: Sequence[float]) -> dict[str, float]:
+    """How many times as fast ours is: of each pair of neighbours."""
+    found = sorted(one / other for one, other in zip(theirs_s, ours_s, strict=True))
+    rounded = [round(value, 3) for value in (statistics.median(found), found[0], found[-1])]
+    return dict(zip(("median", "least", "most"), rounded, strict=True))
 
 
 def _save_adapters(folder: Path, rank: int) -> list[ServedAdapter]:

@@ -1,7 +1,7 @@
 """Fit the planner's constants to measured short runs; what `benchmarks/planner_*.py` share.
 
 Memory: the workspace is what is measured beyond the traced tensors (median), and what the allocator
-holds without using it is linear in four traced sizes (least squares on relative errors). Time: the
+holds without using it is linear in five traced sizes (least squares on relative errors). Time: the
 factors of `plan.time`, by a pattern search over their logarithms, with a robust loss on that
 of predicted over measured, drawn towards plain roofline values where the runs say little.
 """
@@ -60,7 +60,8 @@ class Run:
     tensor_bytes: int | None
     process_bytes: int
     context_bytes: int | None
-    step_s: float
+    step_s: float | None
+    """None where the run was measured for its memory."""
     work: Any = None
     """The timed steps' passes, traced, and the optimiser's update; filled by `traced`."""
     update: Any = None
@@ -128,6 +129,7 @@ def fit_memory(runs: Sequence[Run], start: MemoryFit) -> MemoryFit:
             dynamic if is_recomputed else 0.0,
             float(step.update.room_bytes),
             dynamic if run.case.captures(step, run.largest) else 0.0,
+            dynamic if run.case.is_varied else 0.0,
         ]
         rows.append([size / run.process_bytes for size in sizes])
         wanted.append((run.process_bytes - peak - context) / run.process_bytes)
@@ -142,6 +144,7 @@ def fit_memory(runs: Sequence[Run], start: MemoryFit) -> MemoryFit:
             "held_per_recomputed": held[2],
             "held_per_room": held[3],
             "held_per_captured": held[4],
+            "held_per_varied": held[5],
         },
     )
 
@@ -154,6 +157,7 @@ _NOTHING = {
     "held_per_recomputed": 0.0,
     "held_per_room": 0.0,
     "held_per_captured": 0.0,
+    "held_per_varied": 0.0,
 }
 
 
@@ -171,18 +175,18 @@ def _non_negative(rows: Any, wanted: Any) -> list[float]:
 
 def fit_time(runs: Sequence[Run], start: TimeFit, prior: Mapping[str, float] = PRIOR) -> TimeFit:
     """Factors of time from the runs that are not held out."""
-    runs = [run for run in runs if not run.is_held_out]
+    timed = [(run, run.step_s) for run in runs if run.step_s and not run.is_held_out]
     values = {name: math.log(value) for name, value in prior.items()}
 
     def loss(candidate: dict[str, float]) -> float:
         fit = replace_model(start, {name: math.exp(value) for name, value in candidate.items()})
         total = 0.0
-        for run in runs:
+        for run, step_s in timed:
             there = run.with_fit(_with(run.case.target.fit, time=fit))
-            error = math.log(there.predicted_step_s() / run.step_s)
+            error = math.log(there.predicted_step_s() / step_s)
             total += math.sqrt(1 + (error / _SCALE) ** 2) - 1
         pull = sum((value - math.log(prior[name])) ** 2 for name, value in candidate.items())
-        return total / len(runs) + _PULL * pull
+        return total / len(timed) + _PULL * pull
 
     best = loss(values)
     for size in (1.0, 0.5, 0.25, 0.12, 0.06, 0.03, 0.015):

@@ -62,7 +62,7 @@ def runs(raw: Path) -> list[Any]:
             Run(
                 name=case.name,
                 is_held_out=case.held_out,
-                case=Planned(whole, count_params(whole), made, target),
+                case=Planned(whole, count_params(whole), made, target, is_varied=case.packed),
                 steps=[[Shape(**shape) for shape in step] for step in row["shapes"]],
                 tensor_bytes=row["tensor_bytes"],
                 process_bytes=row["process_bytes"],

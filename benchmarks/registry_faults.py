@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from safetensors.numpy import save_file
 
 from benchmarks.results import write
@@ -85,9 +86,12 @@ def hammer_tag(folder: Path, operations: int) -> dict[str, Any]:
 
 
 def kill_publishes(
-    folder: Path, kills: int, seed: int = 0, within_s: float = 0.25
+    folder: Path, kills: int, seed: int = 0, within_s: float = 0.25, *, only_amidst: bool = False
 ) -> dict[str, Any]:
-    """Kill a publishing process again and again; what was lost or half."""
+    """Kill a publishing process again and again; what was lost or half.
+
+    `only_amidst`: at a random moment of those in which a publish is under way.
+    """
     home, random_s = folder / "home", random.Random(seed)
     Store.open(home).close()
     found = {"landed": 0, "amidst_a_publish": 0, "acknowledged": 0, "lost_or_damaged": 0}
@@ -97,8 +101,10 @@ def kill_publishes(
         log = folder / f"log-{kill}"
         process = _CONTEXT.Process(target=_publish_forever, args=(home, log, folder, kill))
         process.start()
-        _wait_for(log)
+        _wait_for(log, _ACKNOWLEDGED if kill % 2 else _BEGIN)
         time.sleep(random_s.uniform(0, within_s))
+        if only_amidst:
+            _stop_amidst_a_publish(process.pid or 0, log)
         os.kill(process.pid or 0, signal.SIGKILL)
         process.join()
         found["landed"] += process.exitcode == -signal.SIGKILL
@@ -179,9 +185,22 @@ def _append(log: Path, line: str) -> None:
     os.close(descriptor)
 
 
-def _wait_for(log: Path) -> None:
+def _stop_amidst_a_publish(pid: int, log: Path) -> None:
+    """Until the process stands still between a publish's begin and its acknowledgement."""
+    process = psutil.Process(pid)
+    while True:
+        process.suspend()
+        while process.status() != psutil.STATUS_STOPPED:
+            time.sleep(0.001)
+        if log.read_text().splitlines()[-1].startswith(_BEGIN):
+            return
+        process.resume()
+        time.sleep(0.001)
+
+
+def _wait_for(log: Path, word: str) -> None:
     until = time.monotonic() + 60
-    while not log.exists() or not log.stat().st_size:
+    while not log.exists() or word not in log.read_text():
         if time.monotonic() > until:
             raise TimeoutError("the publishing process has not begun")
         time.sleep(0.001)

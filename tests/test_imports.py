@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,10 +46,11 @@ def _name(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _imported(tree: ast.AST) -> list[tuple[int, str]]:
+@cache
+def _imported(source: str) -> list[tuple[int, str]]:
     """Line and name of each module that is imported anywhere, inside functions too."""
     found = []
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -67,7 +69,7 @@ def _against_the_stream(file: Path, source: str) -> list[str]:
     if importer in ASIDE:
         return []
     faults = []
-    for line, imported in _imported(ast.parse(source)):
+    for line, imported in _imported(source):
         part = _part(imported)
         if not imported.startswith("tunefork"):
             continue
@@ -106,7 +108,7 @@ def test_no_part_imports_in_a_circle() -> None:
     names = {_name(file) for file in MODULES}
     edges: dict[str, set[str]] = {}
     for file in MODULES:
-        direct = {i for _, i in _imported(ast.parse(file.read_text()))}
+        direct = {i for _, i in _imported(file.read_text())}
         direct |= {i.rpartition(".")[0] for i in direct}
         edges[_name(file)] = (direct & names) - {_name(file)}
     done: list[str] = []

@@ -63,6 +63,10 @@ class NoMemoryError(TuneforkError):
     """The device or the host has no memory left; the message names the phase. Exit status 1."""
 
 
+class NoAdapterMemoryError(NoMemoryError):
+    """A server has no memory left for an adapter that was asked for; later it may have."""
+
+
 class NoRoomError(TuneforkError):
     """The disk will not hold what a run keeps. Exit status 1."""
 

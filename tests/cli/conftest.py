@@ -5,10 +5,12 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 import yaml
 
 from tests.folders import save_model
@@ -29,10 +31,14 @@ class Ended:
 
 Call = Callable[..., Ended]
 
+command_of = cache(typer.main.get_command)
+"""typer makes all verbs' commands anew at every call: most of what a test of a message takes."""
+
 
 @pytest.fixture
 def tunefork(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """Run `tunefork` with the given arguments."""
+    monkeypatch.setattr("typer.main.get_command", command_of)
 
     def call(*arguments: object) -> Ended:
         monkeypatch.setattr(sys, "argv", ["tunefork", *map(str, arguments)])

@@ -40,7 +40,7 @@ def test_flags_give_an_answer(tunefork: Call) -> None:
     for words in (
         "LoRA, rank 16, on 1 x rtx4090.",
         "Confidence medium",
-        "rank 16, alpha 32, all-linear, learning rate 2e-4, batch 16, 1 epochs",
+        "rank 16, alpha 32, all-linear, learning rate 2e-4, batch 16, 1 epoch\n",
         "1 x rtx4090",
         "Fireworks",
         "What would change it",

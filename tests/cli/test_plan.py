@@ -46,9 +46,12 @@ def test_this_machine_and_one_method(tunefork: Call, write_recipe: Write) -> Non
 def test_numbers_in_the_place_of_data(tunefork: Call, write_recipe: Write, tmp_path: Path) -> None:
     recipe = write_recipe()
     (tmp_path / "train.jsonl").unlink()
+    missing = tunefork("plan", recipe)
+    assert missing.status == 2 and "--examples and --tokens" in missing.err
     options = ("--examples", "1000", "--tokens", "90000", "--method", "lora", "--json")
     plan = json.loads(tunefork("plan", recipe, "--gpu", "a100-80", *options).out)
-    assert plan["work"]["tokens"] == 90_000 and plan["work"]["steps"] == 250
+    assert plan["work"]["tokens"] == 90_000
+    assert plan["work"]["steps"] == 2, "the recipe's train.max_steps"
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ def test_usage_is_summed_by_tenant_and_version(home: Path) -> None:
     assert _run("usage", "--tenant", "a", "--since", "2026-11") == (
         "a  x:v1  2 requests  20 + 10 tokens"
     )
+    assert _run("usage", "--tenant", "b") == "b  x:v1  1 request  10 + 5 tokens"
     assert [row["requests"] for row in json.loads(_run("usage", "--json"))] == [3, 1]
 
 

@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,6 @@ import pytest
 
 from tests.compare.fabricated import ACCURACIES, fabricate
 from tests.page.parser import Page
-from tunefork.compare.comparison import Comparison
 from tunefork.compare.report import report_html, write_report
 
 CASES: dict[str, dict[str, Any]] = {
@@ -30,9 +30,15 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@cache
+def html_of(case: str) -> str:
+    """The report of one of CASES; drawing is what takes the time."""
+    return report_html(fabricate(**CASES[case]))
+
+
 @pytest.fixture(scope="module", params=CASES)
 def page(request: pytest.FixtureRequest) -> Page:
-    return Page(report_html(fabricate(**CASES[request.param])))
+    return Page(html_of(request.param))
 
 
 def test_page_is_well_formed_and_its_ids_are_unique_and_resolved(page: Page) -> None:
@@ -59,7 +65,7 @@ def test_page_is_accessible(page: Page) -> None:
 
 
 def test_page_says_verdict_table_rules_data_and_recipe() -> None:
-    text = " ".join(Page(report_html(fabricate())).text.split())
+    text = " ".join(Page(html_of("demo")).text.split())
     text = text.replace("\N{NO-BREAK SPACE}", " ")
     for words in (
         "Choose LoRA",
@@ -78,22 +84,22 @@ def test_page_says_verdict_table_rules_data_and_recipe() -> None:
 
 
 def test_figures_are_those_that_there_is_data_for() -> None:
-    def titles(comparison: Comparison) -> list[str]:
-        return re.findall(r"<figure>\s*<h3>([^<]+)", report_html(comparison))
+    def titles(html: str) -> list[str]:
+        return re.findall(r"<figure>\s*<h3>([^<]+)", html)
 
-    assert titles(fabricate()) == [
+    assert titles(html_of("demo")) == [
         "Method against method",
         "Against the untouched base",
         "Training loss",
         "Search of the learning rate",
         "Forgetting",
     ]
-    assert "Forgetting" not in titles(fabricate(has_forgetting=False))
-    assert titles(fabricate(failed=dict.fromkeys(ACCURACIES, "killed"))) == []
+    assert "Forgetting" not in titles(report_html(fabricate(has_forgetting=False)))
+    assert titles(html_of("all failed")) == []
 
 
 def test_figures_take_their_colours_and_fonts_from_the_page() -> None:
-    html = report_html(fabricate())
+    html = html_of("demo")
     for svg in re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL):
         assert "#0" not in re.sub(r'(href="|url\()#', "", svg)
         assert "font-family" not in svg and "DejaVu" not in svg and "<style" not in svg
@@ -101,7 +107,7 @@ def test_figures_take_their_colours_and_fonts_from_the_page() -> None:
 
 
 def test_markup_in_names_and_errors_is_shown_as_text() -> None:
-    html = report_html(fabricate(**CASES["markup"]))
+    html = html_of("markup")
     assert "<script" not in html and "<img" not in html
     assert "<script>alert(1)</script>" in Page(html).text
 

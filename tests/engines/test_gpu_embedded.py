@@ -88,6 +88,12 @@ def test_fp32_on_a_gpu_is_fp32_on_a_cpu(served: Served) -> None:
     ]
 
 
+def test_a_stopped_engine_gives_pinned_memory_back(served: Served) -> None:
+    """The ferry's, which adapters cross by."""
+    ask(served, dtype="bf16")
+    assert torch.cuda.host_memory_stats()["allocated_bytes.current"] < slots._FERRY_BYTES
+
+
 @pytest.mark.parametrize(
     "options",
     [

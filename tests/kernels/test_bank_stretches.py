@@ -85,4 +85,11 @@ def test_what_is_written_is_read() -> None:
     for found, given in zip(matrices.read(1, 1), (a_rd, b_ro), strict=True):
         assert torch.equal(found[:20], given) and not found[20:].any()
     matrices.write(1, 1, None, None)
-    assert not matrices.a_ncde.any() and not matrices.b_nceo.any()
+    assert not matrices.a_ncde.any() and not matrices.b_ncto.any()
+
+
+def test_a_slot_takes_no_more_than_its_ranks_do() -> None:
+    """As `embedded.slots` says it: of each layer, rank x (features in + out)."""
+    matrices = Matrices(5, RANK, WIDE, (40, 8, 24), torch.bfloat16)
+    taken = matrices.a_ncde.nbytes + matrices.b_ncto.nbytes
+    assert taken == 5 * RANK * ((WIDE + 40) + (WIDE + 8) + (WIDE + 24)) * 2

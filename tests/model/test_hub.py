@@ -1,8 +1,9 @@
 """Without a network an unknown name is an error at once; with a hub that listens it is asked."""
 
 import socket
-import time
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -31,25 +32,38 @@ def _free_port() -> int:
 
 
 def test_an_unknown_name_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{_free_port()}")
-    started = time.monotonic()
+    """Nobody listens, which is found out once: nothing is tried again, nor waited for."""
+    tried: list[object] = []
+    connect = socket.socket.connect
+
+    def counted(self: socket.socket, address: Any) -> None:
+        tried.append(address)
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", counted)
+    port = _free_port()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
     with pytest.raises(ModelError, match="smollm2-135m-instuct cannot be loaded; did you mean"):
         load_config(ModelSection(id="smollm2-135m-instuct"))
     with pytest.raises(ModelError, match="needs the network, or its files in the cache"):
         load_config(ModelSection(id="nobody/at-all"))
-    assert time.monotonic() - started < 1.0
+    # ours, and what huggingface_hub 1.x asks once for its own sake; each file would be five more
+    assert len(tried) in (1, 2)
 
 
 def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_over, has_answered = threading.Event(), threading.Event()
+
     def never(*_: object, **__: object) -> None:
-        time.sleep(0.3)
+        is_over.wait(60)
+        has_answered.set()
         raise OSError
 
     monkeypatch.setattr(hub, "PATIENCE_S", 0.05)
     monkeypatch.setattr(socket, "create_connection", never)
-    started = time.monotonic()
     assert not hub.can_ask_hub()
-    assert time.monotonic() - started < 0.2
+    assert not has_answered.is_set()
+    is_over.set()
 
 
 def test_a_hub_or_proxy_that_listens_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

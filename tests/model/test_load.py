@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,14 +29,18 @@ from tests.model.packed_models import REFUSE, made
 from tests.tiny import CONFIGS
 from tunefork.errors import ModelError
 from tunefork.model.attention import NAME
-from tunefork.model.build import check_lora
+from tunefork.model.build import check_lora, quantize_nf4
 from tunefork.model.load import find, load_model, load_skeleton, load_tokenizer
+from tunefork.model.onednn import MOST
 from tunefork.model.packed_probe import takes_segments
 from tunefork.recipe import LoraSection, ModelSection
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 40)[None]
 WEIGHTS = "model.safetensors"
+
+
+MAPS = Path("/proc/self/maps")
 
 
 def _load(location: Path | str, **options: Any) -> Any:
@@ -76,6 +81,27 @@ def test_a_folder_loads_as_it_was_saved(architecture: str, tmp_path: Path) -> No
 def test_the_dtype_is_the_one_asked_for(saved: Path) -> None:
     model = load_model(ModelSection(id=str(saved)), dtype=torch.bfloat16, device=CPU)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_few_shapes_of_products_are_remembered(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, untold = "LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(told, "7")
+    monkeypatch.setenv(untold, "7")  # so that it is put back afterwards
+    monkeypatch.delenv(untold)
+    _load(saved)
+    assert (os.environ[told], os.environ[untold]) == ("7", str(MOST))
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="only Linux says what is mapped into memory")
+def test_a_quantised_model_lets_go_of_its_file(folder: Path) -> None:
+    model = _load(folder)
+    assert str(folder) in MAPS.read_text()
+    before = model.get_input_embeddings().weight.clone()
+    quantize_nf4(model)
+    assert str(folder) not in MAPS.read_text()
+    assert torch.equal(model.get_input_embeddings().weight, before)
 
 
 def test_a_skeleton_has_shapes_and_no_weights(saved: Path) -> None:

@@ -4,6 +4,7 @@ from tunefork.page.estimate import Estimate
 from tunefork.page.units import (
     bytes_text,
     count_text,
+    counted,
     difference_text,
     figure_text,
     rate_text,
@@ -24,6 +25,10 @@ from tunefork.page.units import (
         (count_text(9_999), "9,999"),
         (count_text(134_515_008), "134.5M"),
         (count_text(8_030_261_248), "8.03B"),
+        (counted(1, "example"), "1 example"),
+        (counted(50_000, "example"), "50,000 examples"),
+        (counted(0.5, "epoch"), "0.5 epochs"),
+        (counted(1.0, "epoch"), "1 epoch"),
         (seconds_text(4.21), "4.2 s"),
         (seconds_text(171), "171 s"),
         (seconds_text(1470), "24.5 min"),

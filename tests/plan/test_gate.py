@@ -93,7 +93,7 @@ def test_a_home_that_cannot_be_written_is_said(
     monkeypatch.setenv("TUNEFORK_HOME", str(home / "file"))
     said: list[str] = []
     gate.learn(
-        gate.Prediction(1.0, 1.0, 1.0, 1.0, 1.0),
+        gate.Prediction(1.0, 1.0, 1.0, 1.0, 1.0, "a fit"),
         device="d",
         case="c",
         num_steps=12,

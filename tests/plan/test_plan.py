@@ -113,7 +113,8 @@ def test_shorter_rows_or_one_larger_gpu_are_proposed_where_whole_rows_do_not_fit
     plan = _plan(70.55e9, ["l40s"], length=2048, method=Method.QLORA, has_details=True)
     qlora = _of(plan, Method.QLORA)
     assert not qlora.fits and qlora.largest_length is not None
-    rows = f"train.micro_batch_tokens: {qlora.largest_length // 64 * 64} and no longer example"
+    length = qlora.largest_length // 64 * 64
+    rows = f"train.micro_batch_tokens: {length} and data.max_length: {length}"
     assert qlora.next_option is not None and qlora.next_option.startswith(rows)
     # One that tunefork can use, although four small GPUs cost less.
     assert ", or with 1 x " in qlora.next_option
@@ -200,18 +201,23 @@ def test_more_gpus_never_take_more_memory_each() -> None:
 def test_a_devices_own_runs_correct_its_plans() -> None:
     gpu = load_catalogue().machine(["l4"])
     before = target_of(gpu)
-    for ratio in (1.9, 2.0, 2.1):
-        remember(
-            Measurement(
-                device="NVIDIA L4",
-                case=f"a run {ratio}",
-                date="2026-11-25",
-                predicted_step_s=1.0,
-                measured_step_s=ratio,
-                predicted_process_bytes=1e9,
-                measured_process_bytes=1.1e9,
-            )
+    runs = [
+        Measurement(
+            device="NVIDIA L4",
+            case=f"a run {ratio}",
+            date="2026-11-25",
+            predicted_step_s=1.0,
+            measured_step_s=ratio,
+            predicted_process_bytes=1e9,
+            measured_process_bytes=1.1e9,
         )
+        for ratio in (1.9, 2.0, 2.1)
+    ]
+    for run in runs:  # predicted by other constants
+        remember(run)
+    assert target_of(gpu) == before
+    for run in runs:
+        remember(run.model_copy(update={"fit": before.fit.id}))
     after = target_of(gpu)
     assert after.trust.time_factor == 2.0
     assert after.trust.process_factor == pytest.approx(1.1)

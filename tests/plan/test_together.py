@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import CohereConfig, Gemma2Config, LlamaConfig, Olmo2Config
 
 from tunefork.errors import BadInputError
 from tunefork.plan import together
 from tunefork.plan.built import Build
 from tunefork.plan.catalogue import load_catalogue
 from tunefork.plan.device import Target, target_of
+from tunefork.plan.norms import norm_inputs
 from tunefork.plan.passes import Shape
 from tunefork.plan.shape import config_for, lora_params
 from tunefork.plan.step import trace_step
@@ -121,6 +122,20 @@ def test_inputs_that_one_adapter_would_not_keep_are_not_taken_off() -> None:
         for lora in (LoraSection(), LoraSection(targets=("q_proj",)))
     ]
     assert found == [[2 * 2 * 1024 * 128 * 8], [0]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        (LlamaConfig, 2),
+        (Olmo2Config, 0),  # norms come after the blocks
+        (CohereConfig, 1),  # both blocks read one norm
+        (Gemma2Config, 0),  # needs a mask
+    ],
+)
+def test_norms_outputs_that_products_read_are_counted(kind: Any, count: int) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8}
+    assert norm_inputs(kind(vocab_size=96, num_hidden_layers=4, **sizes)) == count
 
 
 def test_64_adapters_beside_an_8b_base(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,12 +18,12 @@ def _check_tags(folder: Path, operations: int) -> None:
     assert 0.3 * operations < found["moves"] < 0.7 * operations
 
 
-def _check_kills(folder: Path, kills: int) -> None:
-    found = kill_publishes(folder, kills)
+def _check_kills(folder: Path, kills: int, *, only_amidst: bool) -> None:
+    found = kill_publishes(folder, kills, only_amidst=only_amidst)
     assert found["landed"] == kills
     assert found["lost_or_damaged"] == found["half_versions"] == found["would_not_open"] == 0
     assert found["visible"] >= found["acknowledged"] > 0
-    assert found["amidst_a_publish"] > kills / 3
+    assert found["amidst_a_publish"] > (kills - 1 if only_amidst else kills / 3)
 
 
 def test_a_tag_moved_and_read_by_four_processes(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_a_tag_moved_and_read_by_four_processes(tmp_path: Path) -> None:
 
 
 def test_publishes_that_are_killed(tmp_path: Path) -> None:
-    _check_kills(tmp_path, 5)
+    _check_kills(tmp_path, 5, only_amidst=True)
 
 
 @pytest.mark.slow
@@ -41,4 +41,4 @@ def test_a_thousand_moves_and_reads(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_hundred_kills(tmp_path: Path) -> None:
-    _check_kills(tmp_path, 200)
+    _check_kills(tmp_path, 200, only_amidst=False)

@@ -46,6 +46,8 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a server does every second it does ten times as often, so that tests wait less."""
     monkeypatch.setattr("tunefork.serve.gateway._LOOK_S", 0.1)
+    monkeypatch.setattr("tunefork.serve.engines.vllm_server._READY_LOOK_S", 0.025)
+    monkeypatch.setattr("tunefork.serve.revival._FIRST_S", 0.1)
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """Engines over tiny bases, and adapters for them made by the PEFT library."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -118,12 +119,31 @@ async def started(base: Path, **embedded: Any) -> AsyncIterator[EmbeddedEngine]:
         await engine.stop()
 
 
+def held_after(engine: EmbeddedEngine, passes: int) -> threading.Event:
+    """It computes so many passes more, and the next ones once the event is set."""
+    assert engine._parts is not None
+    compute, may_go_on, left = engine._parts.core.passes.run, threading.Event(), passes
+
+    def run(parts: Any) -> Any:
+        nonlocal left
+        left -= 1
+        assert left >= 0 or may_go_on.wait(60)
+        return compute(parts)
+
+    engine._parts.core.passes.run = run  # type: ignore[method-assign]
+    return may_go_on
+
+
+async def until(is_so: Callable[[], object]) -> None:
+    """Wait for it, on however busy a machine."""
+    async with asyncio.timeout(60):
+        while not is_so():
+            await asyncio.sleep(0.005)
+
+
 async def idle(engine: EmbeddedEngine) -> EngineState:
     """The state once nothing runs; every token of the cache is free again."""
-    for _ in range(500):
-        state = engine.state()
-        if not state.running and not state.waiting:
-            assert state.free_cache_tokens == state.total_cache_tokens
-            return state
-        await asyncio.sleep(0.01)
-    raise AssertionError(f"not idle: {state}")
+    await until(lambda: not engine.state().running and not engine.state().waiting)
+    state = engine.state()
+    assert state.free_cache_tokens == state.total_cache_tokens
+    return state

@@ -1,7 +1,7 @@
 """An engine without a model: what it answers tells who was asked, and how long the prompt was."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from tests.data.conftest import train_tokenizer
@@ -35,6 +35,21 @@ class Tokens:
         self.backend_tokenizer = train_tokenizer()
 
 
+def nothing(request: EngineRequest, number: int) -> bool:
+    """Is held."""
+    return False
+
+
+def everything(request: EngineRequest, number: int) -> bool:
+    """Is held."""
+    return True
+
+
+def begun(request: EngineRequest, number: int) -> bool:
+    """Is held, once it has a token."""
+    return number > 0
+
+
 class FakeEngine:
     """Says `NAME was asked 12 tokens`, a token at a time, with `delay_s` before each."""
 
@@ -48,6 +63,9 @@ class FakeEngine:
         self.forgotten: list[str] = []
         self.pinned: set[str] = set()
         self.is_alive = False
+        self.holds: Callable[[EngineRequest, int], bool] = nothing
+        """Whether a request that has so many tokens waits, rather than gets the next; until the
+        engine dies."""
         self.fails: Exception | None = None
         """Raised by every request from its second token on."""
         self.start_fails: Exception | None = None
@@ -92,6 +110,8 @@ class FakeEngine:
         reason: FinishReason
         for number, token in enumerate(ids):
             await asyncio.sleep(self.delay_s)
+            while self.holds(request, number) and self.is_alive:
+                await asyncio.sleep(0.005)
             if not self.is_alive:
                 raise EngineDeadError("the engine was killed in /secret/path")
             if number and self.fails is not None:

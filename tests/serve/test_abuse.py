@@ -8,6 +8,7 @@ The quick form draws some hundreds of requests, for an engine that computes noth
 import errno
 import itertools
 import json
+import os
 import random
 import shutil
 import socket
@@ -15,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,18 +83,31 @@ class Server(Protocol):
     def http(self) -> httpx.Client: ...
 
 
+def without_a_core_s(processes: set[int]) -> float:
+    """For how long their threads were ready to run and did not, as Linux counts it; else 0."""
+    waited_ns = 0
+    for process in processes:
+        for file in Path(f"/proc/{process}/task").glob("*/schedstat"):
+            with suppress(OSError):  # a thread that has ended meanwhile
+                waited_ns += int(file.read_text().split()[1])
+    return waited_ns / 1e9
+
+
 @contextmanager
 def health_watched(running: Server, within_s: float = 1.0) -> Iterator[list[float]]:
-    """Ask /health all the time; it must always answer within a second, or what is given."""
+    """Ask /health all the time; it must always answer within a second, or what is given, in which
+    there was a core for what was ready to run: a busy machine is no fault of the server."""
     times: list[float] = []
     over = threading.Event()
+    ours = {os.getpid(), running.process.pid if isinstance(running, Program) else os.getpid()}
 
     def watch() -> None:
         with running.http() as http:
             while not over.is_set():
-                began = time.monotonic()
+                began, had_no_core = time.monotonic(), without_a_core_s(ours)
                 assert http.get("/health").status_code == 200
-                times.append(time.monotonic() - began)
+                took = time.monotonic() - began
+                times.append(took - max(0.0, without_a_core_s(ours) - had_no_core))
                 over.wait(0.02)
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -102,7 +116,7 @@ def health_watched(running: Server, within_s: float = 1.0) -> Iterator[list[floa
         yield times
     finally:
         over.set()
-        thread.join(5)
+        thread.join(60)
     assert times
     slowest = max(times)
     which = f"at {times.index(slowest) + 1} of {len(times)} times"
@@ -178,7 +192,7 @@ def program(
 @pytest.mark.slow
 def test_ten_thousand_drawn_requests_leave_nothing_behind(program: Program) -> None:
     first = draw_and_send(program, 5_000, 2)
-    # so many shapes as it remembers, PyTorch on a CPU has met by now (`engines/shapes.py`)
+    # so many shapes as it remembers, PyTorch on a CPU has met by now (`model/onednn.py`)
     before = program.rss()
     second = draw_and_send(program, 5_000, 3)
     assert sum((first.statuses + second.statuses).values()) == 10_000
@@ -200,7 +214,7 @@ def test_bytes_that_are_no_request(shared: Running) -> None:
     address = Address.parse(shared.url)
     with health_watched(shared):
         for data in RAW:
-            with socket.create_connection((address.host, address.port), timeout=10) as raw:
+            with socket.create_connection((address.host, address.port), timeout=60) as raw:
                 head = b""
                 try:
                     raw.sendall(data)
@@ -223,7 +237,7 @@ def test_slow_bodies_and_idle_connections_keep_nobody_waiting(shared: Running) -
     held = []
     try:
         for number in range(100):
-            raw = socket.create_connection((address.host, address.port), timeout=10)
+            raw = socket.create_connection((address.host, address.port), timeout=60)
             raw.sendall([b"", head, head + b"Content-Length: 100\r\n\r\n{"][number % 3])
             held.append(raw)
         with health_watched(shared):
@@ -308,7 +322,7 @@ def test_200_clients_that_vanish_and_some_that_do_not_read(program: Program) -> 
                   "max_tokens": 200}  # fmt: skip
         body = json.dumps(fields).encode()
         head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
-        raw = socket.create_connection((address.host, address.port), timeout=30)
+        raw = socket.create_connection((address.host, address.port), timeout=60)
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         raw.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
         return raw

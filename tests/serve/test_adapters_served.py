@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.folders import save_model
 from tests.recipes import rows
-from tests.serve.fake_engine import ALL, FakeEngine
+from tests.serve.fake_engine import ALL, FakeEngine, nothing
 from tests.serve.servers import Running, eventually, serving
 from tunefork.data.loader import load_data
-from tunefork.errors import StoreError
+from tunefork.errors import AdapterError, StoreError
 from tunefork.model.asked import asked_sha256
 from tunefork.model.fingerprint import identify
 from tunefork.recipe import ModelSection, Recipe
@@ -23,6 +23,7 @@ from tunefork.registry.garbage import collect_garbage
 from tunefork.registry.peft_config import CONFIG, WEIGHTS
 from tunefork.registry.provenance import FILE, read_provenance, write_provenance
 from tunefork.registry.store import Store
+from tunefork.serve import checks
 from tunefork.serve.settings import ServeSettings
 
 
@@ -46,7 +47,9 @@ def test_a_moved_tag_is_followed_while_old_answers_go_on(
 ) -> None:
     with Store.open() as store:
         store.publish(adapter, "acme", tags=("prod",))
-        engine.delay_s = 0.05
+        engine.holds = lambda request, number: (
+            number > 0 and request.adapter is not None and request.adapter.id == "acme:v1"
+        )
         with (
             server.http() as http,
             http.stream(
@@ -63,10 +66,10 @@ def test_a_moved_tag_is_followed_while_old_answers_go_on(
             lines = old.iter_lines()
             next(lines)
             store.publish(adapter, "acme", tags=("prod",), note="new")
-            engine.delay_s = 0.0
             assert _said(server, "acme:prod") == "acme:v2"
             with pytest.raises(StoreError, match="held by tunefork serve"):
                 store.remove("acme:v1")
+            engine.holds = nothing
             assert '"finish_reason":"stop"' in "".join(lines)
         assert _said(server, "acme:v1") == "acme:v1"
         assert _said(server, "acme") == "acme:v2"
@@ -102,6 +105,27 @@ def test_a_store_that_cannot_be_read_is_no_missing_model(
         answer = server.ask(model="acme")
         assert answer.status_code == 503 and answer.headers["retry-after"] == "5"
         assert answer.json()["error"]["code"] == "store_unusable" and "locked" not in answer.text
+    assert _said(server, "acme") == "acme:v1"
+
+
+def test_what_cannot_be_read_just_now_is_not_refused_for_ever(
+    server: Running, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Store.open() as store:
+        store.publish(adapter, "acme")
+
+    def no_more_files(file: Path) -> None:
+        raise AdapterError(f"{file}: cannot be read") from OSError(24, "Too many open files")
+
+    def no_memory(_: Path) -> None:
+        raise MemoryError
+
+    for fail in (no_more_files, no_memory):
+        with monkeypatch.context() as patch:
+            patch.setattr(checks, "read_header", fail)
+            answer = server.ask(model="acme")
+            assert answer.status_code == 503 and "/" not in answer.json()["error"]["message"]
+            assert answer.json()["error"]["code"] == "adapter_unreadable"
     assert _said(server, "acme") == "acme:v1"
 
 

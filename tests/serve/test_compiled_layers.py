@@ -1,6 +1,8 @@
 """Compiled decoding layers say what layers as written say, by few forms for all layers and rows."""
 
 import asyncio
+import weakref
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +12,9 @@ from torch import Tensor
 
 from tests.serve.embedded import base_folder, save_adapter, settings
 from tests.serve.test_embedded import _flash_by_numbers
-from tunefork.model import fused
-from tunefork.serve.engines import attention, flash
+from tunefork.model.bank import Bank
+from tunefork.model.fused import FusedGroup
+from tunefork.serve.engines import flash
 from tunefork.serve.engines.compiled_layers import CompiledLayers
 from tunefork.serve.engines.embedded import EmbeddedEngine
 from tunefork.serve.engines.layout import BASE, Part
@@ -46,7 +49,12 @@ def test_many_and_few_rows_with_and_without_adapters_are_all_forms(
 ) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
+    def join(_bank: Bank, groups: Sequence[FusedGroup]) -> None:
+        for group in groups:
+            group.join_banks()
+
     monkeypatch.setattr(flash, "_kernel", _kernel)
+    monkeypatch.setattr("tunefork.serve.engines.base.keep_as_rows", join)
     base = tmp_path / "base"
     model = base_folder(base)
     adapter = save_adapter(model, tmp_path / "a", rank=8, seed=1)
@@ -57,13 +65,9 @@ def test_many_and_few_rows_with_and_without_adapters_are_all_forms(
         await engine.start()
         assert engine._parts is not None
         parts, passes = engine._parts, engine._parts.core.passes
-        parts.model.set_attn_implementation("sdpa")  # layers with one input are found by a pass
-        for group in fused.fuse(parts.model, "bf16", "bf16", torch.device("cpu")):
-            group.join_banks()
-        parts.model.set_attn_implementation(attention.NAME)
         tiers = parts.core.tiers
         assert tiers is not None
-        tiers.slots.load(3, tiers.read(adapter))
+        tiers.slots.load(3, tiers.loading.read(adapter))
         compiled = CompiledLayers(parts.model, partial(torch.compile, backend=counter))
         passes.flash, passes.groups, graphs = True, {2}, passes.make_graphs(64, compiled)
         passes.graphs, graphs.is_on = graphs, False
@@ -77,9 +81,10 @@ def test_many_and_few_rows_with_and_without_adapters_are_all_forms(
                 expected = passes.run(told).logits_rv.clone()
                 compiled.is_on, passes.groups = True, {2}
                 torch.testing.assert_close(passes.run(told).logits_rv, expected)
-        compiled.remove()
-        passes.graphs = None
+        left = weakref.ref(parts.model)
+        del parts, passes, tiers, graphs, compiled
         await engine.stop()
+        assert left() is None  # nor does a compiled form keep the layers that it was made of
 
     with torch.inference_mode():
         asyncio.run(run())

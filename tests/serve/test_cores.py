@@ -38,7 +38,8 @@ def test_who_reads_adapters_computes_alone(two_cores: None, tmp_path: Path) -> N
         engine = EmbeddedEngine(settings(tmp_path / "base"))
         await engine.start()
         assert engine._parts is not None and engine._parts.core.tiers is not None
-        found.append(engine._parts.core.tiers._threads.submit(torch.get_num_threads).result())
+        threads = engine._parts.core.tiers.loading._threads
+        found.append(threads.submit(torch.get_num_threads).result())
         await engine.stop()
 
     asyncio.run(run())

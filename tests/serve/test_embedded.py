@@ -1,10 +1,10 @@
 """The embedded engine against PEFT's `generate`, and what a request may ask of it."""
 
 import asyncio
-import os
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from tunefork.serve.engines.embedded import EmbeddedEngine
 from tunefork.serve.engines.graphs import Graphs, Key
 from tunefork.serve.engines.passes import Outcome
 from tunefork.serve.engines.reads import Reads
-from tunefork.serve.engines.shapes import MOST
 from tunefork.serve.engines.slots import BankSlots
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -52,18 +51,32 @@ class Served:
         self.prompts = [
             [chosen.randrange(13, 300) for _ in range(chosen.randrange(1, 40))] for _ in range(20)
         ]
+        self._said: dict[Any, list[int]] = {}
+
+    def expected(self, adapter: ServedAdapter | None, prompt: Sequence[int]) -> list[int]:
+        """PEFT's 12 tokens, asked for once."""
+        key = (adapter, tuple(prompt))
+        if key not in self._said:
+            self._said[key] = greedy(self.model, adapter, prompt, 12)
+        return self._said[key]
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    yield Served(tmp_path_factory.mktemp("served"), "llama")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Served]:
+    """Of an architecture; made once."""
+    return cache(lambda architecture: Served(tmp_path_factory.mktemp(architecture), architecture))
+
+
+@pytest.fixture(scope="module")
+def served(serve: Callable[[str], Served]) -> Served:
+    return serve("llama")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen3"])
-def test_greedy_tokens_are_pefts(architecture: str, tmp_path: Path) -> None:
+def test_greedy_tokens_are_pefts(architecture: str, serve: Callable[[str], Served]) -> None:
     """20 prompts over adapters of ranks 4, 16, 64 and the base, in one batch, fp32. Prompts are
     longer than a pass takes, so that some come in pieces while others decode."""
-    served = Served(tmp_path, architecture)
+    served = serve(architecture)
     whose: list[ServedAdapter | None] = [None, *served.adapters]
     wanted = [
         request(str(at), prompt, whose[at % 4], max_tokens=12, ignore_eos=True)
@@ -79,10 +92,10 @@ def test_greedy_tokens_are_pefts(architecture: str, tmp_path: Path) -> None:
             await engine.stop()
 
     found = asyncio.run(run())
-    expected = [greedy(served.model, one.adapter, one.prompt_ids, 12) for one in wanted]
+    expected = [served.expected(one.adapter, one.prompt_ids) for one in wanted]
     assert [list(piece.token_ids) for piece in found] == expected
     assert {piece.finish_reason for piece in found} == {"length"}
-    base = [greedy(served.model, None, one.prompt_ids, 12) for one in wanted]
+    base = [served.expected(None, one.prompt_ids) for one in wanted]
     assert sum(a != b for a, b in zip(base, expected, strict=True)) >= 14  # adapters matter
 
 
@@ -145,11 +158,11 @@ def _as_a_gpu(engine: EmbeddedEngine) -> Graphs:
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_a_gpus_way_by_stand_ins(
-    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str, serve: Callable[[str], Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Filled-up passes, static numbers, tiles of tokens, texts one pass late: on a CPU, with
     a stand-in for the kernel and for graphs. The answers are PEFT's."""
-    served = Served(tmp_path, architecture)
+    served = serve(architecture)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(attention, "flash", _flash_by_numbers)
     monkeypatch.setattr(Graphs, "_capture", lambda graphs, key: _Again(graphs, key))
@@ -174,7 +187,7 @@ def test_a_gpus_way_by_stand_ins(
             await engine.stop()
 
     found = asyncio.run(run())
-    expected = [greedy(served.model, one.adapter, one.prompt_ids, 12) for one in wanted]
+    expected = [served.expected(one.adapter, one.prompt_ids) for one in wanted]
     assert [list(piece.token_ids) for piece in found] == expected
 
 
@@ -238,7 +251,7 @@ def test_fused_layers_take_the_same_way(tmp_path: Path, monkeypatch: pytest.Monk
             await engine.stop()
 
     found = asyncio.run(run())
-    expected = [greedy(served.model, one.adapter, one.prompt_ids, 12) for one in wanted]
+    expected = [served.expected(one.adapter, one.prompt_ids) for one in wanted]
     assert [list(piece.token_ids) for piece in found] == expected
     assert set(products) == {1, 2, 3}  # o and down; gate and up; q, k and v
 
@@ -259,19 +272,3 @@ def test_a_request_is_told_of_an_engine_that_stopped_meanwhile(
                 await answers(engine, [request("1", served.prompts[0], None, max_tokens=2)])
 
     asyncio.run(run())
-
-
-def test_a_cpu_remembers_few_shapes_unless_told_otherwise(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def run() -> None:
-        engine = EmbeddedEngine(settings(served.base))
-        await engine.start()
-        await engine.stop()
-
-    told, untold = "LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
-    for name in (told, untold):
-        monkeypatch.setenv(name, "7")
-    monkeypatch.delenv(untold)
-    asyncio.run(run())
-    assert (os.environ[told], os.environ[untold]) == ("7", str(MOST))

@@ -4,7 +4,8 @@ import asyncio
 import json
 import shutil
 import threading
-from collections.abc import Coroutine
+import weakref
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from tests.serve.embedded import (
     answers,
     base_folder,
     greedy,
+    held_after,
     idle,
     request,
     save_adapter,
     settings,
     started,
+    until,
 )
-from tunefork.errors import AdapterError, EngineError
+from tunefork.errors import AdapterError, EngineDeadError, EngineError, NoAdapterMemoryError
 from tunefork.serve.engine import Piece, ServedAdapter
 from tunefork.serve.engines import core
 from tunefork.serve.engines.embedded import EmbeddedEngine
@@ -44,9 +47,13 @@ class Served:
             save_adapter(self.model, folder / f"a{at}", rank=4 * (1 + at % 3), seed=at)
             for at in range(6)
         ]
+        self._said: dict[Any, list[int]] = {}
 
     def expected(self, adapter: ServedAdapter | None, new: int = 8) -> list[int]:
-        return greedy(self.model, adapter, PROMPT, new)
+        """PEFT's, asked for once."""
+        if (adapter, new) not in self._said:
+            self._said[adapter, new] = greedy(self.model, adapter, PROMPT, new)
+        return self._said[adapter, new]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +110,7 @@ def test_an_adapter_in_demand_does_not_keep_others_out(
             hammers = [asyncio.ensure_future(hammer(who)) for who in range(4)]
             await asyncio.sleep(0.2)
             found = await asyncio.wait_for(
-                answer(engine, request("w", PROMPT, served.adapters[1])), timeout=10
+                answer(engine, request("w", PROMPT, served.adapters[1])), timeout=60
             )
             assert list(found.token_ids) == served.expected(served.adapters[1])
             is_over = True
@@ -117,10 +124,7 @@ def test_pinned_adapters_stay_and_prefetched_ones_are_there(served: Served) -> N
         async with started(served.base, slots=2) as engine:
             await engine.pin(served.adapters[0], True)
             await engine.prefetch(served.adapters[1])
-            for _ in range(3000):  # as loaded as the machine may be
-                if len(engine.state().resident) == 2:
-                    break
-                await asyncio.sleep(0.01)
+            await until(lambda: len(engine.state().resident) == 2)
             assert set(engine.state().resident) == {"a0:v1", "a1:v1"}
             await engine.prefetch(served.adapters[5])  # no slot is free: host memory
             for at in (1, 2, 3, 4):
@@ -137,19 +141,19 @@ def test_pinned_adapters_stay_and_prefetched_ones_are_there(served: Served) -> N
 def test_a_forgotten_adapter_goes_once_its_requests_are_over(served: Served) -> None:
     async def ask() -> None:
         async with started(served.base) as engine:
+            may_go_on = held_after(engine, 3)
             wanted = request("a", PROMPT, served.adapters[0], max_tokens=60)
             running = asyncio.ensure_future(answer(engine, wanted))
-            while not engine.state().running:
-                await asyncio.sleep(0.005)
+            await until(lambda: engine.state().running)
             await engine.forget("a0:v1")
+            again = asyncio.ensure_future(answer(engine, request("b", PROMPT, served.adapters[0])))
+            await until(lambda: engine._num_open == 2)
+            may_go_on.set()
+            assert list((await again).token_ids) == served.expected(served.adapters[0])
             assert list((await running).token_ids) == served.expected(served.adapters[0], 60)
+            assert engine.state().loads == 1  # one id is one content: nothing is read again
             await engine.forget("unknown:v9")
-            for _ in range(200):
-                state = engine.state()
-                if not state.resident and not state.in_host_memory:
-                    break
-                await asyncio.sleep(0.01)
-            assert (state.resident, state.in_host_memory) == ((), ())
+            await until(lambda: not engine.state().resident and not engine.state().in_host_memory)
             assert len(tiers_of(engine).free) == 4
 
     run(ask())
@@ -176,10 +180,11 @@ def test_two_versions_of_one_tag_are_two_adapters(served: Served, tmp_path: Path
 
     async def ask() -> None:
         async with started(served.base) as engine:
+            may_go_on = held_after(engine, 3)
             old = asyncio.ensure_future(answer(engine, request("o", PROMPT, first, max_tokens=60)))
-            while not engine.state().running:
-                await asyncio.sleep(0.005)
+            await until(lambda: engine.state().running)
             await engine.forget(first.id)
+            may_go_on.set()
             new = await answer(engine, request("n", PROMPT, second))
             assert list(new.token_ids) == served.expected(second)
             assert list((await old).token_ids) == served.expected(first, 60)
@@ -254,13 +259,13 @@ def test_others_go_on_while_an_adapter_is_read(
     async def ask() -> None:
         async with started(served.base) as engine:
             tiers = tiers_of(engine)
-            read, others = tiers.read, threading.Event()
+            read, others = tiers.loading.read, threading.Event()
 
             def slowly(adapter: ServedAdapter) -> Any:
                 assert others.wait(20)
                 return read(adapter)
 
-            tiers.read = slowly
+            tiers.loading.read = slowly
             late = asyncio.ensure_future(answer(engine, request("l", PROMPT, served.adapters[0])))
             for at in range(3):
                 await answer(engine, request(f"{at}", PROMPT))
@@ -271,26 +276,44 @@ def test_others_go_on_while_an_adapter_is_read(
     run(ask())
 
 
-def test_a_trial_without_memory_ends_the_request_that_wanted_it(
-    served: Served, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("step", ["read", "copied", "tried"])
+def test_without_memory_who_waits_is_told_and_who_comes_later_is_answered(
+    served: Served, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    tried: list[int] = []
+    """Also those who wait while no more requests may run; others go on."""
+    calls: list[str] = []
 
-    def first_fails(passes: Any, slot: int, region: Any) -> str | None:
-        tried.append(slot)
-        if len(tried) == 1:
-            torch.empty(1 << 50)
-        return try_adapter(passes, slot, region)
+    def first_fails(do: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*told: Any) -> Any:
+            calls.append(step)
+            if len(calls) == 1:
+                torch.empty(1 << 50)
+            return do(*told)
 
-    monkeypatch.setattr(core, "try_adapter", first_fails)
+        return called
 
     async def ask() -> None:
-        async with started(served.base) as engine:
-            with pytest.raises(EngineError, match="no memory to try"):
-                await answer(engine, request("a", PROMPT, served.adapters[0]))
-            found = await answer(engine, request("b", PROMPT, served.adapters[0]))
-            assert list(found.token_ids) == served.expected(served.adapters[0])
-            assert len(tried) == 2
+        async with started(served.base, max_requests=1, prefill_tokens=1) as engine:
+            tiers, adapter = tiers_of(engine), served.adapters[0]
+            match step:
+                case "read":
+                    tiers.loading.read = first_fails(tiers.loading.read)
+                case "copied":
+                    tiers.slots.load = first_fails(tiers.slots.load)  # type: ignore[method-assign]
+                case "tried":
+                    monkeypatch.setattr(core, "try_adapter", first_fails(try_adapter))
+            wanted = [request("a", PROMPT, adapter), request("b", PROMPT, adapter)]
+            well = request("w", PROMPT, max_tokens=30)
+            found = await asyncio.gather(
+                *(answer(engine, one) for one in (*wanted, well)), return_exceptions=True
+            )
+            for one in found[:2]:
+                assert isinstance(one, NoAdapterMemoryError)
+                assert f"while {'an adapter' if step == 'tried' else 'it'} was {step}" in str(one)
+            assert isinstance(found[2], Piece)
+            assert len(tiers.free) == (3 if step == "tried" else 4)  # there it may still be evicted
+            later = await answer(engine, request("l", PROMPT, adapter))
+            assert list(later.token_ids) == served.expected(adapter) and len(calls) == 2
 
     run(ask())
 
@@ -308,6 +331,33 @@ def test_a_load_that_breaks_is_an_error_of_its_requests(served: Served, error: E
                 await answer(engine, request("a", PROMPT, served.adapters[0]))
             assert len((await answer(engine, request("b", PROMPT))).token_ids) == 8
             assert len(tiers_of(engine).free) == 4
+
+    run(ask())
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_stopped_engine_holds_nothing(served: Served, dies: bool) -> None:
+    """Whether it died before, and while a client still has not read its answer."""
+
+    async def ask() -> None:
+        engine = EmbeddedEngine(settings(served.base))
+        await engine.start()
+        unread = engine.generate(request("u", PROMPT, served.adapters[0], max_tokens=200))
+        await anext(unread)
+        assert engine._parts is not None
+        core, model = engine._parts.core, engine._parts.model
+        assert core.tiers is not None
+        held = [core, core.tiers, core.tiers.slots, core.passes, model, *model.modules()]
+        left = [weakref.ref(one) for one in held]
+        if dies:
+            core.passes.run = None  # type: ignore[method-assign, assignment]
+            with pytest.raises(EngineDeadError):
+                await answer(engine, request("d", PROMPT))
+        del core, model, held
+        await engine.stop()
+        assert [type(one()).__name__ for one in left if one() is not None] == []
+        assert not [t.name for t in threading.enumerate() if t.name.startswith("tunefork")]
+        await unread.aclose()
 
     run(ask())
 

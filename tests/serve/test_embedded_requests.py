@@ -1,9 +1,9 @@
 """What one request may ask of the embedded engine, beside others, and how it ends."""
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,14 +13,22 @@ from tests.serve.embedded import (
     answer,
     answers,
     base_folder,
+    held_after,
     idle,
     request,
     settings,
     started,
+    until,
 )
-from tunefork.errors import BadInputError, EngineBusyError, EngineDeadError, EngineError
+from tunefork.errors import (
+    BadInputError,
+    EngineBusyError,
+    EngineDeadError,
+    EngineError,
+    NoMemoryError,
+)
 from tunefork.serve.engine import Piece
-from tunefork.serve.engines import sequence
+from tunefork.serve.engines import core, sequence
 from tunefork.serve.engines.cache import Cache
 from tunefork.serve.engines.choose import log_probabilities
 from tunefork.serve.engines.embedded import EmbeddedEngine
@@ -152,19 +160,26 @@ def test_clients_that_vanish_leave_nothing_behind(base: Any) -> None:
     run(ask())
 
 
-def test_a_deadline_ends_running_and_waiting_requests(base: Any) -> None:
+def test_a_deadline_ends_running_and_waiting_requests(
+    base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def ask() -> None:
         async with started(base.folder, max_requests=1) as engine:
-            soon = time.monotonic() + 0.15
-            found = await answers(
-                engine,
-                [
-                    request("a", PROMPT, max_tokens=240, deadline=soon),
-                    request("b", PROMPT, max_tokens=240, deadline=soon),
-                ],
-            )
+            assert engine._parts is not None
+            passes, seconds = engine._parts.core.passes, 0
+            compute = passes.run
+
+            def run(parts: Any) -> Any:
+                nonlocal seconds
+                seconds += 1  # a pass
+                return compute(parts)
+
+            monkeypatch.setattr(passes, "run", run)
+            monkeypatch.setattr(core, "time", SimpleNamespace(monotonic=lambda: seconds))
+            wanted = [request(name, PROMPT, max_tokens=240, deadline=5.0) for name in "ab"]
+            found = await answers(engine, wanted)
             assert [one.finish_reason for one in found] == ["deadline", "deadline"]
-            assert 0 < len(found[0].token_ids) < 240
+            assert len(found[0].token_ids) == 5
             assert found[1].token_ids == ()
 
     run(ask())
@@ -266,7 +281,7 @@ def test_a_pass_without_memory_costs_the_largest_request_alone(base: Any) -> Non
 
             passes.run = short  # type: ignore[method-assign]
             small = asyncio.ensure_future(answer(engine, request("a", PROMPT, max_tokens=30)))
-            with pytest.raises(EngineError, match="no memory"):
+            with pytest.raises(NoMemoryError, match="out of memory in a pass"):
                 await answer(engine, request("b", PROMPT * 30, max_tokens=5))
             assert len((await small).token_ids) == 30
 
@@ -316,7 +331,7 @@ def test_what_an_answers_choice_or_text_fails_with_is_its_own(
             assert isinstance(found[0], Piece) and found[0].token_ids == alone.token_ids
             assert [str(one).split(":")[0][:13] for one in found[1:]] == [
                 "its grammar c",
-                "no memory for",
+                "out of memory",
             ]
 
     run(ask())
@@ -325,17 +340,19 @@ def test_what_an_answers_choice_or_text_fails_with_is_its_own(
 def test_what_was_computed_before_an_error_is_told_and_all_of_it_is_metered(base: Any) -> None:
     async def ask() -> None:
         async with started(base.folder) as engine:
+            may_go_on = held_after(engine, 8)
             wanted = request("a", PROMPT, max_tokens=200)
             stream = engine.generate(wanted)
             first = await anext(stream)
-            await asyncio.sleep(0.1)  # nobody reads
+            await until(lambda: wanted.meter.tokens == 8)  # nobody reads
             assert engine._parts is not None
             engine._parts.core.passes.run = None  # type: ignore[assignment, method-assign]
+            may_go_on.set()
             told = len(first.token_ids)
             with pytest.raises(EngineDeadError):
                 async for piece in stream:
                     told += len(piece.token_ids)
-            assert told == wanted.meter.tokens > 1
+            assert told == wanted.meter.tokens in (8, 9)  # with the pass that was under way
             await engine.start()
             vanishing = request("b", PROMPT, max_tokens=200)
             stream = engine.generate(vanishing)
@@ -353,18 +370,21 @@ def test_an_answer_that_was_complete_when_the_engine_died_is_told(base: Any) -> 
     async def ask() -> None:
         async with started(base.folder) as engine:
             assert engine._parts is not None
-            core = engine._parts.core
-            core.overlaps, original = True, core.passes.run
+            computing = engine._parts.core
+            computing.overlaps = True
+            may_go_on = held_after(engine, 3)
+            original = computing.passes.run
 
             def dies(parts: Any) -> Any:
-                if any(event.finish is not None for event in core._events):
+                if any(event.finish is not None for event in computing._events):
                     raise RuntimeError("the device is lost")
                 return original(parts)
 
-            core.passes.run = dies  # type: ignore[method-assign]
+            computing.passes.run = dies  # type: ignore[method-assign]
             other = engine.generate(request("a", PROMPT, max_tokens=200))
             await anext(other)
-            async with asyncio.timeout(20):
+            asyncio.get_running_loop().call_later(0.05, may_go_on.set)  # once b has come too
+            async with asyncio.timeout(60):
                 complete = await answer(engine, request("b", PROMPT, max_tokens=1))
             assert complete.finish_reason == "length"
             with pytest.raises(EngineDeadError):
@@ -387,16 +407,18 @@ def test_a_dead_engine_says_so_to_everyone_and_can_be_started_again(
         def broken(*_: Any) -> Any:
             raise RuntimeError("the device is gone")
 
+        may_go_on = held_after(engine, 3)
         running = [
             asyncio.ensure_future(answer(engine, request(f"{at}", PROMPT, max_tokens=200)))
             for at in range(3)
         ]
-        await asyncio.sleep(0.1)
+        await until(lambda: engine.state().running)
         assert engine._parts.core.tiers is not None
         monkeypatch.setattr(
             engine._parts.core.tiers, "close", broken
         )  # nor is its memory given back
         engine._parts.core.passes.run = broken  # type: ignore[method-assign, assignment]
+        may_go_on.set()
         for found in await asyncio.gather(*running, return_exceptions=True):
             assert isinstance(found, EngineDeadError) and "device is gone" in str(found)
         with pytest.raises(EngineDeadError):
@@ -416,8 +438,10 @@ def test_stopping_cancels_what_runs(base: Any) -> None:
     async def ask() -> None:
         engine = EmbeddedEngine(settings(base.folder))
         await engine.start()
+        may_go_on = held_after(engine, 3)
         running = asyncio.ensure_future(answer(engine, request("a", PROMPT, max_tokens=240)))
-        await asyncio.sleep(0.05)
+        await until(lambda: engine.state().running)
+        asyncio.get_running_loop().call_soon(may_go_on.set)  # once it has been told to stop
         await engine.stop()
         assert (await running).finish_reason == "cancelled"
 

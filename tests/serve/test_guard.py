@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI
 from pydantic import ValidationError
 
-from tests.serve.fake_engine import FakeEngine
+from tests.serve.fake_engine import FakeEngine, begun
 from tests.serve.servers import ASKED, Running, serving
 from tunefork.errors import BadInputError
 from tunefork.serve.api import reading
@@ -163,13 +163,13 @@ def test_a_body_without_end_is_cut_off(settings: ServeSettings) -> None:
             slow.sendall(head + b"Content-Length: 100\r\n\r\n{")
             assert b" 408 " in slow.recv(1000)
         with socket.create_connection(("127.0.0.1", running.port)) as endless:
-            endless.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
-            endless.sendall(b"4000\r\n" + b" " * 0x4000 + b"\r\n")
+            chunk = b"4000\r\n" + b" " * 0x4000 + b"\r\n"
+            endless.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk)
             assert b" 413 " in endless.recv(1000)
 
 
 def test_a_head_is_bounded(shared: Running) -> None:
-    with socket.create_connection(("127.0.0.1", shared.port), timeout=10) as endless:
+    with socket.create_connection(("127.0.0.1", shared.port), timeout=60) as endless:
         endless.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
         with suppress(ConnectionError):
             for number in range(100):
@@ -180,7 +180,8 @@ def test_a_head_is_bounded(shared: Running) -> None:
 
 def test_unknown_paths_and_methods_have_the_api_s_shape(shared: Running) -> None:
     with shared.http() as http:
-        assert http.get("/v2").json()["error"]["code"] == "unknown_url"
+        error = http.post("/v1/responses").json()["error"]
+        assert error["code"] == "unknown_url" and "POST /v1/chat/completions," in error["message"]
         answer = http.get("/v1/chat/completions")
         assert answer.status_code == 405 and answer.headers["allow"] == "POST"
         assert answer.json()["error"]["code"] == "method_not_allowed"
@@ -197,7 +198,8 @@ def test_what_fails_unforeseen_is_a_503(shared: Running, monkeypatch: pytest.Mon
 
 
 def test_too_many_at_once_are_sent_away_but_health_is_told(settings: ServeSettings) -> None:
-    engine = FakeEngine(delay_s=0.05)
+    engine = FakeEngine()
+    engine.holds = begun
     few = settings.model_copy(update={"max_open_requests": 1})
     with serving(engine, few) as running, running.http() as http:
         body = {"model": "tiny-base", "messages": ASKED, "stream": True}

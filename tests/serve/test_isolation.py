@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.serve.fake_engine import FakeEngine
+from tests.serve.fake_engine import FakeEngine, everything, nothing
 from tests.serve.servers import ASKED, Running, eventually, serving
 from tunefork.data.example import Message
 from tunefork.registry.store import Store
@@ -178,7 +178,9 @@ def test_one_tenant_s_bodies_leave_room_for_another(
     monkeypatch.setattr(guard, "_MOST_LARGE_PER_TENANT", 4)
     small = settings.model_copy(update={"max_body_bytes": 1000})
     padding = b" " * 900
-    with serving(FakeEngine(delay_s=0.05), small) as running, ThreadPoolExecutor(6) as pool:
+    engine = FakeEngine()
+    engine.holds = everything
+    with serving(engine, small) as running, ThreadPoolExecutor(6) as pool:
 
         def ask(key: str, model: str) -> int:
             body = json.dumps({"model": model, "messages": ASKED, "max_tokens": 8}).encode()
@@ -191,7 +193,10 @@ def test_one_tenant_s_bodies_leave_room_for_another(
 
         flood = [pool.submit(ask, keys["a"], "tiny-base") for _ in range(6)]
         eventually(lambda: any(asked.done() for asked in flood))
-        assert ask(keys["b"], "b/one") == 200
+        theirs = pool.submit(ask, keys["b"], "b/one")
+        eventually(lambda: any(seen.tenant == "b" for seen in engine.seen))
+        engine.holds = nothing
+        assert theirs.result() == 200
         assert {asked.result() for asked in flood} == {200, 503}
 
 
@@ -199,14 +204,18 @@ def test_one_tenant_s_open_requests_leave_room_for_another(
     keys: dict[str, str], settings: ServeSettings
 ) -> None:
     few = settings.model_copy(update={"max_open_requests_per_tenant": 2})
-    with serving(FakeEngine(delay_s=0.02), few) as running, ThreadPoolExecutor(2) as pool:
+    engine = FakeEngine()
+    engine.holds = everything
+    with serving(engine, few) as running, ThreadPoolExecutor(3) as pool:
         slow = [pool.submit(running.ask, keys["a"]) for _ in range(2)]
         eventually(lambda: sum(running.gateway._open.values()) == 2)
         refused = running.ask(keys["a"])
         assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
         assert refused.json()["error"]["code"] == "too_many_open_requests"
-        assert running.ask(keys["b"], model="b/one", max_tokens=1).status_code == 200
-        assert {asked.result().status_code for asked in slow} == {200}
+        theirs = pool.submit(running.ask, keys["b"], model="b/one", max_tokens=1)
+        eventually(lambda: any(seen.tenant == "b" for seen in engine.seen))
+        engine.holds = nothing
+        assert {asked.result().status_code for asked in (theirs, *slow)} == {200}
         assert running.ask(keys["a"], max_tokens=1).status_code == 200
 
 

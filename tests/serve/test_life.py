@@ -1,10 +1,12 @@
 """However a request or the engine ends: nothing leaks, usage is recorded, others are answered."""
 
+import asyncio
 import json
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,12 +15,21 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serve.fake_engine import FakeEngine
+from tests.serve.fake_engine import FakeEngine, everything, nothing
 from tests.serve.servers import ASKED, Running, eventually, serving
-from tunefork.errors import AdapterError, BadInputError, EngineBusyError, EngineError, ModelError
+from tunefork.errors import (
+    AdapterError,
+    BadInputError,
+    EngineBusyError,
+    EngineError,
+    ModelError,
+    NoAdapterMemoryError,
+    NoMemoryError,
+)
 from tunefork.registry.store import Store
 from tunefork.serve.database import connect
 from tunefork.serve.engine import Capabilities
+from tunefork.serve.run import drain_on_signal
 from tunefork.serve.settings import ServeSettings
 
 LONG: dict[str, Any] = {
@@ -62,21 +73,22 @@ def _post(running: Running, body: dict[str, Any], *, buffer: int = 0) -> socket.
 def test_clients_that_vanish_are_cancelled_and_billed(
     server: Running, engine: FakeEngine, settings: ServeSettings, stream: bool
 ) -> None:
-    engine.delay_s = 0.02
+    engine.holds = lambda request, number: number > 20
     connections = [_post(server, LONG | {"stream": stream}) for _ in range(6)]
-    eventually(lambda: len(engine.open) == 6 and engine.computed > 20)
+    eventually(lambda: len(engine.open) == 6 and engine.computed == 6 * 21)
     for connection in connections:
         connection.close()
     eventually(lambda: _is_at_rest(server))
     eventually(lambda: len(_statuses(settings)) == 6)
     for status, prompt, completion in _statuses(settings):
-        assert status == "cancelled" and prompt == 25 and 0 < completion < 400
-    engine.delay_s = 0.0
+        assert status == "cancelled" and prompt == 25 and 0 < completion <= 21
+    engine.holds = nothing
     assert server.ask().status_code == 200
 
 
 def test_200_that_vanish_while_they_wait_leave_nothing(settings: ServeSettings) -> None:
-    engine = FakeEngine(delay_s=0.02)
+    engine = FakeEngine()
+    engine.holds = everything
     with serving(engine, settings) as running:
         before = len(list(Path("/proc/self/fd").iterdir()))
         connections = [_post(running, LONG | {"stream": True}) for _ in range(200)]
@@ -84,7 +96,7 @@ def test_200_that_vanish_while_they_wait_leave_nothing(settings: ServeSettings) 
         for connection in connections:
             connection.close()
         eventually(lambda: _is_at_rest(running))
-        engine.delay_s = 0.0
+        engine.holds = nothing
         assert running.ask().status_code == 200
         assert len(engine.seen) < 150  # most that waited never reached it; a slow machine sees some
         eventually(lambda: len(list(Path("/proc/self/fd").iterdir())) <= before + 3)
@@ -122,7 +134,8 @@ def test_an_answer_that_takes_too_long_ends(settings: ServeSettings) -> None:
 
 
 def test_a_full_queue_says_when_to_come_again(settings: ServeSettings) -> None:
-    engine = FakeEngine(delay_s=0.02)
+    engine = FakeEngine()
+    engine.holds = everything
     few = settings.model_copy(update={"max_queued_per_tenant": 4})
     with serving(engine, few) as running:
         connections = [_post(running, LONG) for _ in range(12)]
@@ -141,6 +154,8 @@ def test_a_full_queue_says_when_to_come_again(settings: ServeSettings) -> None:
         (EngineError("in /secret"), 503, "engine_failed"),
         (EngineBusyError("in /secret"), 503, "overloaded"),
         (RuntimeError("in /secret"), 503, "engine_failed"),
+        (NoMemoryError("in /secret"), 503, "no_memory"),
+        (NoAdapterMemoryError("in /secret"), 503, "no_memory"),
         (BadInputError("in /secret"), 400, "invalid_value"),
         (AdapterError("in /secret"), 400, "adapter_unusable"),
     ],
@@ -171,7 +186,7 @@ def test_an_engine_that_dies_is_started_again(
 ) -> None:
     with Store.open() as store:
         store.publish(adapter, "acme")
-    engine.delay_s = 0.05
+    engine.holds = everything
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(server.ask, model=m) for m in ("tiny-base", "acme") * 2]
         eventually(lambda: len(engine.open) == 4)
@@ -181,6 +196,7 @@ def test_an_engine_that_dies_is_started_again(
             assert answer.status_code == 503 and "secret" not in answer.text
     with server.http() as http:
         eventually(lambda: http.get("/ready").status_code == 503)
+        eventually(lambda: "failed 3 times in a row" in http.get("/ready").text)
         assert server.ask().json()["error"]["code"] == "engine_failed"
         assert http.get("/health").json() == {
             "status": "ok",
@@ -189,20 +205,18 @@ def test_an_engine_that_dies_is_started_again(
         }
         engine.start_fails = None
         eventually(lambda: http.get("/ready").status_code == 200)
-    engine.delay_s = 0.0
+    engine.holds = nothing
     assert server.ask(model="acme").status_code == 200
     assert engine.starts >= 3 and _is_at_rest(server)
     eventually(lambda: [s[0] for s in _statuses(settings)] == ["failed"] * 4 + ["ok"])
 
 
 def test_while_it_loads_health_is_told_and_ready_is_not(settings: ServeSettings) -> None:
-    engine = FakeEngine()
+    engine, may_start = FakeEngine(), threading.Event()
     start = engine.start
 
     async def slow() -> None:
-        import asyncio
-
-        await asyncio.sleep(0.5)
+        await asyncio.to_thread(may_start.wait, 20)
         await start()
 
     engine.start = slow  # type: ignore[method-assign]
@@ -211,6 +225,7 @@ def test_while_it_loads_health_is_told_and_ready_is_not(settings: ServeSettings)
         assert http.get("/ready").status_code == http.get("/metrics").status_code == 503
         answer = running.ask()
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "starting"
+        may_start.set()
         eventually(lambda: http.get("/ready").status_code == 200)
 
 
@@ -229,9 +244,28 @@ def test_health_is_told_while_large_inputs_are_read(server: Running) -> None:
         assert {future.result().status_code for future in asked} == {400}
 
 
+def test_a_second_signal_cancels_what_runs_and_tells_it(settings: ServeSettings) -> None:
+    """In the API's shape, and on record; the server ends at once."""
+    said: list[str] = []
+    with serving(FakeEngine(delay_s=0.05), settings) as running, ThreadPoolExecutor(2) as pool:
+        drain_on_signal(running.server, running.gateway, said.append)
+        asked = [pool.submit(running.ask, **LONG, stream=stream) for stream in (False, True)]
+        eventually(lambda: running.gateway.parts.queue.running == 2)
+        time.sleep(0.2)  # the stream has begun
+        running.server.handle_exit(signal.SIGINT, None)
+        eventually(lambda: said)
+        assert "a second Ctrl-C" in said[0] and not any(future.done() for future in asked)
+        running.server.handle_exit(signal.SIGINT, None)
+        plain, stream = (future.result() for future in asked)
+        assert plain.status_code == 503 and plain.json()["error"]["code"] == "draining"
+        assert json.loads(stream.text.split("\n\n")[-2][6:])["error"]["code"] == "draining"
+        assert not running.server.force_exit
+    assert [status for status, _, _ in _statuses(settings)] == ["cancelled"] * 2
+
+
 _SERVER = """
 import sys, asyncio
-from tests.serve.fake_engine import FakeEngine
+from tests.serve.fake_engine import FakeEngine, everything, nothing
 from tunefork.serve.run import serve
 from tunefork.serve.settings import ServeSettings
 settings = ServeSettings.model_validate({"base": sys.argv[1], "port": 0, "drain_timeout_s": 5})

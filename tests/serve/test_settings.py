@@ -29,6 +29,7 @@ def test_a_section_s_field_is_set_by_its_path() -> None:
     ("sets", "message"),
     [
         (("max_queue=3",), "max_queue: unknown key; did you mean 'max_queued'"),
+        (("embedded.slot=3",), "embedded.slot: unknown key; did you mean 'slots'"),
         (("port=70000",), "port: "),
         (("port=yes",), "port: "),
         (("name=a:b",), "name: must be printable, without ':'"),

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.fake_engine import ALL, FakeEngine
+from tests.serve.fake_engine import ALL, FakeEngine, everything, nothing
 from tests.serve.servers import eventually, serving
 from tunefork.errors import BadInputError, EngineError, ModelError
 from tunefork.registry.store import Store
-from tunefork.serve import gateway, standing
+from tunefork.serve import gateway
 from tunefork.serve.choose import make_replica
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.heat import Heat
@@ -65,7 +65,6 @@ def test_a_merged_version_is_answered_by_its_replica(
 ) -> None:
     """And, while that is dead, by the adapters' engine; it is started again."""
     monkeypatch.setattr(gateway, "_LOOK_S", 0.05)
-    monkeypatch.setattr(standing, "_BACK_OFF_S", 0.02)
     main, replica = FakeEngine(), FakeEngine()
     made: list[ServedAdapter] = []
 
@@ -117,7 +116,9 @@ def test_what_cannot_be_served_is_said_at_the_start(settings: ServeSettings, opt
     with serving(FakeEngine(), wanted) as running:
         eventually(lambda: running.gateway.failure is not None)
         assert isinstance(running.gateway.failure, BadInputError)
-        assert str(running.gateway.failure).startswith(f"{option}: nobody: ")
+        assert str(running.gateway.failure).startswith(
+            f"{option}: nobody: the store has no such adapter"
+        )
         with running.http() as http:
             assert http.get("/health").status_code == 503
             assert http.get("/metrics").status_code == 503
@@ -163,7 +164,8 @@ def test_only_so_many_adapters_are_told_apart() -> None:
 def test_an_adapter_is_brought_nearer_while_its_request_waits(
     settings: ServeSettings, adapter: Path
 ) -> None:
-    engine = FakeEngine(capabilities=replace(ALL, max_requests=1), delay_s=0.05)
+    engine = FakeEngine(capabilities=replace(ALL, max_requests=1))
+    engine.holds = everything
     with Store.open() as store:
         store.publish(adapter, "acme")
     with serving(engine, settings) as running, ThreadPoolExecutor(2) as pool:
@@ -172,4 +174,5 @@ def test_an_adapter_is_brought_nearer_while_its_request_waits(
         second = pool.submit(running.ask, model="acme")
         eventually(lambda: "acme:v1" in engine.loaded)
         assert len(engine.seen) == 1 and not first.done()
+        engine.holds = nothing
         assert second.result().status_code == 200

@@ -108,3 +108,17 @@ def test_a_file_that_others_can_write_to_is_refused(file: Path) -> None:
     file.chmod(0o620)
     with pytest.raises(StoreError, match="others than its owner can write to it"):
         read_accounts(file)
+
+
+def test_a_file_system_without_modes_is_told_of_before_there_is_a_key(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def touch(path: Path, mode: int) -> None:
+        path.write_bytes(b"")
+        path.chmod(0o777)  # whatever was asked
+
+    monkeypatch.setattr(Path, "touch", touch)
+    for act in (lambda: add_key(file, Tenant("a")), lambda: read_accounts(file)):
+        with pytest.raises(StoreError, match=r"mode 777\).*keeps no modes.* with --tenants"):
+            act()
+    assert not file.read_bytes()

@@ -3,8 +3,12 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any, cast
 
+import pytest
+
+from tunefork.errors import NoAdapterMemoryError
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.engines.adapter_file import HostAdapter
 from tunefork.serve.engines.tiers import Tiers
@@ -39,7 +43,8 @@ def test_one_that_is_evicted_while_it_is_wanted_again_is_read_again() -> None:
 
     def until(is_so: Callable[[], object], *wanted: ServedAdapter) -> None:
         nonlocal now
-        for _ in range(200):
+        patience_ends = time.monotonic() + 60
+        while time.monotonic() < patience_ends:
             tiers.advance({adapter.id for adapter in wanted})
             for adapter in wanted:
                 tiers.ready(adapter)
@@ -58,4 +63,39 @@ def test_one_that_is_evicted_while_it_is_wanted_again_is_read_again() -> None:
     tiers.leave(A.id)
     until(lambda: B.id in tiers.resident, A, B)
     until(lambda: A.id in tiers.resident, A)
+    tiers.close()
+
+
+def test_who_cannot_be_read_for_want_of_memory_finds_more_at_the_next_try(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Copies of others, which can be read again, are dropped; a pin holds all the same."""
+    has_room = False
+
+    def read(adapter: ServedAdapter) -> Any:
+        if adapter is B and not has_room:
+            raise MemoryError
+        return _Host()
+
+    tiers = Tiers(_Slots(), read, host_memory_bytes=100, wake=lambda: None, clock=time.monotonic)
+    monkeypatch.setattr(Thread, "start", None)  # nor can a thread begin any more
+
+    def until(is_so: Callable[[dict[str, Any]], object]) -> None:
+        for _ in range(200):
+            if is_so(tiers.advance(set())):
+                return
+            time.sleep(0.002)
+        raise AssertionError("it never came to that")
+
+    tiers.prefetch(A)
+    until(lambda _: A.id in tiers.resident)
+    assert tiers.in_host_memory == (A.id,)
+    tiers.pin(B, True)
+    until(lambda failures: isinstance(failures.get(B.id), NoAdapterMemoryError))
+    assert tiers.resident == (A.id,) and not tiers.in_host_memory
+    assert tiers.advance({B.id}) == {}  # who asks now was not told of that
+    has_room = True
+    tiers.ready(B)
+    until(lambda _: B.id in tiers.resident)
+    assert not tiers._evict_one(set())
     tiers.close()

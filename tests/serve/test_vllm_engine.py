@@ -30,6 +30,9 @@ from tunefork.serve.engines.vllm import VllmEngine
 from tunefork.serve.engines.vllm_base import is_built_for_cpus, save_zeros
 from tunefork.serve.settings import ServeSettings, read_settings
 
+PATIENCE_S = 60.0
+"""For what must happen, on however busy a machine."""
+
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 
@@ -159,19 +162,18 @@ def test_where_all_places_are_in_use_the_next_waits(make: Any, run: Run, tmp_pat
     engine = make(slots=1, host_adapters=1)
     a, b = adapter(tmp_path, "a"), adapter(tmp_path, "b")
 
-    async def two() -> list[float]:
-        async def timed(one: ServedAdapter, first: int) -> float:
-            await answer(engine, request(one, first))
-            return time.monotonic()
-
-        slow = asyncio.create_task(timed(a, fake_vllm.IS_SLOW))
-        await asyncio.sleep(0.1)
+    async def two() -> None:
+        earlier = engine.generate(request(a))
+        await anext(earlier)
         await engine.prefetch(b)  # there is no place: it must not wait
         assert engine.state().in_host_memory == ("a:v1",)
-        return [await asyncio.create_task(timed(b, 50)), await slow]
+        later = asyncio.create_task(answer(engine, request(b)))
+        await asyncio.sleep(0.05)
+        assert not later.done()
+        assert sum([1 async for _ in earlier]) == 4
+        await later
 
-    later, earlier = run(two())
-    assert earlier < later
+    run(two())
     assert engine.state().in_host_memory == ("b:v1",)
 
 
@@ -209,12 +211,14 @@ def test_pinned_ones_stay_and_forgotten_ones_leave_after_their_last_answer(
         assert "c:v1" in engine.state().in_host_memory
         assert sum([1 async for _ in stream]) == 4
         assert engine.state().in_host_memory == ("a:v1",)
-        await asyncio.sleep(0.2)
         await engine.forget("nobody:v1")
+        assert engine._server is not None and engine._server.child is not None
+        folder = engine._server.child.folder / "adapters"
+        async with asyncio.timeout(PATIENCE_S):
+            while len(list(folder.iterdir())) > 2:
+                await asyncio.sleep(0.01)
 
     run(main())
-    assert engine._server is not None and engine._server.child is not None
-    assert len(list((engine._server.child.folder / "adapters").iterdir())) == 2
     run(engine.pin(a, False))
     run(answer(engine, request(b)))
     run(answer(engine, request(c)))
@@ -281,7 +285,7 @@ def test_a_deadline_ends_an_answer_and_its_connection(make: Any, run: Run) -> No
     engine = make()
     asked = request(first=fake_vllm.IS_SLOW, max_tokens=100)
     pieces = run(answer(engine, replace(asked, deadline=time.monotonic() + 0.2)))
-    assert 1 < len(pieces) < 10
+    assert len(pieces) < 100
     assert pieces[-1] == Piece("", (), finish_reason="deadline")
     assert engine.state().running == 0
 
@@ -300,7 +304,7 @@ def test_a_server_that_dies_is_dead_to_all_and_can_be_started_again(make: Any, r
     with pytest.raises(EngineDeadError):
         run(answer(engine, request()))
     run(engine.stop())
-    assert not psutil.wait_procs(below, timeout=5)[1]
+    assert not psutil.wait_procs(below, timeout=PATIENCE_S)[1]
     run(engine.start())
     assert len(run(answer(engine, request()))) == 5
 
@@ -311,7 +315,7 @@ def test_stop_leaves_no_process_and_no_file(make: Any, run: Run, tmp_path: Path)
     below = psutil.Process(engine._server.child.process.pid).children(recursive=True)
     run(engine.stop())
     run(engine.stop())
-    assert not psutil.wait_procs(below, timeout=5)[1]
+    assert not psutil.wait_procs(below, timeout=PATIENCE_S)[1]
     assert list((tmp_path / "spool").iterdir()) == []
     assert not engine.state().healthy
 
@@ -348,7 +352,7 @@ def test_the_watchdog_ends_all_once_its_parent_is_killed(tmp_path: Path) -> None
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    assert not psutil.wait_procs(below, timeout=5)[1]
+    assert not psutil.wait_procs(below, timeout=PATIENCE_S)[1]
     assert not folder.exists()
 
 
@@ -371,7 +375,7 @@ def test_a_parent_that_is_killed_takes_all_with_it(
         below = psutil.Process(parent.pid).children(recursive=True)
         assert len(below) == 3  # the watchdog, the server, what that started
         parent.kill()
-    assert not psutil.wait_procs(below, timeout=10)[1]
+    assert not psutil.wait_procs(below, timeout=PATIENCE_S)[1]
     eventually(lambda: list((tmp_path / "spool").iterdir()) == [])
 
 

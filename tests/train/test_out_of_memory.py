@@ -1,5 +1,6 @@
 """Out of memory is named, helped, and may be got round with the same gradient."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -47,6 +48,8 @@ def room_for(model: Any, tokens: int) -> Iterator[list[int]]:
         (torch.OutOfMemoryError("CUDA out of memory"), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), True),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (OSError(errno.EIO, "Input/output error"), False),
         (RuntimeError("shapes differ"), False),
         (ValueError("not enough memory"), False),
     ],

@@ -26,7 +26,7 @@ from tunefork.advise.sources import (
     VLLM,
     thumb,
 )
-from tunefork.page.units import usd_text
+from tunefork.page.units import counted, usd_text
 from tunefork.recipe import Method
 
 Topic = Literal["rank", "serving", "full", "qlora", "duration", "managed"]
@@ -161,7 +161,7 @@ ANSWERS: tuple[Answer, ...] = (
     Answer(
         "duration",
         when.always,
-        "{steps} steps over {tokens} tokens x {epochs} epochs: LoRA {lora_time} on {lora_where}, "
+        "{steps} over {tokens} tokens x {epochs}: LoRA {lora_time} on {lora_where}, "
         "QLoRA {qlora_time} on {qlora_where}, full {full_time} on {full_where} (predicted).",
         PLAN,
     ),
@@ -207,7 +207,7 @@ def _managed(facts: Facts, today: date) -> list[Reason]:
         (
             f"{place.text} One's own run of LoRA would cost about {own or 'more than eight GPUs'} "
             f"(predicted, one run; {fill('{tokens}', facts)} tokens x "
-            f"{facts.amount.epochs:g} epochs, {facts.tenants} customer(s)).",
+            f"{fill('{epochs}', facts)}, {counted(facts.tenants, 'customer')}).",
             PLAN,
         )
     ]

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from tunefork.advise.capacity import BITS_PER_TOKEN, RANKS, capacity_tokens
 from tunefork.advise.estimate import Placed, machine_text, size_text
 from tunefork.advise.facts import FULL_LEAST_USD, FULL_RUNS, Facts
-from tunefork.page.units import bytes_text, count_text, rate_text, seconds_text, usd_text
+from tunefork.page.units import (
+    bytes_text,
+    count_text,
+    counted,
+    rate_text,
+    seconds_text,
+    usd_text,
+)
 from tunefork.recipe import Method
 
 
@@ -83,12 +90,12 @@ TABLE: dict[str, Callable[[Facts], str]] = {
     "tokens": lambda f: count_text(f.amount.tokens),
     "supervised": lambda f: count_text(f.amount.supervised_tokens),
     "bits": lambda f: count_text(f.amount.supervised_tokens * BITS_PER_TOKEN),
-    "steps": lambda f: f"{f.amount.steps:,}",
+    "steps": lambda f: counted(f.amount.steps, "step"),
     "batch": lambda f: str(f.amount.batch_size),
     "rank": lambda f: str(f.rank),
     "rank_needed": lambda f: f"above {RANKS[-1]}" if f.rank_needed is None else str(f.rank_needed),
     "delta": lambda f: count_text(f.estimates.planner.lora_params(f.rank)),
-    "epochs": lambda f: f"{f.amount.epochs:g}",
+    "epochs": lambda f: counted(f.amount.epochs, "epoch"),
     "capacity": lambda f: _capacity(f, f.rank),
     "most": lambda f: _capacity(f, RANKS[-1]),
     "tenants": lambda f: f"{f.tenants:,}",

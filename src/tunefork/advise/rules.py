@@ -170,15 +170,15 @@ VOTES: tuple[Vote, ...] = (
     ),
     Vote(
         "too-few", NOTHING, 32, when.too_few_examples,
-        "{examples} examples seldom show an effect: put some of them into the prompt, and keep the "
-        "rest to measure by.",
+        "So few examples ({examples}) seldom show an effect: put some of them into the prompt, and "
+        "keep the rest to measure by.",
         OPENAI,
         "50 examples (here {examples}): fine-tuning is worth a try from there on, with 200 or more "
         "it is on firmer ground.",
     ),
     Vote(
         "few", NOTHING, 2, when.few_examples,
-        "With {examples} examples, a prompt with a few of them is the thing to beat.",
+        "With so few examples ({examples}) a prompt that holds some is the thing to beat.",
         OPENAI,
     ),
     Vote(
@@ -216,15 +216,15 @@ VOTES: tuple[Vote, ...] = (
     ),
     Vote(
         "full-elsewhere", ADAPTER, 4, when.full_fits_only_elsewhere,
-        "Full fine-tuning needs {full_peak} on each of {gpus}, which has {memory}; it would need "
+        "Full fine-tuning needs {full_peak} a GPU, and {gpus} has {memory}; it would need "
         "{full_where}.",
         PLAN + "; " + thumb(2),
         undone_by="{full_where} would hold full fine-tuning.",
     ),
     Vote(
         "full-nowhere", ADAPTER, 64, when.full_fits_nowhere,
-        "Full fine-tuning needs {full_peak} on each of {gpus}, which has {memory}, and the data "
-        "may not leave for a larger machine.",
+        "Full fine-tuning needs {full_peak} a GPU, {gpus} has {memory}, and the data may not leave "
+        "for a larger machine.",
         PLAN + "; " + thumb(2),
         undone_by="{full_where} in the house would hold full fine-tuning.",
     ),
@@ -271,7 +271,7 @@ FORMS: tuple[Form, ...] = (
     ),
     Form(
         "form-memory", ADAPTER, "qlora", when.lora_does_not_fit,
-        "Memory is the binding limit: LoRA needs {lora_peak} on each of {gpus}, which has "
+        "Memory is the binding limit: LoRA needs {lora_peak} a GPU, and {gpus} has "
         "{memory}; over a base in 4 bits (QLoRA) it needs {qlora_peak}.",
         PLAN + "; " + QLORA,
         "A GPU with {lora_peak} would hold LoRA over the bf16 base, which is faster and spares the "
@@ -327,7 +327,7 @@ STARTS: tuple[Start, ...] = (
     ),
     Start(
         "rate-short", (ADAPTER,), "learning_rate", when.few_steps,
-        "Learning rate {lora_rate}: with only {steps} steps about 15 times full fine-tuning's "
+        "Learning rate {lora_rate}: with only {steps} about 15 times full fine-tuning's "
         "({full_rate}).",
         REGRET,
     ),

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tunefork.advise.advice import Advice, Own, Reason
-from tunefork.page.units import bytes_text, rate_text, seconds_text, usd_text
+from tunefork.page.units import bytes_text, counted, rate_text, seconds_text, usd_text
 
 WIDTH = 100
 """Columns at most: long lines are hard to read."""
@@ -66,13 +66,13 @@ def _reason(reason: Reason) -> Text:
 
 
 def _starts(advice: Advice) -> list[str]:
-    if advice.learning_rate is None:
+    if advice.learning_rate is None or advice.epochs is None:
         return []
     low_rank = "" if advice.rank is None else f"rank {advice.rank}, alpha {advice.alpha:g}, "
     targets = "" if advice.targets is None else f"{advice.targets}, "
     return [
         f"{low_rank}{targets}learning rate {rate_text(advice.learning_rate)}, "
-        f"batch {advice.batch_size}, {advice.epochs:g} epochs"
+        f"batch {advice.batch_size}, {counted(advice.epochs, 'epoch')}"
     ]
 
 

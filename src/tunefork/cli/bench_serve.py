@@ -85,10 +85,14 @@ def _range(option: str, text: str) -> tuple[int, int]:
 
 
 def _print(told: BenchReport) -> None:
-    asked = told.load.requests
-    typer.echo(f"{told.answered} of {asked} requests answered in {told.wall_s:.2f} s")
+    from tunefork.page.units import counted
+
+    asked = counted(told.load.requests, "request")
+    typer.echo(f"{told.answered} of {asked} answered in {told.wall_s:.2f} s")
     for kind, count in sorted(told.errors.items()):
         typer.echo(f"  {count} x {kind}")
+    if not told.answered:
+        return
     typer.echo(
         f"output {told.output_tokens_per_s:,.1f} tokens/s, with prompts "
         f"{told.total_tokens_per_s:,.1f} tokens/s, {told.requests_per_s:.2f} requests/s"

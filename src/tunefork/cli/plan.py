@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunefork.cli.arguments import AsJson, Sets, load_recipe
-from tunefork.errors import BadInputError, nearest
+from tunefork.errors import BadInputError, DataError, nearest
 
 if TYPE_CHECKING:
     from tunefork.recipe import Method
@@ -60,13 +60,13 @@ def plan(
 
     known = load_catalogue(catalogue)
     target = target_of(known.machine(gpu)) if gpu else here(known, resolved.compare.usd_per_hour)
-    planned = plan_recipe(
-        resolved,
-        target=target,
-        methods=_methods(method),
-        work=work_of(resolved, examples=examples, tokens=tokens),
-        catalogue=known,
-    )
+    work = work_of(resolved, examples=examples, tokens=tokens)
+    try:
+        planned = plan_recipe(
+            resolved, target=target, methods=_methods(method), work=work, catalogue=known
+        )
+    except DataError as error:
+        raise DataError(f"{error}\nWithout the data: give --examples and --tokens") from error
     if as_json:
         typer.echo(planned.model_dump_json(indent=2))
         return

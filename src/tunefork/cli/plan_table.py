@@ -5,7 +5,14 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.table import Table
 
-from tunefork.page.units import bytes_text, count_text, seconds_text, share_text, usd_text
+from tunefork.page.units import (
+    bytes_text,
+    count_text,
+    counted,
+    seconds_text,
+    share_text,
+    usd_text,
+)
 from tunefork.plan.schema import Interval, MethodPlan, Plan
 
 _NAMES = {"lora": "LoRA", "qlora": "QLoRA", "full": "full"}
@@ -32,8 +39,9 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     work = plan.work
     mask = ", several examples a row" if work.is_masked else ""
     console.print(
-        f"{work.examples:,} examples, {count_text(work.tokens)} tokens, {work.epochs:g} epochs: "
-        f"{work.steps:,} steps of {work.batch_size} examples; largest pass {work.rows} x "
+        f"{counted(work.examples, 'example')}, {count_text(work.tokens)} tokens, "
+        f"{counted(work.epochs, 'epoch')}: {counted(work.steps, 'step')} of "
+        f"{counted(work.batch_size, 'example')}; largest pass {work.rows} x "
         f"{work.length} tokens{mask}\n",
         highlight=False,
         soft_wrap=True,

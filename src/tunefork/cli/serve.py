@@ -62,10 +62,14 @@ def run(
         list[str] | None, typer.Option(help="A page's origin that may call it.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="Settings (docs/serving.md).")
+        Path | None,
+        typer.Option(
+            "--config", metavar="FILE", help="Settings as YAML (docs/serving_settings.md)."
+        ),
     ] = None,
     sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any setting of it, as embedded.slots=16."),
     ] = None,
 ) -> None:
     """Serve one base and all its adapters through the OpenAI API, until Ctrl-C."""
@@ -198,12 +202,14 @@ def list_(tenants: TenantsFile = None, as_json: AsJson = False) -> None:
 
 def _described(tenant: Tenant) -> str:
     """What it sees, and whatever of it is not as by default."""
+    from tunefork.page.units import counted
+
     facts = [
-        f"{value:,} {name.replace('_per_', ' a ')}"
-        for name, value in (
-            ("requests_per_minute", tenant.requests_per_minute),
-            ("tokens_per_minute", tenant.tokens_per_minute),
-            ("tokens_per_month", tenant.tokens_per_month),
+        f"{counted(value, noun)} a {period}"
+        for noun, period, value in (
+            ("request", "minute", tenant.requests_per_minute),
+            ("token", "minute", tenant.tokens_per_minute),
+            ("token", "month", tenant.tokens_per_month),
         )
         if value is not None
     ]
@@ -238,6 +244,7 @@ def usage(
     from dataclasses import asdict
 
     from tunefork.errors import BadInputError
+    from tunefork.page.units import counted
     from tunefork.serve.ledger import read_usage
 
     if not re.fullmatch(r"(\d{4}(-\d\d(-\d\d)?)?)?", since):
@@ -249,8 +256,8 @@ def usage(
         return
     for row in rows:
         typer.echo(
-            f"{row.tenant}  {row.model}  {row.requests:,} requests  "
-            f"{row.prompt_tokens:,} + {row.completion_tokens:,} tokens"
+            f"{row.tenant}  {row.model}  {counted(row.requests, 'request')}  "
+            f"{row.prompt_tokens:,} + {counted(row.completion_tokens, 'token')}"
         )
 
 

@@ -21,6 +21,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -62,11 +63,17 @@ class Matrices:
         pieces, each = rank // TERMS, len(sizes) * TERMS
         self.a_ncde = torch.zeros(slots, pieces, features_in, each, dtype=dtype, device=device)
         """A transposed, times its scale, of all layers side by side."""
-        self.b_nceo = torch.zeros(slots, pieces, each, sum(sizes), dtype=dtype, device=device)
-        """B transposed, with zeros where u is another layer's than y: so one product is of all."""
+        self.b_ncto = torch.zeros(slots, pieces, TERMS, sum(sizes), dtype=dtype, device=device)
+        """B transposed, of all layers side by side."""
         self.block = _width(math.gcd(*sizes))
-        self.rows_a, self.rows_b = self.a_ncde.view(-1, each), self.b_nceo.view(-1, self.block)
+        self.rows_a, self.rows_b = self.a_ncde.view(-1, each), self.b_ncto.view(-1, self.block)
         self.shape = (slots, rank, features_in, *sizes)
+        ends = list(accumulate(sizes))
+        self.parts = [
+            (slice(layer * TERMS, (layer + 1) * TERMS), slice(end - size, end))
+            for layer, (size, end) in enumerate(zip(sizes, ends, strict=True))
+        ]
+        """Of each layer: its part of u, and of y."""
 
     def write(self, layer: int, slot: int, a_rd: Tensor | None, b_ro: Tensor | None) -> None:
         """A and B transposed of a slot's rank or less; None: nothing. Others may be read."""
@@ -83,10 +90,8 @@ class Matrices:
 
     def _views(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
         """(C, T, D) and (C, T, O_i)."""
-        own = slice(layer * TERMS, (layer + 1) * TERMS)
-        end = sum(self.sizes[: layer + 1])
-        columns = slice(end - self.sizes[layer], end)
-        return self.a_ncde[slot, :, :, own].transpose(1, 2), self.b_nceo[slot, :, own, columns]
+        terms, columns = self.parts[layer]
+        return self.a_ncde[slot, :, :, terms].transpose(1, 2), self.b_ncto[slot, :, :, columns]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +150,7 @@ class Run:
         part_q, block_q = part_q[order_q], block_q[order_q]
         term_qt = (layer_k[block_q] * TERMS)[:, None] + term_t
         terms_qt = part_q[:, None] * layers * TERMS + term_qt
-        rows_qt = where_p[part_q][:, None] * layers * TERMS + term_qt
+        rows_qt = where_p[part_q][:, None] * TERMS + term_t
         rows_qt = rows_qt * blocks + block_q[:, None]
         lengths = np.repeat(np.array(self.pieces) * TERMS, blocks)
         device = matrices.a_ncde.device
@@ -254,6 +259,8 @@ def _sums(table: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tenso
 def _add_batch(y_so: Tensor, x_sd: Tensor, matrices: Matrices, batch: Batch) -> None:
     tokens, count = slice(batch.first, batch.last), len(batch.slots)
     x_gmd, y_gmo = (z_sd[tokens].view(count, -1, z_sd.shape[1]) for z_sd in (x_sd, y_so))
-    a_gcde, b_gceo = batch.of(matrices.a_ncde), batch.of(matrices.b_nceo)
+    a_gcde, b_gcto = batch.of(matrices.a_ncde), batch.of(matrices.b_ncto)
     for piece in range(batch.pieces):
-        y_gmo.baddbmm_(x_gmd @ a_gcde[:, piece], b_gceo[:, piece])
+        u_gme = x_gmd @ a_gcde[:, piece]
+        for terms, columns in matrices.parts:
+            y_gmo[..., columns].baddbmm_(u_gme[..., terms], b_gcto[:, piece, :, columns])

@@ -139,6 +139,10 @@ def quantize_nf4(model: PreTrainedModel, device: torch.device | None = None) -> 
         assert isinstance(linear, nn.Linear)
         replace(model, path, Nf4Linear(linear, device))
     model.to(device)
+    for kept in model.parameters():
+        if kept.device.type == "cpu":
+            # From a file it lies within the whole file, mapped into memory while any of it is used.
+            kept.data = kept.data.clone()
 
 
 def lora_scale(lora: LoraSection) -> float:

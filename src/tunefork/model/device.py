@@ -65,6 +65,14 @@ def reset_peak(device: torch.device) -> None:
     forget_peak(device)
 
 
+def release_unused() -> None:
+    """Give back what PyTorch keeps for later use: of GPUs' memory, and of pinned host memory."""
+    gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+        torch._C._host_emptyCache()
+
+
 def forget_peak(device: torch.device) -> None:
     """Count peaks from what is in use now."""
     if device.type == "cuda":

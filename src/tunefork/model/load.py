@@ -20,6 +20,7 @@ from tunefork.model import attention
 from tunefork.model.damage import check_filled, unreadable
 from tunefork.model.gguf import converted
 from tunefork.model.hub import can_ask_hub
+from tunefork.model.onednn import bound_shapes
 from tunefork.model.packaged import PACKAGED, locate
 from tunefork.model.tokens import add_tokens, added_ids, grow
 from tunefork.recipe import ModelSection
@@ -98,6 +99,7 @@ def load_model(
     The recipe's added tokens have rows. Dropout in the base is off in training too: the recipe's
     `lora.dropout` is the only one.
     """
+    bound_shapes()  # before the first product
     source = find(section)
     config, model_class = _architecture(section, source)
     # transformers 5.17 has SDPA for Gemma 2, and leaves its soft-capping out without a word.

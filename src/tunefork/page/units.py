@@ -30,6 +30,12 @@ def count_text(count: float) -> str:
     return f"{count:,.0f}" if count < 10_000 else _scaled(count, ("", "k", "M", "B", "T"), space="")
 
 
+def counted(count: float, noun: str) -> str:
+    """`1 example`, `1,200 examples`, `0.5 epochs`"""
+    number = f"{count:,}" if isinstance(count, int) else f"{count:g}"
+    return f"{number} {noun}{'' if count == 1 else 's'}"
+
+
 def _scaled(value: float, suffixes: tuple[str, ...], space: str) -> str:
     """`value` in thousands of thousands, to three digits or one decimal."""
     power = 0

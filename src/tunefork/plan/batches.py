@@ -33,6 +33,7 @@ class Work:
     max_length: int
     """Longest example, tokens."""
     batch_size: int
+    max_steps: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +149,7 @@ def work_of(
         epochs=recipe.train.epochs,
         max_length=recipe.data.max_length,
         batch_size=recipe.train.batch_size,
+        max_steps=recipe.train.max_steps,
     )
 
 
@@ -156,11 +158,12 @@ def batches_of_numbers(
 ) -> Batches:
     """From numbers alone; the largest pass is as large as it may become."""
     limit = micro_batch_tokens or max(4096, work.max_length)
-    step_tokens = work.tokens / work.examples * work.batch_size
+    batch_size = min(work.batch_size, work.examples)
+    step_tokens = work.tokens / work.examples * batch_size
     width = max(min(work.max_length, limit), min(ROW_LENGTH, limit) if packing else 1)
     share = min(1.0, work.supervised_tokens / work.tokens)
     most_rows = max(1, limit // width)
-    largest_rows = min(most_rows, max(1, -(-work.batch_size * work.max_length // width)))
+    largest_rows = min(most_rows, max(1, -(-batch_size * work.max_length // width)))
     passes = max(1.0, step_tokens / (most_rows * width))
     mean_rows = max(1, min(most_rows, round(step_tokens / passes / width)))
     mean_length = max(1, min(width, round(step_tokens / passes / mean_rows)))
@@ -175,6 +178,13 @@ def batches_of_numbers(
         largest=shape(largest_rows, width),
         mean=shape(mean_rows, mean_length),
         passes_per_step=passes,
-        num_steps=max(1, round(work.epochs * work.examples / work.batch_size)),
+        num_steps=_num_steps(work),
         note="from the numbers given; lengths are assumed to be near their mean",
     )
+
+
+def _num_steps(work: Work) -> int:
+    """As `data.split.steps` has them: the last one of every epoch may be short."""
+    epochs, rest = divmod(max(1, round(work.epochs * work.examples)), work.examples)
+    steps = epochs * -(-work.examples // work.batch_size) + -(-rest // work.batch_size)
+    return steps if work.max_steps is None else min(steps, work.max_steps)

@@ -35,7 +35,8 @@ def calibrate(say: Callable[[str], None] = print) -> None:
     name = str(describe(device)["name"])
     for size, method, shape in _runs(device.type):
         config = config_for(size)
-        case = Case(config, count_params(config), build_on(device, method), target)
+        made = build_on(device, method)
+        case = Case(config, count_params(config), made, target, is_varied=False)
         if not case.fits(shape):
             continue
         measurement = _measure(case, shape, device, name)
@@ -86,4 +87,5 @@ def _measure(case: Case, shape: Shape, device: torch.device, name: str) -> Measu
         measured_step_s=measured.step_s,
         predicted_process_bytes=case.memory(shape).process.mid,
         measured_process_bytes=measured.process_bytes,
+        fit=case.target.fit.id,
     )

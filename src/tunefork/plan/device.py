@@ -121,8 +121,8 @@ def _cpu() -> Target:
         usd_per_hour=None,
         fit=fit,
         trust=_trust(fit, is_own=False),
-        note=f"fitted to {fit.runs} runs on {fit.name}, scaled to {cores} cores; `tunefork plan "
-        f"--calibrate` measures this machine{_software(found)}",
+        note=f"fitted to {fit.runs} runs on {fit.name}, scaled to {_many(cores, 'core')}; "
+        f"`tunefork plan --calibrate` measures this machine{_software(found)}",
     )
 
 
@@ -166,7 +166,7 @@ def _trust(fit: Fit, is_own: bool) -> Trust:
 
 def _corrected(target: Target, is_device: Callable[[str], bool]) -> Target:
     """By what runs on the device took."""
-    found = correction(recall(is_device))
+    found = correction([row for row in recall(is_device) if row.fit == target.fit.id])
     if not found.runs:
         return target
     return replace(
@@ -180,9 +180,13 @@ def _corrected(target: Target, is_device: Callable[[str], bool]) -> Target:
             process_factor=found.process,
             time_factor=found.time,
         ),
-        note=f"{target.note}; corrected by {found.runs} runs measured on this device (time x "
-        f"{found.time:.2f}, process memory x {found.process:.2f})",
+        note=f"{target.note}; corrected by {_many(found.runs, 'run')} measured on this "
+        f"device (time x {found.time:.2f}, process memory x {found.process:.2f})",
     )
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _error(measured: float | None, packaged: float, widened: float) -> float:

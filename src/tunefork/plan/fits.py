@@ -13,6 +13,7 @@ its own data sheet's rates, with wider intervals.
 benchmarks/planner_h200.py writes the H200's entry, benchmarks/planner_cpu.py the CPU's.
 """
 
+import hashlib
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -48,6 +49,9 @@ class MemoryFit(_Model):
     """The same with activation checkpointing, where what comes and goes is more various."""
     held_per_captured: float
     """On top of either, where the pass is captured: a CUDA graph has a pool of its own."""
+    held_per_varied: float
+    """On top of either, where the passes are of many lengths: what one was cut from does not suit
+    the next, and a CPU's allocator (glibc's heap) is left with gaps."""
     held_per_room: float
     """Per byte of the room that the optimiser's update takes."""
     tensor_error: float
@@ -118,6 +122,11 @@ class Fit(_Model):
     """Likewise, bytes a second."""
     memory: MemoryFit
     time: TimeFit
+
+    @property
+    def id(self) -> str:
+        """Another one for other constants."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, slots=True)

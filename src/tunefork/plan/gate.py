@@ -35,6 +35,8 @@ class Prediction:
     raw_process_bytes: float
     """Without corrections by earlier runs. This is remembered, or they would feed themselves."""
     raw_step_s: float
+    fit: str
+    """Id of the packaged fit behind it."""
 
 
 def plan_here(
@@ -114,6 +116,7 @@ def predict(recipe: Recipe, method: Method, examples: Sequence[Encoded]) -> Pred
         step_s=planned.step_s,
         raw_process_bytes=planned.peak_process_bytes.mid / trust.process_factor,
         raw_step_s=planned.step_s / trust.time_factor,
+        fit=target.fit.id,
     )
 
 
@@ -138,6 +141,7 @@ def learn(
         measured_step_s=train_s / num_steps,
         predicted_process_bytes=prediction.raw_process_bytes,
         measured_process_bytes=process_bytes,
+        fit=prediction.fit,
     )
     try:
         remember(measurement)

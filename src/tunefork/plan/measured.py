@@ -3,7 +3,8 @@
 `measurements.jsonl` in TUNEFORK_HOME (default ~/.tunefork) has a line a run: what was predicted and
 what it took. A plan for the same device multiplies its time, and its process's memory, by the
 median ratio of the last runs there. Of runs that were alike only the last one counts; with three
-that were not, their spread is the error, but never less than that of the packaged fit.
+that were not, their spread is the error, but never less than that of the packaged fit. Runs that
+were predicted by an older version's fit correct nothing: their ratios are those of other figures.
 """
 
 import json
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tunefork.home import home
 
 _LAST = 50
-"""Runs that count: an older one may be of another driver or another version of this library."""
+"""Runs that count: an older one may be of another driver."""
 _ENOUGH = 3
 
 
@@ -34,6 +35,8 @@ class Measurement(BaseModel):
     measured_step_s: float
     predicted_process_bytes: float
     measured_process_bytes: float
+    fit: str = ""
+    """Id of the packaged fit that it was predicted by."""
 
 
 @dataclass(frozen=True, slots=True)

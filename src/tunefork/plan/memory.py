@@ -43,11 +43,13 @@ def measure(
     shards: int,
     is_recomputed: bool,
     is_captured: bool = False,
+    is_varied: bool = True,
     loaded_bytes: int = 0,
 ) -> Memory:
     """Memory of a traced step on each of `shards` devices.
 
-    `loaded_bytes`: weights that are there while loading only, before they are quantised in place.
+    `is_varied`: its passes are of many lengths. `loaded_bytes`: weights that are there while
+    loading only, before they are quantised in place.
     """
     gathered = 2 * step.layer_bytes if shards > 1 else 0
     room = step.update.room_bytes // shards
@@ -69,6 +71,7 @@ def measure(
     static = sum(step.static.values()) // shards
     rate = fit.held_per_recomputed if is_recomputed else fit.held_per_dynamic
     rate += fit.held_per_captured if is_captured else 0.0
+    rate += fit.held_per_varied if is_varied else 0.0
 
     def process(tensor_bytes: int) -> float:
         held = fit.held_constant_bytes + rate * max(0, tensor_bytes - static)

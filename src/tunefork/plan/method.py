@@ -34,6 +34,8 @@ class Case:
     total_params: int
     made: Build
     target: Target
+    is_varied: bool = True
+    """Its passes are of many lengths, as those of real data are."""
 
     def step(self, shape: Shape, *, evaluates: bool = False) -> Step:
         """Traced; with `evaluates` an evaluation's pass too."""
@@ -54,6 +56,7 @@ class Case:
             shards=self.target.count,
             is_recomputed=self.made.checkpointing != "none",
             is_captured=self.captures(step, shape),
+            is_varied=self.is_varied,
             loaded_bytes=self.total_params * self.made.dtype.itemsize if is_in_place else 0,
         )
 

@@ -33,7 +33,7 @@ def next_option(case: Case, batches: Batches, machines: Sequence[Machine]) -> st
     length = largest_length(changed, batches.largest)
     if length is not None and length >= _LENGTH_STEP:
         length = length // _LENGTH_STEP * _LENGTH_STEP
-        rows = f"train.micro_batch_tokens: {length} and no longer example (data.max_length)"
+        rows = f"train.micro_batch_tokens: {length} and data.max_length: {length}"
         return _and(rows, words) + (f", or with {larger}" if larger else "")
     return larger or (
         "no machine of the catalogue holds it, not even eight GPUs: shorter sequences "
@@ -130,9 +130,9 @@ def _larger_machine(case: Case, batches: Batches, machines: Sequence[Machine]) -
     )
     for target in by_price:
         if replace(case, made=made, target=target).fits(batches.largest):
-            several = "sharded over " if target.count > 1 else ""
+            several = "its weights sharded over " if target.count > 1 else ""
             return (
-                f"{several}{target.count} x {target.id} (${target.usd_per_hour:.2f} an hour) with "
+                f"{several}{target.count} x {target.id} (${target.usd_per_hour:.2f} an hour) and "
                 "train.activation_checkpointing: full"
             )
     return None

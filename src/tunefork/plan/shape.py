@@ -145,14 +145,20 @@ _COUNTED: dict[str, int] = {}
 
 
 def lora_params(config: Any, lora: LoraSection) -> int:
-    """Parameters that `lora` trains in the whole model."""
+    """Parameters that `lora` trains in the whole model; layers are looked for once a process."""
 
-    def trained(model: PreTrainedModel) -> int:
+    def of_rank_1(model: PreTrainedModel) -> int:
         layers = [model.get_submodule(path) for path in find_targets(model, lora.targets)]
         linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
-        return sum(lora.rank * (layer.in_features + layer.out_features) for layer in linear)
+        return sum(layer.in_features + layer.out_features for layer in linear)
 
-    return _extrapolated(config, trained)
+    key = (config.to_json_string(), lora.targets)
+    if key not in _OF_RANK_1:
+        _OF_RANK_1[key] = _extrapolated(config, of_rank_1)
+    return lora.rank * _OF_RANK_1[key]
+
+
+_OF_RANK_1: dict[Any, int] = {}
 
 
 def _extrapolated(config: Any, measure: Any) -> int:

@@ -21,6 +21,7 @@ from tunefork.model import attention
 from tunefork.model.build import build
 from tunefork.model.device import context_bytes
 from tunefork.model.fused import fuse
+from tunefork.model.onednn import bound_shapes
 from tunefork.plan.batches import shape_of
 from tunefork.plan.built import Build
 from tunefork.plan.passes import Shape
@@ -62,6 +63,7 @@ def short_run(
     device: torch.device,
 ) -> Measured:
     """Train on one step for each of `lengths` (tokens of its examples), every token supervised."""
+    bound_shapes()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -117,16 +119,23 @@ def short_run(
         step_s=timed[len(timed) // 2],
         step_s_spread=(timed[0], timed[-1]),
         steps_s=steps_s,
-        shapes=tuple(
-            tuple(
-                shape_of(batch)
-                for batch in pack(
-                    [examples[at] for at in step], max_tokens=micro_batch_tokens, packing=packing
-                )
-            )
-            for step in steps
-        ),
+        shapes=shapes_of(examples, steps, micro_batch_tokens, packing),
         losses=tuple(losses),
+    )
+
+
+def shapes_of(
+    examples: Sequence[Encoded], steps: Sequence[Sequence[int]], most_tokens: int, packing: bool
+) -> tuple[tuple[Shape, ...], ...]:
+    """Of each step's forward passes."""
+    return tuple(
+        tuple(
+            shape_of(batch)
+            for batch in pack(
+                [examples[at] for at in step], max_tokens=most_tokens, packing=packing
+            )
+        )
+        for step in steps
     )
 
 

@@ -13,12 +13,14 @@ the batch, and is counted:
 One thing is less. Over FP8 one adapter's product keeps the input it quantised; the adapters of a
 group are products of their own, and the compiler makes a norm's output again rather than keep it.
 Counted where it was measured, compiled, without checkpointing and with deltas on all linear layers
-(one adapter keeps no input of products without a delta): two inputs a layer, 4 GiB of 8B at 8,192
-tokens (benchmarks/results/h200_together.json).
+(one adapter keeps no input of products without a delta): two inputs a layer of a Llama, 4 GiB of 8B
+at 8,192 tokens (benchmarks/results/h200_together.json), and as many as are norms' outputs of others
+(`plan/norms.py`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tunefork.errors import BadInputError
 from tunefork.plan.auto import kinds_of
@@ -27,6 +29,7 @@ from tunefork.plan.catalogue import load_catalogue
 from tunefork.plan.device import Target, dtype_for, free_here
 from tunefork.plan.memory import Memory
 from tunefork.plan.method import Case
+from tunefork.plan.norms import norm_inputs
 from tunefork.plan.one_pass import Step
 from tunefork.plan.passes import Shape
 from tunefork.plan.schema import Interval, Part
@@ -36,8 +39,6 @@ from tunefork.recipe import Checkpointing, LoraSection, Method, Recipe
 from tunefork.train.engine import compiles
 
 _WEIGHT, _GRADIENT, _MOMENTS, _IN_PASS = 4, 4, 8, 2 + 2 + 4
-_MADE_AGAIN = 2
-"""Inputs of a layer's products, bf16: of attention and of the MLP, which are norms' outputs."""
 _RANK_STEP = 16
 """Ranks are padded to a multiple of this in a pass (`kernels/bank.py`)."""
 _MANY_STEPS = 1000
@@ -174,7 +175,6 @@ def _groups(
         wants_fp8=recipe.train.precision == "fp8",
         is_compiled=compiles(recipe.train.compile, target.kind, _MANY_STEPS),
     )
-    made_again = _MADE_AGAIN * 2 * tokens * config.hidden_size * num_layers(config)
     is_everywhere = all(lora.targets == "all-linear" for lora in variants)
     is_left = recipe.train.activation_checkpointing == "auto"
     shape = Shape(1, tokens, tokens, is_masked=True, segments=max(2, len(variants)))
@@ -189,15 +189,21 @@ def _groups(
                 _IN_PASS * n * padded // lora.rank // num_layers(config)
                 for n, lora in zip(params, variants, strict=True)
             ),
-            made_again=made_again
-            if is_everywhere
-            and kind.is_compiled
-            and kind.wants_fp8
-            and kind.checkpointing == "none"
-            else 0,
+            made_again=_made_again(config, tokens) if is_everywhere and _keeps_inputs(kind) else 0,
         )
         for kind in (kinds_of(made, target) if is_left else [made])
     ]
+
+
+def _keeps_inputs(made: Build) -> bool:
+    """Whether one adapter built so would keep the inputs of its layers' products."""
+    return made.is_compiled and made.wants_fp8 and made.checkpointing == "none"
+
+
+def _made_again(config: Any, tokens: int) -> int:
+    """Bytes of the norms' outputs, bf16, of all layers."""
+    width = config.get_text_config().hidden_size
+    return norm_inputs(config) * 2 * tokens * int(width) * num_layers(config)
 
 
 @dataclass(frozen=True, slots=True)

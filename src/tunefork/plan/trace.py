@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import tunefork.kernels.lora_group  # noqa: F401  registers add_product_
+from tunefork.plan import elementwise
 from tunefork.plan.schema import Part
 
 BLOCK_BYTES = 512
@@ -183,7 +184,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        output = func(*args, **(kwargs or {}))
+        output = elementwise.call(func, args, kwargs or {})
         results = _tensors(output)
         for tensor in results:
             self._follow(tensor, self.part)

@@ -33,6 +33,8 @@ _ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("GET", "/metrics", metrics),
 )
 
+_KNOWN = f"this server has {', '.join(f'{method} {path}' for method, path, _ in _ROUTES[:3])}"
+
 
 def create_app(
     engine: Engine,
@@ -92,6 +94,7 @@ async def _as_api_error(_: Request, error: Exception) -> Response:
     """What the framework itself refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
-    response = ApiError(error.status_code, str(error.detail), code=code).response()
+    message = f"{error.detail}: {_KNOWN}" if code else str(error.detail)
+    response = ApiError(error.status_code, message, code=code).response()
     response.headers.update(error.headers or {})
     return response

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from tunefork.errors import BadInputError
 from tunefork.serve.event_stream import Address, StreamBrokenError, post
+from tunefork.serve.remote import reason
 
 _TICK_S = 0.02
 """How often the event loop's lateness is taken."""
@@ -162,7 +163,7 @@ async def _ask(address: Address, headers: dict[str, str], ask: Ask, load: Load) 
         async with asyncio.timeout(load.timeout_s):
             async with post(address, "/v1/completions", body, headers) as answer:
                 if answer.status != 200:
-                    sample.error = f"HTTP {answer.status}"
+                    sample.error = f"HTTP {answer.status}: {await reason(answer)}"
                     return sample
                 async for event in answer.events():
                     _take(event, sample)

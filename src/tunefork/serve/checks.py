@@ -173,11 +173,11 @@ def _data_of(name: str, provenance: Provenance) -> DataSection:
 def _told(name: str, what: str) -> Iterator[None]:
     try:
         yield
-    except (AdapterError, DataError) as error:
-        logger.warning("%s", error)
-        raise _unusable(name, what) from error
-    except (TuneforkError, OSError, ValueError) as error:
-        logger.warning("%s: %s", name, error)
+    except (TuneforkError, OSError, ValueError, MemoryError) as error:
+        logger.warning("%s: %s", name, error or "out of memory while it was checked")
+        is_of_now = isinstance(error.__cause__, OSError)  # no more files may be open, say
+        if isinstance(error, AdapterError | DataError) and not is_of_now:
+            raise _unusable(name, what) from error
         raise unavailable("adapter_unreadable", f"{name}: cannot be read now", 5.0) from error
 
 

@@ -60,13 +60,17 @@ _WAIT_S = 30.0
 
 
 def connect(file: Path) -> sqlite3.Connection:
-    """The database in `file`, made if need be, readable by its owner alone. Raises StoreError."""
+    """The database in `file`, made for its owner alone if need be. Raises StoreError."""
     with as_store_error(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o600)
-        if file.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        mode = stat.S_IMODE(file.stat().st_mode)
+        if mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise StoreError(
-                f"{file}: others than its owner can write to it, and so make keys; chmod 600 it"
+                f"{file}: others than its owner can write to it (mode {mode:03o}), and so make "
+                "keys; chmod 600 it. If that is refused or changes nothing, its file system keeps "
+                "no modes (a USB disk's, a Windows share): give a file on a disk of this machine "
+                "with --tenants"
             )
         database = sqlite3.connect(file, timeout=_WAIT_S, isolation_level=None)
         try:

@@ -132,6 +132,8 @@ class EngineState:
     """Counters and gauges, for /metrics and /ready; the names are the metrics'."""
 
     healthy: bool
+    why: str = ""
+    """Where it is not: what is known of its end, for the log."""
     running: int = 0
     waiting: int = 0
     slots: int = 0

@@ -28,6 +28,7 @@ from tunefork.serve.metrics import Metrics, Snapshot
 from tunefork.serve.parts import Parts
 from tunefork.serve.prompts import Prompts
 from tunefork.serve.quotas import Quotas
+from tunefork.serve.revival import Revival
 from tunefork.serve.settings import ServeSettings
 from tunefork.serve.standing import Pins, Replicas
 from tunefork.serve.tenants import Tenant
@@ -35,7 +36,6 @@ from tunefork.serve.tenants import Tenant
 State = Literal["starting", "ready", "failed", "draining"]
 _LOOK_S = 1.0
 """How often keys, the engine's health and what is held are looked at."""
-_MOST_BACK_OFF_S = 60.0
 _THREADS = 4
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,9 @@ class Gateway:
         replicate: Callable[[ServedAdapter], Engine],
     ) -> None:
         self.engine, self.settings = engine, settings
-        self.state: State = "starting"
+        self._is_draining = False
+        self.loop: asyncio.AbstractEventLoop | None = None
+        """Once it has begun."""
         self.failure: BaseException | None = None
         """Why it never became ready."""
         self.on_failure: Callable[[], None] = lambda: None
@@ -84,16 +86,20 @@ class Gateway:
         self._ledger: Ledger | None = None
         self._replicas = Replicas(replicate)
         self._pins = Pins(engine, settings.pin)
+        self._revival = Revival(engine, "the engine", self._pin_again)
         self.door = Door(settings.accounts_file, may_be_open=settings.is_loopback)
         self._task: asyncio.Task[None] | None = None
+        self._is_up = False
+        """It was started."""
 
     def begin(self) -> None:
         """Start, in the background: /health answers meanwhile."""
+        self.loop = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._live())
 
     def drain(self) -> None:
         """Take no more requests; those that run go on."""
-        self.state = "draining"
+        self._is_draining = True
 
     async def stop(self) -> None:
         """Give everything back. Answers that still run are cancelled and recorded."""
@@ -104,6 +110,7 @@ class Gateway:
                 await self._task
         if self._parts is not None:
             await self._parts.settle()
+        await self._revival.stop()
         self._pins.release()
         await self._replicas.stop()
         await self.engine.stop()
@@ -112,6 +119,30 @@ class Gateway:
         if self._ledger is not None:
             self._ledger.close()
         self.threads.shutdown(cancel_futures=True)
+
+    @property
+    def state(self) -> State:
+        """As of now."""
+        if self._is_draining:
+            return "draining"
+        if self.failure is not None or self._revival.is_at_work:
+            return "failed"
+        return "ready" if self._is_up else "starting"
+
+    def not_ready(self) -> ApiError:
+        """Why no request is taken."""
+        match self.state:
+            case "starting":
+                return unavailable("starting", "The model is being loaded; try again", 5.0)
+            case "draining":
+                return unavailable("draining", "The server is about to stop; try another", 5.0)
+        failures, after_s = self._revival.failures, self._revival.retry_after()
+        often = "once" if failures == 1 else f"{failures} times in a row"
+        return unavailable(
+            "engine_failed",
+            f"The engine failed {often} and is started again; try again in {after_s:.0f} s",
+            after_s,
+        )
 
     @property
     def has_begun(self) -> bool:
@@ -139,7 +170,7 @@ class Gateway:
     def identify(self, headers: Mapping[str, str]) -> Caller:
         """Who asks. Raises ApiError: 503 while not ready, 401."""
         if self.state != "ready":
-            raise not_ready(self.state)
+            raise self.not_ready()
         return self.door.identify(headers)
 
     def admit(self, tenant: Tenant) -> None:
@@ -176,7 +207,9 @@ class Gateway:
             return Target(adapter.id, replica, None, prompts, lease)
         if lease.checked.needs_replica:
             lease.release()
-            raise not_ready("failed")
+            raise unavailable(
+                "engine_failed", "This adapter's engine is started again; try again", 5.0
+            )
         return Target(adapter.id, self.engine, adapter, prompts, lease)
 
     async def read(self, tenant: Tenant, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -199,11 +232,11 @@ class Gateway:
         except asyncio.CancelledError:
             raise
         except BaseException as error:
-            self.failure, self.state = error, "failed"
+            self.failure = error
             self.on_failure()
             return
-        if self.state == "starting":
-            self.state = "ready"
+        self._is_up = True
+        if not self._is_draining:
             self.on_ready()
         while True:
             await asyncio.sleep(_LOOK_S)
@@ -240,46 +273,21 @@ class Gateway:
         logger.info("serving %s: %s", base.name, dict(self.engine.info()))
 
     async def _look(self) -> None:
+        self._revival.look()
         self._replicas.revive()
-        if not self.engine.state().healthy:
-            await self._restart()
         await self.in_thread(self.door.read)
         await self.in_thread(self.parts.ledger.refresh)
-        await self._pins.follow(self.adapters)
+        if not self._revival.is_at_work:
+            await self._pins.follow(self.adapters)
         await self.adapters.sweep(self.settings.hold_idle_s)
 
-    async def _restart(self) -> None:
-        """The engine died: start it again, and again, at longer and longer intervals."""
-        wait_s = 1.0
-        while self.state != "draining":
-            self.state = "failed"
-            logger.error("the engine died; it is started again")
-            try:
-                await self.engine.stop()
-                await self.engine.start()
-            except Exception as error:
-                logger.error("the engine cannot be started: %s", error)
-                await asyncio.sleep(wait_s)
-                wait_s = min(_MOST_BACK_OFF_S, 2 * wait_s)
-                continue
-            try:
-                await self._pins.again()
-            except Exception as error:  # the engine answers without; if it died, we come again
-                logger.error("what is pinned cannot be brought back: %s", error)
-            if self.state == "failed":
-                self.state = "ready"
-            return
+    async def _pin_again(self) -> None:
+        try:
+            await self._pins.again()
+        except Exception as error:  # the engine answers without; if it died, it is seen
+            logger.error("what is pinned cannot be brought back: %s", error)
 
     def _snapshot(self) -> Snapshot:
         queue = self.parts.queue
         waiting = queue.waiting_by_tenant()
         return self.engine.state(), waiting, queue.running, self.adapters.in_use()
-
-
-def not_ready(state: State) -> ApiError:
-    """Why no request is taken."""
-    if state == "starting":
-        return unavailable("starting", "The model is being loaded; try again", 5.0)
-    if state == "draining":
-        return unavailable("draining", "The server is about to stop; try another", 5.0)
-    return unavailable("engine_failed", "The engine is being started again; try again", 5.0)

@@ -4,7 +4,14 @@ import logging
 from dataclasses import dataclass
 from typing import Literal
 
-from tunefork.errors import AdapterError, BadInputError, EngineBusyError
+from tunefork.errors import (
+    AdapterError,
+    BadInputError,
+    EngineBusyError,
+    NoAdapterMemoryError,
+    NoMemoryError,
+    TuneforkError,
+)
 from tunefork.serve.adapters import Lease
 from tunefork.serve.api.errors import ApiError, bad, unavailable
 from tunefork.serve.engine import Engine, Sampling, ServedAdapter
@@ -64,5 +71,15 @@ def told_of(error: Exception, sampling: Sampling) -> ApiError:
         )
     if isinstance(error, EngineBusyError):
         return unavailable("overloaded", "The engine is full; try again later", error.retry_after)
-    logger.error("an answer failed", exc_info=error)
+    if isinstance(error, NoMemoryError):
+        logger.error("%s", error)
+        if isinstance(error, NoAdapterMemoryError):
+            what, instead = "to load this adapter", "or tell its operator, whose log says more"
+        else:
+            what, instead = "for a request like this one", "or ask for fewer tokens"
+        return unavailable(
+            "no_memory", f"The server has no memory {what} now; try again later, {instead}", 5.0
+        )
+    is_explained = isinstance(error, TuneforkError) and error.__cause__ is None
+    logger.error("an answer failed: %s", error, exc_info=None if is_explained else error)
     return unavailable("engine_failed", "The engine failed; try again", 1.0)

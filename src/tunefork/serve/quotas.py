@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
+from tunefork.page.units import counted
 from tunefork.serve.api.errors import ApiError
 from tunefork.serve.ledger import Ledger
 from tunefork.serve.tenants import Tenant
@@ -98,8 +99,8 @@ class Quotas:
         if left is not None and tokens > left:
             raise ApiError(
                 429,
-                f"The month's quota has {max(0, left)} tokens left, and this request may use "
-                f"{tokens}; ask for fewer max_tokens, or wait for the next month",
+                f"The month's quota has {counted(max(0, left), 'token')} left, and this request "
+                f"may use {tokens:,}; ask for fewer max_tokens, or wait for the next month",
                 kind="insufficient_quota",
                 code="insufficient_quota",
                 retry_after=_until_next_month_s(),
@@ -126,7 +127,7 @@ class Quotas:
 def _too_many(what: str, per_minute: int, wait_s: float) -> ApiError:
     return ApiError(
         429,
-        f"Rate limit reached: {per_minute} {what} a minute",
+        f"Rate limit reached: {counted(per_minute, what.removesuffix('s'))} a minute",
         kind=what,
         code="rate_limit_exceeded",
         retry_after=wait_s,

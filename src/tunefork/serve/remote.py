@@ -87,14 +87,19 @@ def _text(event: Any) -> str:
 
 
 async def _refusal(answer: Answer) -> TuneforkError:
-    try:
-        said = _message(json.loads(await answer.body()))
-    except ValueError:
-        said = "no reason given"
+    said = await reason(answer)
     if answer.status == 401:
         said += " (--key-env NAME: of the environment variable that holds one)"
     kind = BadInputError if answer.status < 500 else TuneforkError
     return kind(f"--server: HTTP {answer.status}: {said}")
+
+
+async def reason(answer: Answer) -> str:
+    """Why a server refuses, in its own words."""
+    try:
+        return _message(json.loads(await answer.body()))
+    except ValueError:
+        return "no reason given"
 
 
 def _message(fields: Any) -> str:

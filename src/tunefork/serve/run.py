@@ -1,7 +1,8 @@
 """A server process: its socket, its signals, its end.
 
 SIGTERM and Ctrl-C drain it: it listens no more, what runs goes on for `drain_timeout_s`, then
-engine, holds and files are given back. A second signal ends it at once.
+engine, holds and files are given back. A second signal cancels what runs, which is recorded; a
+third one waits for nothing.
 """
 
 import resource
@@ -34,7 +35,7 @@ def serve(engine: Engine, settings: ServeSettings, say: Callable[[str], None] = 
     app = create_app(engine, settings)
     server = uvicorn.Server(configure(app, settings))
     gateway: Gateway = app.state.gateway
-    drain_on_signal(server, gateway)
+    drain_on_signal(server, gateway, say)
     gateway.on_failure = lambda: setattr(server, "should_exit", True)
     gateway.on_ready = lambda: say(_welcome(gateway, listening))
     # uvicorn, once drained, raises the signal again: this one has then been heeded.
@@ -64,13 +65,32 @@ def _welcome(gateway: Gateway, listening: socket.socket) -> str:
     return f"serving {gateway.base.name} at {where} ({keys}); Ctrl-C ends it"
 
 
-def drain_on_signal(server: uvicorn.Server, gateway: Gateway) -> None:
-    """Let the gateway know at the same moment as uvicorn."""
+def drain_on_signal(
+    server: uvicorn.Server, gateway: Gateway, say: Callable[[str], None] = print
+) -> None:
+    """Let the gateway know at the same moment as uvicorn; a second signal cancels what runs."""
     end = server.handle_exit
+    is_cut = False
+
+    def tell() -> None:
+        if server.server_state.tasks:
+            most_s = gateway.settings.drain_timeout_s
+            say(f"ending: what runs has {most_s:.0f} s; a second Ctrl-C ends it at once")
+
+    def cut() -> None:
+        for task in server.server_state.tasks:
+            task.cancel()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        gateway.drain()
-        end(number, frame)
+        nonlocal is_cut
+        loop = gateway.loop
+        if not server.should_exit or loop is None or is_cut:
+            gateway.drain()
+            end(number, frame)
+        else:
+            is_cut = True
+        if loop is not None:  # which this may have interrupted anywhere
+            loop.call_soon_threadsafe(cut if is_cut else tell)
 
     server.handle_exit = handle  # type: ignore[assignment,method-assign]
 
@@ -79,9 +99,10 @@ def check_exposure(settings: ServeSettings) -> None:
     """Raise BadInputError where others could reach a server that asks for no key."""
     if settings.is_loopback or read_accounts(settings.accounts_file).hashes:
         return
+    file = f" --tenants {settings.tenants}" if settings.tenants else ""
     raise BadInputError(
         f"host: {settings.host} can be reached from other machines, and there is no key yet; make "
-        "one (tunefork serve keys add NAME), or leave --host at 127.0.0.1"
+        f"one (tunefork serve keys add NAME{file}), or leave --host at 127.0.0.1"
     )
 
 

@@ -189,9 +189,11 @@ def _put(fields: dict[str, Any], text: str) -> None:
 def _explain(detail: Any) -> str:
     at = ".".join(map(str, detail["loc"]))
     if detail["type"] == "extra_forbidden":
-        return (
-            f"{at}: unknown key{nearest(str(detail['loc'][-1]), list(ServeSettings.model_fields))}"
-        )
+        *sections, key = detail["loc"]
+        known: Any = ServeSettings
+        for name in sections:
+            known = known.model_fields[name].annotation
+        return f"{at}: unknown key{nearest(str(key), list(known.model_fields))}"
     if detail["type"] == "missing":
         return f"{at}: is missing; it has no default"
     message = str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input ")

@@ -6,19 +6,16 @@ it for the adapters' engine. A replica that died is started again; meanwhile the
 answers for it, where it can.
 """
 
-import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import partial
 
 from tunefork.errors import BadInputError
 from tunefork.serve.adapters import Adapters, Lease
 from tunefork.serve.api.errors import ApiError
 from tunefork.serve.engine import Engine, ServedAdapter
+from tunefork.serve.revival import Revival
 from tunefork.serve.tenants import LOCAL
 
-_BACK_OFF_S, _MOST_BACK_OFF_S = 1.0, 60.0
 logger = logging.getLogger(__name__)
 
 
@@ -27,66 +24,43 @@ class Replicas:
 
     def __init__(self, make: Callable[[ServedAdapter], Engine]) -> None:
         self._make = make
-        self._engines: dict[str, tuple[Engine, Lease]] = {}
-        self._starting: dict[str, asyncio.Task[None]] = {}
+        self._all: dict[str, tuple[Revival, Lease]] = {}
 
     async def start(self, names: Sequence[str], adapters: Adapters) -> None:
         """An engine for each of `names`. Raises BadInputError where one cannot be served."""
         for name in names:
             lease = await _lease(name, adapters, "merge")
             version = lease.checked.adapter
-            if version.id in self._engines:
+            if version.id in self._all:
                 lease.release()
                 continue
             engine = self._make(version)
-            self._engines[version.id] = (engine, lease)
+            self._all[version.id] = (Revival(engine, f"the replica of {version.id}"), lease)
             await engine.start()
 
     def find(self, version: str) -> Engine | None:
         """The engine of `version`, if it has one that answers."""
-        engine, _ = self._engines.get(version, (None, None))
-        return engine if engine is not None and engine.state().healthy else None
+        if version not in self._all:
+            return None
+        engine = self._all[version][0].engine
+        return engine if engine.state().healthy else None
 
     def engines(self) -> list[Engine]:
         """All of them."""
-        return [engine for engine, _ in self._engines.values()]
+        return [revival.engine for revival, _ in self._all.values()]
 
     def revive(self) -> None:
-        """Start those that died again, in tasks: the server goes on meanwhile."""
-        for version, (engine, _) in self._engines.items():
-            if version not in self._starting and not engine.state().healthy:
-                task = asyncio.create_task(_start_again(version, engine))
-                self._starting[version] = task
-                task.add_done_callback(partial(self._was_started, version))
-
-    def _was_started(self, version: str, _: "asyncio.Task[None]") -> None:
-        del self._starting[version]
+        """Start those that died again; the server goes on meanwhile."""
+        for revival, _ in self._all.values():
+            revival.look()
 
     async def stop(self) -> None:
         """End them all."""
-        for task in list(self._starting.values()):
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-        for engine, lease in self._engines.values():
+        for revival, lease in self._all.values():
+            await revival.stop()
             lease.release()
-            await engine.stop()
-        self._engines.clear()
-
-
-async def _start_again(version: str, engine: Engine) -> None:
-    """Again and again, at longer and longer intervals."""
-    wait_s = _BACK_OFF_S
-    while True:
-        logger.error("the replica of %s died; it is started again", version)
-        try:
-            await engine.stop()
-            await engine.start()
-            return
-        except Exception as error:
-            logger.error("the replica of %s cannot be started: %s", version, error)
-        await asyncio.sleep(wait_s)
-        wait_s = min(_MOST_BACK_OFF_S, 2 * wait_s)
+            await revival.engine.stop()
+        self._all.clear()
 
 
 class Pins:
@@ -135,4 +109,7 @@ async def _lease(name: str, adapters: Adapters, option: str) -> Lease:
     try:
         return await adapters.lease(name, LOCAL, is_merged=option == "merge")
     except ApiError as error:
-        raise BadInputError(f"{option}: {name}: {error.message}") from error
+        why = error.message
+        if error.status == 404:
+            why = "the store has no such adapter (tunefork adapters list shows all)"
+        raise BadInputError(f"{option}: {name}: {why}") from error

@@ -1,14 +1,16 @@
 """Out of memory: in which phase, what would help, and (if the recipe says so) a smaller try.
 
-PyTorch says it in three ways: `torch.OutOfMemoryError` on a GPU, a RuntimeError of the CPU's
-allocator ("can't allocate memory"), and Python's MemoryError. On a machine that overcommits, the
-kernel kills the process instead, and nothing here sees it; the plan and the rehearsal are for that.
+It is said in four ways: `torch.OutOfMemoryError` on a GPU, a RuntimeError of the CPU's allocator
+("can't allocate memory"), Python's MemoryError, and an OSError (ENOMEM) of mmap. On a machine that
+overcommits, the kernel kills the process instead, and nothing here sees it; the plan and the
+rehearsal are for that.
 
 Smaller micro-batches change no gradient: each one's *summed* loss is divided by the supervised
 tokens of the whole step (`train/loop.py`), so a step may be cut in any way. Sums are then taken in
 another order, which shows in the last bits.
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +37,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a phase failed for want of memory, the device's or the host's."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM  # mmap(2), for large files
     return isinstance(error, RuntimeError) and any(said in str(error) for said in _CPU_ALLOCATOR)
 
 

@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Sequence
 
+from tunefork.page.units import counted
 from tunefork.serve.answers import Answer
 from tunefork.serve.api.chat_request import (
     JsonObjectFormat,
@@ -113,8 +114,8 @@ def answer_tokens(
     """
     longest, most = max(lengths), target.engine.capabilities.max_model_len
     if longest + (asked or 1) > most:
-        wanted = f" and {asked} of the answer" if asked else ""
-        raise too_long(most, f"{longest} tokens{wanted} were asked for", param)
+        wanted = f" and {asked:,} of the answer" if asked else ""
+        raise too_long(most, f"{counted(longest, 'token')}{wanted} were asked for", param)
     if asked is not None:
         return asked
     room = most - longest if default is None else min(default, most - longest)
@@ -127,7 +128,8 @@ def answer_tokens(
 def too_long(most: int, found: str, param: str) -> ApiError:
     """The error by which clients know that a conversation must be cut."""
     return bad(
-        f"This model's context has {most} tokens, and {found}; shorten the prompt or ask for fewer",
+        f"This model's context has {most:,} tokens, and {found}; shorten the prompt or ask for "
+        "fewer",
         param,
         "context_length_exceeded",
     )
@@ -138,7 +140,7 @@ def check_size(gateway: Gateway, target: Target, characters: int, param: str) ->
     most = target.engine.capabilities.max_model_len
     at_least = characters // gateway.base.longest_token
     if at_least >= most:
-        raise too_long(most, f"at least {at_least} tokens were asked for", param)
+        raise too_long(most, f"at least {at_least:,} tokens were asked for", param)
 
 
 def begin(

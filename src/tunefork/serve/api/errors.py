@@ -89,6 +89,7 @@ Unavailable = Literal[
     "draining",
     "engine_failed",
     "overloaded",
+    "no_memory",
     "deadline_exceeded",
     "adapter_unreadable",
     "store_unusable",
@@ -106,8 +107,12 @@ def from_validation(error: ValidationError, known: frozenset[str]) -> ApiError:
     """The error of a request that its model refuses; `known` are all names of fields."""
     details = error.errors(include_input=False, include_url=False)
     first = details[0]["loc"][:1]
-    # Of a choice of types, the branch that came farthest is the one that was meant.
-    detail = max((d for d in details if d["loc"][:1] == first), key=lambda d: len(d["loc"]))
+    # Of a choice of types, the branch that came farthest is the one that was meant, and one whose
+    # type is right rather than one whose is not.
+    detail = max(
+        (d for d in details if d["loc"][:1] == first),
+        key=lambda d: (len(d["loc"]), not d["type"].endswith("_type")),
+    )
     kind, loc = detail["type"], list(detail["loc"])
     name = str(loc[-1]) if loc else ""
     if loc[:1] == ["response_format"]:

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tunefork.serve.api.errors import ApiError, unavailable
 from tunefork.serve.api.gone import ClientGoneError
+from tunefork.serve.api.stream import event, is_stream
 from tunefork.serve.settings import LOOPBACK, ServeSettings
 
 _ALWAYS = ("/health", "/ready", "/metrics")
@@ -57,6 +58,9 @@ class Guard:
             await self._end(error, scope, receive, sending)
         except ClientGoneError:
             pass
+        except asyncio.CancelledError:  # the server ends, and waits for no answer any more
+            told = unavailable("draining", "The server has stopped; try another", 5.0)
+            await self._end(told, scope, receive, sending)
         except Exception as error:
             logger.error("a request failed", exc_info=error)
             told = unavailable("internal_error", "The server failed; try again", 1.0)
@@ -141,8 +145,11 @@ class Guard:
     async def _end(
         self, error: ApiError, scope: Scope, receive: Receive, sending: "_Sending"
     ) -> None:
-        if sending.has_begun:  # a half answer cannot be mended: the connection is closed
-            return
+        if sending.has_begun:
+            if sending.is_stream:
+                last = event(error.body())
+                await sending({"type": "http.response.body", "body": last, "more_body": False})
+            return  # another half answer cannot be mended: the connection is closed
         response = error.response()
         if error.status in (408, 413, 503):
             response.headers["Connection"] = "close"  # the rest of the body is not read
@@ -162,11 +169,12 @@ class _Sending:
 
     def __init__(self, send: Send, scope: Scope) -> None:
         self._send, self._scope = send, scope
-        self.has_begun = False
+        self.has_begun = self.is_stream = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.has_begun = True
+            self.is_stream = is_stream(message)
             limits: dict[str, str] = self._scope["limits"]()
             headers = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
             headers += [(name.encode(), value.encode()) for name, value in limits.items()]

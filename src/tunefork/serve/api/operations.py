@@ -5,7 +5,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
 from tunefork.serve.api.errors import ApiError
-from tunefork.serve.gateway import Gateway, not_ready
+from tunefork.serve.gateway import Gateway
 
 
 async def health(request: Request) -> Response:
@@ -25,7 +25,7 @@ async def ready(request: Request) -> Response:
     """Whether a request would be taken now."""
     gateway: Gateway = request.app.state.gateway
     if gateway.state != "ready":
-        raise not_ready(gateway.state)
+        raise gateway.not_ready()
     return JSONResponse({"status": "ok", "state": gateway.state, "engine": None})
 
 
@@ -33,7 +33,7 @@ async def metrics(request: Request) -> Response:
     """Prometheus metrics. They tell of all tenants: where keys are demanded, an operator's is."""
     gateway: Gateway = request.app.state.gateway
     if not gateway.has_begun:
-        raise not_ready(gateway.state)
+        raise gateway.not_ready()
     if not gateway.door.identify(request.headers).tenant.is_operator:
         raise ApiError(403, "Metrics are for operators", code="operators_only")
     return Response(gateway.parts.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from tunefork.serve.api.errors import ApiError
 from tunefork.serve.api.gone import ClientGoneError, gone
@@ -26,6 +26,11 @@ _HEADERS = [
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),  # nginx would keep events back
 ]
+
+
+def is_stream(start: Message) -> bool:
+    """Whether the answer that begins with `start` is such a stream."""
+    return _HEADERS[0] in start.get("headers", ())
 
 
 def event(fields: dict[str, Any]) -> bytes:

@@ -21,9 +21,9 @@ from tunefork.serve.engines.cores import use_one_core
 from tunefork.serve.engines.embedded_settings import EmbeddedSettings
 from tunefork.serve.engines.grammar import Grammars, is_available
 from tunefork.serve.engines.passes import Passes
-from tunefork.serve.engines.shapes import bound_shapes
 from tunefork.serve.engines.slots import BankSlots
 from tunefork.serve.engines.tiers import Tiers
+from tunefork.serve.engines.trial import ROOM, TRIED
 from tunefork.serve.settings import ServeSettings
 
 _GPU_SHARE = 0.85
@@ -69,8 +69,6 @@ def assemble(
         raise ModelError(
             f"embedded.base_storage: fp8 needs a GPU that has it, and bf16; not {device}"
         )
-    if device.type == "cpu":
-        bound_shapes()  # before the first product
     tokenizer = load_tokenizer(settings.base)
     model, bank = load_base(settings, device, dtype, merged)
     slots = None if bank is None else BankSlots(bank)
@@ -84,8 +82,8 @@ def assemble(
     passes = Passes(
         model,
         _ignore if slots is None else slots.route,
-        max_tokens=prefill_tokens,
-        max_rows=ours.max_requests,
+        max_tokens=max(prefill_tokens, ROOM),
+        max_rows=max(ours.max_requests, TRIED),
         max_model_len=max_model_len,
         flash=flash,
         graphs=flash and ours.cuda_graphs,

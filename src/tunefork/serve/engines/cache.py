@@ -55,47 +55,45 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
     """
     seen: list[LayerShape] = []
     name = type(model).__name__
-
-    def note(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        if asked := [what for what in _REFUSED if kwargs.get(what) is not None]:
-            raise ModelError(f"{name}: the embedded engine has no attention with {asked[0]}")
-        if "reads" not in kwargs:
-            raise ModelError(f"{name}: its layers do not hand attention its arguments")
-        if not getattr(module, "is_causal", True):
-            raise ModelError(f"{name}: its attention sees later tokens")
-        seen.append(
-            LayerShape(
-                module,
-                key.shape[1],
-                key.shape[3],
-                value.shape[3],
-                query.shape[1],
-                kwargs.get("sliding_window"),
-            )
-        )
-        return torch.zeros_like(query[..., : value.shape[3]]).transpose(1, 2), None
-
     if not model._supports_attention_backend:
         raise ModelError(
             f"{name}: transformers gives its attention no interface, which the embedded engine "
             "needs; serve it with --engine vllm"
         )
-    AttentionInterface.register(_PROBE, note)
+    AttentionInterface.register(_PROBE, _note)
     model.set_attn_implementation(_PROBE)
     ids = torch.zeros(1, 4, dtype=torch.int64, device=model.device)
-    model(input_ids=ids, position_ids=ids, use_cache=False, reads=None)
+    model(input_ids=ids, position_ids=ids, use_cache=False, reads=seen)
     if not seen or len({id(layer.module) for layer in seen}) != len(seen):
         raise ModelError(f"{name}: its attention layers do not run once each; use --engine vllm")
     attention.register()
     model.set_attn_implementation(attention.NAME)
     return seen
+
+
+def _note(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    *,
+    reads: list[LayerShape] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention that adds the layer's shape to `reads`. transformers keeps this function for as
+    long as the process lives: it must hold no layer itself."""
+    name = type(module).__name__
+    if asked := [what for what in _REFUSED if kwargs.get(what) is not None]:
+        raise ModelError(f"{name}: the embedded engine has no attention with {asked[0]}")
+    if reads is None:
+        raise ModelError(f"{name}: its layers do not hand attention its arguments")
+    if not getattr(module, "is_causal", True):
+        raise ModelError(f"{name}: its attention sees later tokens")
+    window = kwargs.get("sliding_window")
+    features = (key.shape[3], value.shape[3])
+    reads.append(LayerShape(module, key.shape[1], *features, query.shape[1], window))
+    return torch.zeros_like(query[..., : value.shape[3]]).transpose(1, 2), None
 
 
 class Cache:
@@ -122,13 +120,6 @@ class Cache:
             pool[target.start : target.start + tokens] = pool[
                 region.start : region.start + tokens
             ].clone()
-
-    def close(self) -> None:
-        """Give the memory back."""
-        for layer in self.layers:
-            for name in ("kv_keys", "kv_values"):
-                if hasattr(layer.module, name):
-                    delattr(layer.module, name)
 
     def _pools(self) -> list[Tensor]:
         names = ("kv_keys", "kv_values")

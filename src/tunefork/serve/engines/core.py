@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tunefork.errors import EngineError, TuneforkError
+from tunefork.errors import NoAdapterMemoryError, NoMemoryError, TuneforkError
 from tunefork.serve.engine import EngineState, Piece
 from tunefork.serve.engines import telling
 from tunefork.serve.engines.cache import Cache
@@ -148,7 +148,10 @@ class Core:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise EngineError("no memory to try the adapter; ask again") from error
+            raise NoAdapterMemoryError(
+                "out of memory while an adapter was tried; start the server with less "
+                "embedded.cache_tokens, or fewer embedded.slots"
+            ) from None
 
     def _launch(self, planned: Sequence[Planned]) -> Outcome | None:
         try:
@@ -179,8 +182,11 @@ class Core:
         if self.passes.device.type == "cuda":
             torch.cuda.empty_cache()
         answer, _ = max(planned, key=lambda one: (len(one[1].ids), one[0].arrived))
-        why = f"no memory for a pass with this request ({type(error).__name__}); ask for less"
-        self._end(answer, EngineError(why))
+        why = (
+            "out of memory in a pass; start the server with less embedded.cache_tokens or "
+            "embedded.prefill_tokens"
+        )
+        self._end(answer, NoMemoryError(why))
 
     def _tell(self) -> None:
         """Texts of chosen tokens, to those who wait for them."""

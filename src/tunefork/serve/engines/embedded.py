@@ -11,17 +11,15 @@ the models, with the attention interface through which they compute.
 """
 
 import asyncio
-import gc
 import logging
+import traceback
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import fields
 from threading import Thread
 from typing import Any
 
-import torch
-
 from tunefork.errors import BadInputError, EngineBusyError, EngineDeadError, TuneforkError
-from tunefork.model.device import use_device
+from tunefork.model.device import release_unused, use_device
 from tunefork.serve.engine import (
     Capabilities,
     EngineRequest,
@@ -89,13 +87,17 @@ class EmbeddedEngine:
         self._parts: Assembled | None = None
         self._thread: Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._death: EngineDeadError | None = None
+        self._death: str | None = None
+        """Why it computes no more."""
+        self._has_loaded = False
+        """Something was loaded since the last stop, or was tried to be."""
         self._num_open = 0
 
     async def start(self) -> None:
         """Load the base and get ready. Raises TuneforkError."""
         await self.stop()
         self._loop, self._death = asyncio.get_running_loop(), None
+        self._has_loaded = True
         self._parts = await in_a_thread(lambda: assemble(self.settings, self._post, self.merged))
         self.capabilities = self._capabilities(self._parts.max_model_len)
         self._thread = Thread(target=self._run, args=(self._parts,), name="tunefork-engine")
@@ -104,38 +106,25 @@ class EmbeddedEngine:
 
     async def stop(self) -> None:
         """Cancel what runs and give back all memory; idempotent."""
-        parts, self._parts = self._parts, None
-        if parts is None:
+        if not self._has_loaded:
             return
-        parts.core.tell(parts.core.end)
-        if self._thread is not None:
+        parts, self._parts = self._parts, None
+        if parts is not None and self._thread is not None:
+            parts.core.tell(parts.core.end)
             await asyncio.to_thread(self._thread.join)
-        self._thread = None
-        parts.core.cache.close()
-        is_cuda = parts.core.passes.device.type == "cuda"
+        self._thread, self._has_loaded = None, False
         del parts
-        gc.collect()
-        if is_cuda:
-            torch.cuda.empty_cache()
+        release_unused()
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[Piece]:
         """See `Engine.generate`."""
-        parts = self._alive()
-        self._check(request, parts)
         limit = self.settings.embedded.max_requests + self.settings.embedded.max_queued
         if self._num_open >= limit:
             raise EngineBusyError(f"{self._num_open} requests are open; at most {limit} may be")
-        stream, core, is_over = _Stream(request.meter), parts.core, False
+        stream, is_over = _Stream(request.meter), False
         self._num_open += 1
         try:
-            matcher = await self._matcher(request, parts)
-            now = asyncio.get_running_loop().time()
-            answer = open_sequence(request, stream, now, parts.tokenizer, matcher)
-            core.tell(lambda: core.add(answer))
-            if self._death is not None:
-                raise self._death
-            if self._parts is not parts:  # stopped while the grammar was made: nobody would answer
-                raise EngineDeadError("the engine was stopped")
+            await self._open(request, stream)
             while not is_over:
                 try:
                     piece = await stream.take()
@@ -146,8 +135,21 @@ class EmbeddedEngine:
                 yield piece
         finally:
             self._num_open -= 1
-            if not is_over:
+            if not is_over and self._parts is not None:
+                core = self._parts.core
                 core.tell(lambda: core.cancel(request.id))
+
+    async def _open(self, request: EngineRequest, stream: _Stream) -> None:
+        """Hand `request` over. Not in `generate`, which waits for its reader: one that is slow must
+        not keep the memory of an engine that was stopped."""
+        parts = self._alive()
+        self._check(request, parts)
+        matcher = await self._matcher(request, parts)
+        now = asyncio.get_running_loop().time()
+        answer = open_sequence(request, stream, now, parts.tokenizer, matcher)
+        parts.core.tell(lambda: parts.core.add(answer))
+        if self._alive() is not parts:  # stopped while the grammar was made: nobody would answer
+            raise EngineDeadError("the engine was stopped")
 
     async def prefetch(self, adapter: ServedAdapter) -> None:
         """Bring `adapter` into host memory while its request waits in the gateway's queue."""
@@ -170,7 +172,7 @@ class EmbeddedEngine:
     def state(self) -> EngineState:
         """As of the last pass."""
         if self._parts is None or self._death is not None:
-            return EngineState(healthy=False)
+            return EngineState(healthy=False, why=self._death or "")
         return self._parts.core.state
 
     def info(self) -> Mapping[str, Any]:
@@ -190,22 +192,21 @@ class EmbeddedEngine:
 
     def _run(self, parts: Assembled) -> None:
         """The engine's thread."""
-        death: EngineDeadError | None = None
         try:
             use_device(parts.core.passes.device)
             parts.core.run()
         except Exception as error:  # whatever it was: the gateway starts the engine again
-            death = EngineDeadError(f"the engine stopped: {type(error).__name__}: {error}"[:500])
-            death.__cause__ = error
-            self._death = death
+            self._death = f"the engine stopped: {type(error).__name__}: {error}"[:500]
+            # Told as text: whoever kept the error would keep all that the engine holds.
+            logger.error("the engine stopped\n%s", traceback.format_exc())
         try:
-            parts.core.close(death)
-        except Exception as error:  # everyone was told: what is left belongs to a dead device
-            logger.error("the engine's memory cannot be given back", exc_info=error)
+            parts.core.close(EngineDeadError(self._death) if self._death else None)
+        except Exception:  # everyone was told: what is left belongs to a dead device
+            logger.error("the engine's memory cannot be given back\n%s", traceback.format_exc())
 
     def _alive(self) -> Assembled:
         if self._death is not None:
-            raise self._death
+            raise EngineDeadError(self._death)
         if self._parts is None:
             raise EngineDeadError("the engine is not started")
         return self._parts

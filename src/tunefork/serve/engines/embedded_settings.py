@@ -24,7 +24,9 @@ class EmbeddedSettings(Section):
     """Layers that read the same input (q, k, v; gate, up) as one product; on a GPU only in bf16."""
 
     slots: PositiveInt = 8
-    """Adapters that can be computed with at the same time. Each takes memory for `max_rank`."""
+    """Adapters that can be computed with at the same time. Each takes, of every linear layer but
+    the head, `max_rank` (the next multiple of 16) x (features in + features out) x bytes of a
+    number, used or not. In bf16 at rank 64: 39 MB for SmolLM2-135M, 336 MB for Llama 3's 8B."""
 
     max_rank: PositiveInt = 64
     """Largest rank of an adapter; a slot is as large as it."""

@@ -18,7 +18,7 @@ from tunefork.serve.engines.reads import Span
 
 STEP = 8
 """A CPU's passes are filled up to a multiple of so many tokens: oneDNN compiles its products anew
-for every number of them, and keeps them (`shapes.py`)."""
+for every number of them, and keeps them (`model/onednn.py`)."""
 BASE = -1
 """The slot of tokens that no adapter is for."""
 
@@ -94,6 +94,7 @@ class Layout:
     def lay_out(self, parts: Sequence[Part]) -> tuple[list[Span], int, int]:
         """Any parts. Returns their spans, how many tokens they are, and how many want logits."""
         numbers, at, wanted = self.numbers, 0, 0
+        numbers["last"][0] = 0  # a pass reads one row of logits, even where none is wanted
         spans = []
         for row, part in enumerate(parts):
             new = len(part.ids)

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from tunefork.errors import AdapterError, EngineError, TuneforkError
+from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.engines.cache import Cache
 from tunefork.serve.engines.layout import BASE, Part
 from tunefork.serve.engines.regions import Region
@@ -54,30 +55,42 @@ class Scheduler:
 
     def admit(self) -> list[tuple[Answer, TuneforkError]]:
         """Let waiting requests begin. Returns those that never will, and why."""
+        failures: dict[str, TuneforkError] = {}
+        """By adapter: why its requests fail, all that wait at the same time."""
         if self.tiers is not None:
             adapters = (answer.request.adapter for answer in self.waiting)
-            self.tiers.advance({adapter.id for adapter in adapters if adapter is not None})
+            failures = self.tiers.advance({one.id for one in adapters if one is not None})
         failed: list[tuple[Answer, TuneforkError]] = []
+        is_full = False
         for answer in list(self.waiting):
-            if len(self.running) >= self.max_requests:
-                break
-            entry: Entry | None = None
-            if answer.request.adapter is not None:
-                try:
-                    entry = self._entry(answer)
-                except TuneforkError as error:
-                    failed.append((answer, error))
-                    continue
-                if entry is None:
-                    continue
-            answer.region = self.cache.regions.take(answer.room)
-            if answer.region is None:
-                break
-            if entry is not None and self.tiers is not None:
-                answer.slot = self.tiers.enter(entry)
-            self.waiting.remove(answer)
-            self.running.append(answer)
+            adapter = answer.request.adapter
+            if adapter is not None and adapter.id in failures:
+                failed.append((answer, failures[adapter.id]))
+                continue
+            is_full = is_full or len(self.running) >= self.max_requests
+            if is_full:
+                continue
+            try:
+                entry = None if adapter is None else self._entry(adapter)
+            except TuneforkError as error:
+                assert adapter is not None
+                failures[adapter.id] = error
+                failed.append((answer, error))
+                continue
+            if adapter is None or entry is not None:
+                is_full = not self._begin(answer, entry)
         return failed
+
+    def _begin(self, answer: Answer, entry: Entry | None) -> bool:
+        """Let a request run, if its tokens have room in the cache."""
+        answer.region = self.cache.regions.take(answer.room)
+        if answer.region is None:
+            return False
+        if entry is not None and self.tiers is not None:
+            answer.slot = self.tiers.enter(entry)
+        self.waiting.remove(answer)
+        self.running.append(answer)
+        return True
 
     def plan(self) -> list[Planned]:
         """Who computes what in the next pass: decoding rows first, in the order of their slots."""
@@ -94,12 +107,11 @@ class Scheduler:
                 left -= new
         return planned
 
-    def _entry(self, answer: Answer) -> Entry | None:
-        """The request's adapter, if it can be computed with. Raises what its load ended with."""
-        assert answer.request.adapter is not None
+    def _entry(self, adapter: ServedAdapter) -> Entry | None:
+        """The adapter, if it can be computed with. Raises TuneforkError where it is of no use."""
         if self.tiers is None:
             raise EngineError("this engine has no slots for adapters")
-        entry = self.tiers.ready(answer.request.adapter)
+        entry = self.tiers.ready(adapter)
         if entry is None or entry.is_checked:
             return entry
         region = self.cache.regions.take(ROOM)
@@ -113,9 +125,8 @@ class Scheduler:
             self.cache.regions.give(region)
             self.tiers.load_seconds["trial"] += self.tiers.clock() - began
         if why is not None:
-            error = AdapterError(f"{entry.adapter.id}: {why}; it is not served")
-            self.tiers.fail(entry, error)
-            raise error
+            self.tiers.drop(entry)
+            raise AdapterError(f"{entry.adapter.id}: {why}; it is not served")
         entry.is_checked = True
         return entry
 

@@ -43,8 +43,8 @@ class Entry:
     """Running requests."""
     is_checked: bool = False
     """It was seen to change the logits."""
-    is_pinned: bool = False
     is_awaited: bool = False
     """A request is about to come: worth a free slot, but nobody else's."""
     is_draining: bool = False
     is_forgotten: bool = False
+    """It goes once nobody uses it. Whoever asks until then shares it: an id is one content."""

@@ -10,23 +10,26 @@ for `PATIENCE_S`) takes no new requests any more once another adapter has waited
 empties, and goes over. So an adapter in demand cannot keep the others out, and no slot lies idle
 meanwhile.
 
-All but `load` runs in the engine's thread.
+All of this runs in the engine's thread; the threads are in `loading.py`.
 """
 
+import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
-from tunefork.errors import EngineError, TuneforkError
+from tunefork.errors import NoAdapterMemoryError, TuneforkError
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.engines.adapter_file import HostAdapter
+from tunefork.serve.engines.loading import Loading
 from tunefork.serve.engines.tier_entry import Entry, Slots, Stage
+
+logger = logging.getLogger(__name__)
 
 PATIENCE_S = 0.5
 
 
 class Tiers:
-    """Who is where. `wake` is called from threads when something has arrived."""
+    """Who is where."""
 
     def __init__(
         self,
@@ -38,18 +41,18 @@ class Tiers:
         clock: Callable[[], float],
         begin: Callable[[], None] | None = None,
     ) -> None:
-        """`begin` is called by each thread that loads, before anything else."""
-        self.slots, self.read, self.wake, self.clock = slots, read, wake, clock
+        """See `Loading`."""
+        self.slots, self.clock = slots, clock
         self.host_memory_bytes = host_memory_bytes
         self.entries: OrderedDict[str, Entry] = OrderedDict()  # least recently used first
         self.wanted: OrderedDict[str, float] = OrderedDict()
         """Adapters that a slot is wanted for, and since when."""
-        self.failures: dict[str, TuneforkError] = {}
+        self.pins: set[str] = set()
+        """Ids that stay in their slots."""
         self.free = deque(range(slots.num_slots))
         self.loads, self.evictions = 0, 0
         self.load_seconds = {"read": 0.0, "copy": 0.0, "trial": 0.0}
-        self._arrived: deque[tuple[Entry, HostAdapter | TuneforkError | None, float]] = deque()
-        self._threads = ThreadPoolExecutor(2, "tunefork-adapters", initializer=begin)
+        self.loading = Loading(slots, read, wake=wake, clock=clock, begin=begin)
 
     @property
     def resident(self) -> tuple[str, ...]:
@@ -62,13 +65,7 @@ class Tiers:
         return tuple(i for i, entry in self.entries.items() if entry.host is not None)
 
     def ready(self, adapter: ServedAdapter) -> Entry | None:
-        """The adapter's entry if it can be computed with now; else it is brought nearer.
-
-        Raises the TuneforkError that its load ended with.
-        """
-        failure = self.failures.get(adapter.id)
-        if failure is not None:
-            raise failure
+        """The adapter's entry if it can be computed with now; else it is brought nearer."""
         entry = self.bring(adapter)
         if entry.stage is Stage.IN_SLOT and not entry.is_draining:
             return entry
@@ -88,7 +85,7 @@ class Tiers:
         entry = self.entries.get(adapter.id)
         if entry is None:
             entry = self.entries[adapter.id] = Entry(adapter, Stage.READING)
-            self._threads.submit(self._load, entry)
+            self.loading.start(entry)
         self.entries.move_to_end(adapter.id)
         return entry
 
@@ -105,48 +102,51 @@ class Tiers:
 
     def pin(self, adapter: ServedAdapter, pinned: bool) -> None:
         """Keep it in a slot from now on, or no longer."""
-        if pinned:
-            entry = self.bring(adapter)
-            entry.is_pinned, entry.is_forgotten = True, False
-            if entry.stage is not Stage.IN_SLOT:
-                self.wanted.setdefault(adapter.id, self.clock())
-        elif adapter.id in self.entries:
-            self.entries[adapter.id].is_pinned = False
+        if not pinned:
+            self.pins.discard(adapter.id)
+            return
+        self.pins.add(adapter.id)
+        entry = self.bring(adapter)
+        entry.is_forgotten = False
+        if entry.stage is not Stage.IN_SLOT:
+            self.wanted.setdefault(adapter.id, self.clock())
 
     def forget(self, adapter_id: str) -> None:
         """Drop it from every tier once no request uses it."""
-        self.failures.pop(adapter_id, None)
+        self.pins.discard(adapter_id)
         if adapter_id in self.entries:
-            entry = self.entries[adapter_id]
-            entry.is_forgotten, entry.is_pinned = True, False
+            self.entries[adapter_id].is_forgotten = True
 
-    def fail(self, entry: Entry, error: TuneforkError) -> None:
-        """It turned out to be of no use: those who wait for it are told."""
-        self.failures[entry.adapter.id] = error
-        self._drop(entry)
+    def advance(self, waiting: set[str]) -> dict[str, TuneforkError]:
+        """Take in what has arrived and grant slots; `waiting`: ids that queued requests name.
 
-    def advance(self, waiting: set[str]) -> None:
-        """Take in what has arrived and grant slots; `waiting`: ids that queued requests name."""
-        while self._arrived:
-            self._take_in(*self._arrived.popleft())
+        Returns which loads have failed: it is for those that wait now. Who asks later tries again.
+        """
+        failures: dict[str, TuneforkError] = {}
+        for entry, found, seconds in self.loading.arrived():
+            self.load_seconds["read" if entry.stage is Stage.READING else "copy"] += seconds
+            if isinstance(found, TuneforkError):
+                failures[entry.adapter.id] = found
+                self._give_up(entry, found)
+            else:
+                self._take_in(entry, found)
         for entry in [entry for entry in self.entries.values() if entry.is_forgotten]:
             if not entry.users and entry.adapter.id not in waiting:
-                self._drop(entry)
-        for adapter_id in [i for i in self.failures if i not in waiting]:
-            del self.failures[adapter_id]
+                self.drop(entry)
         for adapter_id in list(self.wanted):
             awaited = self.entries.get(adapter_id)
-            is_of_use = awaited is not None and (awaited.is_pinned or awaited.is_awaited)
-            if awaited is None or not (is_of_use or adapter_id in waiting):
+            is_of_use = adapter_id in self.pins or adapter_id in waiting
+            if awaited is None or not (is_of_use or awaited.is_awaited):
                 del self.wanted[adapter_id]
         self._grant(waiting)
-        self._trim_host()
+        self._trim_host(self.host_memory_bytes)
+        return failures
 
     def close(self) -> None:
         """Stop loading, and forget everything. Slots are left as they are: so goes their bank."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        for known in (self.entries, self.wanted, self.failures, self._arrived):
-            known.clear()
+        self.loading.close()
+        self.entries.clear()
+        self.wanted.clear()
 
     def _grant(self, waiting: set[str]) -> None:
         """Slots for those that want one, in their order, as far as there are any."""
@@ -172,7 +172,7 @@ class Tiers:
             entry.slot, entry.stage = self.free.popleft(), Stage.MOVING
             entry.is_awaited = False
             del self.wanted[adapter_id]
-            self._threads.submit(self._load, entry)
+            self.loading.start(entry)
 
     def _evict_one(self, waiting: set[str]) -> bool:
         """Free the slot of the least recently used adapter that nobody computes with.
@@ -180,7 +180,7 @@ class Tiers:
         Nor is about to: one that has only just come would never be computed with otherwise.
         """
         for entry in self.entries.values():
-            is_of_use = entry.users or entry.is_pinned
+            is_of_use = entry.users or entry.adapter.id in self.pins
             is_due = entry.adapter.id in waiting and not entry.is_draining
             if entry.stage is Stage.IN_SLOT and not is_of_use and not is_due:
                 self._leave_slot(entry)
@@ -193,7 +193,7 @@ class Tiers:
             entry
             for entry in self.entries.values()
             if entry.stage is Stage.IN_SLOT
-            and not entry.is_pinned
+            and entry.adapter.id not in self.pins
             and not entry.is_draining
             and now - entry.granted > PATIENCE_S
         ]
@@ -210,9 +210,9 @@ class Tiers:
         else:
             entry.stage = Stage.HOST
 
-    def _drop(self, entry: Entry) -> None:
+    def drop(self, entry: Entry) -> None:
+        """Out of every tier, unless a thread is at it; nobody computes with it."""
         if entry.stage in (Stage.READING, Stage.MOVING):
-            entry.is_forgotten = True  # a thread is at it; it is dropped when that is done
             return
         entry.host = None
         if entry.slot is not None:
@@ -220,10 +220,10 @@ class Tiers:
         self.entries.pop(entry.adapter.id, None)
         self.wanted.pop(entry.adapter.id, None)
 
-    def _trim_host(self) -> None:
+    def _trim_host(self, most_bytes: int) -> None:
         held = sum(entry.host.num_bytes for entry in self.entries.values() if entry.host)
         for entry in list(self.entries.values()):
-            if held <= self.host_memory_bytes:
+            if held <= most_bytes:
                 return
             is_on_its_way = entry.stage is Stage.MOVING or entry.adapter.id in self.wanted
             if entry.host is None or is_on_its_way:
@@ -233,34 +233,19 @@ class Tiers:
             if entry.stage is Stage.HOST:
                 del self.entries[entry.adapter.id]
 
-    def _take_in(
-        self, entry: Entry, found: HostAdapter | TuneforkError | None, seconds: float
-    ) -> None:
+    def _take_in(self, entry: Entry, found: HostAdapter | None) -> None:
         """What a thread has done with `entry`."""
-        self.load_seconds["read" if entry.stage is Stage.READING else "copy"] += seconds
-        if isinstance(found, TuneforkError):
-            self.failures[entry.adapter.id] = found
-            entry.stage = Stage.HOST
-            self._drop(entry)
-        elif entry.stage is Stage.READING:
+        if entry.stage is Stage.READING:
             entry.host, entry.stage = found, Stage.HOST
         else:
             entry.stage, entry.granted = Stage.IN_SLOT, self.clock()
             self.loads += 1
 
-    def _load(self, entry: Entry) -> None:
-        """In a thread: one step from the disk to the slot."""
-        began = self.clock()
-        found: HostAdapter | TuneforkError | None = None
-        try:
-            if entry.stage is Stage.READING:
-                found = self.read(entry.adapter)
-            else:
-                assert entry.slot is not None and entry.host is not None
-                self.slots.load(entry.slot, entry.host)
-        except TuneforkError as error:
-            found = error
-        except Exception as error:  # whatever it is, its requests must not wait for ever
-            found = EngineError(f"{entry.adapter.id}: cannot be loaded: {type(error).__name__}")
-        self._arrived.append((entry, found, self.clock() - began))
-        self.wake()
+    def _give_up(self, entry: Entry, error: TuneforkError) -> None:
+        """A thread could not load it: what it held is free again."""
+        if entry.adapter.id in self.pins:
+            logger.error("pinned: %s; the next request for it tries again", error)
+        if entry.stage is Stage.READING and isinstance(error, NoAdapterMemoryError):
+            self._trim_host(0)
+        entry.stage = Stage.HOST
+        self.drop(entry)

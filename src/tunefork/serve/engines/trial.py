@@ -11,8 +11,10 @@ from tunefork.serve.engines.passes import Passes
 from tunefork.serve.engines.regions import Region
 
 _TOKENS = 8
-ROOM = 2 * _TOKENS
-"""Tokens of the cache that a trial takes."""
+TRIED = 2
+"""Rows of a trial: with the adapter, and without."""
+ROOM = TRIED * _TOKENS
+"""Tokens of a trial, and of the cache that it takes."""
 
 
 def try_adapter(passes: Passes, slot: int, region: Region) -> str | None:
@@ -28,7 +30,7 @@ def try_adapter(passes: Passes, slot: int, region: Region) -> str | None:
             for part in parts
             for at, token in enumerate(part.ids)
         ]
-    own_rv, base_rv = passes.run(parts).logits_rv.chunk(2)
+    own_rv, base_rv = passes.run(parts).logits_rv.chunk(TRIED)
     if not bool(own_rv.isfinite().all()):
         return "the logits it gives are not finite"
     return "it changes no logit of this base" if torch.equal(own_rv, base_rv) else None

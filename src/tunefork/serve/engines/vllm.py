@@ -139,6 +139,7 @@ class VllmEngine:
         used = server.gauges.get("vllm:kv_cache_usage_perc", 0.0)
         return EngineState(
             healthy=server.healthy,
+            why=server.why(),
             running=self._open - waiting,
             waiting=waiting,
             slots=self.settings.slots,

@@ -93,10 +93,14 @@ class Child:
 
     def ensure_running(self) -> None:
         """Raises EngineDeadError with the end of the log where the process has ended."""
-        if self.process.returncode is not None:
-            raise EngineDeadError(
-                f"vLLM ended with status {self.process.returncode}. {self.log_tail()}"
-            )
+        if why := self.why_ended():
+            raise EngineDeadError(why)
+
+    def why_ended(self) -> str:
+        """Status and the end of the log; nothing while it runs."""
+        if self.process.returncode is None:
+            return ""
+        return f"vLLM ended with status {self.process.returncode}. {self.log_tail()}"
 
     def log_tail(self, lines: int = 12) -> str:
         """The end of what the server said."""

@@ -25,6 +25,8 @@ from tunefork.serve.event_stream import Address, StreamBrokenError
 
 _LOOK_S = 1.0
 """Between two looks at the server's health."""
+_READY_LOOK_S = 0.25
+"""Between two looks while it starts."""
 _SILENT_S = 30.0
 """Without an answer, after which a server that has not ended is taken for dead."""
 _CALL_S = 120.0
@@ -125,6 +127,13 @@ class Server:
         if not self.healthy:
             raise EngineDeadError("vLLM does not run; it is started again")
 
+    def why(self) -> str:
+        """What is known of its end; nothing while it answers."""
+        if self.healthy:
+            return ""
+        ended = "" if self.child is None else self.child.why_ended()
+        return ended or "vLLM runs, but does not answer"
+
     async def what_broke(self, error: StreamBrokenError | EngineError) -> TuneforkError:
         """What to raise for an answer that failed: the server may have failed with it, or not."""
         if self.healthy and not await self._is_well():
@@ -143,7 +152,7 @@ class Server:
                 where = "" if self.child else f" at {self.address}"
                 said = self.child.log_tail() if self.child else "Is it running?"
                 raise EngineDeadError(f"vLLM{where} does not answer after {limit:.0f} s. {said}")
-            await asyncio.sleep(0.25)
+            await asyncio.sleep(_READY_LOOK_S)
 
     async def _learn(self) -> None:
         """Names, lengths and version that the server tells."""

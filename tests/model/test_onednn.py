@@ -1,4 +1,4 @@
-"""A server on a CPU does not remember every length that it ever met."""
+"""A process on a CPU does not remember every length that it ever met."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 
 _PRODUCTS = """
-from tunefork.serve.engines.shapes import MOST, bound_shapes
+from tunefork.model.onednn import MOST, bound_shapes
 
 bound_shapes()
 
