@@ -1,9 +1,12 @@
 """A process on a CPU does not remember every length that it ever met."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+
+from tunefork.model.onednn import bound_shapes
 
 _PRODUCTS = """
 from tunefork.model.onednn import MOST, bound_shapes
@@ -22,6 +25,20 @@ for length in range(1, 8 * MOST):
         held.append(psutil.Process().memory_info().rss)
 print(held[1] - held[0])
 """
+
+
+@pytest.mark.parametrize(("adapters", "most"), [(0, 128), (4, 256), (1000, 1024)])
+def test_a_group_has_shapes_of_each_adapter(
+    monkeypatch: pytest.MonkeyPatch, adapters: int, most: int
+) -> None:
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    bound_shapes(adapters)
+    assert [os.environ[name] for name in names] == [str(most)] * 2
+    bound_shapes(7)  # what is said once holds
+    assert os.environ[names[0]] == str(most)
 
 
 @pytest.mark.slow

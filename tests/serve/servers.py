@@ -27,6 +27,8 @@ class Running:
     url: str
     gateway: Gateway
     server: uvicorn.Server
+    thread: int
+    """Of the event loop, as the system numbers it."""
 
     @property
     def port(self) -> int:
@@ -61,7 +63,8 @@ def serving(
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    running = Running(url, app.state.gateway, server)
+    assert thread.native_id is not None
+    running = Running(url, app.state.gateway, server, thread.native_id)
     try:
         eventually(lambda: server.started)
         eventually(lambda: not wait or running.gateway.state != "starting")

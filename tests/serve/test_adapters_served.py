@@ -129,6 +129,20 @@ def test_what_cannot_be_read_just_now_is_not_refused_for_ever(
     assert _said(server, "acme") == "acme:v1"
 
 
+def test_what_can_never_be_read_is_refused(
+    server: Running, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Store.open() as store:
+        store.publish(adapter, "acme")
+
+    def a_link(file: Path) -> None:
+        raise AdapterError(f"{file}: cannot be read") from OSError(40, "Too many symbolic links")
+
+    monkeypatch.setattr(checks, "read_header", a_link)
+    answer = server.ask(model="acme")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "adapter_unusable")
+
+
 def test_holds_end_with_the_server(
     adapter: Path, settings: ServeSettings, engine: FakeEngine
 ) -> None:

@@ -13,7 +13,7 @@ from tests.serve.fake_engine import FakeEngine, nothing
 from tests.serve.servers import Running
 from tunefork.errors import BadInputError
 from tunefork.registry.store import Store
-from tunefork.serve.bench import Load, draw, run
+from tunefork.serve.bench import Load, Outcome, Sample, draw, run
 from tunefork.serve.bench_report import quantile, report
 
 __all__ = ["tunefork"]
@@ -83,6 +83,13 @@ def test_failures_are_counted_by_their_kind(server: Running) -> None:
     assert told.answered == 6 - wrong
     with pytest.raises(BadInputError, match=r"--server: nobody listens at http://127.0.0.1:1;"):
         asyncio.run(run("http://127.0.0.1:1", None, load))
+
+
+def test_words_of_a_request_make_no_kind_of_its_own() -> None:
+    refused = [Sample("a", 0.0, error=f"HTTP 429: {left} tokens left") for left in range(3)]
+    outcome = Outcome([*refused, Sample("a", 0.0, error="timed out")], wall_s=1.0)
+    told = report("", Load(("a",), requests=4), outcome)
+    assert told.errors == {"HTTP 429: 0 tokens left": 3, "timed out": 1}
 
 
 def test_the_verb_prints_a_table_or_json(server: Running, tunefork: Call) -> None:

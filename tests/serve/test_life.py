@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serve.fake_engine import FakeEngine, everything, nothing
+from tests.serve.fake_engine import FakeEngine, begun, everything, nothing
 from tests.serve.servers import ASKED, Running, eventually, serving
 from tunefork.errors import (
     AdapterError,
@@ -263,9 +263,21 @@ def test_a_second_signal_cancels_what_runs_and_tells_it(settings: ServeSettings)
     assert [status for status, _, _ in _statuses(settings)] == ["cancelled"] * 2
 
 
+def test_what_the_end_of_the_drain_cancels_is_on_record(settings: ServeSettings) -> None:
+    engine = FakeEngine()
+    engine.holds = begun
+    with serving(engine, settings) as running, ThreadPoolExecutor(2) as pool:
+        running.server.config.timeout_graceful_shutdown = 1
+        asked = [pool.submit(running.ask, **LONG, stream=stream) for stream in (False, True)]
+        eventually(lambda: running.gateway.parts.queue.running == 2)
+        running.server.handle_exit(signal.SIGTERM, None)
+        assert [future.result().status_code for future in asked] in ([503, 200], [503, 503])
+    assert [status for status, _, _ in _statuses(settings)] == ["cancelled"] * 2
+
+
 _SERVER = """
 import sys, asyncio
-from tests.serve.fake_engine import FakeEngine, everything, nothing
+from tests.serve.fake_engine import FakeEngine
 from tunefork.serve.run import serve
 from tunefork.serve.settings import ServeSettings
 settings = ServeSettings.model_validate({"base": sys.argv[1], "port": 0, "drain_timeout_s": 5})

@@ -15,6 +15,16 @@ from tunefork.serve.revival import Revival
 class Sickly(FakeEngine):
     """Starts, and dies at once."""
 
+    is_up = False
+
+    async def start(self) -> None:
+        self.is_up = True
+        await super().start()
+
+    async def stop(self) -> None:
+        self.is_up = False
+        await super().stop()
+
     def state(self) -> EngineState:
         return EngineState(healthy=False, why=f"life {self.starts} was short")
 
@@ -26,6 +36,7 @@ def test_one_that_dies_at_once_is_started_ever_more_seldom(
 
     async def sleep(seconds: float) -> None:
         nonlocal now
+        assert not engine.is_up  # or it would wait with all its memory
         waits.append(seconds)
         now += seconds
         engine.start_fails = ModelError("no such file") if len(waits) in range(5, 9) else None

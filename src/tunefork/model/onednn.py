@@ -12,14 +12,19 @@ import os
 
 MOST = 128
 """More than a pass has; with fewer, each layer would make them anew."""
+_AN_ADAPTER = 32
+"""More than each adapter of a group adds to a pass, by the products with its own tokens."""
+_PYTORCHS_OWN = 1024
 _NAMES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """Of oneDNN, and of ideep."""
 
 
-def bound_shapes() -> None:
-    """Remember at most `MOST`, unless the environment says how many.
+def bound_shapes(adapters: int = 0) -> None:
+    """Remember at most `MOST`, and more where so many adapters are trained in one pass; unless the
+    environment says how many.
 
     A process reads it at its first products in bf16, and never again.
     """
+    most = min(MOST + _AN_ADAPTER * adapters, _PYTORCHS_OWN)
     for name in _NAMES:
-        os.environ.setdefault(name, str(MOST))
+        os.environ.setdefault(name, str(most))

@@ -166,7 +166,7 @@ def _trust(fit: Fit, is_own: bool) -> Trust:
 
 def _corrected(target: Target, is_device: Callable[[str], bool]) -> Target:
     """By what runs on the device took."""
-    found = correction([row for row in recall(is_device) if row.fit == target.fit.id])
+    found = correction(recall(is_device, target.fit.id))
     if not found.runs:
         return target
     return replace(

@@ -2,7 +2,8 @@
 
 PyTorch has a tensor's shape, strides and type after `mul` or `add` follow from definitions in
 Python, which take 0.1 ms an operation, near half of a traced step's time. They depend on nothing
-but the shapes, strides and types of what is given, and layers ask for the same again and again.
+but the shapes, strides and types of what is given, and PyTorch's default type; and layers ask for
+the same again and again.
 """
 
 from functools import cache
@@ -20,7 +21,7 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     is_known = _gives_a_new_tensor(func) and all(_is_meta(arg) for arg in args)
     if not is_known or any(isinstance(value, Tensor) for value in kwargs.values()):
         return func(*args, **kwargs)
-    key = (func, *map(_likeness, args), *kwargs.items())
+    key = (func, torch.get_default_dtype(), *map(_likeness, args), *kwargs.items())
     given = _GIVEN.get(key)
     if given is not None:
         return torch.empty_strided(**given)

@@ -69,8 +69,9 @@ def remember(measurement: Measurement) -> None:
         stream.write(measurement.model_dump_json() + "\n")
 
 
-def recall(is_device: Callable[[str], bool]) -> list[Measurement]:
-    """The last measurements on a device, one a case; damaged lines are passed over."""
+def recall(is_device: Callable[[str], bool], fit: str | None = None) -> list[Measurement]:
+    """The last measurements on a device, one a case, of those that `fit` had predicted (None: of
+    all); damaged lines are passed over."""
     try:
         text = file().read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -81,7 +82,7 @@ def recall(is_device: Callable[[str], bool]) -> list[Measurement]:
             row = Measurement.model_validate(json.loads(line))
         except (ValidationError, ValueError):
             continue
-        if is_device(row.device):
+        if is_device(row.device) and fit in (None, row.fit):
             found.pop(row.case, None)
             found[row.case] = row
     return list(found.values())[-_LAST:]

@@ -33,7 +33,8 @@ _ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("GET", "/metrics", metrics),
 )
 
-_KNOWN = f"this server has {', '.join(f'{method} {path}' for method, path, _ in _ROUTES[:3])}"
+_NAMED = ", ".join(f"{method} {path}" for method, path, _ in _ROUTES[:3])
+_KNOWN = f"this server answers {_NAMED} and a few more"
 
 
 def create_app(

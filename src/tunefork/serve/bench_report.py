@@ -69,7 +69,13 @@ def report(server: str, load: Load, outcome: Outcome) -> BenchReport:
     good = [sample for sample in outcome.samples if sample.error is None]
     tokens = sum(sample.tokens for sample in good)
     prompts = sum(sample.prompt_tokens for sample in good)
-    errors = Counter(sample.error for sample in outcome.samples if sample.error is not None)
+    errors = Counter[str]()
+    first: dict[str, str] = {}
+    """Of each kind; the server's words may name numbers of the request's own."""
+    for sample in outcome.samples:
+        if sample.error is not None:
+            kind = sample.error.partition(":")[0]
+            errors[first.setdefault(kind, sample.error)] += 1
     several = [sample for sample in good if sample.tokens > 1]
     return BenchReport(
         server=server,

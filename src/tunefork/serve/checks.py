@@ -27,7 +27,7 @@ from tunefork.registry.peft_format import check_fits
 from tunefork.registry.provenance import Provenance, read_provenance
 from tunefork.registry.safe_read import read_header
 from tunefork.registry.version import Details
-from tunefork.serve.api.errors import ApiError, unavailable
+from tunefork.serve.api.errors import ApiError, is_of_now, unavailable
 from tunefork.serve.base import ServedBase
 from tunefork.serve.engine import Capabilities, ServedAdapter
 from tunefork.serve.prompts import Prompts
@@ -174,9 +174,8 @@ def _told(name: str, what: str) -> Iterator[None]:
     try:
         yield
     except (TuneforkError, OSError, ValueError, MemoryError) as error:
-        logger.warning("%s: %s", name, error or "out of memory while it was checked")
-        is_of_now = isinstance(error.__cause__, OSError)  # no more files may be open, say
-        if isinstance(error, AdapterError | DataError) and not is_of_now:
+        logger.warning("%s: %s", name, str(error) or "out of memory while it was checked")
+        if isinstance(error, AdapterError | DataError) and not is_of_now(error):
             raise _unusable(name, what) from error
         raise unavailable("adapter_unreadable", f"{name}: cannot be read now", 5.0) from error
 

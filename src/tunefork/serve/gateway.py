@@ -34,6 +34,8 @@ from tunefork.serve.standing import Pins, Replicas
 from tunefork.serve.tenants import Tenant
 
 State = Literal["starting", "ready", "failed", "draining"]
+_SETTLE_S = 2.0
+"""Cancelled answers have as long to be recorded, when the server stops."""
 _LOOK_S = 1.0
 """How often keys, the engine's health and what is held are looked at."""
 _THREADS = 4
@@ -108,12 +110,19 @@ class Gateway:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
+        with suppress(TimeoutError):  # the server has cancelled them and waits for none of them
+            async with asyncio.timeout(_SETTLE_S):
+                while self._open.total():
+                    await asyncio.sleep(0.01)
         if self._parts is not None:
             await self._parts.settle()
         await self._revival.stop()
         self._pins.release()
-        await self._replicas.stop()
-        await self.engine.stop()
+        for end in (self._replicas.stop, self.engine.stop):
+            try:
+                await end()
+            except Exception:  # of a device that is lost, say; the files are closed all the same
+                logger.exception("an engine cannot be stopped")
         if self._adapters is not None:
             await self._adapters.close()
         if self._ledger is not None:
@@ -136,6 +145,8 @@ class Gateway:
                 return unavailable("starting", "The model is being loaded; try again", 5.0)
             case "draining":
                 return unavailable("draining", "The server is about to stop; try another", 5.0)
+        if self.failure is not None:
+            return unavailable("engine_failed", "The engine cannot be started", 5.0)
         failures, after_s = self._revival.failures, self._revival.retry_after()
         often = "once" if failures == 1 else f"{failures} times in a row"
         return unavailable(

@@ -13,7 +13,7 @@ from tunefork.errors import (
     TuneforkError,
 )
 from tunefork.serve.adapters import Lease
-from tunefork.serve.api.errors import ApiError, bad, unavailable
+from tunefork.serve.api.errors import ApiError, bad, is_of_now, unavailable
 from tunefork.serve.engine import Engine, Sampling, ServedAdapter
 from tunefork.serve.tenants import Tenant
 
@@ -59,6 +59,8 @@ def told_of(error: Exception, sampling: Sampling) -> ApiError:
         return error
     if isinstance(error, AdapterError):
         logger.warning("the engine refuses an adapter: %s", error)
+        if is_of_now(error):
+            return unavailable("adapter_unreadable", "The adapter cannot be read now", 5.0)
         return bad(
             "The engine of this server cannot apply this adapter", "model", "adapter_unusable"
         )

@@ -71,13 +71,16 @@ class Revival:
             self._due = time.monotonic() + wait_s
             self.failures += 1
             logger.error("%s; it is started again in %.0f s, try %d", what, wait_s, self.failures)
-            await asyncio.sleep(wait_s)
             try:
-                await self.engine.stop()
+                try:  # before it waits: what it holds may be in the way of another's start
+                    await self.engine.stop()
+                finally:
+                    await asyncio.sleep(wait_s)
                 await self.engine.start()
                 break
             except Exception as error:
-                said = error if isinstance(error, TuneforkError) else repr(error)
+                # The text alone: the error's traceback holds what was loaded.
+                said = str(error) if isinstance(error, TuneforkError) else repr(error)
                 what = f"{self._name} cannot be started: {said}"
         await self._then()
         self._up_since = time.monotonic()

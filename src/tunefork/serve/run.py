@@ -2,7 +2,7 @@
 
 SIGTERM and Ctrl-C drain it: it listens no more, what runs goes on for `drain_timeout_s`, then
 engine, holds and files are given back. A second signal cancels what runs, which is recorded; a
-third one waits for nothing.
+third one waits for no connection any more.
 """
 
 import resource
@@ -84,9 +84,11 @@ def drain_on_signal(
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal is_cut
         loop = gateway.loop
-        if not server.should_exit or loop is None or is_cut:
+        if not server.should_exit or loop is None:
             gateway.drain()
             end(number, frame)
+        elif is_cut:
+            server.force_exit = True
         else:
             is_cut = True
         if loop is not None:  # which this may have interrupted anywhere

@@ -17,6 +17,7 @@ from tunefork.errors import BadInputError, TuneforkError
 from tunefork.installed import OWN_VERSION
 from tunefork.model.fingerprint import identify
 from tunefork.model.load import load_skeleton, load_tokenizer
+from tunefork.model.onednn import bound_shapes
 from tunefork.page.estimate import Estimate
 from tunefork.recipe import Recipe
 from tunefork.registry.claim import held
@@ -57,6 +58,7 @@ def train_many(
     left what it learnt.
     """
     first, out = entries[0].recipe, out.resolve()
+    bound_shapes(len(entries))
     with held(out, "train-many"):
         save_entries(entries, out / ENTRIES)
         ledger = _Ledger(out, entries, say)

@@ -15,6 +15,7 @@ from tunefork.model.build import check_method
 from tunefork.model.fingerprint import identify
 from tunefork.model.identity import Identity
 from tunefork.model.load import load_skeleton, load_tokenizer
+from tunefork.model.onednn import bound_shapes
 from tunefork.recipe import Recipe
 from tunefork.recipe_file import anchor
 from tunefork.registry.claim import Claim, claimed
@@ -57,6 +58,7 @@ def sweep(
     """
     recipe = anchor(recipe, Path.cwd())
     found = variants(recipe)
+    bound_shapes(len(found))
     refuse(recipe)
     largest = max(found, key=lambda variant: variant.recipe.lora.rank).recipe
     data = check_recipe(largest, (recipe.method,), say, ignore_plan=True)  # the group has a plan

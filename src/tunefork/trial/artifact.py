@@ -41,7 +41,9 @@ def save(
     name = MODEL if record.method is Method.FULL else ADAPTER
     assert record.method is not None
     with Interrupt() as interrupt:
-        if (folder / name).exists():  # of an interrupted run, or half of one that was killed here
+        # Of an interrupted run, or half of one that was killed here. It goes first, as a disk may
+        # not hold a model twice; the checkpoints are there until the new one is.
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
             shutil.rmtree(folder / name)
         write_artifact(model, tokenizer, recipe, record.method, folder / name)
         write_provenance(folder / name, _provenance(recipe, record, folder / name, tokenizer, data))

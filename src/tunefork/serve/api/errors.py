@@ -4,6 +4,7 @@ A message never holds a path, a key or a text of the request: it may end in a lo
 is no status above 499 but 503, which always says when to try again.
 """
 
+import errno
 import math
 from typing import Any, Literal
 
@@ -11,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.responses import JSONResponse
 
 from tunefork.errors import nearest
+
+_OF_NOW = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
 
 
 class ErrorInfo(BaseModel):
@@ -139,3 +142,9 @@ def _joined(parts: list[int | str]) -> str:
     for part in parts:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
     return text
+
+
+def is_of_now(error: BaseException) -> bool:
+    """Whether a file could not be read for a reason that passes."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in _OF_NOW

@@ -10,6 +10,7 @@ import ipaddress
 import logging
 import socket
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -20,6 +21,8 @@ from tunefork.serve.api.gone import ClientGoneError
 from tunefork.serve.api.stream import event, is_stream
 from tunefork.serve.settings import LOOPBACK, ServeSettings
 
+_LAST_WORDS_S = 1.0
+"""A client that a stopping server answers has as long to read why."""
 _ALWAYS = ("/health", "/ready", "/metrics")
 """Answered however many requests there are."""
 _MOST_LARGE = 64
@@ -60,7 +63,9 @@ class Guard:
             pass
         except asyncio.CancelledError:  # the server ends, and waits for no answer any more
             told = unavailable("draining", "The server has stopped; try another", 5.0)
-            await self._end(told, scope, receive, sending)
+            with suppress(TimeoutError):  # a client may read nothing
+                async with asyncio.timeout(_LAST_WORDS_S):
+                    await self._end(told, scope, receive, sending)
         except Exception as error:
             logger.error("a request failed", exc_info=error)
             told = unavailable("internal_error", "The server failed; try again", 1.0)
@@ -146,7 +151,7 @@ class Guard:
         self, error: ApiError, scope: Scope, receive: Receive, sending: "_Sending"
     ) -> None:
         if sending.has_begun:
-            if sending.is_stream:
+            if sending.is_stream and not sending.has_ended:
                 last = event(error.body())
                 await sending({"type": "http.response.body", "body": last, "more_body": False})
             return  # another half answer cannot be mended: the connection is closed
@@ -169,7 +174,7 @@ class _Sending:
 
     def __init__(self, send: Send, scope: Scope) -> None:
         self._send, self._scope = send, scope
-        self.has_begun = self.is_stream = False
+        self.has_begun = self.is_stream = self.has_ended = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -179,4 +184,6 @@ class _Sending:
             headers = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
             headers += [(name.encode(), value.encode()) for name, value in limits.items()]
             message = {**message, "headers": headers}
+        elif not message.get("more_body", False):
+            self.has_ended = True
         await self._send(message)

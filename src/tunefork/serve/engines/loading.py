@@ -66,11 +66,19 @@ class Loading:
                 assert entry.slot is not None and entry.host is not None
                 self.slots.load(entry.slot, entry.host)
         except TuneforkError as error:
-            found = error
+            found = _bare(error)
         except Exception as error:  # whatever it is, its requests must not wait for ever
             found = _explained(entry, error)
         self._arrived.append((entry, found, self.clock() - began))
         self.wake()
+
+
+def _bare(error: TuneforkError) -> TuneforkError:
+    """Without tracebacks, its causes' too: they hold what was loaded."""
+    one: BaseException | None = error
+    while one is not None:
+        one = one.with_traceback(None).__cause__
+    return error
 
 
 def _explained(entry: Entry, error: Exception) -> TuneforkError:
