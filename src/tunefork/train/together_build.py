@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from tunefork.data.example import Encoded
 from tunefork.model.bank import Bank, BankAdapter, add_bank
 from tunefork.model.build import quantize_nf4
+from tunefork.model.onednn import bound_shapes
 from tunefork.recipe import LoraSection, Method, Recipe
 from tunefork.train.engine import prepare
 from tunefork.train.guard import check_weights
@@ -33,6 +34,7 @@ def load_for_group(
     The recipe's own `lora` is not looked at. `announced` are those that may join later, `examples`
     what FP8 products are corrected for. Raises ModelError where it cannot be.
     """
+    bound_shapes(len(adapters) + len(announced))
     banks: list[Bank] = []
 
     def put(model: PreTrainedModel, at: torch.device) -> None:
