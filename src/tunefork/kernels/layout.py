@@ -19,7 +19,7 @@ in such pieces, and is slower than without the part where it ends inside one (me
 K + 48 costs 13 to 29 %, K + 64 at most 5 %)."""
 _LEAST_SPARE = 16
 """Columns that `fp8_correction.py` has at least: rank 16 alone leaves it these without more."""
-_APART = 16
+_APART = 64
 
 
 class Layout(NamedTuple):
