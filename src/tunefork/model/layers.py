@@ -29,6 +29,7 @@ from tunefork.model.bank_linear import BankLinear
 from tunefork.model.fused import FusedLinear
 from tunefork.model.kept_attention import has_cudnn
 from tunefork.model.rerun import (
+    may_hand_on,
     plainly,
     rerun,
     returns_one_tensor,
@@ -117,7 +118,7 @@ def draws(model: PreTrainedModel) -> bool:
         value
         for module in model.modules()
         for name, value in vars(module).items()
-        if "drop" in name or (name == "p" and isinstance(module, nn.Dropout))
+        if "drop" in name or "jitter" in name or (name == "p" and isinstance(module, nn.Dropout))
     )
     return any(isinstance(rate, float) and rate > 0.0 for rate in rates)
 
@@ -152,7 +153,8 @@ def _rerun_or_checkpointed(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    if shares_gradients(*args[1:], *kwargs.values()):
+    others = (*args[1:], *kwargs.values())
+    if shares_gradients(*others) or may_hand_on(*others):
         return _checkpointed(run, False, layer, *args, **kwargs)
     return ours(layer, *args, **kwargs)
 
