@@ -18,7 +18,6 @@ from tunefork.plan.capture import Layer
 from tunefork.plan.program import Program
 from tunefork.plan.trace import Room, Trace
 
-
 _Kept = list[Tensor | tuple[torch.Size, torch.dtype]]
 """A layer's tensors; of those in host memory the shapes."""
 
