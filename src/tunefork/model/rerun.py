@@ -33,6 +33,9 @@ IS_OURS = "cu_seq_lens_q"
 
 
 class _Rerun(torch.autograd.Function):
+    """`first` now, without a graph; in the backward pass `again`, with a graph of its own, which is
+    differentiated there and then."""
+
     @staticmethod
     def forward(
         ctx: Any,
