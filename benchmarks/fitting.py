@@ -213,6 +213,14 @@ def _with(fit: Fit, **changes: Any) -> Fit:
     return replace_model(fit, changes)  # type: ignore[no-any-return]
 
 
+def process_errors(rows: list[dict[str, Any]], figure: str, steps: int) -> dict[str, float]:
+    """How much less and more than predicted a process took, rounded up to 1 / `steps`, at least one
+    per cent."""
+    ratios = [1 / (1 + row["errors"][figure]) for row in rows if figure in row["errors"]]
+    found = {"process_less": 1 - min(ratios), "process_more": max(ratios) - 1}
+    return {name: max(0.01, math.ceil(steps * error) / steps) for name, error in found.items()}
+
+
 def write_fit(fit: Fit) -> None:
     """Put `fit` in the place of the entry of its device and software in fits.yaml."""
     rows = yaml.safe_load(FITS.read_text(encoding="utf-8")) if FITS.exists() else []

@@ -32,7 +32,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.fitting import PRIOR, Run, fit_memory, fit_time, write_fit
+from benchmarks.fitting import PRIOR, Run, fit_memory, fit_time, process_errors, write_fit
 from benchmarks.results import FOLDER, write
 from tunefork.model.device import describe, pick_dtype
 from tunefork.plan.built import Build
@@ -225,7 +225,7 @@ def planned(raw: dict[str, dict[str, Any]], start: Fit) -> list[Run]:
 
 def judge(runs: list[Run], raw: dict[str, dict[str, Any]], found: Fit) -> None:
     """Predict every run by `found`, and write it with the worst errors, and the results."""
-    rows, errors = [], {"process_bytes": list[float](), "step_s": list[float]()}
+    rows = []
     for run in (run.with_fit(found) for run in runs):
         predicted = {"process_bytes": run.predicted_process_bytes()}
         if run.step_s is not None:
@@ -234,11 +234,10 @@ def judge(runs: list[Run], raw: dict[str, dict[str, Any]], found: Fit) -> None:
         for figure, value in predicted.items():
             row |= {f"predicted_{figure}": value, f"measured_{figure}": getattr(run, figure)}
             row["errors"][figure] = round(value / getattr(run, figure) - 1, 4)
-            errors[figure].append(abs(row["errors"][figure]))
         rows.append(row | {k: v for k, v in raw[run.name].items() if k == "step_s_spread"})
         print(f"{run.name:26s} {'held out' if run.is_held_out else '':9s} {row['errors']}")
-    memory = {"process_error": _up(max(errors["process_bytes"])), "tensor_error": 0.05}
-    time = {"error": _up(max(errors["step_s"]))}
+    memory = {"tensor_error": 0.05} | process_errors(rows, "process_bytes", 100)
+    time = {"error": _up(max(abs(row["errors"].get("step_s", 0.0)) for row in rows))}
     found = found.model_copy(
         update={
             "memory": found.memory.model_copy(update=memory),

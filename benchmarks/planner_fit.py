@@ -104,7 +104,7 @@ def step_from(fields: dict[str, Any]) -> Any:
 
 def fit(raw: Path, *, writes: bool = True) -> None:
     """Fit on the cases that are not held out, judge on those that are, write both files."""
-    from benchmarks.fitting import fit_memory, fit_time, write_fit
+    from benchmarks.fitting import fit_memory, fit_time, process_errors, write_fit
     from benchmarks.results import write
     from tunefork.plan.fits import fit_for, installed, minor
 
@@ -127,7 +127,7 @@ def fit(raw: Path, *, writes: bool = True) -> None:
     rows = [_judged(run.with_fit(found)) for run in measured]
     held = [row for row in rows if row["held_out"]]
     worst_held, worst = _worst(held), _worst(rows)
-    memory = {"tensor_error": _up(worst["tensor"]), "process_error": _up(worst["process"])}
+    memory = {"tensor_error": _up(worst["tensor"])} | process_errors(rows, "process", 1000)
     found = found.model_copy(
         update={
             "memory": found.memory.model_copy(update=memory),

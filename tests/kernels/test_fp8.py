@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunefork.kernels import fp8, reference
+from tunefork.kernels import fp8, fp8_weight, reference
 from tunefork.kernels.e4m3 import quantize_rows
 from tunefork.kernels.layout import Layout, Storage
 from tunefork.kernels.quantized import dequantize_nf4, nf4_tensors, quantize_nf4
@@ -35,9 +35,9 @@ def _stored(
     layout = Layout(storage, "fp8", (weight.shape[0],), (a.shape[0],), scale)
     if storage == "nf4":
         own = nf4_tensors(*quantize_nf4(weight))
-        return layout, fp8.nf4_weights(own, layout, weight.shape[1])
-    quantized = fp8.quantize_weight([weight], layout)
-    fp8.write_delta(quantized, [a], [b], layout)
+        return layout, fp8_weight.nf4_weights(own, layout, weight.shape[1])
+    quantized = fp8_weight.quantize_weight([weight], layout)
+    fp8_weight.write_delta(quantized, [a], [b], layout)
     return layout, quantized.tensors()
 
 
@@ -79,8 +79,8 @@ def test_the_delta_keeps_about_bf16s_precision_at_every_size(size: float) -> Non
     x, weight, a, b = operands.values()
     b = b.detach() * (size / 1e-2)
     layout = Layout("fp8_twice", "fp8", (96,), (8,), 2.0)
-    quantized = fp8.quantize_weight([weight], layout)
-    fp8.write_delta(quantized, [a], [b], layout)
+    quantized = fp8_weight.quantize_weight([weight], layout)
+    fp8_weight.write_delta(quantized, [a], [b], layout)
     # What a delta adds to the product, seen in fp32, for the product's bf16 result hides it.
     u = (x @ a.bfloat16().t()).detach()
     none = u.new_zeros(len(u), layout.spare)

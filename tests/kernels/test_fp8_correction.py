@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunefork.kernels import fp8
+from tunefork.kernels import fp8, fp8_weight
 from tunefork.kernels.fp8_correction import correction, main_directions
 from tunefork.kernels.layout import Layout, Storage
 from tunefork.kernels.quantized import dequantize_nf4, nf4_tensors, quantize_nf4
@@ -51,12 +51,12 @@ def check(storage: Storage, rank: int, device: torch.device) -> None:
         stored = [quantize_nf4(half) for half in halves]
         weight = torch.cat([dequantize_nf4(*one) for one in stored])
         own = [tensor for one in stored for tensor in nf4_tensors(*one)]
-        weights = fp8.nf4_weights(own, layout, D)
+        weights = fp8_weight.nf4_weights(own, layout, D)
     else:
-        quantized = fp8.quantize_weight(halves, layout)
+        quantized = fp8_weight.quantize_weight(halves, layout)
         weights = quantized.tensors()
         if rank:
-            fp8.write_delta(quantized, a, b, layout)
+            fp8_weight.write_delta(quantized, a, b, layout)
     x, like_it = _inputs(64, seed=3).to(device), _inputs(200, seed=2).to(device)
     truth = x.double() @ weight.double().t()
     if rank:
@@ -67,9 +67,9 @@ def check(storage: Storage, rank: int, device: torch.device) -> None:
 
     before = _error(product(), truth)
     if quantized is None:
-        fp8.correct_nf4(like_it, weights, layout)
+        fp8_weight.correct_nf4(like_it, weights, layout)
     else:
-        fp8.correct(quantized, like_it, halves, layout)
+        fp8_weight.correct(quantized, like_it, halves, layout)
     after = _error(product(), truth)
     assert before > 0.012
     # 0.46 of it, and 0.11 where directions are taken out of x: what is left is the rounding of the
@@ -77,20 +77,20 @@ def check(storage: Storage, rank: int, device: torch.device) -> None:
     assert after < (0.2 if storage == "nf4" else 0.5) * before
     if quantized is not None and rank:  # a later delta leaves the columns alone
         kept = quantized.codes_op.view(torch.uint8)[:, D + 3 * rank :].clone()
-        fp8.write_delta(quantized, a, [2 * b[0]], layout)
+        fp8_weight.write_delta(quantized, a, [2 * b[0]], layout)
         assert torch.equal(quantized.codes_op.view(torch.uint8)[:, D + 3 * rank :], kept)
 
 
 def test_the_input_gradient_is_that_of_an_uncorrected_base() -> None:
     layout = Layout("fp8_twice", "fp8", (OUT,), (0,), 1.0)
-    quantized = fp8.quantize_weight([_weight()], layout)
+    quantized = fp8_weight.quantize_weight([_weight()], layout)
     x = _inputs(8, seed=3).requires_grad_()
     upstream = torch.randn(8, OUT, generator=torch.Generator().manual_seed(4)).bfloat16()
     gradients = list[Tensor]()
     for _ in range(2):
         [y] = fp8.fp8_lora(x, layout, quantized.tensors(), [], [])
         gradients += torch.autograd.grad(y, x, upstream)
-        fp8.correct(quantized, x.detach(), [_weight()], layout)
+        fp8_weight.correct(quantized, x.detach(), [_weight()], layout)
     assert torch.equal(*gradients)
 
 

@@ -12,6 +12,7 @@ from tunefork.data.example import Encoded
 from tunefork.data.pack import pack
 from tunefork.model.layers import decoder_layers
 from tunefork.plan import step as steps
+from tunefork.plan.attention import Setting, install
 from tunefork.plan.batches import shape_of
 from tunefork.plan.built import Build, built
 from tunefork.plan.capture import capture
@@ -20,6 +21,7 @@ from tunefork.plan.graph import TOKENS, program_of
 from tunefork.plan.passes import Shape
 from tunefork.plan.shape import at_depth, config_for
 from tunefork.plan.step import trace_step
+from tunefork.plan.trace import Trace
 from tunefork.recipe import Checkpointing, FullSection, LoraSection, Method
 
 GIB = 2**30
@@ -139,6 +141,7 @@ def test_only_what_is_read_by_a_product_or_leaves_is_held() -> None:
 
 
 def test_capturing_leaves_the_model_as_it_was() -> None:
+    install(Setting("cuda", is_masked=False), Trace())
     there = built(at_depth(CONFIG, 4), _build())
     layers = capture(there.model, "none")
     assert layers is not None and len(layers) == 4 and layers[0] == layers[3]

@@ -81,6 +81,9 @@ class Handler(BaseHTTPRequestHandler):
                 self.reply(404, "")
 
     def load(self, name: str, path: str) -> None:
+        if name.startswith("large"):
+            self.reply(400, {"error": {"message": "CUDA out of memory. Tried to allocate"}})
+            return
         if name in loaded or not Path(path, "adapter_model.safetensors").is_file():
             self.reply(400, {"error": {"message": f"cannot load from {path}"}})
             return

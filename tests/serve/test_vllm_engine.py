@@ -23,7 +23,14 @@ from safetensors import safe_open
 from tests.registry.artefacts import save_artefact
 from tests.serve import fake_vllm
 from tests.serve.servers import eventually
-from tunefork.errors import AdapterError, BadInputError, EngineDeadError, EngineError, RecipeError
+from tunefork.errors import (
+    AdapterError,
+    BadInputError,
+    EngineDeadError,
+    EngineError,
+    NoAdapterMemoryError,
+    RecipeError,
+)
 from tunefork.serve.engine import EngineRequest, Grammar, Piece, Sampling, ServedAdapter
 from tunefork.serve.engines import vllm_adapters, watchdog
 from tunefork.serve.engines.vllm import VllmEngine
@@ -264,6 +271,12 @@ def test_an_adapter_that_vllm_does_not_load_is_tried_again(
     assert engine.state().in_host_memory == ()
     (tmp_path / "away").rename(one.folder / "adapter_model.safetensors")
     assert run(answer(engine, request(one)))
+
+
+def test_a_lack_of_memory_is_not_the_adapters_fault(make: Any, run: Run, tmp_path: Path) -> None:
+    engine = make()
+    with pytest.raises(NoAdapterMemoryError, match="large:v1: vLLM has no memory .*max_rank"):
+        run(answer(engine, request(adapter(tmp_path, "large"))))
 
 
 def test_failures_of_one_answer_are_its_own(make: Any, run: Run) -> None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tunefork.errors import ModelError
-from tunefork.kernels import fp8
+from tunefork.kernels import fp8, fp8_weight
 from tunefork.kernels.layout import Layout, Products, Storage
 from tunefork.kernels.lora_group import is_widened, lora_group, with_room, write_delta
 from tunefork.kernels.quantized import dequantize_nf4_tensors, nf4_tensors
@@ -60,20 +60,20 @@ class FusedGroup(nn.Module):
             tuple(m.lora_a.shape[0] if m in self.deltas else 0 for m in members),
             self.deltas[0].scale if self.deltas else 1.0,
         )
-        self.fp8: fp8.Fp8Weight | None = None
+        self.fp8: fp8_weight.Fp8Weight | None = None
         self.originals: list[Tensor] = []
         """What was quantised, until `calibrate` has corrected for it."""
         if storage == "nf4":
             self.weights = tuple(t for base in bases for t in nf4_tensors(base.codes, base.state))
             if products == "fp8":
-                self.weights = fp8.nf4_weights(self.weights, self.layout, self.features_in)
+                self.weights = fp8_weight.nf4_weights(self.weights, self.layout, self.features_in)
         else:
             self.originals = [base.weight.detach() for base in bases]
             weights = [weight.to(device) for weight in self.originals]
             if storage == "bf16":
                 self.weights = (with_room(weights, self.layout),)
             else:
-                self.fp8 = fp8.quantize_weight(weights, self.layout)
+                self.fp8 = fp8_weight.quantize_weight(weights, self.layout)
                 self.weights = self.fp8.tensors()
         self.joint: JointBanks | None = None
         """All layers' banks, where they are read token by token (`join_banks`)."""
@@ -142,9 +142,9 @@ class FusedGroup(nn.Module):
 
     def _correct(self, x_sd: Tensor) -> None:
         if self.fp8 is not None:
-            fp8.correct(self.fp8, x_sd, self.originals, self.layout)
+            fp8_weight.correct(self.fp8, x_sd, self.originals, self.layout)
         else:
-            fp8.correct_nf4(x_sd, self.weights, self.layout)
+            fp8_weight.correct_nf4(x_sd, self.weights, self.layout)
         self.is_calibrated, self.originals = True, []
 
     def write_delta(self) -> None:
@@ -152,7 +152,7 @@ class FusedGroup(nn.Module):
         lora_b = [member.lora_b for member in self.deltas]
         if self.fp8 is not None and self.deltas:
             lora_a = [member.lora_a for member in self.deltas]
-            fp8.write_delta(self.fp8, lora_a, lora_b, self.layout)
+            fp8_weight.write_delta(self.fp8, lora_a, lora_b, self.layout)
         elif is_widened(self.layout, self.features_in):
             write_delta(self.weights[0], lora_b, self.layout)
 

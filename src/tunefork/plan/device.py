@@ -20,7 +20,8 @@ class Trust:
     """How far predictions on a device go wrong, relative; and what its own runs correct them by."""
 
     tensors: float
-    process: float
+    process_less: float
+    process_more: float
     time: float
     process_factor: float = 1.0
     time_factor: float = 1.0
@@ -159,7 +160,8 @@ def _trust(fit: Fit, is_own: bool) -> Trust:
     memory, time = (1.0, 1.0) if is_own else (UNMEASURED_MEMORY, UNMEASURED_TIME)
     return Trust(
         tensors=fit.memory.tensor_error,
-        process=fit.memory.process_error * memory,
+        process_less=fit.memory.process_less * memory,
+        process_more=fit.memory.process_more * memory,
         time=fit.time.error * time,
     )
 
@@ -169,14 +171,14 @@ def _corrected(target: Target, is_device: Callable[[str], bool]) -> Target:
     found = correction(recall(is_device, target.fit.id))
     if not found.runs:
         return target
+    fit, trust = target.fit, target.trust
     return replace(
         target,
         trust=replace(
-            target.trust,
-            process=_error(
-                found.process_error, target.fit.memory.process_error, target.trust.process
-            ),
-            time=_error(found.time_error, target.fit.time.error, target.trust.time),
+            trust,
+            process_less=_error(found.process_error, fit.memory.process_less, trust.process_less),
+            process_more=_error(found.process_error, fit.memory.process_more, trust.process_more),
+            time=_error(found.time_error, fit.time.error, trust.time),
             process_factor=found.process,
             time_factor=found.time,
         ),

@@ -2,7 +2,7 @@
 
 Memory: the libraries' workspaces beside the traced tensors (a constant), the CUDA context, and what
 the allocator holds without using it. Time: how far each kind of operation stays behind the data
-sheet's rates, and what starting an operation costs the host. Each has a relative error, the largest
+sheet's rates, and what starting an operation costs the host. Each has relative errors, the largest
 that any run showed, held out from the fit or not, from which intervals are made.
 
 An entry's key is the device, the version of torch, the attention kernel and the quantiser, for a
@@ -56,8 +56,10 @@ class MemoryFit(_Model):
     """Per byte of the room that the optimiser's update takes."""
     tensor_error: float
     """Relative; of `peak_tensor_bytes`."""
-    process_error: float
-    """Relative; of `peak_process_bytes`."""
+    process_less: float
+    """Relative: how much less than its `peak_process_bytes` a run took."""
+    process_more: float
+    """And how much more. That a run does not fit is found out too late, so the two are apart."""
 
 
 class TimeFit(_Model):

@@ -79,13 +79,13 @@ def measure(
         return trust.process_factor * whole
 
     def process_high(tensor_bytes: int) -> float:
-        return process(tensor_bytes) * (1 + trust.process)
+        return process(tensor_bytes) * (1 + trust.process_more)
 
     peak = max(phase.tensor_bytes for phase in phases.values())
     return Memory(
         phases=phases,
-        tensors=around(peak, trust.tensors),
-        process=around(process(peak), trust.process),
+        tensors=around(peak, trust.tensors, trust.tensors),
+        process=around(process(peak), trust.process_less, trust.process_more),
         moments_high={
             segment: process_high(moment.tensor_bytes) for segment, moment in moments.items()
         },
@@ -93,6 +93,6 @@ def measure(
     )
 
 
-def around(mid: float, error: float) -> Interval:
-    """`mid` with a relative error either way."""
-    return Interval(low=mid * (1 - error), mid=mid, high=mid * (1 + error))
+def around(mid: float, less: float, more: float) -> Interval:
+    """`mid` with relative errors."""
+    return Interval(low=mid * (1 - less), mid=mid, high=mid * (1 + more))

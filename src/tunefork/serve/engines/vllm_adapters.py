@@ -25,7 +25,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from tunefork.errors import AdapterError, EngineBusyError, TuneforkError
+from tunefork.errors import AdapterError, EngineBusyError, NoAdapterMemoryError, TuneforkError
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.engines.vllm_files import check_config, link_folder
 
@@ -197,8 +197,7 @@ class Adapters:
             fields = {"lora_name": adapter.id, "lora_path": str(path)}
             status, said = await self.call("/v1/load_lora_adapter", fields)
             if status != 200:
-                said = said.replace(str(path), "its folder")
-                raise AdapterError(f"{adapter.id}: vLLM does not load it: {said}")
+                raise _refused(adapter.id, said.replace(str(path), "its folder"))
         except BaseException:
             del self._known[adapter.id]  # the next request tries again
             raise
@@ -219,6 +218,16 @@ class Adapters:
     def _remove_files(self, adapter_id: str, path: Path) -> None:
         if adapter_id not in self._known:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _refused(name: str, said: str) -> TuneforkError:
+    """vLLM says 400 for whatever went wrong; a lack of memory is not the adapter's fault."""
+    if "out of memory" in said.lower():
+        return NoAdapterMemoryError(
+            f"{name}: vLLM has no memory to load it: {said}; start the server with less "
+            "vllm.slots or vllm.max_rank"
+        )
+    return AdapterError(f"{name}: vLLM does not load it: {said}")
 
 
 def _is_idle(one: _Known) -> bool:
