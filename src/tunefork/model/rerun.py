@@ -21,7 +21,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from tunefork.errors import ModelError
@@ -65,8 +64,8 @@ class _Rerun(torch.autograd.Function):
         ctx.kept = None  # the graph outlives its backward pass
         x_d.requires_grad_()
         with torch.enable_grad(), _drawing(ctx.random, x_d):
-            result = get_gradient_edge(ctx.again(x_d, kept))  # its values need no memory
-        torch.autograd.backward(result, dy_d)
+            y_d = ctx.again(x_d, kept)
+        torch.autograd.backward(y_d, dy_d)
         return None, None, None, None, x_d.grad if ctx.needs_input_grad[4] else None, None
 
 
