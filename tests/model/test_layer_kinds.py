@@ -1,6 +1,8 @@
 """Layers that checkpointing cannot take: refused. And dropout is drawn alike by a second run."""
 
-from typing import Any
+from collections import UserDict
+from functools import partial
+from typing import Any, cast
 
 import pytest
 import torch
@@ -56,7 +58,10 @@ def test_dropout_that_is_no_module_is_drawn_alike_again(checkpointing: Any) -> N
 
 
 def test_dropout_at_rate_zero_draws_nothing() -> None:
-    assert not draws(_bigcode(0.0))
+    model = _bigcode(0.0)
+    assert not draws(model)
+    model.jitter_noise = 0.1  # of Mixtral's router
+    assert draws(model)
 
 
 def test_offload_refuses_layers_of_several_results() -> None:
@@ -84,6 +89,41 @@ def test_offload_refuses_a_second_tensor_that_needs_a_gradient() -> None:
     layer.forward = lambda *args, **kwargs: own(*args, second=second, **kwargs)
     with pytest.raises(ModelError, match="activation_checkpointing: offload.*set full"):
         model(input_ids=IDS, use_cache=False)
+
+
+class _HandsOn(LlamaDecoderLayer):  # type: ignore[misc]
+    """The first leaves a tensor for the others, as Gemma 4's do keys and values."""
+
+    def forward(self, x: Any, shared: Any = None, **kwargs: Any) -> torch.Tensor:
+        if self.self_attn.layer_idx == 0:
+            shared["states"] = self.mlp.gate_proj(x)[..., :32]
+        else:
+            x = x + shared["states"]
+        y: torch.Tensor = super().forward(x, **kwargs)
+        return y
+
+
+def _handing_on(checkpointing: Any) -> PreTrainedModel:
+    model = tiny_model("llama").train()
+    for layer in model.model.layers:
+        layer.__class__ = _HandsOn
+    prepare_layers(
+        model, checkpointing, compiles=checkpointing == "full", compiler=lambda run, **_: run
+    )
+    shared = UserDict[str, torch.Tensor]()  # as transformers' KVSharingDict is
+    model.model.register_forward_pre_hook(lambda *_: shared.clear())
+    for layer in model.model.layers:
+        layer.forward = partial(layer.forward, shared=shared)
+    return cast(PreTrainedModel, model)
+
+
+def test_gradients_through_what_layers_hand_on_are_not_lost() -> None:
+    """A first run keeps no graph of it: `full` is PyTorch's own there, offload is refused."""
+    expected, actual = (_gradients(_handing_on(kind)) for kind in ("none", "full"))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, msg=name)
+    with pytest.raises(ModelError, match="activation_checkpointing: offload.*hand.*set full"):
+        _gradients(_handing_on("offload"))
 
 
 def test_checkpointing_is_refused_where_there_are_no_layers_for_it() -> None:

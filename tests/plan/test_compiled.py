@@ -16,6 +16,7 @@ from tunefork.plan.attention import Setting, install
 from tunefork.plan.batches import shape_of
 from tunefork.plan.built import Build, built
 from tunefork.plan.capture import capture
+from tunefork.plan.compiled import EmptyShelf
 from tunefork.plan.graph import TOKENS, program_of
 from tunefork.plan.passes import Shape
 from tunefork.plan.shape import at_depth, config_for
@@ -63,6 +64,15 @@ def test_a_second_run_counts_what_it_makes() -> None:
     down = 2 * 2 * (2 * 128) * (64 * 160 + 4 * 64)  # layers x 2 operations x tokens x (W + B)
     for kind in ("full", "offload"):
         assert work(kind, "products") - work("none", "products") == products[1] - products[0] - down
+
+
+def test_offloaded_layers_are_planned_as_the_shelf_has_them() -> None:
+    """Two layers' tensors on their way out, the next one's on its way back."""
+    shelf = EmptyShelf()
+    tickets = [shelf.put(torch.empty(4, 8, device="meta")) for _ in range(5)]
+    for at, here in ((4, (0, 0, 0, 1)), (3, (0, 0, 1)), (2, (0, 1)), (1, (1,))):
+        shelf.take(tickets[at])
+        assert tuple(isinstance(ticket[0], torch.Tensor) for ticket in tickets[:at]) == here
 
 
 @pytest.mark.parametrize(
@@ -162,10 +172,9 @@ def test_a_compiled_pass_is_filled_up_as_the_run_fills_it(
         # torch 2.11 keeps the widened [x | u] beside x there, 2.13 keeps one of them.
         (Method.LORA, "none", False, 8, 2048, 94.49, 0.05),
         (Method.LORA, "none", True, 8, 2048, 90.63, 0.01),
-        (Method.LORA, "full", True, 8, 2048, 16.59, 0.05),
+        (Method.LORA, "full", True, 8, 2048, 17.16, 0.07),
         (Method.LORA, "none", True, 8, 64, 18.34, 0.01),
-        # Where equal cuts are chosen otherwise: dequantised weights kept or made again.
-        (Method.QLORA, "offload", True, 8, 2048, 9.76, 0.06),
+        (Method.QLORA, "offload", True, 8, 2048, 9.91, 0.02),
     ],
 )
 def test_an_8b_shape_takes_what_it_took_on_an_h200(

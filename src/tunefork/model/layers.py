@@ -13,7 +13,7 @@ other shapes, and take the layers as written.
     offload     full, and the inputs wait in host memory; compiled, attention's results too
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from tunefork.model.bank_linear import BankLinear
 from tunefork.model.fused import FusedLinear
 from tunefork.model.kept_attention import has_cudnn
 from tunefork.model.rerun import (
+    may_hand_on,
     plainly,
     rerun,
     returns_one_tensor,
@@ -37,6 +38,9 @@ from tunefork.model.rerun import (
 )
 from tunefork.model.shelf import Held, Shelf
 from tunefork.recipe import Checkpointing
+
+_TwoRuns = Callable[[bool], tuple[Callable[..., Any], Callable[..., Any]]]
+"""A layer's first and second run, for whether attention's result is kept."""
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -52,7 +56,7 @@ def prepare_layers(
     dynamic: bool | None = None,
     compiler: Callable[..., Any] = torch.compile,
     shelf: Any = None,
-    two_runs: Callable[[bool], tuple[Callable[..., Any], Callable[..., Any]]] | None = None,
+    two_runs: _TwoRuns | None = None,
 ) -> None:
     """Have `model`'s layers run so while they are trained, in place.
 
@@ -75,22 +79,12 @@ def prepare_layers(
         keeps_all = checkpointing in ("none", "selective")
         torch._functorch.config.cse = not (keeps_all and _makes_operands_twice(model))
         run = compiler(run, dynamic=dynamic)
-    layers = decoder_layers(model)
     if checkpointing in ("full", "offload"):
-        first, again = plainly(run)
+        spare: _TwoRuns | None = None
         if compiles and not is_random:  # two codes might draw apart
-            keeps_attention = checkpointing == "offload"
-            if two_runs is not None:
-                first, again = two_runs(keeps_attention)
-            else:
-                two = sparingly(_as_written, keeps_attention, has_cudnn(model.device))
-                first, again = (compiler(one, dynamic=dynamic) for one in two)
-        if checkpointing == "offload":
-            run = partial(rerun, first, again, shelf or Shelf(), is_random)
-        elif compiles and not is_random and _are_simple(model, layers):
-            run = partial(_rerun_or_checkpointed, partial(rerun, first, again, Held(), False), run)
-        else:
-            run = partial(_checkpointed, run, is_random)
+            spare = two_runs or partial(_compiled_runs, model, partial(compiler, dynamic=dynamic))
+        run = _run_again(run, model, checkpointing, is_random, spare, shelf or Shelf())
+    layers = decoder_layers(model)
     if not layers and checkpointing != "none":
         raise ModelError(
             f"train.activation_checkpointing: {checkpointing} cannot be had, as "
@@ -99,6 +93,32 @@ def prepare_layers(
         )
     for layer in layers:
         layer.forward = partial(_forward, run, layer)
+
+
+def _compiled_runs(
+    model: PreTrainedModel, compiler: Callable[..., Any], keeps_attention: bool
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    first, again = sparingly(_as_written, keeps_attention, has_cudnn(model.device))
+    return compiler(first), compiler(again)
+
+
+def _run_again(
+    run: Callable[..., Any],
+    model: PreTrainedModel,
+    checkpointing: Checkpointing,
+    is_random: bool,
+    spare: _TwoRuns | None,
+    shelf: Any,
+) -> Callable[..., Any]:
+    """What runs a layer that keeps little, as `run` does; by `spare`'s two runs where it is given
+    and the model's layers are such as `rerun` takes."""
+    keeps_attention = checkpointing == "offload"
+    first, again = plainly(run) if spare is None else spare(keeps_attention)
+    if checkpointing == "offload":
+        return partial(rerun, first, again, shelf, is_random)
+    if spare is not None and _are_simple(model):
+        return partial(_rerun_or_checkpointed, partial(rerun, first, again, Held(), False), run)
+    return partial(_checkpointed, run, is_random)
 
 
 def shared_weights(model: PreTrainedModel) -> list[str]:
@@ -117,7 +137,7 @@ def draws(model: PreTrainedModel) -> bool:
         value
         for module in model.modules()
         for name, value in vars(module).items()
-        if "drop" in name or (name == "p" and isinstance(module, nn.Dropout))
+        if "drop" in name or "jitter" in name or (name == "p" and isinstance(module, nn.Dropout))
     )
     return any(isinstance(rate, float) and rate > 0.0 for rate in rates)
 
@@ -140,9 +160,10 @@ def _as_written(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(layer).forward(layer, *args, **kwargs)
 
 
-def _are_simple(model: PreTrainedModel, layers: Sequence[nn.Module]) -> bool:
-    """Whether `rerun` takes them; PyTorch's own takes any."""
-    return all(returns_one_tensor(layer) for layer in layers) and not shared_weights(model)
+def _are_simple(model: PreTrainedModel) -> bool:
+    """Whether `rerun` takes its layers; PyTorch's own takes any."""
+    is_one = all(returns_one_tensor(layer) for layer in decoder_layers(model))
+    return is_one and not shared_weights(model)
 
 
 def _rerun_or_checkpointed(
@@ -152,7 +173,8 @@ def _rerun_or_checkpointed(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    if shares_gradients(*args[1:], *kwargs.values()):
+    others = (*args[1:], *kwargs.values())
+    if shares_gradients(*others) or may_hand_on(*others):
         return _checkpointed(run, False, layer, *args, **kwargs)
     return ours(layer, *args, **kwargs)
 

@@ -14,7 +14,8 @@ Shape legend: T tokens in any layout, D features.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -31,6 +32,9 @@ IS_OURS = "cu_seq_lens_q"
 
 
 class _Rerun(torch.autograd.Function):
+    """`first` now, without a graph; in the backward pass `again`, with a graph of its own, which is
+    differentiated there and then."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -41,9 +45,8 @@ class _Rerun(torch.autograd.Function):
         x_d: Tensor,
         _anchor: Tensor,
     ) -> Tensor:
-        ctx.again, ctx.shelf, ctx.random = again, shelf, None
-        if draws:
-            ctx.random = (torch.get_rng_state(), *get_device_states(x_d))
+        ctx.again, ctx.shelf = again, shelf
+        ctx.random = _random_states(x_d) if draws else None
         # The first layer's input needs no gradient. Were that to show, here or in the second run,
         # its runs would be compiled apart from all others', which takes longer than the gradient.
         y_d, kept = first(x_d.detach())
@@ -55,26 +58,42 @@ class _Rerun(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_d: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.kept is None:
+            raise RuntimeError("a layer that runs again has one backward pass, and this is another")
         x_d, *kept = ctx.shelf.take(ctx.kept)
+        ctx.kept = None  # the graph outlives its backward pass
         x_d.requires_grad_()
-        now = None
-        if ctx.random is not None:
-            now = (torch.get_rng_state(), *get_device_states(x_d))
-            torch.set_rng_state(ctx.random[0])
-            set_device_states(*ctx.random[1:])
-        with torch.enable_grad():
+        with torch.enable_grad(), _drawing(ctx.random, x_d):
             y_d = ctx.again(x_d, kept)
-        if now is not None:
-            torch.set_rng_state(now[0])
-            set_device_states(*now[1:])
         torch.autograd.backward(y_d, dy_d)
         return None, None, None, None, x_d.grad if ctx.needs_input_grad[4] else None, None
 
 
 _REFUSED = (
-    "train.activation_checkpointing: offload is for layers of one tensor, and this model's {}; "
-    "set full"
+    "train.activation_checkpointing: offload, and full where layers are compiled, is for layers of "
+    "one tensor, and this model's {}; set full, or beside full train.compile: never"
 )
+
+
+def _random_states(x_d: Tensor) -> tuple[Any, ...]:
+    """Of the CPU's generator and of that of `x_d`'s device."""
+    return (torch.get_rng_state(), *get_device_states(x_d))
+
+
+@contextmanager
+def _drawing(states: tuple[Any, ...] | None, x_d: Tensor) -> Iterator[None]:
+    """Within, random numbers are drawn from these states on."""
+    if states is None:
+        yield
+        return
+    now = _random_states(x_d)
+    try:
+        torch.set_rng_state(states[0])
+        set_device_states(*states[1:])
+        yield
+    finally:
+        torch.set_rng_state(now[0])
+        set_device_states(*now[1:])
 
 
 class _Unread(torch.autograd.Function):
@@ -134,11 +153,22 @@ def sparingly(
 
 def shares_gradients(*given: Any) -> bool:
     """Whether any of them is, or holds, a tensor that needs a gradient."""
-    return any(
-        isinstance(part, Tensor) and part.requires_grad
-        for one in given
-        for part in (one if isinstance(one, list | tuple) else (one,))
-    )
+    return any(x.requires_grad for x in _tensors(given))
+
+
+def may_hand_on(*given: Any) -> bool:
+    """Whether a layer may leave tensors for others in one of them, as Gemma 4's layers do keys and
+    values. A first run keeps no graph, so gradients would be lost on that way."""
+    return any(isinstance(one, MutableMapping) for one in given)
+
+
+def _tensors(given: Any) -> list[Tensor]:
+    """Those that it is or holds."""
+    if isinstance(given, Tensor):
+        return [given]
+    if isinstance(given, Mapping):
+        given = list(given.values())
+    return [x for part in given for x in _tensors(part)] if isinstance(given, list | tuple) else []
 
 
 def returns_one_tensor(layer: nn.Module) -> bool:
@@ -160,10 +190,11 @@ def rerun(
     keeps. The backward pass runs `again(layer, x_d, kept, *args, **kwargs)`, which returns the
     same, but that its values may be anything.
 
-    `x_d` and what is kept wait in host memory until then. Gradients of `layer`'s parameters add up
-    in their `grad` (never through `torch.autograd.grad`). With `draws` the second run draws the
-    same random numbers. Raises ModelError where something else than `x_d` would need a gradient,
-    or the result is no tensor.
+    `x_d` and what is kept wait on the `shelf` until then. Gradients of `layer`'s parameters add up
+    in their `grad` (never through `torch.autograd.grad`), in one backward pass. With `draws` the
+    second run draws the same random numbers. Raises ModelError where something else than `x_d`
+    would need a gradient, where the layer leaves tensors in its arguments, or where the result is
+    no tensor.
     """
     if shares_gradients(*args, *kwargs.values()):
         raise ModelError(_REFUSED.format("share another tensor that needs a gradient"))
@@ -173,7 +204,8 @@ def rerun(
     # Its gradient is not asked for, but without an input that has one there is no backward pass.
     anchor = torch.empty(0, device=x_d.device, requires_grad=True)
     apply: Callable[..., Tensor] = _Rerun.apply
-    return apply(
+    before = _tensors((args, kwargs))
+    y_d = apply(
         lambda x_d: first(layer, x_d, *args, **kwargs),
         lambda x_d, kept: again(layer, x_d, kept, *args, **kwargs),
         shelf,
@@ -181,3 +213,7 @@ def rerun(
         x_d,
         anchor,
     )
+    after = _tensors((args, kwargs))
+    if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
+        raise ModelError(_REFUSED.format("hand others on"))
+    return y_d

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_IN_FLIGHT = 2
+IN_FLIGHT = 2
 """Layers whose tensors may be on their way out at once. The host launches layers faster than the
 GPU runs them, and would let all of them wait for their copies in GPU memory."""
 _SMALL = 16
@@ -31,10 +31,8 @@ class Held:
         return [x.detach() for x in tensors]
 
     def take(self, ticket: list[Tensor]) -> list[Tensor]:
-        """What was put there; the ticket, which outlives the backward pass, is empty then."""
-        found = list(ticket)
-        ticket.clear()
-        return found
+        """What was put there."""
+        return ticket
 
 
 @dataclass(slots=True)
@@ -110,7 +108,7 @@ class Shelf:
         kept.event = self._copy(kept.device, leaving)
         if kept.device.type != "cuda":
             kept.has_left()
-        for older in self.kept[-_IN_FLIGHT:][:1]:
+        for older in self.kept[-IN_FLIGHT:][:1]:
             older.has_left()
         ticket = _Ticket(kept)
         kept.holder = weakref.ref(ticket)
@@ -143,15 +141,13 @@ class Shelf:
         kept = ticket.kept
         self._fetch(kept)
         at = next(i for i in reversed(range(len(self.kept))) if self.kept[i] is kept)
-        del self.kept[at:]
+        del self.kept[at]  # others above it may be of a pass that comes later
         if kept.event is not None:
             torch.cuda.current_stream(kept.device).wait_event(kept.event)
-        if self.kept and kept.device.type == "cuda":
-            self._fetch(self.kept[-1])
+        if at > 0 and kept.device.type == "cuda":
+            self._fetch(self.kept[at - 1])
         self._give_back(kept)
-        # The graph keeps `kept` for as long as its last output.
-        backs, kept.parts = [part.back for part in kept.parts], []
-        return [back for back in backs if back is not None]
+        return [part.back for part in kept.parts if part.back is not None]
 
     def _fetch(self, kept: _Kept) -> None:
         if kept.is_fetched:

@@ -13,35 +13,47 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tunefork.model.rerun import IS_OURS
-from tunefork.model.shelf import is_large
+from tunefork.model.shelf import IN_FLIGHT, is_large
 from tunefork.plan.capture import Layer
 from tunefork.plan.program import Program
 from tunefork.plan.trace import Room, Trace
 
+_Kept = list[Tensor | tuple[torch.Size, torch.dtype]]
+"""A layer's tensors; of those in host memory the shapes."""
+
 
 @dataclass(slots=True)
 class EmptyShelf:
-    """In the place of `model.shelf.Shelf`: of what is put there one layer's is on its way."""
+    """In the place of `model.shelf.Shelf`: what that has on the device, and nothing in the host's
+    memory."""
 
-    moving: list[Tensor] = field(default_factory=list)
-    num_kept: int = 0
+    kept: list[_Kept] = field(default_factory=list)
 
-    def put(self, *tensors: Tensor) -> list[Tensor | tuple[torch.Size, torch.dtype]]:
-        """Keep the small ones, and the shapes of the others, copied while the next layer runs."""
-        large = [x.detach() for x in tensors if is_large(x, tensors[0])]
-        self.moving = large
-        self.num_kept += 1
-        return [(x.shape, x.dtype) if is_large(x, tensors[0]) else x for x in tensors]
+    def put(self, *tensors: Tensor) -> _Kept:
+        """Keep a layer's tensors; those of the layer `IN_FLIGHT` before it have left."""
+        for older in self.kept[-IN_FLIGHT:][:1]:
+            first = older[0]
+            if isinstance(first, Tensor):
+                older[:] = [
+                    (x.shape, x.dtype) if isinstance(x, Tensor) and is_large(x, first) else x
+                    for x in older
+                ]
+        self.kept.append([x.detach() for x in tensors])
+        return self.kept[-1]
 
-    def take(self, kept: list[Tensor | tuple[torch.Size, torch.dtype]]) -> list[Tensor]:
-        """Tensors of the shapes; those of the layer below are fetched ahead."""
-        back = [
-            x if isinstance(x, Tensor) else torch.empty(x[0], dtype=x[1], device="meta")
-            for x in kept
-        ]
-        self.num_kept -= 1
-        self.moving = [torch.empty_like(x) for x in back] if self.num_kept else []
-        return back
+    def take(self, kept: _Kept) -> list[Tensor]:
+        """The last layer's tensors; those of the layer below are fetched ahead."""
+        backs = _fetched(kept)
+        self.kept.pop()
+        if self.kept:
+            self.kept[-1][:] = _fetched(self.kept[-1])
+        return backs
+
+
+def _fetched(kept: _Kept) -> list[Tensor]:
+    return [
+        x if isinstance(x, Tensor) else torch.empty(x[0], dtype=x[1], device="meta") for x in kept
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,9 +78,9 @@ def depths(config: Any) -> tuple[int, int]:
     does and differ by one period.
     """
     whole, period = num_layers(config), _period(config)
-    # Four, so that two lie between the first layer and the last: what one of them still holds of
-    # the layer below it (offloading) is seen.
-    low = -(-4 // period) * period + whole % period
+    # Five, so that three lie between the first layer and the last: what one of them still holds of
+    # the two before it (offloading, `shelf.IN_FLIGHT`) is seen.
+    low = -(-5 // period) * period + whole % period
     return (whole, whole) if low + period >= whole else (low, low + period)
 
 
