@@ -1,6 +1,7 @@
 """`tunefork plan` as a user calls it."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ def test_methods_side_by_side(tunefork: Call, write_recipe: Write) -> None:
     assert ended.status == 0, ended.err
     for words in ("LoRA", "QLoRA", "full", "peak memory (process)", "1 x h200", "12 examples"):
         assert words in ended.out
+    # Both ends of an interval, where they are not alike; of tensors they are.
+    memory = [line for line in ended.out.splitlines() if line.startswith("peak memory")]
+    assert len(re.findall(r" [MG]B -\d+/\+\d+ %", memory[0])) == 3 and memory[1].count(" ± ") == 3
 
 
 def test_json_for_programs(tunefork: Call, write_recipe: Write) -> None:

@@ -71,7 +71,13 @@ def _fits(method: MethodPlan) -> str:
 
 
 def _range(interval: Interval) -> str:
-    return f"{bytes_text(interval.mid)} ± {share_text(interval.high / interval.mid - 1, 0)}"
+    return f"{bytes_text(interval.mid)} {_around(interval.low, interval.mid, interval.high)}"
+
+
+def _around(low: float, mid: float, high: float) -> str:
+    """`± 4 %`, or `-11/+3 %` where the ends are not alike."""
+    less, more = share_text(1 - low / mid, 0), share_text(high / mid - 1, 0)
+    return f"± {more}" if less == more else f"-{less.removesuffix(' %')}/+{more}"
 
 
 def _phase(name: str) -> Callable[[MethodPlan], str]:
@@ -112,7 +118,8 @@ _ROWS: dict[str, Callable[[MethodPlan], str]] = {
         f"({share_text(method.trainable_params / method.total_params, 2)})"
     ),
     "one step": lambda method: (
-        f"{_short(method.step_s)} ± {share_text(method.step_s_interval[1] / method.step_s - 1, 0)}"
+        f"{_short(method.step_s)} "
+        f"{_around(method.step_s_interval[0], method.step_s, method.step_s_interval[1])}"
     ),
     "training": lambda method: seconds_text(method.total_s),
     "tokens a second": lambda method: f"{method.tokens_per_s:,.0f}",
