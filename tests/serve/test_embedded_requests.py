@@ -218,9 +218,10 @@ def test_a_full_cache_puts_the_last_ones_off_and_changes_no_answer(
 
 def test_what_does_not_fit_is_refused_at_once(base: Any) -> None:
     async def ask() -> None:
-        async with started(base.folder, max_requests=1, max_queued=1) as engine:
+        few = {"max_requests": 1, "max_queued": 1, "cache_tokens": 300}  # of which regions have 192
+        async with started(base.folder, **few) as engine:
             for wrong in (
-                request("a", PROMPT, max_tokens=1000),
+                request("a", PROMPT, max_tokens=193 - len(PROMPT)),
                 request("b", [], max_tokens=1),
                 request("c", [5, 10**6], max_tokens=1),
                 request("d", PROMPT, logit_bias={10**6: 1.0}),
@@ -228,7 +229,7 @@ def test_what_does_not_fit_is_refused_at_once(base: Any) -> None:
                 with pytest.raises(BadInputError):
                     await answer(engine, wrong)
             streams = [
-                engine.generate(request(f"q{at}", PROMPT, max_tokens=200)) for at in range(3)
+                engine.generate(request(f"q{at}", PROMPT, max_tokens=150)) for at in range(3)
             ]
             await anext(streams[0])
             waiting = asyncio.ensure_future(anext(streams[1]))

@@ -75,8 +75,9 @@ def assemble(
     layers = layer_shapes(model)
     own_limit = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 8192)
     cache_tokens = _cache_tokens(ours, bytes_a_token(layers, dtype), own_limit, device)
-    max_model_len = min(ours.max_model_len or own_limit, own_limit, cache_tokens - 64)
     cache = Cache(layers, cache_tokens, dtype, device)
+    # What has no room in an empty cache would wait for ever.
+    max_model_len = min(ours.max_model_len or own_limit, own_limit, cache.total)
     prefill_tokens = ours.prefill_tokens or _PREFILL_TOKENS[device.type]
     flash = takes_flash(layers, dtype, device)
     passes = Passes(
