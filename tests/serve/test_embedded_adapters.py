@@ -282,6 +282,7 @@ def test_without_memory_who_waits_is_told_and_who_comes_later_is_answered(
 ) -> None:
     """Also those who wait while no more requests may run; others go on."""
     calls: list[str] = []
+    both_wait = threading.Event()
 
     def first_fails(do: Callable[..., Any]) -> Callable[..., Any]:
         def called(*told: Any) -> Any:
@@ -294,23 +295,36 @@ def test_without_memory_who_waits_is_told_and_who_comes_later_is_answered(
 
     async def ask() -> None:
         async with started(served.base, max_requests=1, prefill_tokens=1) as engine:
-            tiers, adapter = tiers_of(engine), served.adapters[0]
+            tiers, adapter, read = (
+                tiers_of(engine),
+                served.adapters[0],
+                tiers_of(engine).loading.read,
+            )
             match step:
                 case "read":
-                    tiers.loading.read = first_fails(tiers.loading.read)
+                    read = first_fails(read)
                 case "copied":
                     tiers.slots.load = first_fails(tiers.slots.load)  # type: ignore[method-assign]
                 case "tried":
                     monkeypatch.setattr(core, "try_adapter", first_fails(try_adapter))
-            wanted = [request("a", PROMPT, adapter), request("b", PROMPT, adapter)]
-            well = request("w", PROMPT, max_tokens=30)
-            found = await asyncio.gather(
-                *(answer(engine, one) for one in (*wanted, well)), return_exceptions=True
-            )
-            for one in found[:2]:
+
+            def once_both_wait(one: ServedAdapter) -> Any:
+                assert both_wait.wait(60)
+                return read(one)
+
+            tiers.loading.read = once_both_wait
+            found = [
+                asyncio.ensure_future(answer(engine, request(name, PROMPT, adapter)))
+                for name in "ab"
+            ]
+            await until(lambda: engine.state().waiting == 2)
+            well = asyncio.ensure_future(answer(engine, request("w", PROMPT, max_tokens=30)))
+            await until(lambda: engine.state().running or well.done())
+            both_wait.set()
+            for one in await asyncio.gather(*found, return_exceptions=True):
                 assert isinstance(one, NoAdapterMemoryError)
                 assert f"while {'an adapter' if step == 'tried' else 'it'} was {step}" in str(one)
-            assert isinstance(found[2], Piece)
+            assert isinstance(await well, Piece)
             assert len(tiers.free) == (3 if step == "tried" else 4)  # there it may still be evicted
             later = await answer(engine, request("l", PROMPT, adapter))
             assert list(later.token_ids) == served.expected(adapter) and len(calls) == 2
