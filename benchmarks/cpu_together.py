@@ -18,7 +18,8 @@ import torch
 
 from benchmarks.cpu_turns import CPU, LEARNING_RATE, MODEL, Figures, compare, peft_base, train_peft
 from tunefork.data.example import Encoded
-from tunefork.model.bank import BankAdapter, add_bank
+from tunefork.model.add_bank import add_bank
+from tunefork.model.bank import BankAdapter
 from tunefork.model.device import reset_peak
 from tunefork.model.load import load_model
 from tunefork.recipe import LoraSection

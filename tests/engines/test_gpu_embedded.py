@@ -10,7 +10,7 @@ import torch
 from tests.serve.embedded import answers, base_folder, idle, request, save_adapter, settings
 from tests.serve.test_ferry import deltas
 from tests.tiny import tiny_model
-from tunefork.model.bank import add_serving_bank
+from tunefork.model.add_bank import add_serving_bank
 from tunefork.serve.engine import Piece, ServedAdapter
 from tunefork.serve.engines import slots
 from tunefork.serve.engines.adapter_file import HostAdapter

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from tests.tiny import tiny_model
 from tunefork.errors import AdapterError, ModelError
 from tunefork.kernels.bank_stretches import Stretch, lay_out
-from tunefork.model.bank import Bank, BankAdapter, add_bank, add_serving_bank
+from tunefork.model.add_bank import add_bank, add_serving_bank
+from tunefork.model.bank import Bank, BankAdapter
 from tunefork.model.bank_linear import BankLinear
 from tunefork.model.build import build, lora_scale, quantize_nf4
 from tunefork.model.fused import fuse

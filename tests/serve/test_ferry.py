@@ -3,7 +3,8 @@
 import torch
 
 from tests.tiny import tiny_model
-from tunefork.model.bank import Bank, add_serving_bank
+from tunefork.model.add_bank import add_serving_bank
+from tunefork.model.bank import Bank
 from tunefork.registry.peft_deltas import Delta, Deltas
 from tunefork.serve.engines.ferry import Ferry
 

@@ -9,7 +9,7 @@ import torch
 from tests.serve.test_ferry import deltas
 from tests.tiny import tiny_model
 from tunefork.kernels.bank_stretches import Stretch
-from tunefork.model.bank import add_serving_bank
+from tunefork.model.add_bank import add_serving_bank
 from tunefork.model.own_rows import keep_rows
 from tunefork.serve.engines.adapter_file import HostAdapter
 from tunefork.serve.engines.slots import BankSlots

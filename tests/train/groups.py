@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from tests.tiny import VOCABULARY
 from tests.train.test_loss import examples
 from tunefork.data.split import steps
-from tunefork.model.bank import BankAdapter, add_bank
+from tunefork.model.add_bank import add_bank
+from tunefork.model.bank import BankAdapter
 from tunefork.model.build import build
 from tunefork.recipe import LoraSection, Method
 from tunefork.train.adamw_lora import LoraAdamW

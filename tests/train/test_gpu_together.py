@@ -19,7 +19,8 @@ from tunefork.kernels.bank import Padded, grouped, padded_rank, spans
 from tunefork.kernels.bank_tokens import bank_tokens
 from tunefork.kernels.layout import Products, Storage
 from tunefork.model import attention
-from tunefork.model.bank import Bank, BankAdapter, add_bank
+from tunefork.model.add_bank import add_bank
+from tunefork.model.bank import Bank, BankAdapter
 from tunefork.model.build import quantize_nf4
 from tunefork.model.fused import fuse
 from tunefork.model.head import find_head

@@ -22,8 +22,9 @@ from tests.train.groups import (
 from tests.train.test_loss import examples
 from tunefork.data.example import Encoded
 from tunefork.errors import NoMemoryError
+from tunefork.model.add_bank import add_bank
 from tunefork.model.attention import NAME, register
-from tunefork.model.bank import BankAdapter, add_bank
+from tunefork.model.bank import BankAdapter
 from tunefork.model.build import build
 from tunefork.model.head import find_head
 from tunefork.recipe import Method

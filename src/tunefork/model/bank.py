@@ -1,7 +1,7 @@
 """The slots of a model's bank of deltas: filled, replaced, emptied, read out, told their tokens.
 
-A rank sweep and many customers' adapters train in the slots of one pass (`add_bank`), and a server
-reads them token by token (`add_serving_bank`). The layer is `BankLinear` (`bank_linear.py`).
+A rank sweep and many customers' adapters train in the slots of one pass, and a server reads them
+token by token. A model gets its bank in `add_bank.py`, the layer is in `bank_linear.py`.
 
 A slot can be filled, replaced and emptied without touching a bit of the others'. An empty slot is
 zeros, which train to zeros: their gradients are.
@@ -12,7 +12,6 @@ Shape legend as in `bank_linear.py`.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from tunefork.kernels.bank import Bounds, Padded, padded_rank, spans
 from tunefork.kernels.bank_read import Tiles
 from tunefork.kernels.bank_stretches import Layout
 from tunefork.model.bank_linear import BankLinear, Routing
-from tunefork.model.build import check_lora, linear_paths, lora_scale, replace
+from tunefork.model.build import check_lora, lora_scale
 from tunefork.model.linear import Nf4Linear, first_a
 from tunefork.recipe import LoraSection
 
@@ -276,64 +275,3 @@ def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
     """Its modules as they were loaded, without values: where later adapters' targets are found."""
     with torch.device("meta"):
         return type(model)(model.config)
-
-
-def _routing(model: PreTrainedModel, slots: int) -> Routing:
-    device: Any = next(model.parameters()).device
-    return Routing(
-        torch.zeros(slots, dtype=torch.int32, device=device),
-        [1.0] * slots,
-        torch.zeros(slots, device=device),
-    )
-
-
-def add_bank(
-    model: PreTrainedModel,
-    adapters: Sequence[BankAdapter],
-    *,
-    announced: Sequence[LoraSection] = (),
-) -> Bank:
-    """Freeze `model` and give it a slot for each of `adapters`, untrained; in place.
-
-    `announced` are settings of adapters that may take a slot later: the layers they target get room
-    for deltas too. Raises ModelError as `check_bank_lora` does.
-    """
-    loras = [adapter.lora for adapter in adapters]
-    targets = [set(check_bank_lora(model, lora)) for lora in (*loras, *announced)]
-    dropout = max(lora.dropout for lora in (*loras, *announced))
-    model.requires_grad_(False)
-    routing, layers = _routing(model, len(adapters)), {}
-    for path in linear_paths(model):
-        if any(path in own for own in targets):
-            ranks = [x.rank if path in own else 0 for x, own in zip(loras, targets, strict=False)]
-            base = model.get_submodule(path)
-            assert isinstance(base, nn.Linear | Nf4Linear)
-            layers[path] = BankLinear(base, ranks, routing, dropout=dropout)
-    for path, layer in layers.items():
-        replace(model, path, layer)
-    bank = Bank(model, skeleton_of(model), layers, routing, [{} for _ in adapters])
-    bank.to(routing.ends_g.device)
-    for slot, adapter in enumerate(adapters):
-        bank.start(slot, adapter)
-    return bank
-
-
-def add_serving_bank(model: PreTrainedModel, *, slots: int, rank: int) -> Bank:
-    """Give linear layers of `model` (not the head) empty slots of `rank`, to be read; in place."""
-    model.requires_grad_(False)
-    routing, layers = _routing(model, slots), {}
-    for path in linear_paths(model):
-        base = model.get_submodule(path)
-        assert isinstance(base, nn.Linear | Nf4Linear)
-        layers[path] = BankLinear(
-            base,
-            [rank] * slots,
-            routing,
-            dtype=model.dtype,
-            is_trained=False,
-        )
-    for path, layer in layers.items():
-        replace(model, path, layer)
-    bank = Bank(model, skeleton_of(model), layers, routing, [{} for _ in range(slots)])
-    bank.to(routing.ends_g.device)
-    return bank

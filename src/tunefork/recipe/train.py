@@ -76,12 +76,12 @@ class TrainSection(Section):
     activation_checkpointing: CheckpointingChoice = "auto"
     """What is kept for the backward pass. `none`: every activation. `full` (or true): each layer's
     input, and the layer runs again. `offload`: those inputs too wait in host memory, copied beside
-    the computation. `selective`: the results of large products; the rest is made again (needs
-    `compile`; without it, as `full`). The gradients are the same. `auto`: the plan picks, for each
-    method, the fastest (none, selective, full, offload, in this order) that fits in the free memory
-    of the GPU at the high end of the plan's interval; on a CPU `none`, or `full` where that does
-    not fit in its memory; `full` on a GPU for a model that cannot be planned. run.json says what it
-    was, and a stopped run goes on with the same."""
+    the computation (compiled, attention's results with them). `selective`: the results of large
+    products; the rest is made again (needs `compile`; without it, as `full`). The gradients are the
+    same. `auto`: the plan picks, for each method, the fastest (none, selective, full, offload, in
+    this order) that fits in the free memory of the GPU at the high end of the plan's interval; on a
+    CPU `none`, or `full` where that does not fit in its memory; `full` on a GPU for a model that
+    cannot be planned. run.json says what it was, and a stopped run goes on with the same."""
 
     compile: Compile = "auto"
     """Compile the layers (torch.compile) and, where launching a pass's kernels takes longer than

@@ -6,7 +6,8 @@ import torch
 from transformers import PreTrainedModel
 
 from tunefork.data.example import Encoded
-from tunefork.model.bank import Bank, BankAdapter, add_bank
+from tunefork.model.add_bank import add_bank
+from tunefork.model.bank import Bank, BankAdapter
 from tunefork.model.build import quantize_nf4
 from tunefork.model.onednn import bound_shapes
 from tunefork.recipe import LoraSection, Method, Recipe

@@ -7,7 +7,8 @@ import torch
 
 from tunefork.export.dense import merge_deltas
 from tunefork.kernels.bank_stretches import TERMS
-from tunefork.model.bank import Bank, add_serving_bank
+from tunefork.model.add_bank import add_serving_bank
+from tunefork.model.bank import Bank
 from tunefork.model.bank_linear import BankLinear
 from tunefork.model.build import quantize_nf4
 from tunefork.model.fused import FusedGroup, fuse
