@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tunefork.kernels.adamw import factors_of, keys_of, prepare, update_bf16_
+from tunefork.kernels.adamw import Keys, factors_of, keys_of, prepare, update_bf16_
 from tunefork.train.clip import global_norm
 from tunefork.train.optim_state import Layout, by_first_part, check_indices, check_layout
 
@@ -38,10 +38,12 @@ class Bf16AdamW:
         self.weight_decay = weight_decay
         self.seed = seed
         self.states: dict[int, _Moments] = {}
-        self._keys: dict[int, Tensor] = {}
-        self._factors: dict[tuple[int, float], Tensor] = {}
+        self._decays = [weight_decay if p.dim() >= 2 else 0.0 for p in self.parameters]
+        """As everywhere: vectors (norms, biases) take none."""
+        self._keys: dict[int, Keys] = {}
+        self._factors: dict[tuple[int, float], list[float]] = {}
         """Of a step, by a weight's own count of updates and its decay."""
-        prepare(self.parameters[0].device)
+        prepare(self.parameters)
 
     def gradient_norm(self) -> float:
         """Global L2 norm."""
@@ -54,7 +56,6 @@ class Bf16AdamW:
         for index in due:
             self.update(index)
 
-    @torch.no_grad()
     def begin(
         self,
         learning_rate: float,
@@ -64,21 +65,19 @@ class Bf16AdamW:
         """Make ready for one `update` of each weight of `due`; None: of any."""
         due = range(len(self.parameters)) if due is None else due
         steps = {index: self._count(index) + 1 for index in due}
-        self._keys = keys_of(self.seed, steps, self.parameters[0].device)
+        self._keys = keys_of(self.seed, steps)
         self._factors = {}
         for index, step in steps.items():
-            form = (step, self._decay(index))
+            form = (step, self._decays[index])
             if form not in self._factors:
-                found = factors_of(
+                self._factors[form] = factors_of(
                     step,
                     learning_rate=learning_rate,
                     betas=self.betas,
                     weight_decay=form[1],
                     gradient_scale=gradient_scale,
                 )
-                self._factors[form] = torch.tensor(found, device=self.parameters[0].device)
 
-    @torch.no_grad()
     def update(self, index: int) -> None:
         """Update the weight at `index` by its gradient, and free that; after `begin`."""
         parameter = self.parameters[index]
@@ -89,7 +88,7 @@ class Bf16AdamW:
             self.states[index] = _Moments(0, empty, empty.clone())
         state = self.states[index]
         state.step += 1
-        factors = self._factors[state.step, self._decay(index)]
+        factors = self._factors[state.step, self._decays[index]]
         moments = (state.exp_avg, state.exp_avg_sq)
         update_bf16_(parameter, gradient, *moments, factors, self._keys[index])
 
@@ -99,10 +98,6 @@ class Bf16AdamW:
 
     def _count(self, index: int) -> int:
         return self.states[index].step if index in self.states else 0
-
-    def _decay(self, index: int) -> float:
-        """As everywhere: vectors (norms, biases) take none."""
-        return self.weight_decay if self.parameters[index].dim() >= 2 else 0.0
 
     def has_states(self) -> bool:
         """Whether a step was taken."""
