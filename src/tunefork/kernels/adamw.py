@@ -154,7 +154,7 @@ def prepare(parameters: Iterable[Tensor], *, only_rounds: bool = False) -> None:
     """Compile what `update_bf16_`, or `write_rounded_`, of `parameters` launches on a GPU.
 
     Before the first step, whose time would otherwise be no measure of the others'. A kernel is
-    compiled for a dtype, and for sizes that vectors of 16 divide or not.
+    compiled for a dtype, and for sizes that 16 divides (loads are vectors) or not.
     """
     forms = {(p.device, p.dtype, 16 + bool(p.numel() % 16)) for p in parameters if p.is_cuda}
     for device, dtype, numel in forms:

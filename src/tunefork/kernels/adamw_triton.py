@@ -1,12 +1,13 @@
 """The kernels of `kernels/adamw.py`, launched with as little work of the host as Triton lets.
 
 Full fine-tuning starts one for each weight, some hundred in a step, most of them done in
-20 microseconds: torch.compile's checks and Python around one (200 microseconds, measured on an
+20 microseconds: torch.compile's checks and the Python around them (200 microseconds, measured on an
 H200) kept the GPU waiting. So all that changes from step to step is a number among the arguments,
 nothing is copied to the device, and one launch serves a weight of any size.
 
-Arithmetic is the definition's but for what fused multiply-adds, an approximate root and quotient
-(2**-22), and one form of `lerp` for all factors move: a rounding in thousands falls differently.
+Random bits are the definition's. What is rounded by them may lie 2**-22 beside it: multiply-adds
+are fused, root and quotient approximate, and `lerp` has one form for all factors. One rounding in
+some thousands falls differently.
 """
 
 from collections.abc import Sequence
@@ -89,9 +90,7 @@ def update_(
 def round_to_(p: Tensor, wide: Tensor, keys: tuple[int, int]) -> None:
     """`adamw.round_to_` on contiguous tensors of any size."""
     numel = p.numel()
-    _round_to[(triton.cdiv(numel, _BLOCK),)](
-        p, wide, numel, *keys, _BLOCK, num_warps=_NUM_WARPS
-    )
+    _round_to[(triton.cdiv(numel, _BLOCK),)](p, wide, numel, *keys, _BLOCK, num_warps=_NUM_WARPS)
     _tell_autograd(p)
 
 

@@ -38,8 +38,6 @@ class Bf16AdamW:
         self.weight_decay = weight_decay
         self.seed = seed
         self.states: dict[int, _Moments] = {}
-        self._decays = [weight_decay if p.dim() >= 2 else 0.0 for p in self.parameters]
-        """As everywhere: vectors (norms, biases) take none."""
         self._keys: dict[int, Keys] = {}
         self._factors: dict[tuple[int, float], list[float]] = {}
         """Of a step, by a weight's own count of updates and its decay."""
@@ -68,7 +66,7 @@ class Bf16AdamW:
         self._keys = keys_of(self.seed, steps)
         self._factors = {}
         for index, step in steps.items():
-            form = (step, self._decays[index])
+            form = (step, self._decay(index))
             if form not in self._factors:
                 self._factors[form] = factors_of(
                     step,
@@ -88,7 +86,7 @@ class Bf16AdamW:
             self.states[index] = _Moments(0, empty, empty.clone())
         state = self.states[index]
         state.step += 1
-        factors = self._factors[state.step, self._decays[index]]
+        factors = self._factors[state.step, self._decay(index)]
         moments = (state.exp_avg, state.exp_avg_sq)
         update_bf16_(parameter, gradient, *moments, factors, self._keys[index])
 
@@ -98,6 +96,10 @@ class Bf16AdamW:
 
     def _count(self, index: int) -> int:
         return self.states[index].step if index in self.states else 0
+
+    def _decay(self, index: int) -> float:
+        """As everywhere: vectors (norms, biases) take none."""
+        return self.weight_decay if self.parameters[index].dim() >= 2 else 0.0
 
     def has_states(self) -> bool:
         """Whether a step was taken."""
