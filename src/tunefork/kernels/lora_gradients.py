@@ -65,4 +65,4 @@ def _lora_gradients(
 
 @_lora_gradients.register_fake
 def _(dys: Sequence[Tensor], u: Tensor, lora_b: Sequence[Tensor], scale: float) -> list[Tensor]:
-    return [u.new_empty(u.shape), *(torch.empty_like(b) for b in lora_b)]
+    return [u.new_empty(u.shape), *(b.new_empty(b.shape) for b in lora_b)]
