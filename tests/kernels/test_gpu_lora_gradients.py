@@ -63,9 +63,10 @@ def test_each_rank(rank: int) -> None:
         (16384, (4096, 1024, 1024), (16, 16, 16), 0),  # q, k and v
         (16384, (14336, 14336), (16, 64), 0),
         (LEAST_TOKENS + 1, (4096,), (16,), 16),  # rows that do not follow each other
-        (3001, (1000, 513, 7), (16, 8, 64), 0),  # blocks that are not full, rows not aligned
-        (3001, (1030, 1), (33, 16), 3),  # a first column that is not aligned
-        (LEAST_TOKENS - 1, (1024, 512), (16, 16), 0),  # two products
+        (3001, (1040, 528, 16), (16, 8, 64), 0),  # blocks that are not full
+        (3001, (1040, 528, 16), (16, 8, 64), 16),  # and columns of a wider tensor
+        (3001, (1000, 513, 7), (16, 8, 64), 0),  # two products: rows are not aligned,
+        (LEAST_TOKENS - 1, (1024, 512), (16, 16), 0),  # or few
     ],
 )
 def test_any_sizes_and_strides(
@@ -73,6 +74,24 @@ def test_any_sizes_and_strides(
 ) -> None:
     operands = _draw(tokens, sizes, ranks, first)
     _assert_exact(lora_gradients(*operands, SCALE), operands)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "ranks", "first"),
+    [
+        (3001, (1000, 513, 7), (16, 8, 64), 0),
+        (700, (1030, 1), (33, 16), 3),
+        (1, (16, 1), (1, 16), 0),
+    ],
+)
+def test_the_kernel_itself_takes_what_it_is_not_asked_for(
+    tokens: int, sizes: tuple[int, ...], ranks: tuple[int, ...], first: int
+) -> None:
+    from tunefork.kernels.lora_gradients_triton import launch
+
+    operands = _draw(tokens, sizes, ranks, first)
+    du, *db = launch(*operands, SCALE)
+    _assert_exact((du, db), operands)
 
 
 def test_of_more_numbers_than_32_bits_count() -> None:

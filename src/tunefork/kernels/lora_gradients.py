@@ -1,9 +1,9 @@
 """What LoRA's backward pass makes of dy, the gradient of a layer's result: du and B's gradient.
 
 Both are products of all of dy with something as narrow as the rank, so reading dy is what they
-cost, and two products read it twice: 2 x 45 GB in a step of 16,384 tokens of an 8B model. On a GPU
-one kernel (`kernels/lora_gradients_triton.py`) makes both from one reading. The definition is here,
-and runs elsewhere.
+cost, and two products read it twice: 2 x 45 GB in a step of 16,384 tokens of an 8B model. On a
+Hopper GPU one kernel (`kernels/lora_gradients_triton.py`) makes both from one reading where there
+are many tokens. The definition is here, and runs elsewhere.
 
 Shape legend: S tokens, O_i features out of a layer, R_i its rank, R their sum.
 """
@@ -19,6 +19,11 @@ LARGEST_RANK = 64
 """Of a layer, for the kernel: beyond it B's gradient does not fit into a program's registers."""
 LEAST_TOKENS = 2048
 """For the kernel: with fewer, two products take no longer than its two launches."""
+_HOPPER = 9
+"""Major compute capability that the kernel is cut for: others have less shared memory, or other
+tensor cores."""
+_STEP = 16
+"""Features and strides of dy that are no multiples of this cannot be copied 16 bytes at a time."""
 
 
 def lora_gradients(
@@ -50,12 +55,18 @@ def _has_kernel(dtype: torch.dtype, lora_b: Sequence[Tensor]) -> bool:
     return dtype == torch.bfloat16 and max(b.shape[1] for b in lora_b) <= LARGEST_RANK
 
 
+def _pays(dys: Sequence[Tensor]) -> bool:
+    is_aligned = all(dy.shape[1] % _STEP == 0 and dy.stride(0) % _STEP == 0 for dy in dys)
+    is_hopper = torch.cuda.get_device_capability(dys[0].device)[0] == _HOPPER
+    return is_aligned and is_hopper and dys[0].shape[0] >= LEAST_TOKENS
+
+
 @torch.library.custom_op("tunefork::lora_gradients", mutates_args=(), device_types="cuda")
 def _lora_gradients(
     dys: Sequence[Tensor], u: Tensor, lora_b: Sequence[Tensor], scale: float
 ) -> list[Tensor]:
     # Asked in here, where it is no question of torch.compile's: one form serves all lengths.
-    if u.shape[0] < LEAST_TOKENS:
+    if not _pays(dys):
         du_sr, db = lora_gradients_reference(dys, u, lora_b, scale)
         return [du_sr, *db]
     from tunefork.kernels.lora_gradients_triton import launch  # needs Triton: it comes with CUDA

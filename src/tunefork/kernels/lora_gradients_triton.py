@@ -4,7 +4,8 @@ A program has a rectangle of dy, a block of columns for a stretch of rows, and t
 through shared memory, where both products read it. Its share of dB stays in registers until the
 rows end; of each tile's du it writes what its columns give. A second kernel sums the shares of both
 in a fixed order, so that the same bits come each time. Shares are small beside dy where rectangles
-are large: 4 R (1 / columns + 1 / rows) of its bytes, and most of them never leave the L2 cache.
+are large: written and read they are 4 R (1 / columns + 1 / rows) of its bytes (rank 16, of an 8B
+model's layers: 14 to 38 %).
 """
 
 from collections.abc import Sequence
