@@ -70,8 +70,9 @@ def _shares(
             mask_so = mask_so & mask_o[None, :]
         dy_so = tl.load(dy + dy_at, mask=mask_so, other=0.0)
         u_sr = tl.load(u + u_at, mask=mask_sr, other=0.0)
-        du_sr = tl.dot(dy_so, b_or)
+        # In this order both are in flight at once; in the other ptxas has each wait (C7515).
         db_or = tl.dot(tl.trans(dy_so), u_sr, db_or)
+        du_sr = tl.dot(dy_so, b_or)
         tl.store(du_shares + du_at, du_sr, mask=mask_sr)
         dy += block_s * stride_dy
         u += block_s * stride_u
