@@ -15,9 +15,9 @@ from torch import Tensor
 
 from tunefork.kernels.compiled import is_on_gpu
 
-LARGEST_RANK = 64
-"""Of a layer, for the kernel: beyond it B's gradient does not fit into a program's registers."""
-LEAST_TOKENS = 2048
+LARGEST_RANK = 32
+"""Of a layer, for the kernel: at 64 the shares that its programs write are as much as it saves."""
+LEAST_TOKENS = 256
 """For the kernel: with fewer, two products take no longer than its two launches."""
 _HOPPER = 9
 """Major compute capability that the kernel is cut for: others have less shared memory, or other

@@ -37,9 +37,10 @@ class Blocks:
     """About so many: as many as a Hopper GPU has multiprocessors."""
 
 
-_BLOCKS = {16: Blocks(), 32: Blocks(stages=2), 64: Blocks(stages=2)}
+_BLOCKS = {16: Blocks(), 32: Blocks(columns=256, warps=4, stages=5), 64: Blocks(stages=2)}
 """By the rank as the kernel has it, a power of two: no more than what registers (no spills) and
-shared memory (227 KiB) hold."""
+shared memory (227 KiB) hold. Measured on an H200, 16,384 x 4,096: rank 16 0.045 ms against 0.072 of
+two products, 32 0.057 against 0.071, 64 0.081 against 0.076."""
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows_each"])
