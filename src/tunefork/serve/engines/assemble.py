@@ -121,6 +121,7 @@ def assemble(
         "attention": "flash" if flash else "sdpa",
         "cuda_graphs": passes.graphs is not None and passes.graphs.is_on,
         "compiled": passes.graphs is not None and passes.graphs.compiled is not None,
+        "captured_tokens": 0 if passes.graphs is None else passes.graphs.captured_tokens,
         "torch": torch.__version__,
     }
     return Assembled(core, tokenizer, grammars, model, max_model_len, vocabulary, info)

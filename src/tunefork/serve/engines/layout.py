@@ -1,7 +1,7 @@
 """What a pass over many requests is told, laid out on the host and sent to the device in one copy.
 
 The tensors stay where they are from pass to pass, so that a captured CUDA graph finds them. Rows
-that only fill a decoding pass up write to a token of the cache that nobody has.
+and tokens that only fill a pass up write to a token of the cache that nobody has.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tunefork.kernels.bank_read import TILE, Tiles, cut
 from tunefork.kernels.bank_stretches import Stretch
 from tunefork.serve.engines.reads import Span
 
@@ -21,6 +22,8 @@ STEP = 8
 for every number of them, and keeps them (`model/onednn.py`)."""
 BASE = -1
 """The slot of tokens that no adapter is for."""
+_ALIGNED = 4
+"""Numbers in 16 bytes, at which kernels like tensors to begin."""
 
 
 class Part(NamedTuple):
@@ -41,6 +44,8 @@ class Layout:
     """The numbers of a pass, and where each kind of them lies in one tensor."""
 
     def __init__(self, tokens: int, rows: int, device: torch.device) -> None:
+        """`rows`: the most of a pass, the one with them that fills it up."""
+        self.rows = rows
         sizes = {
             "ids": tokens,
             "positions": tokens,
@@ -50,8 +55,9 @@ class Layout:
             "starts_q": rows + 1,
             "starts_k": rows + 1,
             "used": rows,
+            "tiles": 3 * self.most_tiles(tokens),
         }
-        total, at = sum(sizes.values()), 0
+        total, at = sum(size + -size % _ALIGNED for size in sizes.values()), 0
         self.is_cuda = device.type == "cuda"
         self.host = torch.zeros(total, dtype=torch.int32, pin_memory=self.is_cuda)
         self.device = self.host.to(device) if self.is_cuda else self.host
@@ -61,7 +67,7 @@ class Layout:
         for name, size in sizes.items():
             self.numbers[name] = numbers[at : at + size]
             self.tensors[name] = self.device[at : at + size]
-            at += size
+            at += size + -size % _ALIGNED
 
     def send(self) -> None:
         """The host's numbers to the device."""
@@ -117,6 +123,33 @@ class Layout:
             numbers[name][at:end] = 0
         numbers["slots"][at:end] = BASE
         return spans, end, wanted
+
+    def fill_up(self, parts: Sequence[Part], num_wanted: int, tokens: int) -> None:
+        """Fill the pass that lies here up to `tokens` tokens, all rows and all tiles.
+
+        Those tokens belong to a row that sees nothing, not even them.
+        """
+        numbers, given = self.numbers, len(parts)
+        at = int(numbers["starts_q"][given])
+        for name in ("ids", "positions", "write"):
+            numbers[name][at:tokens] = 0
+        numbers["slots"][at:tokens] = BASE
+        numbers["starts_q"][given + 1 :] = tokens
+        numbers["starts_k"][given:] = 0
+        numbers["used"][given:] = 0
+        numbers["last"][num_wanted:] = 0
+        found = np.array(cut(stretches(parts), tokens), dtype=np.int32).ravel()
+        numbers["tiles"][: len(found)] = found
+        numbers["tiles"][len(found) :].reshape(-1, 3)[:] = (BASE, 0, 0)
+
+    def most_tiles(self, tokens: int) -> int:
+        """The most tiles of so many tokens: where each row has a slot of its own."""
+        return (tokens + (TILE - 1) * self.rows) // TILE
+
+    def tiles(self, tokens: int) -> Tiles:
+        """Where those of so many tokens lie."""
+        most = self.most_tiles(tokens)
+        return Tiles(self.tensors["tiles"][: 3 * most].view(most, 3))
 
 
 def stretches(parts: Sequence[Part]) -> list[Stretch]:
