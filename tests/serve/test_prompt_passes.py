@@ -22,6 +22,7 @@ from tunefork.serve.engines.graphs import Graphs, Key
 from tunefork.serve.engines.layout import BASE, Layout, Part
 from tunefork.serve.engines.passes import Passes
 from tunefork.serve.engines.regions import UNIT
+from tunefork.serve.engines.slots import BankSlots
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 APART = 256
@@ -98,7 +99,7 @@ def test_decoding_passes_keep_what_passes_with_prompts_do_without(
         "embedded.compile: a pass of 192 tokens",
         "embedded.cuda_graphs: a pass of 192 tokens",
     ]
-    assert graphs.is_on and graphs.compiled is layers and not layers.was_removed
+    assert graphs.is_on and graphs.compiled is not None and not layers.was_removed
     assert list(graphs.captured) == [rows]
     assert graphs.size(100) is None and graphs.captured_tokens == 0
 
@@ -182,7 +183,7 @@ def test_filled_passes_say_what_exact_ones_say(
         await engine.start()
         assert engine._parts is not None
         core = engine._parts.core
-        assert core.tiers is not None
+        assert core.tiers is not None and isinstance(core.tiers.slots, BankSlots)
         core.tiers.slots.takes_tiles = True
         for slot, adapter in zip((1, 3), adapters, strict=True):
             core.tiers.slots.load(slot, core.tiers.loading.read(adapter))
