@@ -52,7 +52,8 @@ class EmbeddedSettings(Section):
     None: 2048 on a GPU, 256 on a CPU."""
 
     cuda_graphs: bool = True
-    """Replay a decoding pass as a CUDA graph, one for each of a few numbers of rows."""
+    """Replay a pass as a CUDA graph: one that decodes as one of a few numbers of rows, one with
+    prompts (up to 2048 tokens of them) as one of a few numbers of tokens."""
 
     compile: bool = True
     """Compile the decoder layers of the passes that are replayed (torch.compile, GPU): a quarter
