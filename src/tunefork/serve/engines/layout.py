@@ -99,30 +99,29 @@ class Layout:
 
     def lay_out(self, parts: Sequence[Part]) -> tuple[list[Span], int, int]:
         """Any parts. Returns their spans, how many tokens they are, and how many want logits."""
-        numbers, at, wanted = self.numbers, 0, 0
+        numbers, rows = self.numbers, len(parts)
+        told_r4 = [(len(part.ids), part.position, part.start, part.slot) for part in parts]
+        new_r, position_r, start_r, slot_r = np.array(told_r4, np.int32).reshape(-1, 4).T
+        used_r, end_r = position_r + new_r, new_r.cumsum(dtype=np.int32)
+        first_r, at = end_r - new_r, int(new_r.sum())
+        position_n = np.arange(at, dtype=np.int32) + np.repeat(position_r - first_r, new_r)
+        numbers["ids"][:at] = [token for part in parts for token in part.ids]
+        numbers["positions"][:at] = position_n
+        numbers["write"][:at] = position_n + np.repeat(start_r, new_r)
+        numbers["slots"][:at] = np.repeat(slot_r, new_r)
+        numbers["starts_q"][:rows], numbers["starts_q"][rows] = first_r, at
+        numbers["starts_k"][:rows] = start_r
+        numbers["used"][:rows] = used_r
+        wanted = [row for row, part in enumerate(parts) if part.wants_logits]
         numbers["last"][0] = 0  # a pass reads one row of logits, even where none is wanted
-        spans = []
-        for row, part in enumerate(parts):
-            new = len(part.ids)
-            run = np.arange(part.position, part.position + new, dtype=np.int32)
-            numbers["ids"][at : at + new] = part.ids
-            numbers["positions"][at : at + new] = run
-            numbers["write"][at : at + new] = run + part.start
-            numbers["slots"][at : at + new] = part.slot
-            spans.append(Span(at, new, part.start, part.position + new))
-            numbers["starts_q"][row] = at
-            numbers["starts_k"][row] = part.start
-            numbers["used"][row] = part.position + new
-            at += new
-            if part.wants_logits:
-                numbers["last"][wanted] = at - 1
-                wanted += 1
-        numbers["starts_q"][len(parts)] = at
+        numbers["last"][: len(wanted)] = end_r[wanted] - 1
+        told = (first_r, new_r, start_r, used_r)
+        spans = [Span(*one) for one in zip(*(one_r.tolist() for one_r in told), strict=True)]
         end = at if self.is_cuda or at == 1 else -(-at // STEP) * STEP
         for name in ("ids", "positions", "write"):
             numbers[name][at:end] = 0
         numbers["slots"][at:end] = BASE
-        return spans, end, wanted
+        return spans, end, len(wanted)
 
     def fill_up(self, parts: Sequence[Part], num_wanted: int, tokens: int) -> None:
         """Fill the pass that lies here up to `tokens` tokens, all rows and all tiles.
