@@ -120,11 +120,13 @@ class Graphs:
         for rows in sizes:  # the largest first: the others find room in its memory
             for has_adapters in (False, True) if has_slots else (False,):
                 self._warm(self.key(rows, 1, has_adapters=has_adapters), lay_out)
-        for size in reversed(self.sizes):
+        for size in self.sizes[::-1]:
+            if size not in self.sizes:  # another could not be captured
+                break
             try:
                 self._warm(self.key_of_tokens(size), lay_out)
             except torch.OutOfMemoryError as error:  # the next larger one may be there
-                self.sizes.remove(size)
+                self.sizes = [one for one in self.sizes if one != size]
                 torch.cuda.empty_cache()
                 _warn("embedded.cuda_graphs", f"a pass of {size} tokens", error, _LAUNCHED)
 
