@@ -4,9 +4,9 @@ than the GPU needs for them.
 A decoding pass is filled up to one of few numbers of rows; for each of them there is a graph with
 and one without adapters, captured before the first request comes, and for longer texts when they
 come. A pass with prompts is filled up to one of few numbers of tokens, and its graph serves any
-rows of any length, with and without adapters: attention and adapters' products look up where each
-row's tokens are, at most a twentieth of the pass. What cannot be captured is launched: first
-without compiled layers, then kernel by kernel.
+rows of any length, with and without adapters: the kernels of attention and of adapters look up
+where each row's tokens are, in grids as large as any such rows may need. What cannot be captured is
+launched: first without compiled layers, then kernel by kernel.
 """
 
 import warnings
@@ -23,10 +23,10 @@ MANY_ROWS = 32
 _FEWEST = 2
 """Rows: of one, a compiled layer would have forms of its own."""
 _SIZES = (64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792)
-"""Tokens of passes with prompts, and the most. An 8B model's pass takes the longer for the more
-tokens only from some 256 on, and 256 of them are 6 ms (H200)."""
+"""Tokens of passes with prompts, below the most. Up to some 256 of them a GPU waits for the weights
+anyway; from there on 256 tokens of an 8B model are 6 ms, by count (H200)."""
 _MOST_TOKENS = 2048
-"""Prompts' tokens of a captured pass: for more the GPU takes longer than the host."""
+"""Prompts' tokens of a captured pass: for many more the GPU takes longer than the host."""
 _LAUNCHED = "passes are launched kernel by kernel"
 
 
