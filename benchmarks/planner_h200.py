@@ -5,13 +5,14 @@ token supervised, by the code that `tunefork train` runs.
 
     python benchmarks/planner_h200.py hold-out                    writes the list of those held out
     python benchmarks/planner_h200.py estimate                    anywhere: how long each will take
-    python benchmarks/planner_h200.py measure --out RAW.jsonl     on the GPU, 5 to 8 minutes
+    python benchmarks/planner_h200.py measure --out RAW.jsonl     on the GPU, 8 to 10 minutes
     python benchmarks/planner_h200.py fit RAW.jsonl               anywhere: fits, writes the results
 
 `measure` appends a line a case as it goes, and goes on with what is missing when called again.
 First it compiles all cases side by side, on models of two layers, into PyTorch's cache on the disk,
-and plans each one there, with the very PyTorch that will run it. Then it runs one after the other,
-each in a process of its own, for memory to be its alone; the next ones import meanwhile.
+and plans each one there, with the very PyTorch that will run it (`--only-prepare`: and stops; that
+may share the GPU with other work). Then it runs one after the other, each in a process of its own,
+for memory to be its alone; the next ones import meanwhile.
 
 `fit` writes src/tunefork/plan/fits.yaml (what the planner uses) and results/planner_h200.json;
 with `--dry` neither. On a CPU all of it can be tried:
@@ -171,9 +172,12 @@ def estimate(names: list[str]) -> None:
         print(f"{name:38s} {held:8s} {gib:6.1f} GiB  {training_s:5.1f} s, {so_far:4.0f} in all")
 
 
-def measure(out: Path, names: list[str], seconds: float) -> None:
-    """Prepare the cases, run them one after the other, and append a line for each to `out`."""
+def measure(out: Path, names: list[str], seconds: float, *, only_prepare: bool) -> None:
+    """Prepare the cases that are not yet, run those that were not, and append their lines."""
     deadline = time.monotonic() + seconds
+    done, planned = read_raw(out) if out.exists() else ({}, {})
+    unplanned = [name for name in names if name not in planned]
+    left = [name for name in names if "error" in done.get(name, {"error": ""})]
     with out.open("a", encoding="utf-8") as stream:
 
         def tell(row: dict[str, Any]) -> None:
@@ -181,11 +185,14 @@ def measure(out: Path, names: list[str], seconds: float) -> None:
             stream.flush()
             _say(row)
 
-        waiting = [Worker(__file__, "run", [name]) for name in names[:_AHEAD]]
-        _prepare(names, time.monotonic() + _SHARE_TO_PREPARE * seconds, tell)
-        for at in range(len(names)):
+        if only_prepare:
+            _prepare(unplanned, deadline, tell)
+            return
+        waiting = [Worker(__file__, "run", [name]) for name in left[:_AHEAD]]
+        _prepare(unplanned, time.monotonic() + _SHARE_TO_PREPARE * seconds, tell)
+        for at in range(len(left)):
             worker = waiting.pop(0)
-            waiting += [Worker(__file__, "run", [n]) for n in names[at + _AHEAD :][:1]]
+            waiting += [Worker(__file__, "run", [n]) for n in left[at + _AHEAD :][:1]]
             if not worker.finish(deadline, tell):
                 print("out of time", flush=True)
                 break
@@ -255,6 +262,7 @@ def main() -> None:
     measuring.add_argument("--out", type=Path, required=True)
     measuring.add_argument("--seconds", type=float, default=540.0)
     measuring.add_argument("--cases", nargs="*", default=CASES)
+    measuring.add_argument("--only-prepare", action="store_true")
     verbs.add_parser("hold-out")
     for verb in ("prepare", "run"):
         verbs.add_parser(verb).add_argument("names", nargs="+")
@@ -270,9 +278,7 @@ def main() -> None:
         case "hold-out":
             HELD_OUT_FILE.write_text("\n".join(held_out()) + "\n", encoding="utf-8")
         case "measure":
-            done = read_raw(options.out)[0] if options.out.exists() else {}
-            left = [n for n in options.cases if "error" in done.get(n, {"error": ""})]
-            measure(options.out, left, options.seconds)
+            measure(options.out, options.cases, options.seconds, only_prepare=options.only_prepare)
         case "estimate":
             estimate(options.cases)
         case _:

@@ -70,8 +70,8 @@ class SoloGroup:
             return Stepped(name, None, DivergedError(f"step {number}: the loss is nan"))
         steps = plan_steps(member.recipe, len(member.examples), seed=train.seed)
         chosen = [member.examples[i] for i in steps[number - 1]]
-        loss, supervised = alone.cut.gradient(chosen, number, [])
-        norm = alone.optimizer.gradient_norm()
+        total, supervised = alone.cut.gradient(chosen, number, [])
+        norm, loss = alone.optimizer.gradient_norm(), float(total)
         rate = learning_rate_at(
             number - 1,
             num_steps=len(steps),

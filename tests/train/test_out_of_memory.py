@@ -112,7 +112,7 @@ def _gradient(limit: int, room: int | None = None, **options: Any) -> Any:
     with room_for(model, room or 10**9) as seen:
         loss, supervised = cut.gradient(EXAMPLES, 1)
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return loss, supervised, gradients, changes, seen, cut
+    return float(loss), supervised, gradients, changes, seen, cut
 
 
 @pytest.mark.parametrize("room", [40, 20, 17])
@@ -151,6 +151,6 @@ def test_a_failed_try_leaves_no_gradient_and_no_draw() -> None:
         cut = Accumulator(runner, limit, True, 0, on_out_of_memory="shrink")
         with room_for(model, room or 10**9):
             loss, _ = cut.gradient(EXAMPLES, 1)
-        both.append((loss, [p.grad for p in model.parameters() if p.grad is not None]))
+        both.append((float(loss), [p.grad for p in model.parameters() if p.grad is not None]))
     assert both[0][0] == both[1][0]
     assert all(torch.equal(a, b) for a, b in zip(both[0][1], both[1][1], strict=True))

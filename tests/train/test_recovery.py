@@ -58,7 +58,7 @@ def _plant(monkeypatch: pytest.MonkeyPatch, at: dict[int, float], times: int = 1
 
     def gradient(
         self: Accumulator, chosen: Any, step: int, following: Any = ()
-    ) -> tuple[float, int]:
+    ) -> tuple[torch.Tensor, int]:
         loss, supervised = first(self, chosen, step, following)
         if left.get(step, 0) > 0:
             left[step] -= 1
@@ -101,7 +101,7 @@ def test_bad_weights_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     def gradient(
         self: Accumulator, chosen: Any, step: int, following: Any = ()
-    ) -> tuple[float, int]:
+    ) -> tuple[torch.Tensor, int]:
         if step == 19:
             with torch.no_grad():
                 next(p for p in self.model.parameters() if p.requires_grad).fill_(float("nan"))

@@ -7,42 +7,37 @@ https://arxiv.org/abs/1502.02551; AdamW: Loshchilov and Hutter, https://arxiv.or
 algorithm 2).
 
 The random bits are a hash of (weight, step, element): no state to keep, so a resumed run draws the
-same, and a CPU draws what a GPU does. One source serves both: on a GPU `torch.compile` makes one
-kernel of it, which reads p, g, m, v and writes p, m, v, 14 bytes a weight; sizes are dynamic
-and all that changes from step to step is a tensor, so nothing is compiled again. On a CPU it
-runs as written, by pieces that stay in the cache.
+same, and a CPU draws what a GPU does. The definition is here and runs on a CPU, by pieces that stay
+in the cache. On a GPU it is one kernel (`kernels/adamw_triton.py`), which reads p, g, m, v and
+writes p, m, v, 14 bytes a weight.
 
 Shape legend: n = elements, any shape, the same for p, g, m and v.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-_ROW = 64
-"""A size that is a multiple of it is known to the compiler as one, so that loads are vectors."""
-_WARM_UP = 2**20
-_PIECE = {"cpu": 2**17, "cuda": 2**30}
-"""Most elements of one call: of a CPU's cache, and of what an int32 can number."""
+_PIECE = 2**17
+"""Elements that a CPU's cache holds."""
+
+Keys = tuple[int, int]
+"""What a weight's random bits hang on in a step: the `key` of the weight, and of the step."""
 
 
+@lru_cache(2**14)  # weights are asked for again in every step, and a step by all of them
 def key(*parts: int | str) -> int:
     """An int32 that hangs on all of `parts`."""
     text = ",".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:4], "little", signed=True)
 
 
-def keys_of(seed: int, steps: Mapping[int, int], device: torch.device) -> dict[int, Tensor]:
-    """The keys (`noise`) of each weight, numbered, at its own step; copied to the device at once.
-
-    Rows of 16 bytes, as compiled code copies a tensor that starts elsewhere.
-    """
-    rows = [[key(seed, "weight", n), key(seed, "step", step), 0, 0] for n, step in steps.items()]
-    table = torch.tensor(rows, dtype=torch.int32).view(-1, 4).to(device)
-    return dict(zip(steps, table, strict=True))
+def keys_of(seed: int, steps: Mapping[int, int]) -> dict[int, Keys]:
+    """The keys of each weight, numbered, at its own step."""
+    return {n: (key(seed, "weight", n), key(seed, "step", step)) for n, step in steps.items()}
 
 
 def mix(bits: Tensor) -> Tensor:
@@ -57,10 +52,11 @@ def mix(bits: Tensor) -> Tensor:
     return bits ^ ((bits >> 16) & 0xFFFF)
 
 
-def noise(like_n: Tensor, keys: Tensor) -> Tensor:
-    """32 random bits for each element, int32. `keys`: weight, step, number of the first element."""
+def noise(like_n: Tensor, keys: Keys, first: int = 0) -> Tensor:
+    """32 random bits for each element, int32; `first` is the number of the first, of any size."""
+    wrapped = (first + 2**31) % 2**32 - 2**31
     index_n = torch.arange(like_n.numel(), dtype=torch.int32, device=like_n.device)
-    return mix(mix((index_n.view(like_n.shape) + keys[2]) ^ keys[0]) + keys[1])
+    return mix(mix((index_n.view(like_n.shape) + wrapped) ^ keys[0]) + keys[1])
 
 
 def rounded(wide_n: Tensor, noise_n: Tensor) -> Tensor:
@@ -75,15 +71,21 @@ def rounded(wide_n: Tensor, noise_n: Tensor) -> Tensor:
 
 
 def adamw_bf16_(
-    p_n: Tensor, g_n: Tensor, m_n: Tensor, v_n: Tensor, factors: Tensor, keys: Tensor
+    p_n: Tensor,
+    g_n: Tensor,
+    m_n: Tensor,
+    v_n: Tensor,
+    factors: Sequence[float],
+    keys: Keys,
+    first: int = 0,
 ) -> None:
     """Update p, m and v in place.
 
     p: bf16, or fp32, which is not rounded; m, v: bf16; g: either. `factors` are those of
-    `factors_of`, fp32; `keys` (3) as in `noise`, int32. Both lie on p's device.
+    `factors_of`, taken as fp32; `keys` and `first` as in `noise`.
     """
-    decay, rate, g_scale, new_m, new_v, v_scale, eps = factors.unbind()
-    noise_n = noise(p_n, keys)
+    decay, rate, g_scale, new_m, new_v, v_scale, eps = factors
+    noise_n = noise(p_n, keys, first)
     g_n = g_n.float() * g_scale
     m_wide_n = torch.lerp(m_n.float(), g_n, new_m)
     v_wide_n = torch.lerp(v_n.float(), g_n * g_n, new_v)
@@ -117,67 +119,55 @@ def factors_of(
     ]
 
 
-def round_to_(p_n: Tensor, wide_n: Tensor, keys: Tensor) -> None:
-    """Set p, bf16, to `wide_n`, fp32, rounded stochastically; `keys` as in `noise`."""
-    p_n.copy_(rounded(wide_n, noise(wide_n, keys) & 0xFFFF))
+def round_to_(p_n: Tensor, wide_n: Tensor, keys: Keys, first: int = 0) -> None:
+    """Set p, bf16, to `wide_n`, fp32, rounded stochastically; keys and first as in `noise`."""
+    p_n.copy_(rounded(wide_n, noise(wide_n, keys, first) & 0xFFFF))
 
 
-@torch.no_grad()
-def update_bf16_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, factors: Tensor, keys: Tensor) -> None:
-    """`adamw_bf16_` on contiguous tensors of any size, compiled on a GPU."""
-    for (p_n, g_n, m_n, v_n), own in _pieces((p, g, m, v), keys):
-        _fastest(adamw_bf16_, p)(p_n, g_n, m_n, v_n, factors, own)
+def update_bf16_(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, factors: Sequence[float], keys: Keys
+) -> None:
+    """`adamw_bf16_` on contiguous tensors of any size (g may lie otherwise)."""
+    if p.is_cuda:
+        from tunefork.kernels.adamw_triton import update_  # needs Triton, which comes with CUDA
 
-
-@torch.no_grad()
-def write_rounded_(p: Tensor, wide: Tensor, keys: Tensor) -> None:
-    """`round_to_` on contiguous tensors of any size, compiled on a GPU."""
-    for (p_n, wide_n), own in _pieces((p, wide), keys):
-        _fastest(round_to_, p)(p_n, wide_n, own)
-
-
-def prepare(device: torch.device, *, only_rounds: bool = False) -> None:
-    """Compile `update_bf16_`, or `write_rounded_`, before the first step.
-
-    Its time would otherwise be no measure of the others'. At a size from which the compiler picks
-    large blocks: the first weight may be a small one.
-    """
-    if device.type != "cuda":
+        update_(p, g.contiguous(), m, v, factors, keys)
         return
-    [keys] = keys_of(0, {0: 0}, device).values()
-    for numel in (_WARM_UP, _WARM_UP + 1):
-        p, g, m, v = (torch.zeros(numel, dtype=torch.bfloat16, device=device) for _ in range(4))
+    with torch.no_grad():
+        for (p_n, g_n, m_n, v_n), first in _pieces(p, g, m, v):
+            adamw_bf16_(p_n, g_n, m_n, v_n, factors, keys, first)
+
+
+def write_rounded_(p: Tensor, wide: Tensor, keys: Keys) -> None:
+    """`round_to_` on contiguous tensors of any size."""
+    if p.is_cuda:
+        from tunefork.kernels.adamw_triton import round_to_ as launch  # needs Triton, as above
+
+        launch(p, wide, keys)
+        return
+    with torch.no_grad():
+        for (p_n, wide_n), first in _pieces(p, wide):
+            round_to_(p_n, wide_n, keys, first)
+
+
+def prepare(parameters: Iterable[Tensor], *, only_rounds: bool = False) -> None:
+    """Compile what `update_bf16_`, or `write_rounded_`, of `parameters` launches on a GPU.
+
+    Before the first step, whose time would otherwise be no measure of the others'. A kernel is
+    compiled for a dtype, and for sizes that 16 divides (loads are vectors) or not.
+    """
+    forms = {(p.device, p.dtype, 16 + bool(p.numel() % 16)) for p in parameters if p.is_cuda}
+    for device, dtype, numel in forms:
+        p, g = (torch.zeros(numel, dtype=dtype, device=device) for _ in range(2))
+        m, v = (torch.zeros(numel, dtype=torch.bfloat16, device=device) for _ in range(2))
         if only_rounds:
-            write_rounded_(p, g.float(), keys)
+            write_rounded_(p, g.float(), (0, 0))
         else:
-            update_bf16_(p, g, m, v, torch.ones(7, device=device), keys)
+            update_bf16_(p, g, m, v, [1.0] * 7, (0, 0))
 
 
-def _fastest(function: Callable[..., None], tensor: Tensor) -> Callable[..., None]:
-    return compiled(function) if tensor.is_cuda else function
-
-
-@cache
-def compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """`function` in one kernel for all sizes."""
-    found: Callable[..., None] = torch.compile(function, fullgraph=True)
-    return found
-
-
-def _pieces(tensors: Sequence[Tensor], keys: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """The same part of each tensor, and the keys with the number of the part's first element."""
+def _pieces(*tensors: Tensor) -> Iterator[tuple[list[Tensor], int]]:
+    """The same part of each tensor, and the number of the part's first element."""
     flat = [tensor.detach().reshape(-1) for tensor in tensors]
-    is_cuda = tensors[0].is_cuda
-    size = _PIECE["cuda" if is_cuda else "cpu"]
-    for first in range(0, flat[0].numel(), size):
-        parts = [tensor[first : first + size] for tensor in flat]
-        if len(parts[0]) % _ROW == 0 and len(parts[0]) > _ROW:  # one row would be a case apart
-            parts = [part.view(-1, _ROW) for part in parts]
-        if is_cuda:
-            for part in parts:  # else the first size would be compiled by itself
-                torch._dynamo.maybe_mark_dynamic(part, 0)
-        own = keys
-        if first:
-            own = keys.clone()
-            own[2] += first
-        yield parts, own
+    for first in range(0, flat[0].numel(), _PIECE):
+        yield [tensor[first : first + _PIECE] for tensor in flat], first

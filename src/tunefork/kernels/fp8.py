@@ -31,6 +31,7 @@ from tunefork.kernels.compiled import is_on_gpu
 from tunefork.kernels.e4m3 import E4M3, LARGEST, joined, quantize_rows
 from tunefork.kernels.fp8_weight import balance_of, diagonal, nf4_rows, right_columns
 from tunefork.kernels.layout import Layout
+from tunefork.kernels.lora_gradients import lora_gradients
 
 
 def scaled_mm(a_mk: Tensor, b_nk: Tensor, scale_m1: Tensor, scale_1n: Tensor) -> Tensor:
@@ -134,11 +135,7 @@ class _Fp8Lora(torch.autograd.Function):
         if layout.rank:
             x_sd, u_sr, a_rd, *lora_b = saved
             with_delta = [dy for dy, rank in zip(dys, layout.ranks, strict=True) if rank]
-            ranks = [rank for rank in layout.ranks if rank]
-            du = [dy @ b * layout.scale for dy, b in zip(with_delta, lora_b, strict=True)]
-            du_sr = torch.cat(du, dim=1) if len(du) > 1 else du[0]
-            us = torch.split(u_sr, ranks, dim=1)
-            db = [(dy.t() @ u) * layout.scale for dy, u in zip(with_delta, us, strict=True)]
+            du_sr, db = lora_gradients(with_delta, u_sr, lora_b, layout.scale)
             gradients = (du_sr.t() @ x_sd, *db)
         dx_sd = None
         if ctx.needs_input_grad[2]:

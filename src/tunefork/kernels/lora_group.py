@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tunefork.kernels.layout import Layout
+from tunefork.kernels.lora_gradients import lora_gradients
 from tunefork.kernels.quantized import dequantize_nf4_tensors
 
 
@@ -133,10 +134,7 @@ class _LoraGroup(torch.autograd.Function):
         if layout.rank:
             x_sd, u_sr, a_rd, *lora_b = saved
             with_delta = [dy for dy, rank in zip(dys, layout.ranks, strict=True) if rank]
-            us = torch.split(u_sr, [rank for rank in layout.ranks if rank], dim=1)
-            du = [dy @ b * layout.scale for dy, b in zip(with_delta, lora_b, strict=True)]
-            du_sr = torch.cat(du, dim=1) if len(du) > 1 else du[0]
-            db = [(dy.t() @ u) * layout.scale for dy, u in zip(with_delta, us, strict=True)]
+            du_sr, db = lora_gradients(with_delta, u_sr, lora_b, layout.scale)
             gradients = (du_sr.t() @ x_sd, *db)
         dx_sd = None
         if ctx.needs_input_grad[2]:

@@ -21,7 +21,14 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from tunefork.plan.program import Kernel, Program, Size
-from tunefork.plan.trace import FLASH, FP8_PRODUCTS, PRODUCTS, product
+from tunefork.plan.trace import (
+    FLASH,
+    FP8_PRODUCTS,
+    LORA_GRADIENTS,
+    PRODUCTS,
+    lora_gradients_flops,
+    product,
+)
 
 TOKENS = 1009
 """Of the captured pass: a prime."""
@@ -193,6 +200,9 @@ def _work(node: Node) -> dict[str, Any]:
         shapes = [_shape(n) for n in arguments[PRODUCTS[target] :][:2]]
         kind, flops = product(shapes[0], shapes[1], is_fp8=target in FP8_PRODUCTS)
         return {"kind": kind, "flops": _size(flops)}
+    if target is LORA_GRADIENTS:
+        dys, lora_b = ([_shape(n) for n in arguments[at]] for at in (0, 2))
+        return {"kind": "skinny", "flops": _size(lora_gradients_flops(dys, lora_b))}
     if target in FLASH:
         query, keys = (_shape(n) for n in arguments[FLASH[target] > 1.0 :][:2])
         shape = (query[1], keys[1], query[2])

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-import tunefork.kernels.lora_group  # noqa: F401  registers add_product_
+import tunefork.kernels.lora_group  # noqa: F401  registers add_product_ and lora_gradients
 from tunefork.plan import elementwise
 from tunefork.plan.schema import Part
 
@@ -41,6 +41,8 @@ PRODUCTS = {
 }
 """Matrix products -> where their left operand stands; the right one follows it."""
 FP8_PRODUCTS = {torch.ops.aten._scaled_mm.default}
+LORA_GRADIENTS = torch.ops.tunefork.lora_gradients.default
+"""Two skinny products with each of several tensors, read once."""
 FLASH = {
     torch.ops.aten._flash_attention_forward.default: 1.0,
     torch.ops.aten._flash_attention_backward.default: 2.5,
@@ -134,6 +136,12 @@ def product(left: Sequence[int], right: Sequence[int], *, is_fp8: bool) -> tuple
     return kind, 2.0 * batch * rows * inner * columns
 
 
+def lora_gradients_flops(dys: Sequence[Sequence[int]], lora_b: Sequence[Sequence[int]]) -> float:
+    """Operations of `LORA_GRADIENTS`, of its arguments' shapes (S, O_i) and (O_i, R_i)."""
+    pairs = zip(dys, lora_b, strict=True)
+    return sum(2 * product(dy, b, is_fp8=False)[1] for dy, b in pairs)
+
+
 def flash_flops(query: Sequence[int], squares: float) -> float:
     """Of causal attention's forward pass; queries are (tokens, heads, features)."""
     return 2.0 * query[1] * query[2] * squares
@@ -197,6 +205,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 left = PRODUCTS[func]
                 is_fp8 = func in FP8_PRODUCTS
                 self.count(*product(args[left].shape, args[left + 1].shape, is_fp8=is_fp8), moved)
+            elif func is LORA_GRADIENTS:
+                shapes = [[tensor.shape for tensor in args[at]] for at in (0, 2)]
+                self.count("skinny", lora_gradients_flops(*shapes), moved)
             elif func in FLASH:
                 query = args[0 if FLASH[func] == 1.0 else 1]
                 if FLASH[func] > 1.0:

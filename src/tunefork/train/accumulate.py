@@ -38,13 +38,14 @@ class Accumulator:
 
     def gradient(
         self, chosen: Sequence[Encoded], step: int, following: Sequence[Encoded] = ()
-    ) -> tuple[float, int]:
+    ) -> tuple[Tensor, int]:
         """Add the gradient of step `step` to the parameters.
 
         `following`, the next step's examples, are laid out while a GPU is at work.
 
-        Returns the mean loss, nats, and the number of supervised tokens it is the mean of. Raises
-        NoMemoryError where even the smallest micro-batches do not fit, or may not be tried.
+        Returns the mean loss, nats, fp32, which a GPU may still be computing, and the number of
+        supervised tokens it is the mean of. Raises NoMemoryError where even the smallest
+        micro-batches do not fit, or may not be tried.
         """
         longest = max(len(example.input_ids) for example in chosen)
         random = random_states(self.model.device)
@@ -55,7 +56,7 @@ class Accumulator:
             try:
                 total = self._accumulate(batches, supervised, step)
                 self._look_ahead(following)
-                return float(total), supervised
+                return total, supervised
             except NoMemoryError:
                 if self.on_out_of_memory == "error" or limit == longest:
                     raise

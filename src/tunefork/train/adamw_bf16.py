@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tunefork.kernels.adamw import factors_of, keys_of, prepare, update_bf16_
+from tunefork.kernels.adamw import Keys, factors_of, keys_of, prepare, update_bf16_
 from tunefork.train.clip import global_norm
 from tunefork.train.optim_state import Layout, by_first_part, check_indices, check_layout
 
@@ -38,10 +38,10 @@ class Bf16AdamW:
         self.weight_decay = weight_decay
         self.seed = seed
         self.states: dict[int, _Moments] = {}
-        self._keys: dict[int, Tensor] = {}
-        self._factors: dict[tuple[int, float], Tensor] = {}
+        self._keys: dict[int, Keys] = {}
+        self._factors: dict[tuple[int, float], list[float]] = {}
         """Of a step, by a weight's own count of updates and its decay."""
-        prepare(self.parameters[0].device)
+        prepare(self.parameters)
 
     def gradient_norm(self) -> float:
         """Global L2 norm."""
@@ -54,7 +54,6 @@ class Bf16AdamW:
         for index in due:
             self.update(index)
 
-    @torch.no_grad()
     def begin(
         self,
         learning_rate: float,
@@ -64,21 +63,19 @@ class Bf16AdamW:
         """Make ready for one `update` of each weight of `due`; None: of any."""
         due = range(len(self.parameters)) if due is None else due
         steps = {index: self._count(index) + 1 for index in due}
-        self._keys = keys_of(self.seed, steps, self.parameters[0].device)
+        self._keys = keys_of(self.seed, steps)
         self._factors = {}
         for index, step in steps.items():
             form = (step, self._decay(index))
             if form not in self._factors:
-                found = factors_of(
+                self._factors[form] = factors_of(
                     step,
                     learning_rate=learning_rate,
                     betas=self.betas,
                     weight_decay=form[1],
                     gradient_scale=gradient_scale,
                 )
-                self._factors[form] = torch.tensor(found, device=self.parameters[0].device)
 
-    @torch.no_grad()
     def update(self, index: int) -> None:
         """Update the weight at `index` by its gradient, and free that; after `begin`."""
         parameter = self.parameters[index]

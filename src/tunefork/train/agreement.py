@@ -162,7 +162,7 @@ def _pass(accumulator: Accumulator, batch: Sequence[Encoded], seed: int) -> _Pas
         if name.endswith(_PARTS) and parameter.grad is not None
     }
     model.zero_grad(set_to_none=True)
-    return _Pass(loss, gradients)
+    return _Pass(float(loss), gradients)
 
 
 def _compare(num_examples: int, bf16: _Pass, fp8: _Pass) -> BatchAgreement:

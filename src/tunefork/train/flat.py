@@ -56,10 +56,13 @@ class FlatParameters:
                     f"trained parameter {at} was moved after its optimiser was made, which would "
                     "go on updating the old one; move the model first"
                 )
-            if parameter.grad is None:
+            held = parameter.grad
+            if held is gradient:
+                continue
+            if held is None:
                 gradient.zero_()
-            elif parameter.grad is not gradient:
-                gradient.copy_(parameter.grad)
+            else:
+                gradient.copy_(held)
             parameter.grad = gradient
 
     def norm(self) -> Tensor:

@@ -150,8 +150,9 @@ def train(
             random = random_states(device)
             following = [examples[i] for i in steps[number]] if number < len(steps) else []
             if release is None:
-                loss, num_supervised = cut.gradient(chosen, number, following)
-                grad_norm = optimizer.gradient_norm()
+                total, num_supervised = cut.gradient(chosen, number, following)
+                # First the norm, which is launched behind the loss: one wait for both.
+                grad_norm, loss = optimizer.gradient_norm(), float(total)
             else:  # what may keep the step from its update is looked at before the first one
                 (loss, num_supervised), grad_norm = cut.forward(chosen, number), 0.0
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):

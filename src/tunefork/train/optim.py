@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tunefork.kernels.adamw import keys_of, prepare, write_rounded_
+from tunefork.kernels.adamw import Keys, keys_of, prepare, write_rounded_
 from tunefork.kernels.quantized import AdamW8bit
 from tunefork.train.clip import global_norm
 from tunefork.train.optim_state import (
@@ -46,7 +46,7 @@ class ShadowAdamW:
         kind = AdamW8bit if eight_bit else torch.optim.AdamW
         self.counts = [0] * len(self.parameters)
         """Updates of each weight so far: what its rounding's random bits follow from."""
-        self._keys: dict[int, Tensor] = {}
+        self._keys: dict[int, Keys] = {}
         """Of the random bits of each weight that is rounded in a step."""
         self._learning_rate, self._gradient_scale = 0.0, 1.0
         self.shadows: list[nn.Parameter] = []
@@ -57,8 +57,9 @@ class ShadowAdamW:
             decay = weight_decay if parameter.dim() >= 2 else 0.0
             self.shadows.append(shadow)
             self.inner.append(kind([shadow], betas=betas, weight_decay=decay, **options))
-        if not keep_shadows and any(p.dtype != torch.float32 for p in self.parameters):
-            prepare(self.parameters[0].device, only_rounds=True)
+        if not keep_shadows:
+            narrow = [p for p in self.parameters if p.dtype != torch.float32]
+            prepare(narrow, only_rounds=True)
 
     def gradient_norm(self) -> float:
         """Global L2 norm."""
@@ -89,7 +90,7 @@ class ShadowAdamW:
             for index in rounded
             if self.parameters[index].dtype != torch.float32
         }
-        self._keys = keys_of(self.seed, steps, self.parameters[0].device) if steps else {}
+        self._keys = keys_of(self.seed, steps)
 
     @torch.no_grad()
     def update(self, index: int, room: tuple[Tensor, ...] | None = None) -> None:

@@ -1,0 +1,188 @@
+"""The Triton kernel that makes du and B's gradient from one reading of dy, on a GPU.
+
+Truth is float64's. Products are summed in fp32 and rounded to bf16 once: a value is off by at most
+2**-9 of itself, and by what tensor cores cut off of sums in which much cancels: in each of
+thousands of additions up to 2**-23 of the largest. A tile left out would be off by a tenth of it.
+"""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from tunefork.kernels.layout import Layout
+from tunefork.kernels.lora_gradients import (
+    LARGEST_RANK,
+    LEAST_TOKENS,
+    lora_gradients,
+    lora_gradients_reference,
+)
+from tunefork.kernels.lora_group import lora_group, with_room, write_delta
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SCALE = 0.7
+Operands = tuple[list[Tensor], Tensor, list[Tensor]]
+
+
+def _draw(tokens: int, sizes: Sequence[int], ranks: Sequence[int], first: int = 0) -> Operands:
+    """dy as columns of one tensor from `first` on, u as the first columns of a wider one."""
+    torch.manual_seed(0)
+    wide = torch.randn(tokens, first + sum(sizes), device="cuda").bfloat16()
+    read = torch.randn(tokens, sum(ranks) + 24, device="cuda").bfloat16()
+    lora_b = [
+        torch.randn(size, rank, device="cuda").bfloat16()
+        for size, rank in zip(sizes, ranks, strict=True)
+    ]
+    dys = list(torch.split(wide[:, first:], list(sizes), dim=1))
+    return dys, read[:, : sum(ranks)], lora_b
+
+
+def _assert_exact(found: tuple[Tensor, list[Tensor]], operands: Operands) -> None:
+    dys, u, lora_b = operands
+    exact = [dy.double() for dy in dys], u.double(), [b.double() for b in lora_b]
+    want_du, want_db = lora_gradients_reference(*exact, SCALE)
+    for ours, truth in zip([found[0], *found[1]], [want_du, *want_db], strict=True):
+        assert ours.shape == truth.shape and ours.dtype == torch.bfloat16
+        cancelled = 1e-4 * truth.abs().max()
+        assert bool(((ours.double() - truth).abs() <= 2**-8 * truth.abs() + cancelled).all())
+
+
+@pytest.mark.parametrize("rank", [1, 8, 12, 16, 24, 32, 40, 48, LARGEST_RANK])
+def test_each_rank(rank: int) -> None:
+    operands = _draw(LEAST_TOKENS, (1024, 576), (rank, rank))
+    _assert_exact(lora_gradients(*operands, SCALE), operands)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "ranks", "first"),
+    [
+        (16384, (4096, 1024, 1024), (16, 16, 16), 0),  # q, k and v
+        (16384, (14336, 14336), (16, 64), 0),
+        (LEAST_TOKENS + 1, (4096,), (16,), 16),  # rows that do not follow each other
+        (3001, (1040, 528, 16), (16, 8, 64), 0),  # blocks that are not full
+        (3001, (1040, 528, 16), (16, 8, 64), 16),  # and columns of a wider tensor
+        (3001, (1000, 513, 7), (16, 8, 64), 0),  # two products: rows are not aligned,
+        (LEAST_TOKENS - 1, (1024, 512), (16, 16), 0),  # or few
+    ],
+)
+def test_any_sizes_and_strides(
+    tokens: int, sizes: tuple[int, ...], ranks: tuple[int, ...], first: int
+) -> None:
+    operands = _draw(tokens, sizes, ranks, first)
+    _assert_exact(lora_gradients(*operands, SCALE), operands)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "ranks", "first"),
+    [
+        (3001, (1000, 513, 7), (16, 8, 64), 0),
+        (700, (1030, 1), (33, 16), 3),
+        (1, (16, 1), (1, 16), 0),
+    ],
+)
+def test_the_kernel_itself_takes_what_it_is_not_asked_for(
+    tokens: int, sizes: tuple[int, ...], ranks: tuple[int, ...], first: int
+) -> None:
+    from tunefork.kernels.lora_gradients_triton import launch
+
+    operands = _draw(tokens, sizes, ranks, first)
+    du, *db = launch(*operands, SCALE)
+    _assert_exact((du, db), operands)
+
+
+def test_of_more_numbers_than_32_bits_count() -> None:
+    dys, u, lora_b = _draw(2**17, (16384 + 512,), (16,))
+    du, (db,) = lora_gradients(dys, u, lora_b, SCALE)
+    dy, b = dys[0], lora_b[0]
+    want = SCALE * (dy[-4096:].double() @ b.double())  # of all it would take 18 GB
+    torch.testing.assert_close(du[-4096:].double(), want, rtol=2**-8, atol=0.05)
+    want = SCALE * (dy[:, -512:].double().t() @ u.double())
+    torch.testing.assert_close(db[-512:].double(), want, rtol=2**-8, atol=0.2)
+
+
+def test_the_bits_are_the_same_each_time() -> None:
+    operands = _draw(16384, (4096, 1024), (16, 64))
+    du, db = lora_gradients(*operands, SCALE)
+    for _ in range(5):
+        again_du, again_db = lora_gradients(*operands, SCALE)
+        assert torch.equal(again_du, du)
+        assert all(torch.equal(a, b) for a, b in zip(again_db, db, strict=True))
+
+
+def test_what_is_not_finite_stays_in_its_row_and_column() -> None:
+    dys, u, lora_b = _draw(LEAST_TOKENS, (1024,), (16,))
+    before_du, (before_db,) = lora_gradients(dys, u, lora_b, SCALE)
+    dys[0][77, 33] = torch.nan
+    du, (db,) = lora_gradients(dys, u, lora_b, SCALE)
+    for after, before, at in ((du, before_du, 77), (db, before_db, 33)):
+        others = torch.arange(len(after), device="cuda") != at
+        assert bool(after[at].isnan().all()) and torch.equal(after[others], before[others])
+
+
+def test_the_operator_is_one_to_the_compiler() -> None:
+    for tokens in (100, LEAST_TOKENS):
+        dys, u, lora_b = _draw(tokens, (256, 96), (16, 8), 8)
+        torch.library.opcheck(torch.ops.tunefork.lora_gradients.default, (dys, u, lora_b, SCALE))
+
+
+def test_compiled_once_it_serves_all_lengths() -> None:
+    def gradients(dys: list[Tensor], u: Tensor, lora_b: list[Tensor]) -> Tensor:
+        du, db = lora_gradients([dy * 2 for dy in dys], u, lora_b, SCALE)
+        return torch.cat([du.flatten(), *(each.flatten() for each in db)])
+
+    compiled = torch.compile(gradients, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens in (LEAST_TOKENS + 40, 96, 16384):
+            dys, u, lora_b = _draw(tokens, (1024, 512), (16, 8))
+            dys, u = [dy.contiguous() for dy in dys], u.contiguous()
+            assert torch.equal(compiled(dys, u, lora_b), gradients(dys, u, lora_b))
+    torch._dynamo.reset()
+
+
+def test_captured_it_reads_what_is_there_at_each_replay() -> None:
+    dys, u, lora_b = _draw(4096, (1024, 512), (16, 16))
+    lora_gradients(dys, u, lora_b, SCALE)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        du, db = lora_gradients(dys, u, lora_b, SCALE)
+    for _ in range(3):
+        for dy in dys:
+            dy.normal_()
+        u.normal_()
+        graph.replay()
+        want_du, want_db = lora_gradients(dys, u, lora_b, SCALE)
+        assert torch.equal(du, want_du)
+        assert all(torch.equal(a, b) for a, b in zip(db, want_db, strict=True))
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_groups_gradients_are_those_of_the_definition(
+    is_compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layout, features = Layout("bf16", "bf16", (1024, 512, 512), (16, 0, 8), SCALE), 512
+    x = torch.randn(2, LEAST_TOKENS, features, device="cuda").bfloat16().requires_grad_()
+    lora_a = [torch.randn(rank, features, device="cuda") / 20 for rank in (16, 8)]
+    lora_b = [torch.randn(o, rank, device="cuda") / 4 for o, rank in ((1024, 16), (512, 8))]
+    inputs = [x, *(t.requires_grad_() for t in (*lora_a, *lora_b))]
+    weights = [torch.randn(o, features, device="cuda").bfloat16() / 20 for o in layout.sizes]
+    room = with_room(weights, layout)
+    write_delta(room, lora_b, layout)
+    upstream = [torch.randn(2, LEAST_TOKENS, o, device="cuda").bfloat16() for o in layout.sizes]
+
+    def forward(x: Tensor) -> tuple[Tensor, ...]:
+        return lora_group(x, layout, (room,), lora_a, lora_b)
+
+    run = torch.compile(forward, fullgraph=True) if is_compiled else forward
+    got = torch.autograd.grad(run(x), inputs, upstream)
+    torch._dynamo.reset()
+    monkeypatch.setattr("tunefork.kernels.lora_group.lora_gradients", lora_gradients_reference)
+    want = torch.autograd.grad(forward(x), inputs, upstream)
+    for ours, theirs in zip(got, want, strict=True):
+        # Both round to bf16, in up to three places.
+        assert float((ours - theirs).norm()) <= 3 * 2**-8 * float(theirs.norm())
