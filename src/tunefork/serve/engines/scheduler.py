@@ -95,7 +95,7 @@ class Scheduler:
     def plan(self) -> list[Planned]:
         """Who computes what in the next pass: decoding rows first, in the order of their slots."""
         decoding = [answer for answer in self.running if answer.decodes]
-        decoding.sort(key=lambda a: (a.slot is None, a.slot or 0, len(a.tokens)))
+        decoding.sort(key=by_slot)
         ready = [answer for answer in decoding if answer.region and self._has_room(answer)]
         # A later one may have given its room up for an earlier one.
         planned = [(answer, _part(answer, 1)) for answer in ready if answer.region is not None]
@@ -165,6 +165,11 @@ class Scheduler:
             assert answer.request.adapter is not None
             self.tiers.leave(answer.request.adapter.id)
             answer.slot = None
+
+
+def by_slot(answer: Answer) -> tuple[bool, int, int]:
+    """Decoding rows come in this order."""
+    return answer.slot is None, answer.slot or 0, len(answer.tokens)
 
 
 def _part(answer: Answer, new: int) -> Part:
