@@ -43,12 +43,13 @@ def plan_ahead(flight: Flight, scheduler: Scheduler) -> tuple[list[Planned], Fol
     """The decoding pass behind `flight`, of which no token is known; the same that the scheduler
     would plan if no answer ended by its token.
 
-    None where it has to wait for them: their tokens are no likeliest ones, a prompt is on its way,
-    someone could take the place of an answer that is as long as it may be, or the cache is full.
+    None where it has to wait for them: they are not simply the likeliest, a prompt is to be
+    computed, someone could take the place of an answer that is as long as it may be, or the cache
+    is full.
     """
     rows = {answer: row for row, answer in enumerate(flight.answers)}
     running = scheduler.running
-    if len(rows) < len(flight.planned) or not all(answer.tokens_suffice for answer in rows):
+    if not all(answer.tokens_suffice for answer in rows):
         return None
     if not all(answer in rows for answer in running):
         return None
