@@ -11,7 +11,8 @@ Time is counted in passes that were launched.
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from tunefork.serve.engines.launched import Follows
 from tunefork.serve.engines.layout import BASE, Part
 from tunefork.serve.engines.loading import Arrival
 from tunefork.serve.engines.regions import Region, Regions
-from tunefork.serve.engines.sequence import open_sequence
+from tunefork.serve.engines.sequence import Sequence, open_sequence
 from tunefork.serve.engines.tier_entry import Entry, Stage
 from tunefork.serve.engines.tiers import Tiers
 
@@ -47,7 +48,7 @@ def likeliest(at: int) -> int:
     return BAD if at % 499 == 0 else at % 1_000_003 % VOCABULARY
 
 
-def hash_of(prompt: Sequence[int], content: int) -> int:
+def hash_of(prompt: Series[int], content: int) -> int:
     """Of a whole prompt."""
     found = _NOTHING
     for token in prompt:
@@ -125,7 +126,7 @@ class Passes:
         self.before: Callable[[], None] = lambda: None
         """Is called when a pass is to be launched."""
 
-    def run(self, parts: Sequence[Part], follows: Follows | None = None) -> Any:
+    def run(self, parts: Series[Part], follows: Follows | None = None) -> Any:
         self.before()
         chosen, cache = Chosen(self.gpu), self.gpu.cache
         source: Any = None if follows is None else follows.tokens_r
@@ -229,7 +230,7 @@ class _Tokenizer:
     def __init__(self) -> None:
         self.backend_tokenizer = self
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: Series[int], skip_special_tokens: bool = False) -> str:
         return "".join(chr(97 + token % 26) for token in ids)
 
 
@@ -269,6 +270,7 @@ class Simulation:
         clock.monotonic = lambda: self.now
         self.gpu = Device(cache_tokens, slots, random.Random(seed))
         self.passes, self.told = Passes(self.gpu), dict[str, Told]()
+        self._answers: list[Sequence] = []
         self.passes.before = self._tick
         passes: Any = self.passes
         cache: Any = Cache(self.gpu)
@@ -287,7 +289,9 @@ class Simulation:
 
     def add(self, request: EngineRequest, matcher: Any = None) -> None:
         told = self.told[request.id] = Told()
-        self.core.add(open_sequence(request, told, self.now, self.core.tokenizer, matcher))
+        answer = open_sequence(request, told, self.now, self.core.tokenizer, matcher)
+        self._answers.append(answer)
+        self.core.add(answer)
 
     def run(self) -> None:
         """Until all events were and nobody is open; or what the engine ends with is raised."""
@@ -303,7 +307,11 @@ class Simulation:
         assert not scheduler.running and not scheduler.waiting and not self.core._flights
         assert scheduler.cache.regions.free == scheduler.cache.total
         assert not any(entry.users for entry in held.values())
-        assert all(told.end is not None for told in self.told.values())
+        for answer in self._answers:
+            told = answer.stream
+            assert told.end is not None
+            if told.end in ("stop", "length"):  # a token that was computed in vain is none of it
+                assert answer.num_answered == len(told.tokens)
 
     def _post(self, parcels: list[Parcel]) -> None:
         for told, item in parcels:
