@@ -134,7 +134,7 @@ class Passes:
 
         def compute() -> None:
             for at, part in enumerate(parts):
-                ids = part.ids if source is None else [max(source.tokens[rows[at]], 0)]
+                ids = part.ids if at >= len(rows) else [max(source.tokens[rows[at]], 0)]
                 first = part.start + part.position
                 found = cache[first - 1] if part.position else _NOTHING
                 content = 0 if part.slot == BASE else self.gpu.slots[part.slot]
@@ -144,7 +144,7 @@ class Passes:
                     chosen.hashes.append(found)
 
         if follows is not None:
-            assert len(rows) == len(parts) and all(len(part.ids) == 1 for part in parts)
+            assert all(len(part.ids) == 1 for part in parts[: len(rows)])
             self.num_ahead += 1
         chosen.number = self.gpu.launch(compute)
         self.log.append((chosen, list(parts)))

@@ -39,13 +39,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 
 @pytest.fixture
-def num_ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A GPU's way; how many rows each pass ahead had."""
-    found: list[int] = []
+def num_ahead(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """A GPU's way; how many rows each pass ahead had, of which so many with a token of the last."""
+    found: list[tuple[int, int]] = []
     compute = Passes.run
 
     def run(passes: Passes, parts: Any, follows: Any = None) -> Any:
-        found.extend([] if follows is None else [len(parts)])
+        found.extend([] if follows is None else [(len(parts), len(follows.rows))])
         return compute(passes, parts, follows)
 
     monkeypatch.setattr(Passes, "run", run)
@@ -64,7 +64,7 @@ async def _started(served: Served, **embedded: Any) -> EmbeddedEngine:
 
 @pytest.mark.parametrize("ahead", [True, False])
 def test_answers_are_pefts_where_some_stop_and_adapters_come_meanwhile(
-    served: Served, num_ahead: list[int], ahead: bool
+    served: Served, num_ahead: list[tuple[int, int]], ahead: bool
 ) -> None:
     """Ten rows are filled up to the sixteen of an adapter's trial, which is the same graph."""
 
@@ -97,11 +97,12 @@ def test_answers_are_pefts_where_some_stop_and_adapters_come_meanwhile(
         return found
 
     asyncio.run(ask())
-    assert (max(num_ahead, default=0) > 8) == ahead
+    assert any(rows > 8 for rows, _ in num_ahead) == ahead
+    assert any(rows > following for rows, following in num_ahead) == ahead  # and a prompt
 
 
 def test_a_row_whose_logits_are_not_finite_fails_alone_where_its_next_pass_is_under_way(
-    served: Served, num_ahead: list[int], monkeypatch: pytest.MonkeyPatch
+    served: Served, num_ahead: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No token comes of it, and none is looked up for it."""
     sick = served.expected[None][5]
@@ -134,7 +135,9 @@ def test_a_row_whose_logits_are_not_finite_fails_alone_where_its_next_pass_is_un
     assert num_ahead
 
 
-def test_who_needs_the_logits_is_not_ahead(served: Served, num_ahead: list[int]) -> None:
+def test_who_needs_the_logits_is_not_ahead(
+    served: Served, num_ahead: list[tuple[int, int]]
+) -> None:
     """Beside a greedy one, which waits for it."""
 
     async def ask() -> None:

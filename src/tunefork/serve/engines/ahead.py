@@ -3,8 +3,8 @@
 Between a pass's end and the next one's launch a GPU has nothing to do, and the host has much:
 tokens are taken, the next pass is planned, laid out and launched, an eighth of the time of a
 decoding pass of an 8B model. But the likeliest tokens are chosen on the GPU, and all else that the
-next pass of the same requests needs is known without them. So it is launched behind the one under
-way, and reads its ids there (`Follows`).
+next pass needs is known without them. So it is launched behind the one under way, and reads ids
+there (`Follows`).
 
 A request may turn out to have ended with the last pass (a stop token, a stop text, nobody waits for
 it any more). Then its row was computed in vain: its token is dropped, and it has given up its
@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tunefork.serve.engines.launched import Follows, Launched
-from tunefork.serve.engines.layout import BASE, Part
-from tunefork.serve.engines.scheduler import Planned, Scheduler, by_slot
+from tunefork.serve.engines.layout import Part
+from tunefork.serve.engines.scheduler import Planned, Scheduler, by_slot, part_of
 from tunefork.serve.engines.sequence import Sequence as Answer
 
 _UNKNOWN = (0,)
@@ -40,27 +40,32 @@ class Flight:
 
 
 def plan_ahead(flight: Flight, scheduler: Scheduler) -> tuple[list[Planned], Follows] | None:
-    """The decoding pass behind `flight`, of which no token is known; the same that the scheduler
-    would plan if no answer ended by its token.
+    """The pass behind `flight`, of whose tokens none is known: what the scheduler would plan if no
+    answer ended by them. Prompts, also of those that have just come, are in it.
 
-    None where it has to wait for them: they are not simply the likeliest, a prompt is to be
-    computed, someone could take the place of an answer that is as long as it may be, or the cache
-    is full.
+    None where it has to wait for them: somebody wants other tokens than the likeliest, or logits
+    (which a trial of an adapter may overwrite before the host has seen them), all are the last ones
+    of their answers, someone could take the place of such an answer, or the cache is full.
     """
     rows = {answer: row for row, answer in enumerate(flight.answers)}
-    running = scheduler.running
-    if not all(answer.tokens_suffice for answer in rows):
+    if not all(answer.tokens_suffice for answer in (*rows, *scheduler.running)):
         return None
-    if not all(answer in rows for answer in running):
-        return None
-    going_on = [answer for answer in running if not _is_last(answer)]
-    if not going_on or (len(going_on) < len(running) and scheduler.waiting):
+    decoding = [answer for answer in scheduler.running if answer in rows]
+    going_on = [answer for answer in decoding if not _is_last(answer)]
+    if not going_on or (len(going_on) < len(decoding) and scheduler.waiting):
         return None
     if not all(_has_room(answer, scheduler) for answer in going_on):
         return None
     going_on.sort(key=by_slot)
     planned = [(answer, _part(answer)) for answer in going_on]
-    return planned, Follows(flight.launched.tokens_r, [rows[answer] for answer in going_on])
+    ends = {answer: part.position + len(part.ids) for answer, part in flight.planned}
+    prompts = [
+        (answer, ends.get(answer, answer.computed))
+        for answer in scheduler.running
+        if answer not in rows
+    ]
+    follows = Follows(flight.launched.tokens_r, [rows[answer] for answer in going_on])
+    return planned + scheduler.pieces(prompts), follows
 
 
 def _is_last(answer: Answer) -> bool:
@@ -78,6 +83,6 @@ def _has_room(answer: Answer, scheduler: Scheduler) -> bool:
 
 
 def _part(answer: Answer) -> Part:
-    assert answer.region is not None
-    slot = BASE if answer.slot is None else answer.slot
-    return Part(_UNKNOWN, len(answer.tokens), answer.region.start, slot, wants_logits=True)
+    """Of the token behind all that are known."""
+    known = part_of(answer, len(answer.tokens), 0)
+    return known._replace(ids=_UNKNOWN)

@@ -46,8 +46,8 @@ class Launched:
 
 @dataclass(frozen=True, slots=True)
 class Follows:
-    """Where a pass of one token a row finds them: on the device, as another one chooses them."""
+    """Where a pass finds its first tokens: on the device, as the pass before chooses them."""
 
     tokens_r: Tensor
     rows: Sequence[int]
-    """Of `tokens_r`, one for each row."""
+    """Of `tokens_r`, one for each of the first parts, which are of one token."""

@@ -98,7 +98,7 @@ class Passes:
     def run(self, parts: Sequence[Part], follows: Follows | None = None) -> Launched:
         """Logits of the parts that want them, in order. Nothing waits for the GPU.
 
-        `follows`: all parts are of one token, and these are there, not in the parts.
+        `follows`: where the ids of the first parts are, in place of those in the parts.
         """
         if self._read is not None:
             self._read.synchronize()  # the last pass's numbers must have been read
