@@ -238,3 +238,16 @@ def test_a_gpu_has_the_next_pass_when_the_host_waits_for_the_last(clock: Any) ->
     assert sum(len(parts) for _, parts in log) == 4 * 40 + 5  # no row in vain
     prompt = next(at for at, (_, parts) in enumerate(log) if len(parts[-1].ids) == 10)
     assert prompt == came[0]
+
+
+def test_who_waits_has_the_place_of_one_that_is_known_to_end(clock: Any) -> None:
+    """As soon as without passes ahead: there are as many passes, and as full."""
+    rows = []
+    for ahead in (False, True):
+        simulation = Simulation(0, ahead=ahead, clock=clock, max_requests=3)
+        for at in range(9):
+            simulation.add(request(f"{at}", [at, 5], max_tokens=5 + 3 * at))
+        simulation.run()
+        simulation.close()
+        rows.append([len(parts) for _, parts in simulation.passes.log])
+    assert rows[0] == rows[1]
