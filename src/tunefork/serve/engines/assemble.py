@@ -110,6 +110,7 @@ def assemble(
         make_tiers,
         max_requests=ours.max_requests,
         prefill_tokens=prefill_tokens,
+        ahead=ours.ahead,
     )
     vocabulary = int(model.get_output_embeddings().weight.shape[0])
     grammars = Grammars(tokenizer, vocabulary) if is_available() else None

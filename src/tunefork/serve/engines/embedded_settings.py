@@ -60,3 +60,8 @@ class EmbeddedSettings(Section):
     less time a token for an 8B model. Its first start takes half a minute longer, later ones a few
     seconds, as what was compiled is kept (TORCHINDUCTOR_CACHE_DIR). What cannot be compiled runs as
     written."""
+
+    ahead: bool = True
+    """Launch a decoding pass before the tokens of the last one are on the host: it reads them on
+    the GPU, which so does not wait between the two. With `cuda_graphs`, and where all requests take
+    the likeliest token (temperature 0, no penalties, bias, grammar or log probabilities)."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tunefork.kernels.bank_read import TILE, Tiles, cut
 from tunefork.kernels.bank_stretches import Stretch
+from tunefork.serve.engines.launched import Follows
 from tunefork.serve.engines.reads import Span
 
 STEP = 8
@@ -55,6 +56,7 @@ class Layout:
             "starts_q": rows + 1,
             "starts_k": rows + 1,
             "used": rows,
+            "sources": rows,
             "tiles": 3 * self.most_tiles(tokens),
         }
         total, at = sum(size + -size % _ALIGNED for size in sizes.values()), 0
@@ -69,10 +71,16 @@ class Layout:
             self.tensors[name] = self.device[at : at + size]
             at += size + -size % _ALIGNED
 
-    def send(self) -> None:
-        """The host's numbers to the device."""
+    def send(self, follows: Follows | None = None) -> None:
+        """The host's numbers to the device; ids as `follows` has them."""
+        rows = [] if follows is None else follows.rows
+        self.numbers["sources"][: len(rows)] = rows
         if self.device is not self.host:
             self.device.copy_(self.host, non_blocking=True)
+        if follows is not None:
+            ids_r = follows.tokens_r.index_select(0, self.tensors["sources"][: len(rows)])
+            # Below 0 is no token (`choose.BAD`): of its row nothing is told, but it is looked up.
+            self.tensors["ids"][: len(rows)] = ids_r.clamp_(min=0)
 
     def lay_out_rows(self, parts: Sequence[Part], rows: int) -> int:
         """Parts of one token each that all want logits, filled up to `rows`. Returns how many

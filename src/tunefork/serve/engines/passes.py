@@ -20,13 +20,14 @@ from tunefork.kernels.bank_stretches import Stretch
 from tunefork.serve.engines.choose import greedy
 from tunefork.serve.engines.compiled_layers import CompiledLayers
 from tunefork.serve.engines.graphs import MANY_ROWS, Graphs, Key, limited
+from tunefork.serve.engines.launched import Arriving, Follows, Launched
 from tunefork.serve.engines.layout import BASE, STEP, Layout, Part, stretches
 from tunefork.serve.engines.reads import Reads, Span
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a pass gives; in tensors that the next pass overwrites."""
+    """What the model gives; in tensors that the next pass overwrites."""
 
     logits_rv: Tensor
     tokens_r: Tensor
@@ -100,18 +101,27 @@ class Passes:
             compiled=compiled,
         )
 
+    @property
+    def has_graphs(self) -> bool:
+        """Decoding passes are replayed."""
+        return self.graphs is not None and self.graphs.is_on
+
     @torch.inference_mode()
-    def run(self, parts: Sequence[Part]) -> Outcome:
-        """Logits of the parts that want them, in order. Nothing waits for the GPU."""
+    def run(self, parts: Sequence[Part], follows: Follows | None = None) -> Launched:
+        """Logits of the parts that want them, in order. Nothing waits for the GPU.
+
+        `follows`: where the ids of the first parts are, in place of those in the parts.
+        """
         if self._read is not None:
             self._read.synchronize()  # the last pass's numbers must have been read
         if self.graphs and all(part.wants_logits and len(part.ids) == 1 for part in parts):
-            outcome, wanted = self._run_rows(self.graphs, parts), len(parts)
+            outcome, wanted = self._run_rows(self.graphs, parts, follows), len(parts)
         elif self.graphs and (size := self.graphs.size(sum(len(part.ids) for part in parts))):
-            outcome, wanted = self._run_filled(self.graphs, parts, size)
+            outcome, wanted = self._run_filled(self.graphs, parts, follows, size)
         else:
-            outcome, wanted = self._run_any(parts)
-        return Outcome(outcome.logits_rv[:wanted], outcome.tokens_r[:wanted])
+            outcome, wanted = self._run_any(parts, follows)
+        tokens_r = outcome.tokens_r[:wanted].clone()
+        return Launched(outcome.logits_rv[:wanted], tokens_r, Arriving(tokens_r))
 
     def warm(self, *, has_slots: bool) -> None:
         """Capture the graphs that short requests need, so that the first ones do not wait."""
@@ -136,32 +146,34 @@ class Passes:
         told = [Stretch(0, 0, tokens)] if key.has_adapters else []
         return self._pass(shape, told, None, is_captured=True)
 
-    def _run_rows(self, graphs: Graphs, parts: Sequence[Part]) -> Outcome:
+    def _run_rows(self, graphs: Graphs, parts: Sequence[Part], follows: Follows | None) -> Outcome:
         longest_k = self.layout.lay_out_rows(parts, graphs.filled(len(parts)))
-        self._send()
+        self._send(follows)
         has_adapters = any(part.slot != BASE for part in parts)
         outcome: Outcome = graphs.outcome(
             graphs.key(len(parts), longest_k, has_adapters=has_adapters)
         )
         return outcome
 
-    def _run_filled(self, graphs: Graphs, parts: Sequence[Part], size: int) -> tuple[Outcome, int]:
+    def _run_filled(
+        self, graphs: Graphs, parts: Sequence[Part], follows: Follows | None, size: int
+    ) -> tuple[Outcome, int]:
         """Parts of any length as a captured pass of `size` tokens."""
         _, _, num_wanted = self.layout.lay_out(parts)
         self.layout.fill_up(parts, num_wanted, size)
-        self._send()
+        self._send(follows)
         return graphs.outcome(graphs.key_of_tokens(size)), num_wanted
 
-    def _run_any(self, parts: Sequence[Part]) -> tuple[Outcome, int]:
+    def _run_any(self, parts: Sequence[Part], follows: Follows | None) -> tuple[Outcome, int]:
         spans, num_tokens, num_wanted = self.layout.lay_out(parts)
-        self._send()
+        self._send(follows)
         longest_q = max(span.new for span in spans)
         longest_k = min(limited(max(span.used for span in spans)), self.max_model_len)
         shape = _Shape(len(parts), num_tokens, num_wanted, longest_q, longest_k)
         return self._pass(shape, stretches(parts), None if self.flash else tuple(spans)), num_wanted
 
-    def _send(self) -> None:
-        self.layout.send()
+    def _send(self, follows: Follows | None) -> None:
+        self.layout.send(follows)
         if self.device.type == "cuda":
             self._read = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._read.record()
