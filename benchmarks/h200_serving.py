@@ -9,6 +9,8 @@ Random weights, 128 tokens in, 128 out, greedy, rank 16 on all linear layers, al
     cold                adapters never seen before, one at a time, while 32 others decode: the first
                         token and where its time went; others' time per token before and meanwhile
     1000_registered     1,000 adapters, 64 slots, 64 requests at a time by Zipf's law: first token
+    passes              one pass by itself: rows that decode, with a prompt, prompts alone; captured
+                        and launched kernel by kernel (--cases passes)
     profile_*           kernels of a decoding step, and how long the GPU is busy (--cases profile)
 
 Forms of the engine are compared in one call with --variants: each is a list of settings to be
@@ -37,6 +39,7 @@ import torch
 from benchmarks.results import write
 from benchmarks.serving_cold import cold_adapters
 from benchmarks.serving_load import Load, Timing, answer, draw_load, percentiles, round_of, row
+from benchmarks.serving_passes import passes
 from benchmarks.serving_profile import profile
 from benchmarks.serving_world import many, random_weights, save_adapters, save_base
 from benchmarks.training_runs import EIGHT_B, TINY, Shape
@@ -63,7 +66,7 @@ def main() -> None:
     load = draw_load(*size, shape.vocabulary)
     rows: list[dict[str, Any]] = []
     with random_weights():
-        takes_speed = bool({"speed", "profile"} & set(arguments.cases))
+        takes_speed = bool({"speed", "profile", "passes"} & set(arguments.cases))
         for variant, settings in _forms(base, arguments).items() if takes_speed else ():
             try:
                 found = asyncio.run(_speed(settings, load, adapters, arguments.cases))
@@ -100,8 +103,37 @@ async def _speed(
     start_s = round(time.perf_counter() - began, 1)
     warm, cold = adapters[:ADAPTERS], adapters[ADAPTERS:]
     common = {"start_s": start_s, "settings": _told(settings), **engine.info()}
-    await round_of(engine, load, [], "warm-base")
     await round_of(engine, load, warm, "warm-adapters")
+    rows: list[dict[str, Any]] = []
+    if {"speed", "profile"} & set(cases):
+        rows += await _rounds(engine, load, warm, common)
+    if "speed" in cases:
+        rows.append(await cold_adapters(engine, load, warm, cold))
+    if "passes" in cases:
+        await _idle(engine)
+        prompt, slots = len(load.prompts[0]), min(len(warm), len(load.prompts))
+        rows.append(passes(engine, slots, prompt=prompt, used=prompt + load.new // 2) | common)
+        print(json.dumps(rows[-1]), flush=True)
+    if "profile" in cases and torch.cuda.is_available():
+        for whose in ([], warm):
+            rows.append(await profile(engine, load, whose, f"profile-{len(whose)}"))
+            print(json.dumps(rows[-1], indent=1), flush=True)
+    await engine.stop()
+    gc.collect()
+    return rows
+
+
+async def _idle(engine: EmbeddedEngine) -> None:
+    """Wait until nobody is answered."""
+    while engine.state().running or engine.state().waiting:
+        await asyncio.sleep(0.01)
+
+
+async def _rounds(
+    engine: EmbeddedEngine, load: Load, warm: list[ServedAdapter], common: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The base's row, and the adapters'."""
+    await round_of(engine, load, [], "warm-base")
     kinds: dict[str, list[ServedAdapter]] = {"base": [], f"{len(warm)}_adapters": warm}
     found: dict[str, list[tuple[float, list[Timing]]]] = {case: [] for case in kinds}
     for turn in range(ROUNDS):  # in turn, so that both see the same machine
@@ -113,14 +145,6 @@ async def _speed(
         rows[1]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     for one in rows:
         print(_line(one), flush=True)
-    if "speed" in cases:
-        rows.append(await cold_adapters(engine, load, warm, cold))
-    if "profile" in cases and torch.cuda.is_available():
-        for whose in ([], warm):
-            rows.append(await profile(engine, load, whose, f"profile-{len(whose)}"))
-            print(json.dumps(rows[-1], indent=1), flush=True)
-    await engine.stop()
-    gc.collect()
     return rows
 
 

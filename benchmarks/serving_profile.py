@@ -36,18 +36,26 @@ async def profile(
         await asyncio.sleep(_WINDOW_S)
         taken = max(1, steps - before)
     await asyncio.gather(*tasks)
-    kernels = [one for one in found.key_averages() if one.self_device_time_total > 0]
-    kernels.sort(key=lambda one: -one.self_device_time_total)
-    busy_us = sum(one.self_device_time_total for one in kernels)
+    kernels = kernels_a_step(found, taken)
     return {
         "case": f"profile_{'adapters' if adapters else 'base'}",
         "tool": "tunefork",
         "ours": True,
         "steps": taken,
-        "kernels_a_step": round(sum(one.count for one in kernels) / taken),
-        "busy_ms_a_step": round(busy_us / 1000 / taken, 3),
-        "busy_share": round(busy_us / 1e6 / _WINDOW_S, 3),
-        "kernels": [_told(one, taken) for one in kernels[:_MOST_KERNELS]],
+        **kernels,
+        "busy_share": round(kernels["busy_ms_a_step"] * taken / 1000 / _WINDOW_S, 3),
+    }
+
+
+def kernels_a_step(found: Any, steps: int) -> dict[str, Any]:
+    """Of a profile of so many steps: what of them is in a row."""
+    kernels = [one for one in found.key_averages() if one.self_device_time_total > 0]
+    kernels.sort(key=lambda one: -one.self_device_time_total)
+    busy_us = sum(one.self_device_time_total for one in kernels)
+    return {
+        "kernels_a_step": round(sum(one.count for one in kernels) / steps),
+        "busy_ms_a_step": round(busy_us / 1000 / steps, 3),
+        "kernels": [_told(one, steps) for one in kernels[:_MOST_KERNELS]],
     }
 
 

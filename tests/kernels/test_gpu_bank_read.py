@@ -1,11 +1,13 @@
 """The Triton kernels of banks that are only read, on a GPU: against the sum of each token."""
 
+import random
+
 import pytest
 import torch
 from torch import Tensor
 
 from tests.kernels.bank_reads import Read, draw
-from tunefork.kernels.bank_read import down, lay_out_tiles, up
+from tunefork.kernels.bank_read import Tiles, cut, down, lay_out_tiles, up
 from tunefork.kernels.bank_stretches import Stretch
 
 pytestmark = [
@@ -86,3 +88,45 @@ def test_a_captured_one_reads_the_slots_where_they_lie() -> None:
         slot_s.random_(-1, 33)
         graph.replay()
         assert _is_close(found, read.expected(slot_s))
+
+
+def test_captured_tiles_are_read_where_they_lie() -> None:
+    """As many as may be needed: those that are not needed are no tiles."""
+    read = _draw(170, SHAPES[2])
+    before = read.y_so.clone()
+    tiles = Tiles(torch.zeros(24, 3, dtype=torch.int32, device="cuda"))
+    compiled = torch.compile(_add_tiles, fullgraph=True)  # by operators, as serving's layers
+
+    def fill(chosen: random.Random) -> Tensor:
+        """Whose each token is then."""
+        ends = sorted(chosen.sample(range(171), 8))
+        slots = [chosen.randrange(5) for _ in ends[1:]]
+        told = [Stretch(*one) for one in zip(slots, ends, ends[1:], strict=False)]
+        found = cut(told, 170)
+        found += [(-1, 0, 0)] * (24 - len(found))
+        tiles.numbers_t3.copy_(torch.tensor(found))
+        slot_s = torch.full((170,), -1, device="cuda")
+        for slot, first, last in told:
+            slot_s[first:last] = slot
+        return slot_s
+
+    chosen = random.Random(0)
+    for way in (_add_tiles, compiled):
+        read.y_so.copy_(before)
+        fill(chosen)
+        way(read, tiles)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            way(read, tiles)
+        for _ in range(3):
+            slot_s = fill(chosen)
+            read.y_so.copy_(before)
+            graph.replay()
+            assert _is_close(read.y_so, read._replace(y_so=before).expected(slot_s))
+            assert torch.equal(read.y_so[slot_s < 0], before[slot_s < 0])
+
+
+def _add_tiles(read: Read, tiles: Tiles) -> None:
+    u_sk = down(read.x_sd, read.a_kd, tiles, len(read.sizes), read.rank)
+    up(read.y_so, u_sk, read.b, tiles, read.sizes, read.rank)

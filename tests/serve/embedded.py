@@ -124,11 +124,11 @@ def held_after(engine: EmbeddedEngine, passes: int) -> threading.Event:
     assert engine._parts is not None
     compute, may_go_on, left = engine._parts.core.passes.run, threading.Event(), passes
 
-    def run(parts: Any) -> Any:
+    def run(parts: Any, follows: Any = None) -> Any:
         nonlocal left
         left -= 1
         assert left >= 0 or may_go_on.wait(60)
-        return compute(parts)
+        return compute(parts, follows)
 
     engine._parts.core.passes.run = run  # type: ignore[method-assign]
     return may_go_on

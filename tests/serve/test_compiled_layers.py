@@ -17,8 +17,10 @@ from tunefork.model.fused import FusedGroup
 from tunefork.serve.engines import flash
 from tunefork.serve.engines.compiled_layers import CompiledLayers
 from tunefork.serve.engines.embedded import EmbeddedEngine
+from tunefork.serve.engines.graphs import Graphs
 from tunefork.serve.engines.layout import BASE, Part
 from tunefork.serve.engines.reads import Reads
+from tunefork.serve.engines.slots import BankSlots
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning:peft")]
 
@@ -44,7 +46,7 @@ def _kernel(
     return _flash_by_numbers(query, keys, values, reads, scale, window)
 
 
-def test_many_and_few_rows_with_and_without_adapters_are_all_forms(
+def test_many_and_few_rows_with_and_without_adapters_and_prompts_are_all_forms(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -66,7 +68,7 @@ def test_many_and_few_rows_with_and_without_adapters_are_all_forms(
         assert engine._parts is not None
         parts, passes = engine._parts, engine._parts.core.passes
         tiers = parts.core.tiers
-        assert tiers is not None
+        assert tiers is not None and isinstance(tiers.slots, BankSlots)
         tiers.slots.load(3, tiers.loading.read(adapter))
         compiled = CompiledLayers(parts.model, partial(torch.compile, backend=counter))
         passes.flash, passes.groups, graphs = True, {2}, passes.make_graphs(64, compiled)
@@ -81,6 +83,21 @@ def test_many_and_few_rows_with_and_without_adapters_are_all_forms(
                 expected = passes.run(told).logits_rv.clone()
                 compiled.is_on, passes.groups = True, {2}
                 torch.testing.assert_close(passes.run(told).logits_rv, expected)
+        assert counter.frame_count == 4
+        # One form for all sizes of passes with prompts, with and without adapters.
+        tiers.slots.takes_tiles = True
+        monkeypatch.setattr(Graphs, "outcome", lambda graphs, key: graphs.run(key))
+        graphs.is_on = True
+        for lengths in ((100, 50, 1, 1, 1), (1, 1, 30), (61,), (1, 90)):
+            for slots in ((BASE,), (3, BASE)):
+                told = [
+                    Part([20 + at] * new, at % 5, 256 * (1 + at), slots[at % len(slots)], True)
+                    for at, new in enumerate(lengths)
+                ]
+                compiled.is_on, passes.graphs = False, None
+                expected = passes.run(told).logits_rv.clone()
+                compiled.is_on, passes.graphs = True, graphs
+                torch.testing.assert_close(passes.run(told).logits_rv, expected)
         left = weakref.ref(parts.model)
         del parts, passes, tiers, graphs, compiled
         await engine.stop()
@@ -88,4 +105,4 @@ def test_many_and_few_rows_with_and_without_adapters_are_all_forms(
 
     with torch.inference_mode():
         asyncio.run(run())
-    assert counter.frame_count == 4
+    assert counter.frame_count == 5

@@ -169,10 +169,10 @@ def test_a_deadline_ends_running_and_waiting_requests(
             passes, seconds = engine._parts.core.passes, 0
             compute = passes.run
 
-            def run(parts: Any) -> Any:
+            def run(parts: Any, follows: Any = None) -> Any:
                 nonlocal seconds
                 seconds += 1  # a pass
-                return compute(parts)
+                return compute(parts, follows)
 
             monkeypatch.setattr(passes, "run", run)
             monkeypatch.setattr(core, "time", SimpleNamespace(monotonic=lambda: seconds))
@@ -275,10 +275,10 @@ def test_a_pass_without_memory_costs_the_largest_request_alone(base: Any) -> Non
             passes = engine._parts.core.passes
             original = passes.run
 
-            def short(parts: Any) -> Any:
+            def short(parts: Any, follows: Any = None) -> Any:
                 if sum(len(part.ids) for part in parts) > 100:
                     torch.empty(1 << 50)  # what a CPU's allocator says of it is no exception's name
-                return original(parts)
+                return original(parts, follows)
 
             passes.run = short  # type: ignore[method-assign]
             small = asyncio.ensure_future(answer(engine, request("a", PROMPT, max_tokens=30)))
@@ -376,10 +376,10 @@ def test_an_answer_that_was_complete_when_the_engine_died_is_told(base: Any) -> 
             may_go_on = held_after(engine, 3)
             original = computing.passes.run
 
-            def dies(parts: Any) -> Any:
+            def dies(parts: Any, follows: Any = None) -> Any:
                 if any(event.finish is not None for event in computing._events):
                     raise RuntimeError("the device is lost")
-                return original(parts)
+                return original(parts, follows)
 
             computing.passes.run = dies  # type: ignore[method-assign]
             other = engine.generate(request("a", PROMPT, max_tokens=200))

@@ -24,6 +24,7 @@ def _graphs(compiled: Any) -> Graphs:
         lambda key: ("launched", key),
         torch.device("cpu"),
         max_rows=64,
+        max_tokens=2048,
         max_model_len=2048,
         compiled=compiled,
     )

@@ -99,3 +99,41 @@ def test_who_cannot_be_read_for_want_of_memory_finds_more_at_the_next_try(
     until(lambda _: B.id in tiers.resident)
     assert not tiers._evict_one(set())
     tiers.close()
+
+
+def test_one_that_was_to_go_stays_where_whoever_waited_got_another_slot() -> None:
+    """Else it would answer nobody until somebody wants its slot again."""
+    now = 0.0
+    slots, c = _Slots(), ServedAdapter("c:v1", Path(), rank=4, bytes=10)
+    slots.num_slots = 2
+    tiers = Tiers(
+        slots,
+        lambda _: cast("Any", _Host()),
+        host_memory_bytes=100,
+        wake=lambda: None,
+        clock=lambda: now,
+    )
+
+    def until(is_so: Callable[[], object], *wanted: ServedAdapter) -> None:
+        nonlocal now
+        patience_ends = time.monotonic() + 60
+        while time.monotonic() < patience_ends:
+            tiers.advance({adapter.id for adapter in wanted})
+            for adapter in wanted:
+                tiers.ready(adapter)
+            if is_so():
+                return
+            now += 0.3
+            time.sleep(0.002)
+        raise AssertionError("it never came to that")
+
+    until(lambda: len(tiers.resident) == 2, A, B)
+    tiers.enter(tiers.entries[A.id])
+    tiers.enter(tiers.entries[B.id])
+    tiers.entries[B.id].granted = now  # the other is held longer
+    until(lambda: tiers.entries[A.id].is_draining, c)
+    tiers.leave(B.id)
+    until(lambda: c.id in tiers.resident, c)
+    tiers.advance({A.id})
+    assert tiers.ready(A) is tiers.entries[A.id]
+    tiers.close()

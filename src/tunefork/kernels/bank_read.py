@@ -7,7 +7,7 @@ device, so that a captured CUDA graph serves any mix.
 
 In a prompt the host knows whose each stretch of tokens is, and cuts them into `Tiles` of one slot:
 `down` reads x once for all layers that share it, and `up` writes what the base's product is then
-added to (or adds to it), which costs that product nothing.
+added to (or adds to it), which costs that product nothing. Tiles too are read where they lie.
 
 Nothing of another slot is read, so what is not finite there stays there. The kernels are in
 `kernels/bank_read_triton.py`; the definitions are here, and run elsewhere.
@@ -34,7 +34,7 @@ class Tiles(NamedTuple):
     """All tokens of a pass, cut into pieces of one slot, or of none."""
 
     numbers_t3: Tensor
-    """Slot or -1, first token and number of tokens; int32, on the device."""
+    """Slot or -1, first token and number of tokens (0: no tile); int32, on the device."""
     size: int = TILE
 
 
@@ -42,19 +42,25 @@ def lay_out_tiles(
     stretches: Sequence[Stretch], num_tokens: int, device: torch.device, size: int = TILE
 ) -> Tiles:
     """Of `stretches` in the order of their tokens, and of what lies between and behind them."""
+    host = torch.tensor(cut(stretches, num_tokens, size), dtype=torch.int32).view(-1, 3)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return Tiles(host.to(device, non_blocking=True), size)
+
+
+def cut(
+    stretches: Sequence[Stretch], num_tokens: int, size: int = TILE
+) -> list[tuple[int, int, int]]:
+    """Slot or -1, first token and number of tokens of each tile, as `lay_out_tiles`."""
     whole, at = [], 0
     for stretch in (*stretches, Stretch(-1, num_tokens, num_tokens)):
         whole += [Stretch(-1, at, stretch.first), stretch]
         at = stretch.last
-    cut = [
+    return [
         (slot, at, min(size, last - at))
         for slot, first, last in whole
         for at in range(first, last, size)
     ]
-    host = torch.tensor(cut, dtype=torch.int32).view(-1, 3)
-    if device.type == "cuda":
-        host = host.pin_memory()
-    return Tiles(host.to(device, non_blocking=True), size)
 
 
 def add_own(
@@ -95,6 +101,13 @@ def _by_layer(b: Tensor, sizes: Sequence[int], slots: int, rank: int) -> Iterato
 
 def down(x_sd: Tensor, a_kd: Tensor, tiles: Tiles, layers: int, rank: int) -> Tensor:
     """u = A_n x (S, L R), n the slot of a token's tile; without one it may be anything."""
+    if torch.compiler.is_compiling():
+        found: Tensor = torch.ops.tunefork.bank_down(x_sd, a_kd, *tiles, layers, rank)
+        return found
+    return _down(x_sd, a_kd, tiles, layers, rank)
+
+
+def _down(x_sd: Tensor, a_kd: Tensor, tiles: Tiles, layers: int, rank: int) -> Tensor:
     if is_on_gpu(x_sd) and x_sd.dtype == torch.bfloat16:
         from tunefork.kernels import bank_read_triton  # needs Triton, which comes with CUDA
 
@@ -128,6 +141,22 @@ def up(
 
     `begins`: as if y were zeros. It is not read.
     """
+    if torch.compiler.is_compiling():
+        torch.ops.tunefork.bank_up(y_so, u_sk, b, *tiles, list(sizes), rank, begins)
+    else:
+        _up(y_so, u_sk, b, tiles, sizes, rank, begins=begins)
+
+
+def _up(
+    y_so: Tensor,
+    u_sk: Tensor,
+    b: Tensor,
+    tiles: Tiles,
+    sizes: Sequence[int],
+    rank: int,
+    *,
+    begins: bool,
+) -> None:
     if is_on_gpu(y_so) and y_so.dtype == torch.bfloat16:
         from tunefork.kernels import bank_read_triton
 
@@ -164,3 +193,27 @@ def _add_own(
     from tunefork.kernels import bank_read_triton
 
     bank_read_triton.add_own(y, u, slots, b, sizes, rank)
+
+
+@torch.library.custom_op("tunefork::bank_down", mutates_args=())
+def _bank_down(x: Tensor, a: Tensor, tiles: Tensor, size: int, layers: int, rank: int) -> Tensor:
+    return _down(x, a, Tiles(tiles, size), layers, rank)
+
+
+@_bank_down.register_fake
+def _(x: Tensor, a: Tensor, tiles: Tensor, size: int, layers: int, rank: int) -> Tensor:
+    return x.new_empty(x.shape[0], layers * rank)
+
+
+@torch.library.custom_op("tunefork::bank_up", mutates_args=("y",))
+def _bank_up(
+    y: Tensor,
+    u: Tensor,
+    b: Tensor,
+    tiles: Tensor,
+    size: int,
+    sizes: Sequence[int],
+    rank: int,
+    begins: bool,
+) -> None:
+    _up(y, u, b, Tiles(tiles, size), sizes, rank, begins=begins)

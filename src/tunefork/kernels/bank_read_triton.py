@@ -159,6 +159,11 @@ def _up(
     slot, start, count = (
         tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
     )  # fmt: skip
+    is_done = count == 0  # a captured pass has as many tiles as any of its size may need
+    if not begins:
+        is_done = is_done | (slot < 0)
+    if is_done:
+        return
     column = tl.multiple_of(column, step)
     first, size = tl.multiple_of(first, step), tl.multiple_of(size, step)
     column = column + tl.arange(0, block_o)

@@ -110,6 +110,7 @@ def assemble(
         make_tiers,
         max_requests=ours.max_requests,
         prefill_tokens=prefill_tokens,
+        ahead=ours.ahead,
     )
     vocabulary = int(model.get_output_embeddings().weight.shape[0])
     grammars = Grammars(tokenizer, vocabulary) if is_available() else None
@@ -121,6 +122,7 @@ def assemble(
         "attention": "flash" if flash else "sdpa",
         "cuda_graphs": passes.graphs is not None and passes.graphs.is_on,
         "compiled": passes.graphs is not None and passes.graphs.compiled is not None,
+        "captured_tokens": 0 if passes.graphs is None else passes.graphs.captured_tokens,
         "torch": torch.__version__,
     }
     return Assembled(core, tokenizer, grammars, model, max_model_len, vocabulary, info)

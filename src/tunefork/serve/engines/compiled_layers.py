@@ -1,10 +1,10 @@
-"""Decoder layers of decoding passes, compiled: a layer as written is some forty kernels, most of
+"""Decoder layers of captured passes, compiled: a layer as written is some forty kernels, most of
 them norms and rotations of a few kilobytes, which a GPU cannot do in less than two microseconds.
 
 One compiled form serves all layers, which differ in their weights alone, and all numbers of rows:
 that dimension is marked, so that everything else stays a number that the compiler knows. Whether a
-pass has adapters is another form, and so are many rows, whose heads are grouped (`flash.py`).
-Prompts run as written: they are seldom of one length.
+decoding pass has adapters is another form, and so are many rows, whose heads are grouped
+(`flash.py`). Passes with prompts have one form, for all sizes and with and without adapters.
 """
 
 from collections.abc import Callable, Iterator

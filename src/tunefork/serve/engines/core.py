@@ -1,9 +1,10 @@
 """The engine's loop: one pass after the other, until it is told to stop.
 
-All of it runs in one thread; other threads and the event loop only put things into `inbox`. Between
-two passes a GPU has nothing to do, so only what the next pass depends on is done there: tokens are
-taken, who computes next is planned. Texts, deadlines and what `state()` tells wait until it is
-launched.
+All of it runs in one thread; other threads and the event loop only put things into `inbox`. Where
+the next pass needs nothing but tokens of the last one, it is launched ahead of them (`ahead.py`).
+Else a GPU has nothing to do between the two, and only what the next one depends on is done there:
+tokens are taken, who computes next is planned. Texts, deadlines and what `state()` tells wait until
+it is launched.
 """
 
 import threading
@@ -18,8 +19,10 @@ import torch
 from tunefork.errors import NoAdapterMemoryError, NoMemoryError, TuneforkError
 from tunefork.serve.engine import EngineState, Piece
 from tunefork.serve.engines import telling
+from tunefork.serve.engines.ahead import Flight, plan_ahead
 from tunefork.serve.engines.cache import Cache
-from tunefork.serve.engines.passes import Outcome, Passes
+from tunefork.serve.engines.launched import Follows
+from tunefork.serve.engines.passes import Passes
 from tunefork.serve.engines.regions import Region
 from tunefork.serve.engines.scheduler import Planned, Scheduler
 from tunefork.serve.engines.sequence import Sequence as Answer
@@ -45,12 +48,16 @@ class Core:
         *,
         max_requests: int,
         prefill_tokens: int,
+        ahead: bool = False,
     ) -> None:
+        """`ahead`: passes may be launched ahead, if they are replayed."""
         self.passes, self.cache, self.tokenizer, self.post = passes, cache, tokenizer, post
-        self.overlaps = passes.device.type == "cuda"
+        self.overlaps, self.ahead = passes.device.type == "cuda", ahead
         self.inbox: deque[Callable[[], None]] = deque()
         self.is_stopping = False
         self.state = EngineState(healthy=True)
+        self._flights: deque[Flight] = deque()
+        """Passes under way in their order: one, and perhaps one that was launched ahead."""
         self._parcels: list[Parcel] = []
         self._events: list[Event] = []
         """Of the last pass, where their texts are made while the next one computes."""
@@ -103,22 +110,26 @@ class Core:
                 return
             for answer, error in self.scheduler.admit():
                 self._end(answer, error)
-            planned = self.scheduler.plan()
-            outcome = self._launch(planned) if planned else None
+            planned = [] if self._flights else self.scheduler.plan()
+            if planned:
+                self._launch(planned)
+            self._launch_ahead()
             self._tell()
             self._expire()
             self._publish()
-            self._events = self._collect(planned, outcome) if outcome else []
+            if self._flights:
+                self._events = self._collect()
+            elif not planned:
+                self._rest()
             if not self.overlaps:
                 self._tell()
-            if not planned:
-                self._rest()
 
     def close(self, error: TuneforkError | None) -> None:
         """Give everything back; open requests end with `error`, or as cancelled."""
         while self.inbox:  # a request that came while the last pass failed is open too
             self.inbox.popleft()()
         self._tell()
+        self._land()
         for answer in list(self.scheduler.open()):
             cancelled = Piece("", (), finish_reason="cancelled")
             self._end(answer, cancelled if error is None else error)
@@ -153,27 +164,57 @@ class Core:
                 "embedded.cache_tokens, or fewer embedded.slots"
             ) from None
 
-    def _launch(self, planned: Sequence[Planned]) -> Outcome | None:
+    def _launch(self, planned: Sequence[Planned]) -> None:
+        """The next pass, of which all tokens are known."""
         try:
-            return self.passes.run([part for _, part in planned])
+            self._depart(planned)
         except (RuntimeError, MemoryError) as error:
             self._make_do(planned, error)
-            return None
 
-    def _collect(self, planned: Sequence[Planned], outcome: Outcome) -> list[Event]:
-        """The tokens that the pass chose. Waits for it."""
-        answers = [answer for answer, part in planned if part.wants_logits]
+    def _launch_ahead(self) -> None:
+        """The pass behind the one under way, if that is all there is, and if it can do without the
+        tokens that come of it."""
+        if not self.ahead or not self.passes.has_graphs or len(self._flights) != 1:
+            return
+        found = plan_ahead(self._flights[0], self.scheduler)
+        if found is None:
+            return
         try:
-            events = telling.read(answers, outcome) if answers else []
+            self._depart(*found)
         except (RuntimeError, MemoryError) as error:
-            self._make_do(planned, error)
-            return []  # the others compute the same again
-        for answer, part in planned:
+            if not is_out_of_memory(error):
+                raise
+            # Launched again in its turn, it says whose request fails if there still is no memory.
+
+    def _depart(self, planned: Sequence[Planned], *follows: Follows) -> None:
+        launched = self.passes.run([part for _, part in planned], *follows)
+        self._flights.append(Flight(planned, launched))
+
+    def _collect(self) -> list[Event]:
+        """The tokens that the first pass under way chose. Waits for it."""
+        flight = self._flights[0]
+        try:
+            events = telling.read(flight.answers, flight.launched) if flight.answers else []
+        except (RuntimeError, MemoryError) as error:
+            self._make_do(flight.planned, error)
+            self._flights.clear()
+            return []  # the others compute the same again, and what was ahead of it
+        self._flights.popleft()
+        for answer, part in flight.planned:
             answer.computed += len(part.ids)
         for event in events:
             if event.finish is not None or event.error is not None:
                 self.scheduler.drop(event.answer)
         return events
+
+    def _land(self) -> None:
+        """Tell what passes under way compute: the engine launches no more."""
+        try:
+            while self._flights:
+                self._events = self._collect()
+                self._tell()
+        except Exception:  # of the device that the engine ended with
+            self._flights.clear()
 
     def _make_do(self, planned: Sequence[Planned], error: RuntimeError | MemoryError) -> None:
         """Where memory is short, the request that wants most of it fails alone."""

@@ -52,10 +52,16 @@ class EmbeddedSettings(Section):
     None: 2048 on a GPU, 256 on a CPU."""
 
     cuda_graphs: bool = True
-    """Replay a decoding pass as a CUDA graph, one for each of a few numbers of rows."""
+    """Replay a pass as a CUDA graph: one that decodes as one of a few numbers of rows, one with
+    prompts (up to 2048 tokens of them) as one of a few numbers of tokens."""
 
     compile: bool = True
     """Compile the decoder layers of the passes that are replayed (torch.compile, GPU): a quarter
     less time a token for an 8B model. Its first start takes half a minute longer, later ones a few
     seconds, as what was compiled is kept (TORCHINDUCTOR_CACHE_DIR). What cannot be compiled runs as
     written."""
+
+    ahead: bool = True
+    """Launch a decoding pass before the tokens of the last one are on the host: it reads them on
+    the GPU, which so does not wait between the two. With `cuda_graphs`, and where all requests take
+    the likeliest token (temperature 0, no penalties, bias, grammar or log probabilities)."""

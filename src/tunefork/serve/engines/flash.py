@@ -25,11 +25,13 @@ def flash(
 ) -> Tensor:
     """(N, H, E). CUDA, bf16 or fp16; no number is read off the GPU.
 
-    A row's last token sees all that is used, those before it one less each.
+    A row's last token sees all that is used, those before it one less each. Tokens of a row that
+    uses none get zeros.
     """
     run = flash_in_a_graph if torch.compiler.is_compiling() else _kernel
     tokens, heads, features = query_nhe.shape
-    kv_heads, longest_q, starts_q = keys_ske.shape[1], reads.longest_q, reads.starts_q
+    kv_heads, starts_q = keys_ske.shape[1], reads.starts_q
+    longest_q = tokens if reads.longest_q is None else reads.longest_q
     groups, is_causal = heads // kv_heads, longest_q > 1
     is_grouped = window is None and groups in reads.grouped
     if is_grouped:
@@ -103,7 +105,8 @@ def _(query_nhe: Tensor, *_: Any) -> Tensor:
 def flash_agrees(heads: int, kv_heads: int, features: int, dtype: torch.dtype) -> bool:
     """Whether `flash` is what `sdpa` is on this GPU, for decoding rows and for pieces of prompts.
 
-    Regions lie apart and in no order here, with something else around them.
+    Regions lie apart and in no order here, with something else around them. Behind the prompts are
+    a row that sees nothing and one without tokens, which fill captured passes up.
     """
     device = torch.device("cuda")
     random = torch.Generator(device).manual_seed(0)
@@ -113,31 +116,27 @@ def flash_agrees(heads: int, kv_heads: int, features: int, dtype: torch.dtype) -
         return torch.randn(shape, generator=random, device=device).to(dtype)
 
     keys_ske, values_ske = draw(512, kv_heads), draw(512, kv_heads)
-    for new in ((1, 1, 1), (1, 5, 40)):
-        first = [sum(new[:at]) for at in range(4)]
-        spans = tuple(
-            Span(at, number, start, used)
-            for at, number, start, used in zip(
-                first, new, (300, 64, 129), (77, 33, 170), strict=False
-            )
-        )
+    for new in ((1, 1, 1), (1, 5, 40, 70, 0)):
+        first = [sum(new[:at]) for at in range(len(new) + 1)]
+        told = list(zip(first, new, (300, 64, 129, 0, 0), (77, 33, 170, 0, 0), strict=False))
+        spans = tuple(Span(at, number, start, used) for at, number, start, used in told[:3])
 
         def numbers(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int32, device=device)
 
-        starts_k = numbers([*(span.start for span in spans), 0])
-        used_r = numbers([span.used for span in spans])
+        starts_k = numbers([*(start for _, _, start, _ in told), 0])
+        used_r = numbers([used for _, _, _, used in told])
         write_n = torch.zeros(0, dtype=torch.int64, device=device)
         reads = Reads(write_n, numbers(first), starts_k, used_r, max(new), 256, spans)
         groups = heads // kv_heads
         grouped = replace(reads, grouped={groups: reads.starts_q * groups})
         query_nhe = draw(sum(new), heads)
         for window in (None, 16):
-            told = (features**-0.5, window)
-            wanted = sdpa(query_nhe, keys_ske, values_ske, reads, *told).float()
+            how = (features**-0.5, window)
+            wanted = sdpa(query_nhe, keys_ske, values_ske, reads, *how).float()
             for way in (reads, grouped) if max(new) == 1 else (reads,):
                 try:
-                    found = flash(query_nhe, keys_ske, values_ske, way, *told)
+                    found = flash(query_nhe, keys_ske, values_ske, way, *how)
                 except (RuntimeError, TypeError):  # this GPU or this PyTorch has it not
                     return False
                 if not torch.allclose(found.float(), wanted, atol=0.03):

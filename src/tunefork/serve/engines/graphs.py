@@ -1,9 +1,12 @@
-"""Decoding passes as CUDA graphs: launching the kernels of a large model one by one takes the host
-longer than the GPU needs for them.
+"""Passes as CUDA graphs: launching the kernels of a large model one by one takes the host longer
+than the GPU needs for them.
 
-A pass is filled up to one of few numbers of rows; for each of them there is a graph with and one
-without adapters, captured before the first request comes, and for longer texts when they come. What
-cannot be captured is launched: first without compiled layers, then kernel by kernel.
+A decoding pass is filled up to one of few numbers of rows; for each of them there is a graph with
+and one without adapters, captured before the first request comes, and for longer texts when they
+come. A pass with prompts is filled up to one of few numbers of tokens, and its graph serves any
+rows of any length, with and without adapters: the kernels of attention and of adapters look up
+where each row's tokens are, in grids as large as any such rows may need. What cannot be captured is
+launched: first without compiled layers, then kernel by kernel.
 """
 
 import warnings
@@ -19,6 +22,12 @@ MANY_ROWS = 32
 """From so many rows on, attention has enough to do without cutting long ones into pieces."""
 _FEWEST = 2
 """Rows: of one, a compiled layer would have forms of its own."""
+_SIZES = (64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792)
+"""Tokens of passes with prompts, below the most. Up to some 256 of them a GPU waits for the weights
+anyway; from there on 256 tokens of an 8B model are 6 ms, by count (H200)."""
+_MOST_TOKENS = 2048
+"""Prompts' tokens of a captured pass: for many more the GPU takes longer than the host."""
+_LAUNCHED = "passes are launched kernel by kernel"
 
 
 class Key(NamedTuple):
@@ -28,6 +37,8 @@ class Key(NamedTuple):
     longest_k: int
     has_adapters: bool
     """Without any, the base is spared their products."""
+    tokens: int = 0
+    """Of a pass with prompts; 0: of rows of one token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +58,19 @@ class Graphs:
         device: torch.device,
         *,
         max_rows: int,
+        max_tokens: int,
         max_model_len: int,
         compiled: CompiledLayers | None,
     ) -> None:
+        """`max_tokens` of prompts."""
         self.run, self.device, self.compiled = run, device, compiled
         self.max_rows, self.max_model_len = max_rows, max_model_len
+        most = min(max_tokens, _MOST_TOKENS) + max_rows
+        self.sizes = [*(size for size in _SIZES if size < most), most]
+        """Tokens of passes with prompts that are captured."""
         self.captured: dict[Key, Graph] = {}
         self.is_on = True
+        self.compiles_prompts = compiled is not None
 
     def key(self, rows: int, longest_k: int, *, has_adapters: bool) -> Key:
         """Of a pass of so many rows, of which the longest sees `longest_k` tokens."""
@@ -66,9 +83,23 @@ class Graphs:
         size = 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8
         return min(max(size, _FEWEST), self.max_rows)
 
+    def size(self, tokens: int) -> int | None:
+        """Up to which number of tokens a pass with prompts is filled; None: it is not captured."""
+        sizes = self.sizes if self.is_on else []
+        return next((size for size in sizes if size >= tokens), None)
+
+    def key_of_tokens(self, size: int) -> Key:
+        """Of a pass with prompts. How many tokens a row sees takes no part in a kernel's launch."""
+        return Key(self.max_rows, self.max_model_len, has_adapters=True, tokens=size)
+
+    @property
+    def captured_tokens(self) -> int:
+        """Of the largest captured pass with prompts; 0: there is none."""
+        return max((key.tokens for key in self.captured), default=0)
+
     def outcome(self, key: Key) -> Any:
         """Of the pass that lies in the layout. A GPU has not computed it yet."""
-        if not self.is_on:
+        if not self.is_on or (key.tokens and key.tokens not in self.sizes):
             return self.run(key)
         if key not in self.captured:
             try:
@@ -76,45 +107,56 @@ class Graphs:
             except torch.OutOfMemoryError:
                 raise  # of this pass: it is no word on the others
             except Exception as error:
-                self._do_without(error)
+                self._do_without(error, key)
                 return self.outcome(key)
         graph = self.captured[key]
         graph.graph.replay()
         return graph.outcome
 
     @torch.inference_mode()
-    def warm(self, lay_out: Callable[[int], None], *, has_slots: bool) -> None:
-        """Capture what short requests need; `lay_out(rows)` lays out a pass of nobody's rows."""
+    def warm(self, lay_out: Callable[[Key], None], *, has_slots: bool) -> None:
+        """Capture what short requests need; `lay_out(key)` lays out a pass of nobody's tokens."""
         sizes = sorted({self.filled(rows) for rows in range(1, self.max_rows + 1)}, reverse=True)
         for rows in sizes:  # the largest first: the others find room in its memory
-            lay_out(rows)
             for has_adapters in (False, True) if has_slots else (False,):
-                self.outcome(self.key(rows, 1, has_adapters=has_adapters))
-                torch.cuda.synchronize(self.device)
+                self._warm(self.key(rows, 1, has_adapters=has_adapters), lay_out)
+        for size in self.sizes[::-1]:
+            if size not in self.sizes:  # another could not be captured
+                break
+            try:
+                self._warm(self.key_of_tokens(size), lay_out)
+            except torch.OutOfMemoryError as error:  # the next larger one may be there
+                self.sizes = [one for one in self.sizes if one != size]
+                torch.cuda.empty_cache()
+                _warn("embedded.cuda_graphs", f"a pass of {size} tokens", error, _LAUNCHED)
 
-    def _do_without(self, error: Exception) -> None:
-        """Without compiled layers, or without graphs, from now on; every graph anew."""
-        what, instead = "embedded.cuda_graphs", "passes are launched kernel by kernel"
-        if self.compiled is not None:
-            what, instead = "embedded.compile", "layers run as written"
+    def _warm(self, key: Key, lay_out: Callable[[Key], None]) -> None:
+        lay_out(key)
+        self.outcome(key)
+        torch.cuda.synchronize(self.device)
+
+    def _do_without(self, error: Exception, key: Key) -> None:
+        """Without compiled layers, or without graphs, from now on, passes of the kind of `key`."""
+        what, instead = "embedded.compile", "layers run as written"
+        if key.tokens and self.compiled is not None and self.compiles_prompts:
+            self.compiles_prompts = False
+        elif not key.tokens and self.compiled is not None:
             self.compiled.remove()
             self.compiled = None
         else:
-            self.is_on = False
-        self.captured.clear()
-        why = (str(error).splitlines() or [""])[0][:200]
-        warnings.warn(
-            f"{what}: a decoding pass could not be captured ({type(error).__name__}: {why}); "
-            f"{instead}, which is slower",
-            stacklevel=2,
-        )
+            what, instead = "embedded.cuda_graphs", _LAUNCHED
+            self.sizes, self.is_on = [], self.is_on and bool(key.tokens)
+        others = [one for one in self.captured if bool(one.tokens) != bool(key.tokens)]
+        self.captured = {one: self.captured[one] for one in others}
+        kind = f"a pass of {key.tokens} tokens" if key.tokens else "a decoding pass"
+        _warn(what, kind, error, instead)
 
     def _capture(self, key: Key) -> Graph:
         """The graph of a pass, by the numbers that lie there now."""
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         pool = next(iter(self.captured.values())).graph.pool() if self.captured else None
-        if self.compiled is not None:
+        if self.compiled is not None and (self.compiles_prompts or not key.tokens):
             self.compiled.is_on = True
         try:
             with torch.cuda.stream(stream):
@@ -130,6 +172,15 @@ class Graphs:
             if self.compiled is not None:
                 self.compiled.is_on = False
         return Graph(graph, outcome)
+
+
+def _warn(what: str, kind: str, error: Exception, instead: str) -> None:
+    why = (str(error).splitlines() or [""])[0][:200]
+    warnings.warn(
+        f"{what}: {kind} could not be captured ({type(error).__name__}: {why}); {instead}, which "
+        "is slower",
+        stacklevel=2,
+    )
 
 
 def limited(tokens: int) -> int:

@@ -1,7 +1,7 @@
 """What a pass over many requests is told, laid out on the host and sent to the device in one copy.
 
 The tensors stay where they are from pass to pass, so that a captured CUDA graph finds them. Rows
-that only fill a decoding pass up write to a token of the cache that nobody has.
+and tokens that only fill a pass up write to a token of the cache that nobody has.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tunefork.kernels.bank_read import TILE, Tiles, cut
 from tunefork.kernels.bank_stretches import Stretch
+from tunefork.serve.engines.launched import Follows
 from tunefork.serve.engines.reads import Span
 
 STEP = 8
@@ -21,6 +23,8 @@ STEP = 8
 for every number of them, and keeps them (`model/onednn.py`)."""
 BASE = -1
 """The slot of tokens that no adapter is for."""
+_ALIGNED = 4
+"""Numbers in 16 bytes, at which kernels like tensors to begin."""
 
 
 class Part(NamedTuple):
@@ -41,6 +45,8 @@ class Layout:
     """The numbers of a pass, and where each kind of them lies in one tensor."""
 
     def __init__(self, tokens: int, rows: int, device: torch.device) -> None:
+        """`rows`: the most of a pass, the one with them that fills it up."""
+        self.rows = rows
         sizes = {
             "ids": tokens,
             "positions": tokens,
@@ -50,8 +56,10 @@ class Layout:
             "starts_q": rows + 1,
             "starts_k": rows + 1,
             "used": rows,
+            "sources": rows,
+            "tiles": 3 * self.most_tiles(tokens),
         }
-        total, at = sum(sizes.values()), 0
+        total, at = sum(size + -size % _ALIGNED for size in sizes.values()), 0
         self.is_cuda = device.type == "cuda"
         self.host = torch.zeros(total, dtype=torch.int32, pin_memory=self.is_cuda)
         self.device = self.host.to(device) if self.is_cuda else self.host
@@ -61,12 +69,18 @@ class Layout:
         for name, size in sizes.items():
             self.numbers[name] = numbers[at : at + size]
             self.tensors[name] = self.device[at : at + size]
-            at += size
+            at += size + -size % _ALIGNED
 
-    def send(self) -> None:
-        """The host's numbers to the device."""
+    def send(self, follows: Follows | None = None) -> None:
+        """The host's numbers to the device; ids as `follows` has them."""
+        rows = [] if follows is None else follows.rows
+        self.numbers["sources"][: len(rows)] = rows
         if self.device is not self.host:
             self.device.copy_(self.host, non_blocking=True)
+        if follows is not None:
+            ids_r = follows.tokens_r.index_select(0, self.tensors["sources"][: len(rows)])
+            # Below 0 is no token (`choose.BAD`): of its row nothing is told, but it is looked up.
+            self.tensors["ids"][: len(rows)] = ids_r.clamp_(min=0)
 
     def lay_out_rows(self, parts: Sequence[Part], rows: int) -> int:
         """Parts of one token each that all want logits, filled up to `rows`. Returns how many
@@ -93,30 +107,56 @@ class Layout:
 
     def lay_out(self, parts: Sequence[Part]) -> tuple[list[Span], int, int]:
         """Any parts. Returns their spans, how many tokens they are, and how many want logits."""
-        numbers, at, wanted = self.numbers, 0, 0
+        numbers, rows = self.numbers, len(parts)
+        told_r4 = [(len(part.ids), part.position, part.start, part.slot) for part in parts]
+        new_r, position_r, start_r, slot_r = np.array(told_r4, np.int32).reshape(-1, 4).T
+        used_r, end_r = position_r + new_r, new_r.cumsum(dtype=np.int32)
+        first_r, at = end_r - new_r, int(new_r.sum())
+        position_n = np.arange(at, dtype=np.int32) + np.repeat(position_r - first_r, new_r)
+        numbers["ids"][:at] = [token for part in parts for token in part.ids]
+        numbers["positions"][:at] = position_n
+        numbers["write"][:at] = position_n + np.repeat(start_r, new_r)
+        numbers["slots"][:at] = np.repeat(slot_r, new_r)
+        numbers["starts_q"][:rows], numbers["starts_q"][rows] = first_r, at
+        numbers["starts_k"][:rows] = start_r
+        numbers["used"][:rows] = used_r
+        wanted = [row for row, part in enumerate(parts) if part.wants_logits]
         numbers["last"][0] = 0  # a pass reads one row of logits, even where none is wanted
-        spans = []
-        for row, part in enumerate(parts):
-            new = len(part.ids)
-            run = np.arange(part.position, part.position + new, dtype=np.int32)
-            numbers["ids"][at : at + new] = part.ids
-            numbers["positions"][at : at + new] = run
-            numbers["write"][at : at + new] = run + part.start
-            numbers["slots"][at : at + new] = part.slot
-            spans.append(Span(at, new, part.start, part.position + new))
-            numbers["starts_q"][row] = at
-            numbers["starts_k"][row] = part.start
-            numbers["used"][row] = part.position + new
-            at += new
-            if part.wants_logits:
-                numbers["last"][wanted] = at - 1
-                wanted += 1
-        numbers["starts_q"][len(parts)] = at
+        numbers["last"][: len(wanted)] = end_r[wanted] - 1
+        told = (first_r, new_r, start_r, used_r)
+        spans = [Span(*one) for one in zip(*(one_r.tolist() for one_r in told), strict=True)]
         end = at if self.is_cuda or at == 1 else -(-at // STEP) * STEP
         for name in ("ids", "positions", "write"):
             numbers[name][at:end] = 0
         numbers["slots"][at:end] = BASE
-        return spans, end, wanted
+        return spans, end, len(wanted)
+
+    def fill_up(self, parts: Sequence[Part], num_wanted: int, tokens: int) -> None:
+        """Fill the pass that lies here up to `tokens` tokens, all rows and all tiles.
+
+        Those tokens belong to a row that sees nothing, not even them.
+        """
+        numbers, given = self.numbers, len(parts)
+        at = int(numbers["starts_q"][given])
+        for name in ("ids", "positions", "write"):
+            numbers[name][at:tokens] = 0
+        numbers["slots"][at:tokens] = BASE
+        numbers["starts_q"][given + 1 :] = tokens
+        numbers["starts_k"][given:] = 0
+        numbers["used"][given:] = 0
+        numbers["last"][num_wanted:] = 0
+        found = np.array(cut(stretches(parts), tokens), dtype=np.int32).ravel()
+        numbers["tiles"][: len(found)] = found
+        numbers["tiles"][len(found) :].reshape(-1, 3)[:] = (BASE, 0, 0)
+
+    def most_tiles(self, tokens: int) -> int:
+        """The most tiles of so many tokens: where each row has a slot of its own."""
+        return (tokens + (TILE - 1) * self.rows) // TILE
+
+    def tiles(self, tokens: int) -> Tiles:
+        """Where those of so many tokens lie."""
+        most = self.most_tiles(tokens)
+        return Tiles(self.tensors["tiles"][: 3 * most].view(most, 3))
 
 
 def stretches(parts: Sequence[Part]) -> list[Stretch]:

@@ -1,5 +1,9 @@
 """One pass of the model over many requests: launched, or a captured one replayed (`graphs.py`).
 
+Most passes are replayed: those of rows that decode, filled up to one of few numbers of rows, and
+those with prompts, filled up to one of few numbers of tokens. Longer ones, a CPU's, and those of a
+GPU without FlashAttention are launched kernel by kernel.
+
 Shape legend: N tokens of the pass, R rows of which logits are wanted, V tokens of the vocabulary.
 """
 
@@ -11,17 +15,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tunefork.kernels.bank_read import Tiles
 from tunefork.kernels.bank_stretches import Stretch
 from tunefork.serve.engines.choose import greedy
 from tunefork.serve.engines.compiled_layers import CompiledLayers
 from tunefork.serve.engines.graphs import MANY_ROWS, Graphs, Key, limited
+from tunefork.serve.engines.launched import Arriving, Follows, Launched
 from tunefork.serve.engines.layout import BASE, STEP, Layout, Part, stretches
 from tunefork.serve.engines.reads import Reads, Span
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a pass gives; in tensors that the next pass overwrites."""
+    """What the model gives; in tensors that the next pass overwrites."""
 
     logits_rv: Tensor
     tokens_r: Tensor
@@ -34,7 +40,8 @@ class _Shape(NamedTuple):
     rows: int
     num_tokens: int
     num_wanted: int
-    longest_q: int
+    longest_q: int | None
+    """As `Reads`."""
     longest_k: int
 
 
@@ -42,11 +49,16 @@ class Route(Protocol):
     """Is told whose the tokens of the next pass are."""
 
     def __call__(
-        self, index_n: Tensor, stretches: Sequence[Stretch], *, is_captured: bool = False
+        self,
+        index_n: Tensor,
+        stretches: Sequence[Stretch],
+        *,
+        is_captured: bool = False,
+        tiles: Tiles | None = None,
     ) -> None:
         """The slot of each token, and the stretches of tokens that have one.
 
-        A captured pass reads `index_n` whenever it is replayed.
+        A captured pass reads `index_n` whenever it is replayed, or where prompts are in it `tiles`.
         """
 
 
@@ -69,9 +81,9 @@ class Passes:
         """`groups`: how many query heads share a key-value head, where many rows of one token are
         as quick if they are grouped by these beforehand."""
         self.model, self.route, self.flash, self.groups = model, route, flash, groups
-        self.max_model_len = max_model_len
+        self.max_tokens, self.max_model_len = max_tokens, max_model_len
         self.device = model.device
-        self.layout = Layout(max_tokens + max_rows + STEP, max_rows, self.device)
+        self.layout = Layout(max_tokens + max_rows + STEP, max_rows + 1, self.device)
         self.graphs: Graphs | None = None
         if graphs:
             compiled = CompiledLayers(model) if compiles else None
@@ -79,61 +91,89 @@ class Passes:
         self._read: torch.cuda.Event | None = None
 
     def make_graphs(self, max_rows: int, compiled: CompiledLayers | None) -> Graphs:
-        """Of this model's decoding passes; none is captured yet."""
+        """Of this model's passes; none is captured yet."""
         return Graphs(
-            self.decode,
+            self.launch,
             self.device,
             max_rows=max_rows,
+            max_tokens=self.max_tokens,
             max_model_len=self.max_model_len,
             compiled=compiled,
         )
 
+    @property
+    def has_graphs(self) -> bool:
+        """Decoding passes are replayed."""
+        return self.graphs is not None and self.graphs.is_on
+
     @torch.inference_mode()
-    def run(self, parts: Sequence[Part]) -> Outcome:
-        """Logits of the parts that want them, in order. Nothing waits for the GPU."""
+    def run(self, parts: Sequence[Part], follows: Follows | None = None) -> Launched:
+        """Logits of the parts that want them, in order. Nothing waits for the GPU.
+
+        `follows`: where the ids of the first parts are, in place of those in the parts.
+        """
         if self._read is not None:
             self._read.synchronize()  # the last pass's numbers must have been read
         if self.graphs and all(part.wants_logits and len(part.ids) == 1 for part in parts):
-            outcome, wanted = self._run_rows(self.graphs, parts), len(parts)
+            outcome, wanted = self._run_rows(self.graphs, parts, follows), len(parts)
+        elif self.graphs and (size := self.graphs.size(sum(len(part.ids) for part in parts))):
+            outcome, wanted = self._run_filled(self.graphs, parts, follows, size)
         else:
-            outcome, wanted = self._run_any(parts)
-        return Outcome(outcome.logits_rv[:wanted], outcome.tokens_r[:wanted])
+            outcome, wanted = self._run_any(parts, follows)
+        tokens_r = outcome.tokens_r[:wanted].clone()
+        return Launched(outcome.logits_rv[:wanted], tokens_r, Arriving(tokens_r))
 
     def warm(self, *, has_slots: bool) -> None:
         """Capture the graphs that short requests need, so that the first ones do not wait."""
 
-        def lay_out(rows: int) -> None:
-            self.layout.lay_out_rows([], rows)
+        def lay_out(key: Key) -> None:
+            if key.tokens:
+                self.layout.lay_out([])
+                self.layout.fill_up([], 0, key.tokens)
+            else:
+                self.layout.lay_out_rows([], key.rows)
             self.layout.send()
 
         if self.graphs:
             self.graphs.warm(lay_out, has_slots=has_slots)
 
-    def decode(self, key: Key) -> Outcome:
-        """Launch the decoding pass that lies in the layout."""
-        shape = _Shape(key.rows, key.rows, key.rows, 1, key.longest_k)
-        told = [Stretch(0, 0, key.rows)] if key.has_adapters else []
+    def launch(self, key: Key) -> Outcome:
+        """Launch the pass that lies in the layout, filled up."""
+        tokens = key.tokens or key.rows
+        shape = _Shape(key.rows, tokens, key.rows, 1, key.longest_k)
+        if key.tokens:  # one row more, which fills it up
+            shape = shape._replace(rows=self.layout.rows, longest_q=None)
+        told = [Stretch(0, 0, tokens)] if key.has_adapters else []
         return self._pass(shape, told, None, is_captured=True)
 
-    def _run_rows(self, graphs: Graphs, parts: Sequence[Part]) -> Outcome:
+    def _run_rows(self, graphs: Graphs, parts: Sequence[Part], follows: Follows | None) -> Outcome:
         longest_k = self.layout.lay_out_rows(parts, graphs.filled(len(parts)))
-        self._send()
+        self._send(follows)
         has_adapters = any(part.slot != BASE for part in parts)
         outcome: Outcome = graphs.outcome(
             graphs.key(len(parts), longest_k, has_adapters=has_adapters)
         )
         return outcome
 
-    def _run_any(self, parts: Sequence[Part]) -> tuple[Outcome, int]:
+    def _run_filled(
+        self, graphs: Graphs, parts: Sequence[Part], follows: Follows | None, size: int
+    ) -> tuple[Outcome, int]:
+        """Parts of any length as a captured pass of `size` tokens."""
+        _, _, num_wanted = self.layout.lay_out(parts)
+        self.layout.fill_up(parts, num_wanted, size)
+        self._send(follows)
+        return graphs.outcome(graphs.key_of_tokens(size)), num_wanted
+
+    def _run_any(self, parts: Sequence[Part], follows: Follows | None) -> tuple[Outcome, int]:
         spans, num_tokens, num_wanted = self.layout.lay_out(parts)
-        self._send()
+        self._send(follows)
         longest_q = max(span.new for span in spans)
         longest_k = min(limited(max(span.used for span in spans)), self.max_model_len)
         shape = _Shape(len(parts), num_tokens, num_wanted, longest_q, longest_k)
         return self._pass(shape, stretches(parts), None if self.flash else tuple(spans)), num_wanted
 
-    def _send(self) -> None:
-        self.layout.send()
+    def _send(self, follows: Follows | None) -> None:
+        self.layout.send(follows)
         if self.device.type == "cuda":
             self._read = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._read.record()
@@ -157,12 +197,16 @@ class Passes:
             shape.longest_k,
             spans,
         )
-        if is_captured and shape.rows >= MANY_ROWS:
+        tiles = None
+        if shape.longest_q is None:
+            tiles = self.layout.tiles(num_tokens)
+        elif is_captured and shape.rows >= MANY_ROWS:
             reads.grouped.update({groups: reads.starts_q * groups for groups in self.groups})
         index_n = tensors["slots"][:num_tokens]
         if self.graphs and self.graphs.compiled:
-            self.graphs.compiled.mark(index_n)  # which no layer is handed
-        self.route(index_n, told, is_captured=is_captured)
+            for tensor in (index_n, *(() if tiles is None else (tiles.numbers_t3,))):
+                self.graphs.compiled.mark(tensor)  # which no layer is handed
+        self.route(index_n, told, is_captured=is_captured, tiles=tiles)
         # A pass that only fills the cache wants no logits at all; one row keeps shapes plain.
         wanted = tensors["last"][: max(shape.num_wanted, 1)].long()
         logits_rv = self.model(

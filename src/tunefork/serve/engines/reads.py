@@ -35,7 +35,8 @@ class Reads:
     """(R + 1,) int32, where each row's region begins; the last is not read."""
     used_r: Tensor
     """(R,) int32, how many tokens of its region each row sees."""
-    longest_q: int
+    longest_q: int | None
+    """None: it may be all tokens of the pass, which is then the bound."""
     longest_k: int
     spans: tuple[Span, ...] | None = None
     """For `sdpa`; None: `flash`."""

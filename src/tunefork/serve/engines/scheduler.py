@@ -8,7 +8,7 @@ again later.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from tunefork.errors import AdapterError, EngineError, TuneforkError
 from tunefork.serve.engine import ServedAdapter
@@ -95,15 +95,23 @@ class Scheduler:
     def plan(self) -> list[Planned]:
         """Who computes what in the next pass: decoding rows first, in the order of their slots."""
         decoding = [answer for answer in self.running if answer.decodes]
-        decoding.sort(key=lambda a: (a.slot is None, a.slot or 0, len(a.tokens)))
+        decoding.sort(key=by_slot)
         ready = [answer for answer in decoding if answer.region and self._has_room(answer)]
         # A later one may have given its room up for an earlier one.
-        planned = [(answer, _part(answer, 1)) for answer in ready if answer.region is not None]
+        planned = [
+            (answer, part_of(answer, answer.computed, 1)) for answer in ready if answer.region
+        ]
+        prompts = [(answer, answer.computed) for answer in self.running if not answer.decodes]
+        return planned + self.pieces(prompts)
+
+    def pieces(self, prompts: Iterable[tuple[Answer, int]]) -> list[Planned]:
+        """As much of prompts as a pass takes; of each, so many tokens are computed by then."""
+        planned: list[Planned] = []
         left = self.prefill_tokens
-        for answer in [answer for answer in self.running if not answer.decodes]:
-            new = min(len(answer.tokens) - answer.computed, left)
+        for answer, computed in prompts:
+            new = min(len(answer.tokens) - computed, left)
             if new > 0:
-                planned.append((answer, _part(answer, new)))
+                planned.append((answer, part_of(answer, computed, new)))
                 left -= new
         return planned
 
@@ -167,12 +175,18 @@ class Scheduler:
             answer.slot = None
 
 
-def _part(answer: Answer, new: int) -> Part:
+def by_slot(answer: Answer) -> tuple[bool, int, int]:
+    """Decoding rows come in this order."""
+    return answer.slot is None, answer.slot or 0, len(answer.tokens)
+
+
+def part_of(answer: Answer, computed: int, new: int) -> Part:
+    """Of a pass: `new` tokens of `answer` behind those that are computed by then."""
     assert answer.region is not None
-    end = answer.computed + new
+    end = computed + new
     return Part(
-        answer.tokens[answer.computed : end],
-        answer.computed,
+        answer.tokens[computed:end],
+        computed,
         answer.region.start,
         BASE if answer.slot is None else answer.slot,
         wants_logits=end == len(answer.tokens),

@@ -55,6 +55,14 @@ class Sequence:
         """All but its last token are computed."""
         return 0 < self.computed == len(self.tokens) - 1
 
+    @property
+    def tokens_suffice(self) -> bool:
+        """Of a pass it wants the likeliest token, and nothing else that is in the logits."""
+        sampling = self.request.sampling
+        changes = sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty
+        is_greedy = sampling.temperature == 0.0 and self.matcher is None and not changes
+        return is_greedy and sampling.logprobs is None
+
     def choice(self) -> Choice:
         """How its next token is chosen. Asked again before `take`, it says the same."""
         sampling = self.request.sampling

@@ -6,7 +6,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from tunefork.kernels.bank_read import lay_out_tiles
+from tunefork.kernels.bank_read import Tiles, lay_out_tiles
 from tunefork.kernels.bank_stretches import Layout, Stretch, lay_out
 from tunefork.model.bank import Bank
 from tunefork.serve.engines.adapter_file import HostAdapter
@@ -40,11 +40,21 @@ class BankSlots:
                 self._ferry = Ferry(num_bytes, bank.device, self._stream.synchronize)
 
     def route(
-        self, index_n: Tensor, stretches: Sequence[Stretch], *, is_captured: bool = False
+        self,
+        index_n: Tensor,
+        stretches: Sequence[Stretch],
+        *,
+        is_captured: bool = False,
+        tiles: Tiles | None = None,
     ) -> None:
-        """The next pass's tokens: each one's slot in `index_n` (N,), and those with an adapter."""
+        """The next pass's tokens: each one's slot in `index_n` (N,), and those with an adapter.
+
+        `tiles` says the same of a captured pass with prompts.
+        """
         if not stretches:
             self.bank.route_none()
+        elif tiles is not None:
+            self.bank.route_tiles(tiles)
         elif is_captured:
             self.bank.route_tokens(index_n)
         elif self.takes_tiles:

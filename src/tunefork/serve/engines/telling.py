@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tunefork.errors import EngineError
 from tunefork.serve.engine import FinishReason, Piece, TokenLogprob
 from tunefork.serve.engines.choose import BAD, Choice, choose, log_probabilities
-from tunefork.serve.engines.passes import Outcome
+from tunefork.serve.engines.launched import Arriving, Launched
 from tunefork.serve.engines.sequence import Sequence as Answer
 
 _Logprob = tuple[float, list[tuple[int, float]]]
@@ -31,20 +30,23 @@ class Event:
     error: EngineError | None = None
 
 
-def read(answers: Sequence[Answer], outcome: Outcome) -> list[Event]:
-    """The next token of each answer, in the order of the pass's rows. Waits for the pass.
+def read(answers: Sequence[Answer], launched: Launched) -> list[Event]:
+    """The next token of each answer that still runs, in the order of the pass's rows. Waits for the
+    pass, which is the last one, or one of whose logits nothing is wanted.
 
     Where it raises (memory), no answer has changed.
     """
     choices = [_choice(answer) for answer in answers]
     able = [Choice() if isinstance(one, EngineError) else one for one in choices]
     if all(choice.is_greedy for choice in able):
-        tokens = _numbers(outcome.tokens_r[: len(answers)])
+        tokens = launched.arriving.wait()
     else:
-        tokens = _numbers(choose(outcome.logits_rv, able))
-    told = _logprobs(answers, tokens, outcome)
+        tokens = Arriving(choose(launched.logits_rv, able)).wait()
+    told = _logprobs(answers, tokens, launched)
     events = []
     for row, (answer, token) in enumerate(zip(answers, tokens, strict=True)):
+        if answer.region is None:
+            continue  # it ended when this pass was under way
         choice, finish, error = choices[row], None, None
         if isinstance(choice, EngineError):
             error = choice
@@ -57,19 +59,6 @@ def read(answers: Sequence[Answer], outcome: Outcome) -> list[Event]:
                 error = _failed("its grammar", failure)
         events.append(Event(answer, token, finish, told.get(row), error))
     return events
-
-
-def _numbers(tokens_r: Tensor) -> list[int]:
-    """As a list. A GPU is waited for by an event, outside of the driver: a copy to memory that is
-    not pinned waits within it, and may keep out a thread that brings an adapter."""
-    if tokens_r.is_cuda:
-        here_r = torch.empty_like(tokens_r, device="cpu", pin_memory=True)
-        tokens_r = here_r.copy_(tokens_r, non_blocking=True)
-        is_there = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        is_there.record()
-        is_there.synchronize()
-    numbers: list[int] = tokens_r.tolist()
-    return numbers
 
 
 def piece_of(event: Event, tokenizer: Any) -> Piece | EngineError:
@@ -104,7 +93,7 @@ def _failed(what: str, failure: Exception) -> EngineError:
 
 
 def _logprobs(
-    answers: Sequence[Answer], tokens: Sequence[int], outcome: Outcome
+    answers: Sequence[Answer], tokens: Sequence[int], launched: Launched
 ) -> dict[int, _Logprob]:
     """By row, for those that asked."""
     asked = {
@@ -114,9 +103,9 @@ def _logprobs(
     }
     if not asked:
         return {}
-    rows = torch.tensor(list(asked), device=outcome.logits_rv.device)
+    rows = torch.tensor(list(asked), device=launched.logits_rv.device)
     most = max(number for number in asked.values() if number is not None)
-    logits_rv = outcome.logits_rv.index_select(0, rows)
+    logits_rv = launched.logits_rv.index_select(0, rows)
     found = log_probabilities(logits_rv, [tokens[row] for row in asked], most)
     return {
         row: (own, top[:number])

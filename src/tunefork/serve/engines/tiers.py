@@ -173,6 +173,10 @@ class Tiers:
             entry.is_awaited = False
             del self.wanted[adapter_id]
             self.loading.start(entry)
+        left = [self.entries[one] for one in self.wanted if one in self.entries]
+        if all(entry.stage is not Stage.HOST for entry in left):
+            for entry in self.entries.values():
+                entry.is_draining = False  # whoever waited for its slot got another
 
     def _evict_one(self, waiting: set[str]) -> bool:
         """Free the slot of the least recently used adapter that nobody computes with.

@@ -1,0 +1,351 @@
+"""An engine's loop over a simulated GPU, which computes as late as it may.
+
+The GPU has one stream: what was launched is computed in that order, when somebody waits for it or
+when the dice say so. A second stream copies adapters into slots, at any time after the event it has
+to wait for. Keys and values are chained hashes of a request's tokens and its adapter's content, and
+the likeliest token is one of the last hash: a region that was given away too early, a slot that was
+overwritten or a token that came out of another row leads to other tokens.
+
+Time is counted in passes that were launched.
+"""
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Series
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunefork.errors import TuneforkError
+from tunefork.serve.engine import EngineRequest, Piece, ServedAdapter
+from tunefork.serve.engines.choose import BAD
+from tunefork.serve.engines.core import Core, Parcel
+from tunefork.serve.engines.launched import Follows
+from tunefork.serve.engines.layout import BASE, Part
+from tunefork.serve.engines.loading import Arrival
+from tunefork.serve.engines.regions import Region, Regions
+from tunefork.serve.engines.sequence import Sequence, open_sequence
+from tunefork.serve.engines.tier_entry import Entry, Stage
+from tunefork.serve.engines.tiers import Tiers
+
+VOCABULARY = 40
+_NOTHING = 17
+"""What a request's first token follows."""
+
+
+def after(before: int, token: int, content: int) -> int:
+    """The hash at a token."""
+    return hash((before, token, content))
+
+
+def likeliest(at: int) -> int:
+    """Of the logits at that hash; seldom they are not finite."""
+    return BAD if at % 499 == 0 else at % 1_000_003 % VOCABULARY
+
+
+def hash_of(prompt: Series[int], content: int) -> int:
+    """Of a whole prompt."""
+    found = _NOTHING
+    for token in prompt:
+        found = after(found, token, content)
+    return found
+
+
+class Device:
+    """One stream, a cache and slots."""
+
+    def __init__(self, cache_tokens: int, slots: int, dice: random.Random) -> None:
+        self.cache, self.slots, self.dice = [0] * cache_tokens, [0] * slots, dice
+        self.fault: Callable[[], None] = lambda: None
+        """Is called when something is launched or waited for; what it raises is raised there."""
+        self.launched = self.done = 0
+        self._queue: deque[Callable[[], None]] = deque()
+
+    def launch(self, do: Callable[[], None]) -> int:
+        """What `until` calls it."""
+        self.fault()
+        self._queue.append(do)
+        self.launched += 1
+        if self.dice.random() < 0.3:
+            self.until(self.dice.randint(self.done, self.launched))
+        return self.launched
+
+    def until(self, number: int) -> None:
+        """Compute all that was launched before it, and itself."""
+        while self.done < number:
+            self._queue.popleft()()
+            self.done += 1
+
+
+class Chosen:
+    """Tokens of a pass, once it is computed."""
+
+    def __init__(self, device: Device) -> None:
+        self.device, self.number, self.hashes = device, 0, list[int]()
+        self.behind = 0
+        """What had been launched behind it when it was waited for."""
+
+    def wait(self) -> list[int]:
+        self.device.fault()
+        self.behind = self.device.launched - self.number
+        self.device.until(self.number)
+        return self.tokens
+
+    @property
+    def tokens(self) -> list[int]:
+        return [likeliest(at) for at in self.hashes]
+
+    @property
+    def logits_rv(self) -> Tensor:
+        """They lie where the next pass's will."""
+        assert self.device.launched == self.number, "a later pass overwrites these logits"
+        self.device.until(self.number)
+        rows = []
+        for at in self.hashes:
+            found = [at * (token + 7) % 9973 / 2000 for token in range(VOCABULARY)]
+            best = likeliest(at)
+            rows.append([torch.nan] * VOCABULARY if best == BAD else found)
+            rows[-1][best] = 5.0 if best != BAD else torch.nan
+        return torch.tensor(rows)
+
+
+class Passes:
+    """In the place of `passes.Passes`."""
+
+    device = torch.device("cpu")
+    graphs = None
+    has_graphs = True
+
+    def __init__(self, gpu: Device) -> None:
+        self.gpu, self.num_ahead, self.log = gpu, 0, list[tuple[Chosen, list[Part]]]()
+        self.before: Callable[[], None] = lambda: None
+        """Is called when a pass is to be launched."""
+
+    def run(self, parts: Series[Part], follows: Follows | None = None) -> Any:
+        self.before()
+        chosen, cache = Chosen(self.gpu), self.gpu.cache
+        source: Any = None if follows is None else follows.tokens_r
+        rows = [] if follows is None else list(follows.rows)
+
+        def compute() -> None:
+            for at, part in enumerate(parts):
+                ids = part.ids if at >= len(rows) else [max(source.tokens[rows[at]], 0)]
+                first = part.start + part.position
+                found = cache[first - 1] if part.position else _NOTHING
+                content = 0 if part.slot == BASE else self.gpu.slots[part.slot]
+                for offset, token in enumerate(ids):
+                    found = cache[first + offset] = after(found, token, content)
+                if part.wants_logits:
+                    chosen.hashes.append(found)
+
+        if follows is not None:
+            assert all(len(part.ids) == 1 for part in parts[: len(rows)])
+            self.num_ahead += 1
+        chosen.number = self.gpu.launch(compute)
+        self.log.append((chosen, list(parts)))
+        return _Launched(chosen)
+
+
+@dataclass
+class _Launched:
+    arriving: Chosen
+
+    @property
+    def tokens_r(self) -> Chosen:
+        return self.arriving
+
+    @property
+    def logits_rv(self) -> Tensor:
+        return self.arriving.logits_rv
+
+
+class Cache:
+    """In the place of `cache.Cache`."""
+
+    def __init__(self, gpu: Device) -> None:
+        self.gpu, self.regions = gpu, Regions(len(gpu.cache))
+        self.total = self.regions.total
+
+    def move(self, region: Region, target: Region, tokens: int) -> None:
+        cache = self.gpu.cache
+
+        def copy() -> None:
+            kept = cache[region.start : region.start + tokens]
+            cache[target.start : target.start + tokens] = kept
+
+        self.gpu.launch(copy)
+
+
+class Slots:
+    """The second stream."""
+
+    def __init__(self, gpu: Device) -> None:
+        self.gpu, self.num_slots, self._emptied = gpu, len(gpu.slots), dict[int, int]()
+
+    def load(self, slot: int, adapter: Any) -> None:
+        self.gpu.until(self._emptied.pop(slot, 0))
+        self.gpu.slots[slot] = adapter.content
+
+    def clear(self, slot: int) -> None:
+        self._emptied[slot] = self.gpu.launched
+
+
+class Loading:
+    """In the place of `loading.Loading`, without threads: steps are done when the dice say so."""
+
+    def __init__(self, slots: Slots, read: Any, **_: Any) -> None:
+        self.slots, self.read, self.dice = slots, read, slots.gpu.dice
+        self.under_way, self.done = list[Entry](), list[Arrival]()
+
+    def start(self, entry: Entry) -> None:
+        self.under_way.append(entry)
+
+    def step(self) -> None:
+        for entry in list(self.under_way):
+            if self.dice.random() < 0.5:
+                self.under_way.remove(entry)
+                found = self.read(entry.adapter) if entry.stage is Stage.READING else None
+                if found is None:
+                    assert entry.slot is not None
+                    self.slots.load(entry.slot, entry.host)
+                self.done.append((entry, found, 0.0))
+
+    def arrived(self) -> Iterator[Arrival]:
+        self.step()
+        while self.done:
+            yield self.done.pop()
+
+    def close(self) -> None:
+        self.under_way.clear()
+
+
+class _Tokenizer:
+    """A letter a token."""
+
+    def __init__(self) -> None:
+        self.backend_tokenizer = self
+
+    def decode(self, ids: Series[int], skip_special_tokens: bool = False) -> str:
+        return "".join(chr(97 + token % 26) for token in ids)
+
+
+@dataclass
+class Told:
+    """All that one request was told."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    end: str | None = None
+
+    def put(self, item: Piece | TuneforkError) -> None:
+        assert self.end is None, "something came after the end"
+        if not isinstance(item, Piece):
+            self.end = type(item).__name__
+            return
+        self.tokens += item.token_ids
+        self.text += item.text
+        self.end = item.finish_reason
+
+
+class Simulation:
+    """One engine's life. `events` are (when, what is done in the engine's thread)."""
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        ahead: bool,
+        clock: SimpleNamespace,
+        cache_tokens: int = 64 * 9,
+        slots: int = 2,
+        max_requests: int = 6,
+    ) -> None:
+        """`clock` is `core.time`."""
+        self.now, self.events = 0.0, list[tuple[float, Callable[[], None]]]()
+        clock.monotonic = lambda: self.now
+        self.gpu = Device(cache_tokens, slots, random.Random(seed))
+        self.passes, self.told = Passes(self.gpu), dict[str, Told]()
+        self._answers: list[Sequence] = []
+        self.passes.before = self._tick
+        passes: Any = self.passes
+        cache: Any = Cache(self.gpu)
+        self.core = Core(
+            passes,
+            cache,
+            _Tokenizer(),
+            self._post,
+            self._tiers,
+            max_requests=max_requests,
+            prefill_tokens=24,
+            ahead=ahead,
+        )
+        self.core.overlaps = True
+        self.core._rest = self._rest  # type: ignore[method-assign]
+
+    def add(self, request: EngineRequest, matcher: Any = None) -> None:
+        told = self.told[request.id] = Told()
+        answer = open_sequence(request, told, self.now, self.core.tokenizer, matcher)
+        self._answers.append(answer)
+        self.core.add(answer)
+
+    def run(self) -> None:
+        """Until all events were and nobody is open; or what the engine ends with is raised."""
+        self.events.sort(key=lambda event: event[0])
+        self.core.run()
+
+    def close(self, error: TuneforkError | None = None) -> None:
+        """Nothing is held any more then, and every request was told its end."""
+        scheduler, tiers = self.core.scheduler, self.core.tiers
+        assert tiers is not None
+        held = dict(tiers.entries)
+        self.core.close(error)
+        assert not scheduler.running and not scheduler.waiting and not self.core._flights
+        assert scheduler.cache.regions.free == scheduler.cache.total
+        assert not any(entry.users for entry in held.values())
+        for answer in self._answers:
+            told = answer.stream
+            assert told.end is not None
+            if told.end in ("stop", "length"):  # a token that was computed in vain is none of it
+                assert answer.num_answered == len(told.tokens)
+
+    def _post(self, parcels: list[Parcel]) -> None:
+        for told, item in parcels:
+            told.put(item)
+
+    def _tiers(self, wake: Callable[[], None]) -> Tiers:
+        slots: Any = Slots(self.gpu)
+
+        def read(adapter: ServedAdapter) -> Any:
+            return SimpleNamespace(num_bytes=10, rank=4, content=content_of(adapter))
+
+        return Tiers(
+            slots, read, host_memory_bytes=25, wake=wake, clock=lambda: 0.02 * self.now, begin=None
+        )
+
+    def _tick(self) -> None:
+        self.now += 1
+        assert self.now < 20_000, "somebody waits for ever"
+        while self.events and self.events[0][0] <= self.now:
+            self.core.tell(self.events.pop(0)[1])
+        tiers: Any = self.core.tiers
+        if self.gpu.dice.random() < 0.5:
+            tiers.loading.step()
+
+    def _rest(self) -> None:
+        """Nothing to compute: time goes on."""
+        self._tick()
+        if not self.events and not self.core.inbox and not list(self.core.scheduler.open()):
+            self.core.tell(self.core.end)
+
+
+ADAPTERS = [ServedAdapter(f"{at}:v1", Path(), rank=4, bytes=10) for at in range(4)]
+
+
+def content_of(adapter: ServedAdapter | None) -> int:
+    """What a slot holds of it."""
+    return 0 if adapter is None else 1 + ADAPTERS.index(adapter)

@@ -1,0 +1,194 @@
+"""Passes with prompts, filled up to few sizes as for a CUDA graph: they say what exact ones say,
+and what fills them up reaches nobody. On a CPU, with stand-ins for the kernel and for graphs."""
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.serve.embedded import base_folder, save_adapter, settings
+from tests.serve.test_embedded import _Again, _flash_by_numbers
+from tests.serve.test_graphs import _graphs, _Layers
+from tunefork.kernels.bank_read import TILE
+from tunefork.model.bank import Bank
+from tunefork.model.fused import FusedGroup
+from tunefork.serve.engines import attention, base
+from tunefork.serve.engines.embedded import EmbeddedEngine
+from tunefork.serve.engines.graphs import Graphs, Key
+from tunefork.serve.engines.layout import BASE, Layout, Part
+from tunefork.serve.engines.passes import Passes
+from tunefork.serve.engines.regions import UNIT
+from tunefork.serve.engines.slots import BankSlots
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
+APART = 256
+"""Tokens of the cache from where a row's region begins to where the next one's does."""
+
+
+def _part(row: int, new: int, position: int, slot: int, *, wants_logits: bool = True) -> Part:
+    ids = [(11 * row + 5 * at) % 200 + 20 for at in range(new)]
+    return Part(ids, position, (row + 1) * APART, slot, wants_logits)
+
+
+def test_what_fills_a_pass_up_belongs_to_a_row_that_sees_nothing() -> None:
+    layout = Layout(300, 5, torch.device("cpu"))
+    for numbers in layout.numbers.values():
+        numbers[:] = 77  # of a pass before
+    parts = [
+        _part(0, 1, 9, 2),
+        _part(1, 70, 0, 2, wants_logits=False),
+        _part(2, 2, 3, BASE),
+    ]
+    _, _, wanted = layout.lay_out(parts)
+    layout.fill_up(parts, wanted, 128)
+    found = {name: numbers.tolist() for name, numbers in layout.numbers.items()}
+    assert found["starts_q"] == [0, 1, 71, 73, 128, 128]
+    assert found["starts_k"][:3] == [APART, 2 * APART, 3 * APART]
+    assert found["used"] == [10, 70, 5, 0, 0]
+    assert (wanted, found["last"]) == (2, [0, 72, 0, 0, 0])
+    assert set(found["write"][73:128]) == {0} and set(found["slots"][71:128]) == {BASE}
+    tiles = layout.tiles(128).numbers_t3.tolist()
+    assert tiles == [[2, 0, 64], [2, 64, 7], [-1, 71, 57], *[[-1, 0, 0]] * (len(tiles) - 3)]
+
+
+@pytest.mark.parametrize("lengths", [[TILE + 1] * 7, [1] * 7, [3 * TILE], [TILE, 1, TILE - 1]])
+def test_tiles_have_room_wherever_rows_end(lengths: list[int]) -> None:
+    """Each row with a slot of its own, and a size that leaves one token more, or none."""
+    parts = [_part(row, new, 0, row) for row, new in enumerate(lengths)]
+    for tokens in (sum(lengths), sum(lengths) + 1):
+        layout = Layout(tokens + 8, 8, torch.device("cpu"))
+        layout.lay_out(parts)
+        layout.fill_up(parts, 0, tokens)
+        tiles = [tile for tile in layout.tiles(tokens).numbers_t3.tolist() if tile[2]]
+        assert sum(count for _, _, count in tiles) == tokens
+        assert len(tiles) == sum(-(-new // TILE) for new in lengths) + (tokens > sum(lengths))
+
+
+def test_few_sizes_serve_all_passes_with_prompts() -> None:
+    graphs = _graphs(None)
+    sizes = [graphs.size(tokens) for tokens in range(1, 2113)]
+    assert len(set(sizes)) == 12
+    assert all(size and tokens <= size < 64 + 1.5 * tokens for tokens, size in enumerate(sizes, 1))
+    assert sizes[-1] == 2112 and graphs.size(2113) is None
+    graphs.is_on = False
+    assert graphs.size(100) is None
+
+
+def test_decoding_passes_keep_what_passes_with_prompts_do_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(graphs: Graphs, key: Key) -> _Again:
+        if key.tokens:
+            raise ValueError("an operator synchronises")
+        return _Again(graphs, key)
+
+    monkeypatch.setattr(Graphs, "_capture", fails)
+    monkeypatch.setattr(_Again, "replay", lambda graph: None)
+    layers = _Layers()
+    graphs = _graphs(layers)
+    rows = graphs.key(5, 100, has_adapters=True)
+    graphs.outcome(rows)
+    key = graphs.key_of_tokens(192)
+    with pytest.warns(UserWarning) as told:
+        assert graphs.outcome(key) == ("launched", key)
+    assert [str(one.message).split(" could")[0] for one in told] == [
+        "embedded.compile: a pass of 192 tokens",
+        "embedded.cuda_graphs: a pass of 192 tokens",
+    ]
+    assert graphs.is_on and graphs.compiled is not None and not layers.was_removed
+    assert list(graphs.captured) == [rows]
+    assert graphs.size(100) is None and graphs.captured_tokens == 0
+
+
+def test_a_size_that_lacks_memory_is_served_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(graphs: Graphs, key: Key) -> _Again:
+        if key.tokens in (512, 2112):
+            raise torch.OutOfMemoryError("none left")
+        return _Again(graphs, key)
+
+    monkeypatch.setattr(Graphs, "_capture", capture)
+    monkeypatch.setattr(_Again, "replay", lambda graph: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    graphs = _graphs(None)
+    with pytest.warns(UserWarning, match=r"a pass of (512|2112) tokens.*none left"):
+        graphs.warm(lambda key: None, has_slots=True)
+    assert graphs.size(400) == 768 and graphs.size(1800) is None
+    assert graphs.captured_tokens == 1792
+
+
+MIXES: dict[str, list[tuple[int, int, int]]] = {
+    "one prompt": [(61, 0, 3)],
+    "decoding rows and prompts": [(1, 40, BASE), (1, 7, 1), (1, 8, 1), (90, 0, 3), (20, 0, BASE)],
+    "a later piece": [(1, 3, 3), (64, 60, 1), (1, 0, 3)],
+    "all rows and all tokens": [(1, at, (BASE, 1, 3)[at % 3]) for at in range(9)] + [(128, 5, 3)],
+    "nobody's adapter": [(1, 3, BASE), (70, 0, BASE)],
+}
+"""(new tokens, position, slot) of each row."""
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_filled_passes_say_what_exact_ones_say(
+    fuse: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes in turn, over a cache whose every place that no row should see is not a number."""
+
+    def join(_bank: Bank, groups: Sequence[FusedGroup]) -> None:
+        for group in groups:
+            group.join_banks()
+
+    monkeypatch.setattr(attention, "flash", _flash_by_numbers)
+    monkeypatch.setattr(Graphs, "_capture", lambda graphs, key: _Again(graphs, key))
+    monkeypatch.setattr(base, "keep_as_rows", join)
+    model = base_folder(tmp_path / "base")
+    adapters = [save_adapter(model, tmp_path / f"a{r}", rank=r, seed=r) for r in (4, 16)]
+
+    def check(passes: Passes, caches: list[torch.Tensor]) -> None:
+        passes.flash = True
+        graphs = passes.graphs = passes.make_graphs(10, None)
+        chosen = random.Random(0)
+        for mix in [*MIXES.values(), *chosen.choices([*MIXES.values()], k=8)]:
+            parts = [_part(row, *one) for row, one in enumerate(mix)]
+            written = [0]
+            torch.manual_seed(0)
+            for cache in caches:
+                cache[UNIT:] = torch.nan
+                for part in parts:
+                    seen = cache[part.start : part.start + part.position]
+                    seen.copy_(torch.randn_like(seen))
+            for part in parts:
+                first = part.start + part.position
+                written += range(first, first + len(part.ids))
+            before = [cache.clone() for cache in caches]
+            found = passes.run(parts)
+            logits_rv, tokens_r = found.logits_rv.clone(), found.tokens_r.clone()
+            for cache, old in zip(caches, before, strict=True):
+                is_kept = torch.ones(len(cache), dtype=torch.bool)
+                is_kept[written] = False
+                assert torch.equal(cache[is_kept].view(torch.int32), old[is_kept].view(torch.int32))
+                assert cache[0].isfinite().all()
+            passes.graphs = None
+            exact = passes.run(parts)
+            passes.graphs = graphs
+            torch.testing.assert_close(logits_rv, exact.logits_rv)
+            assert torch.equal(tokens_r, exact.tokens_r)
+        assert {key.tokens for key in graphs.captured} == {64, 128, 138}
+
+    async def run(check: Callable[..., Any]) -> None:
+        fields = {"fuse": fuse, "prefill_tokens": 128, "max_requests": 10}
+        engine = EmbeddedEngine(settings(tmp_path / "base", **fields))
+        await engine.start()
+        assert engine._parts is not None
+        core = engine._parts.core
+        assert core.tiers is not None and isinstance(core.tiers.slots, BankSlots)
+        core.tiers.slots.takes_tiles = True
+        for slot, adapter in zip((1, 3), adapters, strict=True):
+            core.tiers.slots.load(slot, core.tiers.loading.read(adapter))
+        with torch.inference_mode():
+            check(core.passes, core.cache._pools())
+        await engine.stop()
+
+    asyncio.run(run(check))
