@@ -53,13 +53,12 @@ class Device:
     def __init__(self, cache_tokens: int, slots: int, dice: random.Random) -> None:
         self.cache, self.slots, self.dice = [0] * cache_tokens, [0] * slots, dice
         self.fault: Callable[[], None] = lambda: None
-        """Is called when something is launched or waited for; what it raises is raised there."""
+        """Is called when a pass is launched or waited for; what it raises is raised there."""
         self.launched = self.done = 0
         self._queue: deque[Callable[[], None]] = deque()
 
     def launch(self, do: Callable[[], None]) -> int:
         """What `until` calls it."""
-        self.fault()
         self._queue.append(do)
         self.launched += 1
         if self.dice.random() < 0.3:
@@ -119,6 +118,7 @@ class Passes:
 
     def run(self, parts: Series[Part], follows: Follows | None = None) -> Any:
         self.before()
+        self.gpu.fault()
         chosen, cache = Chosen(self.gpu), self.gpu.cache
         source: Any = None if follows is None else follows.tokens_r
         rows = [] if follows is None else list(follows.rows)
