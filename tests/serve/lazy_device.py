@@ -1,37 +1,28 @@
-"""An engine's loop over a simulated GPU, which computes as late as it may.
+"""A simulated GPU, which computes as late as it may, in the place of a model's passes.
 
-The GPU has one stream: what was launched is computed in that order, when somebody waits for it or
-when the dice say so. A second stream copies adapters into slots, at any time after the event it has
-to wait for. Keys and values are chained hashes of a request's tokens and its adapter's content, and
-the likeliest token is one of the last hash: a region that was given away too early, a slot that was
-overwritten or a token that came out of another row leads to other tokens.
-
-Time is counted in passes that were launched.
+It has one stream: what was launched is computed in that order, when somebody waits for it or when
+the dice say so. A second stream copies adapters into slots, at any time after the event it has to
+wait for. Keys and values are chained hashes of a request's tokens and its adapter's content, and
+the likeliest token is one of the last hash: a region that was given away too early, or a token that
+came out of another row, leads to other tokens.
 """
 
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Series
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tunefork.errors import TuneforkError
-from tunefork.serve.engine import EngineRequest, Piece, ServedAdapter
 from tunefork.serve.engines.choose import BAD
-from tunefork.serve.engines.core import Core, Parcel
 from tunefork.serve.engines.launched import Follows
 from tunefork.serve.engines.layout import BASE, Part
 from tunefork.serve.engines.loading import Arrival
 from tunefork.serve.engines.regions import Region, Regions
-from tunefork.serve.engines.sequence import Sequence, open_sequence
 from tunefork.serve.engines.tier_entry import Entry, Stage
-from tunefork.serve.engines.tiers import Tiers
 
 VOCABULARY = 40
 _NOTHING = 17
@@ -62,13 +53,12 @@ class Device:
     def __init__(self, cache_tokens: int, slots: int, dice: random.Random) -> None:
         self.cache, self.slots, self.dice = [0] * cache_tokens, [0] * slots, dice
         self.fault: Callable[[], None] = lambda: None
-        """Is called when something is launched or waited for; what it raises is raised there."""
+        """Is called when a pass is launched or waited for; what it raises is raised there."""
         self.launched = self.done = 0
         self._queue: deque[Callable[[], None]] = deque()
 
     def launch(self, do: Callable[[], None]) -> int:
         """What `until` calls it."""
-        self.fault()
         self._queue.append(do)
         self.launched += 1
         if self.dice.random() < 0.3:
@@ -128,6 +118,7 @@ class Passes:
 
     def run(self, parts: Series[Part], follows: Follows | None = None) -> Any:
         self.before()
+        self.gpu.fault()
         chosen, cache = Chosen(self.gpu), self.gpu.cache
         source: Any = None if follows is None else follows.tokens_r
         rows = [] if follows is None else list(follows.rows)
@@ -222,130 +213,3 @@ class Loading:
 
     def close(self) -> None:
         self.under_way.clear()
-
-
-class _Tokenizer:
-    """A letter a token."""
-
-    def __init__(self) -> None:
-        self.backend_tokenizer = self
-
-    def decode(self, ids: Series[int], skip_special_tokens: bool = False) -> str:
-        return "".join(chr(97 + token % 26) for token in ids)
-
-
-@dataclass
-class Told:
-    """All that one request was told."""
-
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    end: str | None = None
-
-    def put(self, item: Piece | TuneforkError) -> None:
-        assert self.end is None, "something came after the end"
-        if not isinstance(item, Piece):
-            self.end = type(item).__name__
-            return
-        self.tokens += item.token_ids
-        self.text += item.text
-        self.end = item.finish_reason
-
-
-class Simulation:
-    """One engine's life. `events` are (when, what is done in the engine's thread)."""
-
-    def __init__(
-        self,
-        seed: int,
-        *,
-        ahead: bool,
-        clock: SimpleNamespace,
-        cache_tokens: int = 64 * 9,
-        slots: int = 2,
-        max_requests: int = 6,
-    ) -> None:
-        """`clock` is `core.time`."""
-        self.now, self.events = 0.0, list[tuple[float, Callable[[], None]]]()
-        clock.monotonic = lambda: self.now
-        self.gpu = Device(cache_tokens, slots, random.Random(seed))
-        self.passes, self.told = Passes(self.gpu), dict[str, Told]()
-        self._answers: list[Sequence] = []
-        self.passes.before = self._tick
-        passes: Any = self.passes
-        cache: Any = Cache(self.gpu)
-        self.core = Core(
-            passes,
-            cache,
-            _Tokenizer(),
-            self._post,
-            self._tiers,
-            max_requests=max_requests,
-            prefill_tokens=24,
-            ahead=ahead,
-        )
-        self.core.overlaps = True
-        self.core._rest = self._rest  # type: ignore[method-assign]
-
-    def add(self, request: EngineRequest, matcher: Any = None) -> None:
-        told = self.told[request.id] = Told()
-        answer = open_sequence(request, told, self.now, self.core.tokenizer, matcher)
-        self._answers.append(answer)
-        self.core.add(answer)
-
-    def run(self) -> None:
-        """Until all events were and nobody is open; or what the engine ends with is raised."""
-        self.events.sort(key=lambda event: event[0])
-        self.core.run()
-
-    def close(self, error: TuneforkError | None = None) -> None:
-        """Nothing is held any more then, and every request was told its end."""
-        scheduler, tiers = self.core.scheduler, self.core.tiers
-        assert tiers is not None
-        held = dict(tiers.entries)
-        self.core.close(error)
-        assert not scheduler.running and not scheduler.waiting and not self.core._flights
-        assert scheduler.cache.regions.free == scheduler.cache.total
-        assert not any(entry.users for entry in held.values())
-        for answer in self._answers:
-            told = answer.stream
-            assert told.end is not None
-            if told.end in ("stop", "length"):  # a token that was computed in vain is none of it
-                assert answer.num_answered == len(told.tokens)
-
-    def _post(self, parcels: list[Parcel]) -> None:
-        for told, item in parcels:
-            told.put(item)
-
-    def _tiers(self, wake: Callable[[], None]) -> Tiers:
-        slots: Any = Slots(self.gpu)
-
-        def read(adapter: ServedAdapter) -> Any:
-            return SimpleNamespace(num_bytes=10, rank=4, content=content_of(adapter))
-
-        return Tiers(
-            slots, read, host_memory_bytes=25, wake=wake, clock=lambda: 0.02 * self.now, begin=None
-        )
-
-    def _tick(self) -> None:
-        self.now += 1
-        assert self.now < 20_000, "somebody waits for ever"
-        while self.events and self.events[0][0] <= self.now:
-            self.core.tell(self.events.pop(0)[1])
-        tiers: Any = self.core.tiers
-        if self.gpu.dice.random() < 0.5:
-            tiers.loading.step()
-
-    def _rest(self) -> None:
-        """Nothing to compute: time goes on."""
-        self._tick()
-        if not self.events and not self.core.inbox and not list(self.core.scheduler.open()):
-            self.core.tell(self.core.end)
-
-
-ADAPTERS = [ServedAdapter(f"{at}:v1", Path(), rank=4, bytes=10) for at in range(4)]
-
-
-def content_of(adapter: ServedAdapter | None) -> int:
-    """What a slot holds of it."""
-    return 0 if adapter is None else 1 + ADAPTERS.index(adapter)

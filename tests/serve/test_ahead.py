@@ -15,7 +15,8 @@ import torch
 
 from tests.serve import lazy_device
 from tests.serve.embedded import request
-from tests.serve.lazy_device import ADAPTERS, VOCABULARY, Simulation, Told, content_of
+from tests.serve.lazy_device import VOCABULARY
+from tests.serve.simulated_engine import ADAPTERS, Simulation, Told, content_of
 from tunefork.errors import EngineDeadError
 from tunefork.serve.engine import EngineRequest
 from tunefork.serve.engines import core, sequence, tiers

@@ -62,6 +62,6 @@ class EmbeddedSettings(Section):
     written."""
 
     ahead: bool = True
-    """Launch a decoding pass before the tokens of the last one are on the host: it reads them on
-    the GPU, which so does not wait between the two. With `cuda_graphs`, and where all requests take
-    the likeliest token (temperature 0, no penalties, bias, grammar or log probabilities)."""
+    """Launch the next pass before the tokens of the last one are on the host: it reads them on the
+    GPU, which so does not wait between the two. With `cuda_graphs`, and while all that run take the
+    likeliest token (temperature 0, no penalties, bias, grammar or log probabilities)."""
