@@ -134,9 +134,10 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def collect(files: list[Path], name: str) -> Path:
-    """Write the table; each case's rows are of the newest call that has its own run.
+    """Write the table; a case's own row is of the newest call that has one.
 
-    A case without such a run is left out, a line that was cut off as its writer was killed too.
+    A peer's row is of that call, or else of the newest that has both: a ratio is always of one
+    call. A case without a run of ours is left out, a line cut off as its writer was killed too.
     """
     raw = [
         row
@@ -147,16 +148,21 @@ def collect(files: list[Path], name: str) -> Path:
     fine = [row for row in raw if "error" not in row]
     rows: list[dict[str, Any]] = []
     for case, (own, peers, asked, ratio) in CASES.items():
-        calls = [row["call"] for row in fine if row["run"] == own]
-        if not calls:
+        own_speeds = {row["call"]: row["tokens_per_s"] for row in fine if row["run"] == own}
+        if not own_speeds:
             continue
-        of_call = {row["run"]: row for row in raw if row["call"] == max(calls)}
-        ours = {"case": case, "ours": True, **of_call[own]}
-        found = [
-            {"case": case, "ours": False, **of_call[peer]} for peer in peers if peer in of_call
-        ]
-        speeds = {row["run"]: row["tokens_per_s"] for row in found if "tokens_per_s" in row}
-        ours["ratios"] = {run: ours["tokens_per_s"] / speed for run, speed in speeds.items()}
+        by_run = {(row["call"], row["run"]): row for row in raw}
+        ours = {"case": case, "ours": True, **by_run[max(own_speeds), own]}
+        found = []
+        for peer in peers:
+            calls = [call for call in own_speeds if (call, peer) in by_run]
+            if calls:
+                found.append({"case": case, "ours": False, **by_run[max(calls), peer]})
+        ours["ratios"] = {
+            row["run"]: own_speeds[row["call"]] / row["tokens_per_s"]
+            for row in found
+            if "tokens_per_s" in row
+        }
         ours["asked"] = {"tokens_per_s": [asked, ours["tokens_per_s"] >= asked]}
         if ratio is not None:
             reached = ours["ratios"].get(ratio[0])

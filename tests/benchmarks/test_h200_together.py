@@ -51,7 +51,10 @@ def test_runs_that_failed_or_were_cut_off_leave_the_rest_of_the_table(
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     fine = {"call": "2", "versions": {}, "device": "a GPU", "process_s": 1.0}
     rows: list[dict[str, Any]] = [
-        fine | {"run": "group_16x512", "call": "1", "tokens_per_s": 1.0},
+        fine | {"run": "group_16x512", "call": "1", "tokens_per_s": 20_000.0},
+        fine | {"run": "looped_16x512", "call": "1", "tokens_per_s": 5_000.0},
+        fine | {"run": "unsloth_512", "call": "1", "tokens_per_s": 1.0},
+        fine | {"run": "unsloth_8192", "call": "0", "tokens_per_s": 1.0},
         fine | {"run": "group_16x512", "tokens_per_s": 25_000.0},
         fine | {"run": "unsloth_512", "tokens_per_s": 4_000.0},
         {"run": "peft_512", "call": "2", "error": "not done after 90 s"},
@@ -64,10 +67,11 @@ def test_runs_that_failed_or_were_cut_off_leave_the_rest_of_the_table(
         ("together_16x512", "group_16x512", True),
         ("together_16x512", "unsloth_512", False),
         ("together_16x512", "peft_512", False),
+        ("together_16x512", "looped_16x512", False),  # of a call before, with ours of then
     ]
     ours = table["rows"][0]
     assert ours["asked"] == {"tokens_per_s": [24_000.0, True], "times_unsloth_512": [5.0, True]}
-    assert ours["ratios"] == {"unsloth_512": 6.25}
+    assert ours["ratios"] == {"unsloth_512": 6.25, "looped_16x512": 4.0}
     raw.write_text(json.dumps(rows[-1]) + "\n")
     with pytest.raises(SystemExit, match="no run of ours"):
         collect([raw], "table")
