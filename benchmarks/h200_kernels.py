@@ -1,0 +1,175 @@
+"""Kernels of our own beside what they replaced, alone on a GPU.
+
+    python -m benchmarks.h200_kernels
+
+lora_gradients   du and dB from one reading of dy, beside two cuBLAS products; dy of 16,384 tokens.
+                 Every call of a CUDA graph reads another dy, a GiB of them: none is in the cache.
+rank_update      y += scale * u B^T by a candidate (`rank_update.py`), beside `addmm_`
+adamw_bf16       the update of all weights of a 1.7B and an 8B model: from the call to the GPU's
+                 last kernel, and until the call returns
+
+Medians; errors are against float64, in units of the largest value. Writes
+results/h200_kernels.json.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.results import write
+
+TOKENS, SCALE = 16_384, 0.5
+UPDATES = ((1024, 16), (4096, 16), (14_336, 16), (4096, 48))
+PRODUCTS = ((1024, 16), (4096, 16), (14_336, 16), (4096, 32), (4096, 64))
+"""Features out and rank."""
+_TURNS, _STEPS = 8, 12
+
+
+def main() -> None:
+    """Measure, print, write."""
+    if not torch.cuda.is_available():
+        raise SystemExit("needs a CUDA device")
+    rows = [_print(gradients(features, rank)) for features, rank in PRODUCTS]
+    rows += [_print(rank_update(features, rank)) for features, rank in UPDATES]
+    rows += [_print(update(name, shapes)) for name, shapes in SHAPES.items()]
+    print(write("h200_kernels", rows, device=torch.cuda.get_device_name()))
+
+
+def gradients(features: int, rank: int) -> dict[str, Any]:
+    """One layer's du and dB."""
+    from tunefork.kernels.lora_gradients import lora_gradients_reference
+    from tunefork.kernels.lora_gradients_triton import launch
+
+    torch.manual_seed(0)
+    count = max(3, 2**30 // (TOKENS * features * 2))
+    dys = [_draw(TOKENS, features) for _ in range(count)]
+    u, b = _draw(TOKENS, rank), _draw(features, rank)
+    exact_du, [exact_db] = lora_gradients_reference(
+        [dys[0].double()], u.double(), [b.double()], SCALE
+    )
+    found = launch([dys[0]], u, [b], SCALE)
+    wrong = max(map(_error, found, [exact_du, exact_db]))
+    ours = _graph_ms([lambda dy=dy: launch([dy], u, [b], SCALE) for dy in dys])
+    theirs = _graph_ms([lambda dy=dy: (dy @ b, dy.t() @ u) for dy in dys])
+    return {
+        "case": "lora_gradients",
+        "features": features,
+        "rank": rank,
+        "one_reading_ms": ours,
+        "two_products_ms": theirs,
+        "error": wrong,
+    }
+
+
+def rank_update(features: int, rank: int) -> dict[str, Any]:
+    """The delta of one layer, added to its result."""
+    from benchmarks.rank_update import CUTS, rank_update_
+
+    torch.manual_seed(0)
+    count = max(3, 2**30 // (TOKENS * features * 2))
+    ys = [_draw(TOKENS, features) for _ in range(count)]
+    u, b = _draw(TOKENS, rank), _draw(features, rank)
+    exact = ys[0].double() + SCALE * (u.double() @ b.double().t())
+    times, wrong = dict[str, float](), 0.0
+    for cut in CUTS:
+        found = ys[0].clone()
+        rank_update_(found, u, b.t(), SCALE, cut)
+        wrong = max(wrong, _error(found, exact))
+        calls = [lambda y=y, cut=cut: rank_update_(y, u, b.t(), SCALE, cut) for y in ys]
+        times[" x ".join(map(str, cut))] = _graph_ms(calls)
+    addmm = _graph_ms([lambda y=y: y.addmm_(u, b.t(), alpha=SCALE) for y in ys])
+    copy = _graph_ms([lambda y=y: y.mul_(1.0) for y in ys])
+    return {
+        "case": "rank_update",
+        "features": features,
+        "rank": rank,
+        "candidate_ms": times,
+        "addmm_ms": addmm,
+        "read_and_write_ms": copy,
+        "error": wrong,
+    }
+
+
+def _draw(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
+
+
+def _error(ours: Tensor, exact: Tensor) -> float:
+    return float((ours.double() - exact).abs().max() / exact.abs().max())
+
+
+def _graph_ms(calls: Sequence[Callable[[], Any]]) -> float:
+    """Of one call."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph, times = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    for _ in range(_TURNS):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()  # type: ignore[no-untyped-call]
+        graph.replay()
+        last.record()  # type: ignore[no-untyped-call]
+        last.synchronize()
+        times.append(first.elapsed_time(last) / len(calls))
+    return round(statistics.median(times[1:]), 4)
+
+
+def _qwen3_1_7b() -> list[tuple[int, ...]]:
+    attention = [(2048, 2048)] * 2 + [(1024, 2048)] * 2 + [(128,)] * 2
+    layer = [*attention, (6144, 2048), (6144, 2048), (2048, 6144), (2048,), (2048,)]
+    return [(151_936, 2048), *layer * 28, (2048,)]
+
+
+def _llama_8b() -> list[tuple[int, ...]]:
+    attention = [(4096, 4096)] * 2 + [(1024, 4096)] * 2
+    layer = [*attention, (14_336, 4096), (14_336, 4096), (4096, 14_336), (4096,), (4096,)]
+    return [(128_256, 4096), *layer * 32, (4096,), (128_256, 4096)]
+
+
+SHAPES = {"1.7b": _qwen3_1_7b(), "8b": _llama_8b()}
+
+
+def update(name: str, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    """`adamw_bf16` over all weights of a model."""
+    from tunefork.train.adamw_bf16 import Bf16AdamW
+
+    weights = [
+        torch.nn.Parameter(torch.randn(shape, device="cuda", dtype=torch.bfloat16))
+        for shape in shapes
+    ]
+    gradients = [torch.randn_like(weight) for weight in weights]
+    optimizer = Bf16AdamW(weights, betas=(0.9, 0.999), weight_decay=0.1)
+    returned, ended = [], []
+    for _ in range(3 + _STEPS):
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        optimizer.step(1e-4, 0.5)
+        returned.append(1000 * (time.perf_counter() - began))
+        torch.cuda.synchronize()
+        ended.append(1000 * (time.perf_counter() - began))
+    return {
+        "case": "adamw_bf16",
+        "model": name,
+        "weights": len(weights),
+        "host_ms": round(statistics.median(returned[3:]), 2),
+        "whole_ms": round(statistics.median(ended[3:]), 2),
+    }
+
+
+def _print(row: dict[str, Any]) -> dict[str, Any]:
+    print(row, flush=True)
+    torch.cuda.empty_cache()
+    return row
+
+
+if __name__ == "__main__":
+    main()
