@@ -82,28 +82,29 @@ def test_a_gpu_asks_the_operator_for_what_its_kernel_can(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "features", "stride", "capability", "pays"),
+    ("tokens", "columns", "stride", "capability", "pays"),
     [
-        (LEAST_TOKENS, 48, 64, (9, 0), True),
-        (LEAST_TOKENS - 1, 48, 64, (9, 0), False),
-        (LEAST_TOKENS, 40, 64, (9, 0), False),
-        (LEAST_TOKENS, 48, 72, (9, 0), False),
-        (LEAST_TOKENS, 48, 64, (8, 0), False),
-        (LEAST_TOKENS, 48, 64, (10, 0), False),
+        (LEAST_TOKENS, (8, 56), 64, (9, 0), True),
+        (LEAST_TOKENS - 1, (8, 56), 64, (9, 0), False),
+        (LEAST_TOKENS, (4, 52), 64, (9, 0), False),
+        (LEAST_TOKENS, (8, 48), 64, (9, 0), False),
+        (LEAST_TOKENS, (8, 56), 72, (9, 0), False),
+        (LEAST_TOKENS, (8, 56), 64, (8, 0), False),
+        (LEAST_TOKENS, (8, 56), 64, (10, 0), False),
     ],
 )
 def test_the_kernel_is_for_many_aligned_rows_on_a_hopper_gpu(
     tokens: int,
-    features: int,
+    columns: tuple[int, int],
     stride: int,
     capability: tuple[int, int],
     pays: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    dy = torch.empty(tokens, stride)[:, :features]
+    dy = torch.empty(tokens, stride, dtype=torch.bfloat16)[:, slice(*columns)]
     assert kernel._pays([dy]) == pays
-    assert kernel._pays([torch.empty(tokens, 16), dy]) == pays
+    assert kernel._pays([torch.empty(tokens, 16, dtype=torch.bfloat16), dy]) == pays
 
 
 def test_the_operators_shapes_serve_strided_operands() -> None:
