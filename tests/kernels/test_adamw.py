@@ -16,6 +16,7 @@ from tunefork.kernels.adamw import (
     keys_of,
     mix,
     noise,
+    prepare,
     rounded,
     update_bf16_,
 )
@@ -168,3 +169,10 @@ def test_bits_hang_on_seed_weight_step_and_element_and_stay_what_they_were() -> 
     assert noise(torch.empty(2), keys, first=2**32 + 3).equal(bits[3:])
     across = noise(torch.empty(2), keys, first=2**31 - 1)
     assert across[1:].equal(noise(torch.empty(1), keys, first=-(2**31)))
+
+
+def test_a_weight_that_would_not_be_updated_is_refused() -> None:
+    """Its elements are taken as they lie, by pieces of a flat tensor, which would be a copy."""
+    prepare([torch.zeros(4, 3), torch.zeros(5)])
+    with pytest.raises(ValueError, match=r"shape \(3, 4\) has strides \(1, 3\): not"):
+        prepare([torch.zeros(5), torch.zeros(4, 3).t()])

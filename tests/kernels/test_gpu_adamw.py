@@ -1,5 +1,7 @@
 """On a CUDA device: the kernel is the definition, with the CPU's noise, at any size."""
 
+from collections import defaultdict
+
 import pytest
 import torch
 from torch import Tensor
@@ -42,6 +44,9 @@ def _on_device(tensors: Four) -> Four:
 def test_after_prepare_no_size_or_step_compiles_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     from tunefork.kernels import adamw_triton
 
+    kernels = (adamw_triton._update, adamw_triton._round_to)
+    for kernel in kernels:  # whatever other tests have compiled
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     weights = [torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for shape in SHAPES]
     prepare(weights)
     prepare(weights, only_rounds=True)
@@ -49,7 +54,7 @@ def test_after_prepare_no_size_or_step_compiles_anything(monkeypatch: pytest.Mon
     def compile_(*args: object, **options: object) -> None:
         raise AssertionError("compiled after prepare")
 
-    for kernel in (adamw_triton._update, adamw_triton._round_to):
+    for kernel in kernels:
         monkeypatch.setattr(kernel, "_do_compile", compile_)
     for step, shape in enumerate(SHAPES, 1):
         p, g, m, v = _on_device(_tensors(shape))

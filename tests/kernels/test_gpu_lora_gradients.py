@@ -1,16 +1,24 @@
 """The Triton kernel that makes du and B's gradient from one reading of dy, on a GPU.
 
 Truth is float64's. Products are summed in fp32 and rounded to bf16 once: a value is off by at most
-2**-9 of itself, and by what tensor cores cut off of sums in which much cancels: in each of
+2**-8 of itself, and by what tensor cores cut off of sums in which much cancels: in each of
 thousands of additions up to 2**-23 of the largest. A tile left out would be off by a tenth of it.
+
+The definition's products have no such bound. cuBLAS may cut what they sum over, here up to 16,384
+tokens, into pieces, and PyTorch's default lets it round each piece's sum to bf16 (`torch.backends.
+cuda.matmul.allow_bf16_reduced_precision_reduction`): where pieces cancel, what is left is off by
+2**-8 of them, not of itself. Two pieces of 3,001 tokens put 4 % of the values (simulated) beyond
+twice the bound above. So where the definition is to be taken, what is found has to be its bits.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tunefork.kernels import lora_gradients as dispatch
 from tunefork.kernels.layout import Layout
 from tunefork.kernels.lora_gradients import (
     LARGEST_RANK,
@@ -22,7 +30,10 @@ from tunefork.kernels.lora_group import lora_group, with_room, write_delta
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+        reason="needs a Hopper GPU",
+    ),
 ]
 SCALE = 0.7
 Operands = tuple[list[Tensor], Tensor, list[Tensor]]
@@ -41,19 +52,24 @@ def _draw(tokens: int, sizes: Sequence[int], ranks: Sequence[int], first: int = 
     return dys, read[:, : sum(ranks)], lora_b
 
 
-def _assert_exact(
-    found: tuple[Tensor, list[Tensor]], operands: Operands, *, roundings: int = 1
-) -> None:
-    """`roundings` to bf16: the definition also rounds before it scales."""
+def _assert_exact(found: tuple[Tensor, list[Tensor]], operands: Operands) -> None:
+    """Within one rounding to bf16 of float64's."""
     dys, u, lora_b = operands
     exact = [dy.double() for dy in dys], u.double(), [b.double() for b in lora_b]
     want_du, want_db = lora_gradients_reference(*exact, SCALE)
     for ours, truth in zip([found[0], *found[1]], [want_du, *want_db], strict=True):
         assert ours.shape == truth.shape and ours.dtype == torch.bfloat16
         cancelled = 1e-4 * truth.abs().max()
-        assert bool(
-            ((ours.double() - truth).abs() <= roundings * 2**-8 * truth.abs() + cancelled).all()
-        )
+        assert bool(((ours.double() - truth).abs() <= 2**-8 * truth.abs() + cancelled).all())
+
+
+def _assert_equal(a: tuple[Tensor, list[Tensor]], b: tuple[Tensor, list[Tensor]]) -> None:
+    """Bit for bit."""
+    assert all(torch.equal(x, y) for x, y in zip([a[0], *a[1]], [b[0], *b[1]], strict=True))
+
+
+def _not_asked(*_: Any) -> Any:
+    raise AssertionError("this way was not to be taken")
 
 
 @pytest.mark.parametrize("rank", [1, 8, 12, 16, 24, LARGEST_RANK])
@@ -70,15 +86,43 @@ def test_each_rank(rank: int) -> None:
         (LEAST_TOKENS + 1, (4096,), (16,), 16),  # rows that do not follow each other
         (3001, (1040, 528, 16), (16, 8, 32), 0),  # blocks that are not full
         (3001, (1040, 528, 16), (16, 8, 32), 16),  # and columns of a wider tensor
-        (3001, (1000, 513, 7), (16, 8, 32), 0),  # two products: rows are not aligned,
-        (LEAST_TOKENS - 1, (1024, 512), (16, 16), 0),  # or few
     ],
 )
 def test_any_sizes_and_strides(
-    tokens: int, sizes: tuple[int, ...], ranks: tuple[int, ...], first: int
+    tokens: int,
+    sizes: tuple[int, ...],
+    ranks: tuple[int, ...],
+    first: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     operands = _draw(tokens, sizes, ranks, first)
-    _assert_exact(lora_gradients(*operands, SCALE), operands, roundings=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "lora_gradients_reference", _not_asked)
+        found = lora_gradients(*operands, SCALE)
+    _assert_exact(found, operands)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "ranks", "first"),
+    [
+        (3001, (1000, 513, 7), (16, 8, 32), 0),  # rows are not aligned,
+        (3001, (1024, 512), (16, 16), 8),  # in the wider tensor,
+        (LEAST_TOKENS - 1, (1024, 512), (16, 16), 0),  # or few
+        (0, (1024, 512), (16, 16), 0),
+    ],
+)
+def test_what_is_not_worth_a_kernel_takes_the_definition(
+    tokens: int,
+    sizes: tuple[int, ...],
+    ranks: tuple[int, ...],
+    first: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tunefork.kernels import lora_gradients_triton
+
+    operands = _draw(tokens, sizes, ranks, first)
+    monkeypatch.setattr(lora_gradients_triton, "launch", _not_asked)
+    _assert_equal(lora_gradients(*operands, SCALE), lora_gradients_reference(*operands, SCALE))
 
 
 @pytest.mark.parametrize(
@@ -111,11 +155,9 @@ def test_of_more_numbers_than_32_bits_count() -> None:
 
 def test_the_bits_are_the_same_each_time() -> None:
     operands = _draw(16384, (4096, 1024), (16, 32))
-    du, db = lora_gradients(*operands, SCALE)
+    found = lora_gradients(*operands, SCALE)
     for _ in range(5):
-        again_du, again_db = lora_gradients(*operands, SCALE)
-        assert torch.equal(again_du, du)
-        assert all(torch.equal(a, b) for a, b in zip(again_db, db, strict=True))
+        _assert_equal(lora_gradients(*operands, SCALE), found)
 
 
 def test_what_is_not_finite_stays_in_its_row_and_column() -> None:
@@ -129,8 +171,8 @@ def test_what_is_not_finite_stays_in_its_row_and_column() -> None:
 
 
 def test_the_operator_is_one_to_the_compiler() -> None:
-    for tokens in (100, LEAST_TOKENS):
-        dys, u, lora_b = _draw(tokens, (256, 96), (16, 8), 8)
+    for tokens in (100, LEAST_TOKENS):  # the definition, the kernel
+        dys, u, lora_b = _draw(tokens, (256, 96), (16, 8), 16)
         torch.library.opcheck(torch.ops.tunefork.lora_gradients.default, (dys, u, lora_b, SCALE))
 
 
@@ -160,9 +202,7 @@ def test_captured_it_reads_what_is_there_at_each_replay() -> None:
             dy.normal_()
         u.normal_()
         graph.replay()
-        want_du, want_db = lora_gradients(dys, u, lora_b, SCALE)
-        assert torch.equal(du, want_du)
-        assert all(torch.equal(a, b) for a, b in zip(db, want_db, strict=True))
+        _assert_equal((du, db), lora_gradients(dys, u, lora_b, SCALE))
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])

@@ -8,6 +8,7 @@ from tunefork.kernels import lora_gradients as kernel
 from tunefork.kernels.compiled import standing_for_gpu
 from tunefork.kernels.lora_gradients import (
     LARGEST_RANK,
+    LEAST_TOKENS,
     lora_gradients,
     lora_gradients_reference,
 )
@@ -78,6 +79,32 @@ def test_a_gpu_asks_the_operator_for_what_its_kernel_can(
             want.stride(),
             want.dtype,
         )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "columns", "stride", "capability", "pays"),
+    [
+        (LEAST_TOKENS, (8, 56), 64, (9, 0), True),
+        (LEAST_TOKENS - 1, (8, 56), 64, (9, 0), False),
+        (LEAST_TOKENS, (4, 52), 64, (9, 0), False),
+        (LEAST_TOKENS, (8, 48), 64, (9, 0), False),
+        (LEAST_TOKENS, (8, 56), 72, (9, 0), False),
+        (LEAST_TOKENS, (8, 56), 64, (8, 0), False),
+        (LEAST_TOKENS, (8, 56), 64, (10, 0), False),
+    ],
+)
+def test_the_kernel_is_for_many_aligned_rows_on_a_hopper_gpu(
+    tokens: int,
+    columns: tuple[int, int],
+    stride: int,
+    capability: tuple[int, int],
+    pays: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    dy = torch.empty(tokens, stride, dtype=torch.bfloat16)[:, slice(*columns)]
+    assert kernel._pays([dy]) == pays
+    assert kernel._pays([torch.empty(tokens, 16, dtype=torch.bfloat16), dy]) == pays
 
 
 def test_the_operators_shapes_serve_strided_operands() -> None:

@@ -154,9 +154,16 @@ def prepare(parameters: Iterable[Tensor], *, only_rounds: bool = False) -> None:
     """Compile what `update_bf16_`, or `write_rounded_`, of `parameters` launches on a GPU.
 
     Before the first step, whose time would otherwise be no measure of the others'. A kernel is
-    compiled for a dtype, and for sizes that 16 divides (loads are vectors) or not.
+    compiled for a dtype, and for sizes that 16 divides (loads are vectors) or not. Raises
+    ValueError for a weight whose elements do not lie in their order: it would not be updated.
     """
-    forms = {(p.device, p.dtype, 16 + bool(p.numel() % 16)) for p in parameters if p.is_cuda}
+    forms = set()
+    for p in parameters:
+        if not p.is_contiguous():
+            shape, strides = tuple(p.shape), p.stride()
+            raise ValueError(f"a weight of shape {shape} has strides {strides}: not contiguous")
+        if p.is_cuda:
+            forms.add((p.device, p.dtype, 16 + bool(p.numel() % 16)))
     for device, dtype, numel in forms:
         p, g = (torch.zeros(numel, dtype=dtype, device=device) for _ in range(2))
         m, v = (torch.zeros(numel, dtype=torch.bfloat16, device=device) for _ in range(2))

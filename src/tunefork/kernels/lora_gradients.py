@@ -23,7 +23,7 @@ _HOPPER = 9
 """Major compute capability that the kernel is cut for: others have less shared memory, or other
 tensor cores."""
 _STEP = 16
-"""Features and strides of dy that are no multiples of this cannot be copied 16 bytes at a time."""
+"""dy is copied 16 bytes at a time where its features, stride and address are multiples of this."""
 
 
 def lora_gradients(
@@ -56,7 +56,8 @@ def _has_kernel(dtype: torch.dtype, lora_b: Sequence[Tensor]) -> bool:
 
 
 def _pays(dys: Sequence[Tensor]) -> bool:
-    is_aligned = all(dy.shape[1] % _STEP == 0 and dy.stride(0) % _STEP == 0 for dy in dys)
+    numbers = ((dy.shape[1], dy.stride(0), dy.data_ptr()) for dy in dys)
+    is_aligned = all(number % _STEP == 0 for each in numbers for number in each)
     is_hopper = torch.cuda.get_device_capability(dys[0].device)[0] == _HOPPER
     return is_aligned and is_hopper and dys[0].shape[0] >= LEAST_TOKENS
 

@@ -142,7 +142,8 @@ class _Tensors:
             if room := kernel.room(self.tokens, self.segments):
                 self.trace.note_room(room)
             flops = kernel.work(self.tokens, self.trace.squares)
-            self.trace.count(kernel.kind, flops, kernel.moved(self.tokens))
+            moved = kernel.moved(self.tokens)
+            self.trace.count(kernel.kind, flops, moved, kernel.launches)
             for name in kernel.frees:
                 if name not in also:
                     self._drop(name)

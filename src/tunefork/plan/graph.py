@@ -202,7 +202,8 @@ def _work(node: Node) -> dict[str, Any]:
         return {"kind": kind, "flops": _size(flops)}
     if target is LORA_GRADIENTS:
         dys, lora_b = ([_shape(n) for n in arguments[at]] for at in (0, 2))
-        return {"kind": "skinny", "flops": _size(lora_gradients_flops(dys, lora_b))}
+        work = _size(lora_gradients_flops(dys, lora_b))
+        return {"kind": "skinny", "flops": work, "launches": 2 * len(dys)}
     if target in FLASH:
         query, keys = (_shape(n) for n in arguments[FLASH[target] > 1.0 :][:2])
         shape = (query[1], keys[1], query[2])

@@ -37,6 +37,8 @@ class Kernel:
     """Attention: heads, heads of the keys, features."""
     share: float = 0.0
     """Attention: operations in units of a forward pass's."""
+    launches: int = 1
+    """Kernels that it is on a GPU: an operator may start several."""
 
     def room(self, tokens: int, segments: int) -> int:
         """Bytes taken while it runs."""
