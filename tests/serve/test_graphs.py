@@ -19,12 +19,12 @@ class _Layers:
         self.was_removed = True
 
 
-def _graphs(compiled: Any) -> Graphs:
+def _graphs(compiled: Any, *, max_tokens: int = 2048, max_rows: int = 64) -> Graphs:
     return Graphs(
         lambda key: ("launched", key),
         torch.device("cpu"),
-        max_rows=64,
-        max_tokens=2048,
+        max_rows=max_rows,
+        max_tokens=max_tokens,
         max_model_len=2048,
         compiled=compiled,
     )

@@ -3,7 +3,8 @@ and what fills them up reaches nobody. On a CPU, with stand-ins for the kernel a
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,96 @@ def test_few_sizes_serve_all_passes_with_prompts() -> None:
     assert sizes[-1] == 2112 and graphs.size(2113) is None
     graphs.is_on = False
     assert graphs.size(100) is None
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "max_rows"), [(16, 2), (16, 64), (48, 1), (2048, 256), (8192, 4096)]
+)
+def test_the_largest_size_takes_all_that_a_pass_may_have(max_tokens: int, max_rows: int) -> None:
+    """And none of them fills up much more than another."""
+    graphs = _graphs(None, max_tokens=max_tokens, max_rows=max_rows)
+    most = min(max_tokens, 2048) + max_rows
+    assert graphs.sizes == sorted(set(graphs.sizes)) and graphs.sizes[-1] == most
+    filled = [(graphs.size(tokens) or 0) - tokens for tokens in range(1, most + 1)]
+    assert min(filled) == 0 and max(filled) < 512
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])  # before the capture, and in it
+def test_a_failed_capture_leaves_neither_its_stream_nor_its_memory(
+    fails_at: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With stand-ins for CUDA's streams and graphs: PyTorch's `torch.cuda.graph` stays in its
+    stream where the capture cannot be ended."""
+    streams, waits, pools = ["usual"], [], []
+
+    class Stream(str):
+        def wait_stream(self, other: str) -> None:
+            waits.append((str(self), other))
+
+    @contextmanager
+    def within(stream: str) -> Iterator[None]:
+        streams.append(stream)
+        try:
+            yield
+        finally:
+            streams.pop()
+
+    @contextmanager
+    def capture(graph: Any, *, pool: Any, stream: str, capture_error_mode: str) -> Iterator[None]:
+        pools.append(pool)
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    class Captured:
+        def pool(self) -> str:
+            return f"memory {len(pools)}"
+
+        def replay(self) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(streams[-1]))
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: streams.append(str(stream)))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Captured)
+    graphs = _graphs(None)
+    calls = []
+
+    def run(key: Key) -> Any:
+        calls.append(key)
+        if key.tokens and streams[-1] == "side" and calls.count(key) == fails_at:
+            raise ValueError("an operator synchronises")
+        return "launched"
+
+    graphs.run = run
+    decoding = graphs.key(5, 100, has_adapters=True)
+    graphs.outcome(decoding)
+    with pytest.warns(UserWarning, match="a pass of 192 tokens could not be captured"):
+        assert graphs.outcome(graphs.key_of_tokens(192)) == "launched"
+    assert streams[-1] == "usual"
+    assert waits[-1] == ("usual", "side")
+    assert list(graphs.captured) == [decoding]
+    graphs.outcome(graphs.key(5, 1000, has_adapters=True))
+    assert pools == [None, *["memory 1"] * (fails_at == 2), None]
+
+
+def test_without_graphs_no_memory_is_kept_for_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(graphs: Graphs, key: Key) -> _Again:
+        if key.longest_k > 512 and not key.tokens:
+            raise ValueError("an operator synchronises")
+        return _Again(graphs, key)
+
+    monkeypatch.setattr(Graphs, "_capture", capture)
+    monkeypatch.setattr(_Again, "replay", lambda graph: None)
+    graphs = _graphs(None)
+    graphs.outcome(graphs.key_of_tokens(64))
+    graphs.outcome(graphs.key(5, 100, has_adapters=True))
+    with pytest.warns(UserWarning, match="a decoding pass could not be captured"):
+        graphs.outcome(graphs.key(5, 1000, has_adapters=True))
+    assert not graphs.is_on and not graphs.captured and graphs.size(64) is None
 
 
 def test_decoding_passes_keep_what_passes_with_prompts_do_without(

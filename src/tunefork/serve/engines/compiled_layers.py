@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from tunefork.model.layers import decoder_layers
 from tunefork.serve.engines.reads import Reads
 
-_MOST_FORMS = 32
-"""With or without adapters, by attention's limits of length, for each kind of layer."""
+_MOST_FORMS = 64
+"""With or without adapters, by attention's limits of length, and of prompts, for each kind of
+layer: 17 for a million tokens."""
 
 
 class CompiledLayers:

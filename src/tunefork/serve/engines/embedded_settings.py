@@ -57,9 +57,9 @@ class EmbeddedSettings(Section):
 
     compile: bool = True
     """Compile the decoder layers of the passes that are replayed (torch.compile, GPU): a quarter
-    less time a token for an 8B model. Its first start takes half a minute longer, later ones a few
-    seconds, as what was compiled is kept (TORCHINDUCTOR_CACHE_DIR). What cannot be compiled runs as
-    written."""
+    less time a token for an 8B model. Its first start takes some 25 s longer (33 s in all on an
+    H200), later ones a few seconds, as what was compiled is kept (TORCHINDUCTOR_CACHE_DIR). What
+    cannot be compiled runs as written. Without `cuda_graphs` nothing is compiled."""
 
     ahead: bool = True
     """Launch the next pass before the tokens of the last one are on the host: it reads them on the

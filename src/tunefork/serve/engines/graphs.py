@@ -23,8 +23,10 @@ MANY_ROWS = 32
 _FEWEST = 2
 """Rows: of one, a compiled layer would have forms of its own."""
 _SIZES = (64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792)
-"""Tokens of passes with prompts, below the most. Up to some 256 of them a GPU waits for the weights
-anyway; from there on 256 tokens of an 8B model are 6 ms, by count (H200)."""
+"""Tokens of passes with prompts, below the most; above them `_STEP` by `_STEP`. Up to some 256 of
+them a GPU waits for the weights anyway; from there on 256 tokens of an 8B model are 6 ms, by count
+(H200)."""
+_STEP = 256
 _MOST_TOKENS = 2048
 """Prompts' tokens of a captured pass: for many more the GPU takes longer than the host."""
 _LAUNCHED = "passes are launched kernel by kernel"
@@ -66,9 +68,12 @@ class Graphs:
         self.run, self.device, self.compiled = run, device, compiled
         self.max_rows, self.max_model_len = max_rows, max_model_len
         most = min(max_tokens, _MOST_TOKENS) + max_rows
-        self.sizes = [*(size for size in _SIZES if size < most), most]
+        sizes = (*_SIZES, *range(_SIZES[-1] + _STEP, most - _STEP + 1, _STEP))
+        self.sizes = [*(size for size in sizes if size < most), most]
         """Tokens of passes with prompts that are captured."""
         self.captured: dict[Key, Graph] = {}
+        self._pool: Any = None
+        """Memory that graphs share. None: the next one has its own."""
         self.is_on = True
         self.compiles_prompts = compiled is not None
 
@@ -146,31 +151,40 @@ class Graphs:
         else:
             what, instead = "embedded.cuda_graphs", _LAUNCHED
             self.sizes, self.is_on = [], self.is_on and bool(key.tokens)
-        others = [one for one in self.captured if bool(one.tokens) != bool(key.tokens)]
-        self.captured = {one: self.captured[one] for one in others}
+        self.captured = {
+            one: graph
+            for one, graph in self.captured.items()
+            if self.is_on and bool(one.tokens) != bool(key.tokens)
+        }
+        # PyTorch may take a capture that failed for one still under way, and its memory for taken.
+        self._pool = None
         kind = f"a pass of {key.tokens} tokens" if key.tokens else "a decoding pass"
         _warn(what, kind, error, instead)
 
     def _capture(self, key: Key) -> Graph:
         """The graph of a pass, by the numbers that lie there now."""
+        current = torch.cuda.current_stream(self.device)
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        pool = next(iter(self.captured.values())).graph.pool() if self.captured else None
+        stream.wait_stream(current)
         if self.compiled is not None and (self.compiles_prompts or not key.tokens):
             self.compiled.is_on = True
+        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.stream(stream):
-                self.run(key)  # what is made at the first call is made outside of the graph
-            torch.cuda.current_stream(self.device).wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.stream(stream):
+                    self.run(key)  # what is made at the first call is made outside of the graph
+            finally:  # where it raised, too: what it launched by then reads the layout
+                current.wait_stream(stream)
             # Other threads (one that loads adapters) may use the GPU meanwhile.
             with torch.cuda.graph(
-                graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+                graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
             ):
                 outcome = self.run(key)
         finally:
+            torch.cuda.set_stream(current)  # PyTorch leaves a capture's where it could not end it
             if self.compiled is not None:
                 self.compiled.is_on = False
+        self._pool = graph.pool()
         return Graph(graph, outcome)
 
 
