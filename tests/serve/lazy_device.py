@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Series
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -135,7 +136,10 @@ class Passes:
                     chosen.hashes.append(found)
 
         if follows is not None:
-            assert all(len(part.ids) == 1 for part in parts[: len(rows)])
+            decoding = parts[: len(rows)]
+            assert all(len(part.ids) == 1 for part in decoding)
+            neighbours = [slot for slot, _ in groupby(part.slot for part in decoding)]
+            assert len(neighbours) == len(set(neighbours)), "rows of one slot lie apart"
             self.num_ahead += 1
         chosen.number = self.gpu.launch(compute)
         self.log.append((chosen, list(parts)))

@@ -44,8 +44,9 @@ def plan_ahead(flight: Flight, scheduler: Scheduler) -> tuple[list[Planned], Fol
     answer ended by them. Prompts, also of those that have just come, are in it.
 
     None where it has to wait for them: somebody wants other tokens than the likeliest, or logits
-    (which a trial of an adapter may overwrite before the host has seen them), all are the last ones
-    of their answers, someone could take the place of such an answer, or the cache is full.
+    (which a trial of an adapter may overwrite before the host has seen them), there are none or all
+    are the last ones of their answers, someone could take the place of such an answer, or the cache
+    is full.
     """
     rows = {answer: row for row, answer in enumerate(flight.answers)}
     if not all(answer.tokens_suffice for answer in (*rows, *scheduler.running)):

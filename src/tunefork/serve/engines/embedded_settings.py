@@ -64,4 +64,5 @@ class EmbeddedSettings(Section):
     ahead: bool = True
     """Launch the next pass before the tokens of the last one are on the host: it reads them on the
     GPU, which so does not wait between the two. With `cuda_graphs`, and while all that run take the
-    likeliest token (temperature 0, no penalties, bias, grammar or log probabilities)."""
+    likeliest token: temperature 0, which is not the API's default, and no penalties, bias, grammar
+    or log probabilities. While any other request runs, all are served as without."""
