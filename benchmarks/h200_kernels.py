@@ -5,6 +5,9 @@
 lora_gradients   du and dB from one reading of dy, beside two cuBLAS products; dy of 16,384 tokens.
                  Every call of a CUDA graph reads another dy, a GiB of them: none is in the cache.
 rank_update      y += scale * u B^T by a candidate (`rank_update.py`), beside `addmm_`
+delta_order      a base's product x W^T and a delta of rank 16: added to it by `addmm_`, by the
+                 candidate, or written first and the product added to that. Each a graph of its own,
+                 replayed in turn
 adamw_bf16       the update of all weights of a 1.7B and an 8B model: from the call to the GPU's
                  last kernel, and until the call returns
 
@@ -24,6 +27,8 @@ from benchmarks.results import write
 
 TOKENS, SCALE = 16_384, 0.5
 UPDATES = ((1024, 16), (4096, 16), (14_336, 16), (4096, 48))
+ORDERS = ((4096, 6144), (4096, 4096), (14_336, 4096), (4096, 14_336))
+"""Features in and out of a product with W (out, in); the last one with W (in, out), as backward."""
 PRODUCTS = ((1024, 16), (4096, 16), (14_336, 16), (4096, 32), (4096, 64))
 """Features out and rank."""
 _TURNS, _STEPS = 8, 12
@@ -35,6 +40,7 @@ def main() -> None:
         raise SystemExit("needs a CUDA device")
     rows = [_print(gradients(features, rank)) for features, rank in PRODUCTS]
     rows += [_print(rank_update(features, rank)) for features, rank in UPDATES]
+    rows += [_print(delta_order(*sizes)) for sizes in ORDERS]
     rows += [_print(update(name, shapes)) for name, shapes in SHAPES.items()]
     print(write("h200_kernels", rows, device=torch.cuda.get_device_name()))
 
@@ -74,13 +80,15 @@ def rank_update(features: int, rank: int) -> dict[str, Any]:
     ys = [_draw(TOKENS, features) for _ in range(count)]
     u, b = _draw(TOKENS, rank), _draw(features, rank)
     exact = ys[0].double() + SCALE * (u.double() @ b.double().t())
-    times, wrong = dict[str, float](), 0.0
+    times, written, wrong = dict[str, float](), dict[str, float](), 0.0
     for cut in CUTS:
         found = ys[0].clone()
         rank_update_(found, u, b.t(), SCALE, cut)
         wrong = max(wrong, _error(found, exact))
         calls = [lambda y=y, cut=cut: rank_update_(y, u, b.t(), SCALE, cut) for y in ys]
         times[" x ".join(map(str, cut))] = _graph_ms(calls)
+        calls = [lambda y=y, cut=cut: rank_update_(y, u, b.t(), SCALE, cut, False) for y in ys]
+        written[" x ".join(map(str, cut))] = _graph_ms(calls)
     addmm = _graph_ms([lambda y=y: y.addmm_(u, b.t(), alpha=SCALE) for y in ys])
     copy = _graph_ms([lambda y=y: y.mul_(1.0) for y in ys])
     return {
@@ -88,9 +96,59 @@ def rank_update(features: int, rank: int) -> dict[str, Any]:
         "features": features,
         "rank": rank,
         "candidate_ms": times,
+        "candidate_writes_ms": written,
         "addmm_ms": addmm,
         "read_and_write_ms": copy,
         "error": wrong,
+    }
+
+
+def delta_order(features_in: int, features_out: int) -> dict[str, Any]:
+    """A product and its delta."""
+    from benchmarks.rank_update import rank_update_
+
+    torch.manual_seed(0)
+    x, u, b = _draw(TOKENS, features_in), _draw(TOKENS, 16), _draw(features_out, 16)
+    weight = _draw(features_out, features_in).t()
+    if features_out > features_in:
+        weight = _draw(features_in, features_out)
+    ys = [x @ weight for _ in range(3)]
+    cut = (64, 128, 4)
+
+    def addmm(y: Tensor) -> None:
+        torch.mm(x, weight, out=y)
+        y.addmm_(u, b.t(), alpha=SCALE)
+
+    def candidate(y: Tensor) -> None:
+        torch.mm(x, weight, out=y)
+        rank_update_(y, u, b.t(), SCALE, cut)
+
+    def first(y: Tensor) -> None:
+        rank_update_(y, u, b.t(), SCALE, cut, False)
+        y.addmm_(x, weight)
+
+    def none(y: Tensor) -> None:
+        torch.mm(x, weight, out=y)
+
+    forms = {"addmm": addmm, "candidate": candidate, "written_first": first, "no_delta": none}
+    graphs = {
+        name: _graph([lambda y=y, form=form: form(y) for y in ys]) for name, form in forms.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(_TURNS):
+        for name, graph in graphs.items():
+            times[name].append(_replay_ms(graph) / len(ys))
+    exact = x.double() @ weight.double() + SCALE * (u.double() @ b.double().t())
+    errors = dict[str, float]()
+    for name, form in forms.items():
+        form(ys[0])
+        errors[name] = float((ys[0].double() - exact).abs().mean() / exact.abs().mean())
+    return {
+        "case": "delta_order",
+        "in": features_in,
+        "out": features_out,
+        "ms": {name: round(statistics.median(found[1:]), 4) for name, found in times.items()},
+        "mean_error": errors,
     }
 
 
@@ -106,19 +164,29 @@ def _graph_ms(calls: Sequence[Callable[[], Any]]) -> float:
     """Of one call."""
     for call in calls[:2]:
         call()
+    graph = _graph(calls)
+    times = [_replay_ms(graph) / len(calls) for _ in range(_TURNS)]
+    return round(statistics.median(times[1:]), 4)
+
+
+def _graph(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+    for call in calls[:2]:
+        call()
     torch.cuda.synchronize()
-    graph, times = torch.cuda.CUDAGraph(), []
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    for _ in range(_TURNS):
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()  # type: ignore[no-untyped-call]
-        graph.replay()
-        last.record()  # type: ignore[no-untyped-call]
-        last.synchronize()
-        times.append(first.elapsed_time(last) / len(calls))
-    return round(statistics.median(times[1:]), 4)
+    return graph
+
+
+def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()  # type: ignore[no-untyped-call]
+    graph.replay()
+    last.record()  # type: ignore[no-untyped-call]
+    last.synchronize()
+    return first.elapsed_time(last)
 
 
 def _qwen3_1_7b() -> list[tuple[int, ...]]:

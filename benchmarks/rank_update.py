@@ -1,8 +1,10 @@
-"""A candidate for the engine: y += scale * u B^T for a narrow u, as one pass over y.
+"""Candidates for the engine: a LoRA delta scale * u B^T, added to a product in one pass, or written
+where the product is then added to it.
 
-`h200_kernels.py` times it beside `addmm_`, which the engine uses. In an 8B model's step in bf16 all
-these updates read and write 86 GB, 20 ms at the rate of a copy; cuBLAS takes about 32, as a product
-of 16 columns is nothing for its tiles. Not in the engine before it was measured.
+`h200_kernels.py` times them beside `addmm_`, which the engine uses. In an 8B model's step in bf16
+all these updates read and write 86 GB, 20 ms at the rate of a copy; cuBLAS takes about 32, as a
+product of 16 columns is nothing for its tiles. Written first, half of that is left, and the product
+reads it while it computes; y is rounded once less. Not in the engine before it was measured.
 
 Shape legend: S tokens, R columns of u (16 to 64), O features.
 """
@@ -16,6 +18,7 @@ from torch import Tensor
 def _update(
     y, stride_y, u, stride_u, b, stride_b_o, stride_b_r, num_rows, features, scale,
     rank: tl.constexpr, block_r: tl.constexpr, block_s: tl.constexpr, block_o: tl.constexpr,
+    adds: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * block_o + tl.arange(0, block_o)
     row = tl.program_id(1) * block_s + tl.arange(0, block_s)
@@ -24,7 +27,6 @@ def _update(
     at = row.to(tl.int64)
     y_at = y + at[:, None] * stride_y + column[None, :]
     mask = mask_s[:, None] & mask_o[None, :]
-    y_so = tl.load(y_at, mask=mask, other=0.0)
     u_sr = tl.load(
         u + at[:, None] * stride_u + place[None, :], mask=mask_s[:, None] & mask_r[None, :],
         other=0.0,
@@ -33,14 +35,21 @@ def _update(
         b + place[:, None] * stride_b_r + column[None, :] * stride_b_o,
         mask=mask_r[:, None] & mask_o[None, :], other=0.0,
     )  # fmt: skip
-    total = y_so.to(tl.float32) + scale * tl.dot(u_sr, b_ro)
+    total = scale * tl.dot(u_sr, b_ro)
+    if adds:
+        total += tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_at, total.to(y.dtype.element_ty), mask=mask)
 
 
 def rank_update_(
-    y_so: Tensor, u_sr: Tensor, b_ro: Tensor, scale: float, cut: tuple[int, int, int]
+    y_so: Tensor,
+    u_sr: Tensor,
+    b_ro: Tensor,
+    scale: float,
+    cut: tuple[int, int, int],
+    adds: bool = True,
 ) -> None:
-    """Update y in place; columns of y and u lie side by side, b may be turned.
+    """Update y in place, or write it; columns of y and u lie side by side, b may be turned.
 
     `cut`: rows and columns of a tile, and its warps.
     """
@@ -61,6 +70,7 @@ def rank_update_(
         max(16, triton.next_power_of_2(rank)),
         block_s,
         block_o,
+        adds,
         num_warps=warps,
     )
 
