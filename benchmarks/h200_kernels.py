@@ -4,10 +4,8 @@
 
 lora_gradients   du and dB from one reading of dy, beside two cuBLAS products; dy of 16,384 tokens.
                  Every call of a CUDA graph reads another dy, a GiB of them: none is in the cache.
-rank_update      y += scale * u B^T by a candidate (`rank_update.py`), beside `addmm_`
-delta_order      a base's product x W^T and a delta of rank 16: added to it by `addmm_`, by the
-                 candidate, or written first and the product added to that. Each a graph of its own,
-                 replayed in turn
+delta_order      a base's product and a delta of rank 16: added to it by `addmm_`, or written first
+                 (`lora_deltas`, and by cuBLAS) and the product added to that; replayed in turn
 adamw_bf16       the update of all weights of a 1.7B and an 8B model: from the call to the GPU's
                  last kernel, and until the call returns
 
@@ -26,9 +24,9 @@ from torch import Tensor
 from benchmarks.results import write
 
 TOKENS, SCALE = 16_384, 0.5
-UPDATES = ((1024, 16), (4096, 16), (14_336, 16), (4096, 48))
 ORDERS = ((4096, 6144), (4096, 4096), (14_336, 4096), (4096, 14_336))
-"""Features in and out of a product with W (out, in); the last one with W (in, out), as backward."""
+"""Features in and out of a product with W (out, in); the last one with W (in, out), as a backward
+pass has it."""
 PRODUCTS = ((1024, 16), (4096, 16), (14_336, 16), (4096, 32), (4096, 64))
 """Features out and rank."""
 _TURNS, _STEPS = 8, 12
@@ -39,7 +37,6 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("needs a CUDA device")
     rows = [_print(gradients(features, rank)) for features, rank in PRODUCTS]
-    rows += [_print(rank_update(features, rank)) for features, rank in UPDATES]
     rows += [_print(delta_order(*sizes)) for sizes in ORDERS]
     rows += [_print(update(name, shapes)) for name, shapes in SHAPES.items()]
     print(write("h200_kernels", rows, device=torch.cuda.get_device_name()))
@@ -71,41 +68,9 @@ def gradients(features: int, rank: int) -> dict[str, Any]:
     }
 
 
-def rank_update(features: int, rank: int) -> dict[str, Any]:
-    """The delta of one layer, added to its result."""
-    from benchmarks.rank_update import CUTS, rank_update_
-
-    torch.manual_seed(0)
-    count = max(3, 2**30 // (TOKENS * features * 2))
-    ys = [_draw(TOKENS, features) for _ in range(count)]
-    u, b = _draw(TOKENS, rank), _draw(features, rank)
-    exact = ys[0].double() + SCALE * (u.double() @ b.double().t())
-    times, written, wrong = dict[str, float](), dict[str, float](), 0.0
-    for cut in CUTS:
-        found = ys[0].clone()
-        rank_update_(found, u, b.t(), SCALE, cut)
-        wrong = max(wrong, _error(found, exact))
-        calls = [lambda y=y, cut=cut: rank_update_(y, u, b.t(), SCALE, cut) for y in ys]
-        times[" x ".join(map(str, cut))] = _graph_ms(calls)
-        calls = [lambda y=y, cut=cut: rank_update_(y, u, b.t(), SCALE, cut, False) for y in ys]
-        written[" x ".join(map(str, cut))] = _graph_ms(calls)
-    addmm = _graph_ms([lambda y=y: y.addmm_(u, b.t(), alpha=SCALE) for y in ys])
-    copy = _graph_ms([lambda y=y: y.mul_(1.0) for y in ys])
-    return {
-        "case": "rank_update",
-        "features": features,
-        "rank": rank,
-        "candidate_ms": times,
-        "candidate_writes_ms": written,
-        "addmm_ms": addmm,
-        "read_and_write_ms": copy,
-        "error": wrong,
-    }
-
-
 def delta_order(features_in: int, features_out: int) -> dict[str, Any]:
     """A product and its delta."""
-    from benchmarks.rank_update import rank_update_
+    from tunefork.kernels.lora_deltas_triton import write as write_delta
 
     torch.manual_seed(0)
     x, u, b = _draw(TOKENS, features_in), _draw(TOKENS, 16), _draw(features_out, 16)
@@ -113,42 +78,45 @@ def delta_order(features_in: int, features_out: int) -> dict[str, Any]:
     if features_out > features_in:
         weight = _draw(features_in, features_out)
     ys = [x @ weight for _ in range(3)]
-    cut = (64, 128, 4)
 
-    def addmm(y: Tensor) -> None:
+    def added(y: Tensor) -> None:
         torch.mm(x, weight, out=y)
         y.addmm_(u, b.t(), alpha=SCALE)
 
-    def candidate(y: Tensor) -> None:
-        torch.mm(x, weight, out=y)
-        rank_update_(y, u, b.t(), SCALE, cut)
-
-    def first(y: Tensor) -> None:
-        rank_update_(y, u, b.t(), SCALE, cut, False)
+    def written_first(y: Tensor) -> None:
+        write_delta(y, u, b, SCALE)
         y.addmm_(x, weight)
 
-    def none(y: Tensor) -> None:
+    def by_cublas(y: Tensor) -> None:
+        torch.addmm(y, u, b.t(), beta=0, alpha=SCALE, out=y)
+        y.addmm_(x, weight)
+
+    def no_delta(y: Tensor) -> None:
         torch.mm(x, weight, out=y)
 
-    forms = {"addmm": addmm, "candidate": candidate, "written_first": first, "no_delta": none}
-    graphs = {
-        name: _graph([lambda y=y, form=form: form(y) for y in ys]) for name, form in forms.items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in forms}
+    forms = (added, written_first, by_cublas, no_delta)
+    graphs = [_graph([lambda y=y, form=form: form(y) for y in ys]) for form in forms]
+    times: list[list[float]] = [[] for _ in forms]
     for _ in range(_TURNS):
-        for name, graph in graphs.items():
-            times[name].append(_replay_ms(graph) / len(ys))
-    exact = x.double() @ weight.double() + SCALE * (u.double() @ b.double().t())
-    errors = dict[str, float]()
-    for name, form in forms.items():
-        form(ys[0])
-        errors[name] = float((ys[0].double() - exact).abs().mean() / exact.abs().mean())
+        for found, graph in zip(times, graphs, strict=True):
+            found.append(_replay_ms(graph) / len(ys))
+    for y, form in zip(ys, forms, strict=False):
+        form(y)
     return {
         "case": "delta_order",
         "in": features_in,
         "out": features_out,
-        "ms": {name: round(statistics.median(found[1:]), 4) for name, found in times.items()},
-        "mean_error": errors,
+        "ms": {
+            form.__name__: round(statistics.median(found[1:]), 4)
+            for form, found in zip(forms, times, strict=True)
+        },
+        "same_bits": torch.equal(ys[0], ys[1]),
+        "delta_alone_ms": {
+            "lora_deltas": _graph_ms([lambda y=y: write_delta(y, u, b, SCALE) for y in ys]),
+            "cublas": _graph_ms(
+                [lambda y=y: torch.addmm(y, u, b.t(), beta=0, alpha=SCALE, out=y) for y in ys]
+            ),
+        },
     }
 
 

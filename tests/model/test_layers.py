@@ -119,8 +119,10 @@ def test_a_compiled_second_run_makes_only_what_is_read(
     for name, want in gradients.items():
         error = (by_kept[name] - want).norm() / want.norm()
         assert error < 5e-2, name  # attention's gradient adds up in another order, in bf16
-    products_of = [sum(".mm" in name or ".addmm" in name for name in graph) for graph in graphs]
+    # A base's product is added to the deltas, in place: by an operator that is wrapped in another.
+    kinds = (".mm", ".addmm", "lora_deltas", "auto_functionalized")
+    products_of = [sum(any(kind in name for kind in kinds) for name in graph) for graph in graphs]
     attends = [any("_softmax" in name for name in graph) for graph in graphs]
     first, second = products_of  # one form each for all layers
-    assert first > second > 0
+    assert first > second > 0, graphs
     assert attends == [True, checkpointing == "full"]

@@ -112,7 +112,7 @@ def test_a_product_added_in_place_gives_the_whole_tensor_anew() -> None:
     def function(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             y = x @ w
-            torch.ops.tunefork.add_product_(y[:, :2], x, w[:, :2], 1.0)
+            torch.ops.tunefork.add_product_(y[:, :2], x, w[:, :2])
         return (y * x).sum()
 
     x = torch.empty(4, 3, device="meta", requires_grad=True)

@@ -1,14 +1,14 @@
 """Several LoRA linear layers with one input over a frozen bf16 or NF4 base, as one function.
 
 What `kernels/lora.py` is for one layer, for layers that share their input: one product for their
-weights, one for their A. Made to be compiled, so it takes tensors only, and adds the deltas through
-an operator that says what it changes: torch.compile (2.11) loses gradients where a Function changes
-a tensor of its own in place otherwise.
+weights, one for their A. Made to be compiled, so it takes tensors only, and adds products in place
+through an operator that says what it changes: torch.compile (2.11) loses gradients where a Function
+changes a tensor of its own otherwise.
 
-A delta is added to the base's product in place, but where that product is much larger than x (gate
-and up: seven times): then, as with FP8, the product itself is widened, [x | u] [W | scale B]^T, and
-copying x costs less than reading and writing y once more. A bf16 W is kept with room for scale B
-beside it, which `write_delta` fills.
+The deltas are written first, and the base's product is added to them (`kernels/lora_deltas.py`),
+forward and backward, but where that product is much larger than x (gate and up: seven times): then,
+as with FP8, the product itself is widened, [x | u] [W | scale B]^T, and copying x costs less. A
+bf16 W is kept with room for scale B beside it, which `write_delta` fills.
 
 Shape legend as in `layout.py`; S tokens, D features in.
 """
@@ -21,14 +21,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tunefork.kernels.layout import Layout
+from tunefork.kernels.lora_deltas import lora_deltas
 from tunefork.kernels.lora_gradients import lora_gradients
 from tunefork.kernels.quantized import dequantize_nf4_tensors
 
 
 @torch.library.custom_op("tunefork::add_product_", mutates_args=("y_mn",))
-def _add_product(y_mn: Tensor, a_mk: Tensor, b_kn: Tensor, scale: float) -> None:
-    """y += scale * a @ b"""
-    y_mn.addmm_(a_mk, b_kn, alpha=scale)
+def _add_product(y_mn: Tensor, a_mk: Tensor, b_kn: Tensor) -> None:
+    """y += a @ b"""
+    y_mn.addmm_(a_mk, b_kn)
+
+
+def _product(y_mn: Tensor | None, a_mk: Tensor, b_kn: Tensor) -> Tensor:
+    """a @ b, added to y in place if there is one."""
+    if y_mn is None:
+        return a_mk @ b_kn
+    _add_product(y_mn, a_mk, b_kn)
+    return y_mn
 
 
 def is_widened(layout: Layout, features_in: int) -> bool:
@@ -106,19 +115,17 @@ class _LoraGroup(torch.autograd.Function):
             ys, start = (), 0
             for piece in _pieces(layout, x_sd.shape[1], x_sd.dtype):
                 members = slice(*piece)
-                y_so = x_sd @ _dense(layout, weights, x_sd.shape[1], x_sd.dtype, piece).t()
-                before = layout.bounds[piece[0]][0]
-                for (first, last), rank in zip(
-                    layout.bounds[members], layout.ranks[members], strict=True
-                ):
-                    if rank:
-                        u, y = (
-                            u_sr[:, start : start + rank],
-                            y_so[:, first - before : last - before],
-                        )
-                        _add_product(y, u, lora_b.pop(0).t(), layout.scale)
-                    start += rank
-                sizes = list(layout.sizes[members])
+                ranks, sizes = layout.ranks[members], list(layout.sizes[members])
+                y_so = None
+                if sum(ranks):
+                    own = [
+                        lora_b.pop(0) if rank else x_sd.new_empty(size, 0)
+                        for rank, size in zip(ranks, sizes, strict=True)
+                    ]
+                    y_so = lora_deltas(u_sr[:, start : start + sum(ranks)], own, layout.scale)
+                start += sum(ranks)
+                weight_od = _dense(layout, weights, x_sd.shape[1], x_sd.dtype, piece)
+                y_so = _product(y_so, x_sd, weight_od.t())
                 ys += (y_so,) if len(sizes) == 1 else tuple(torch.split(y_so, sizes, dim=1))
         ctx.save_for_backward(*weights, *saved)
         ctx.layout, ctx.num_weights, ctx.features_in = layout, num_weights, x_sd.shape[1]
@@ -138,17 +145,14 @@ class _LoraGroup(torch.autograd.Function):
             gradients = (du_sr.t() @ x_sd, *db)
         dx_sd = None
         if ctx.needs_input_grad[2]:
+            if layout.rank:
+                dx_sd = lora_deltas(du_sr, [a_rd.t()], 1.0)
             for first, last in _pieces(layout, ctx.features_in, dys[0].dtype):
                 weight_od = _dense(layout, weights, ctx.features_in, dys[0].dtype, (first, last))
                 weight_od, row = weight_od[:, : ctx.features_in], 0
                 for dy, size in zip(dys[first:last], layout.sizes[first:last], strict=True):
-                    if dx_sd is None:
-                        dx_sd = dy @ weight_od[row : row + size]
-                    else:
-                        _add_product(dx_sd, dy, weight_od[row : row + size], 1.0)
+                    dx_sd = _product(dx_sd, dy, weight_od[row : row + size])
                     row += size
-            if layout.rank and dx_sd is not None:
-                _add_product(dx_sd, du_sr, a_rd, 1.0)
         return None, None, dx_sd, *(None for _ in weights), *gradients
 
 

@@ -24,8 +24,10 @@ from tunefork.plan.program import Kernel, Program, Size
 from tunefork.plan.trace import (
     FLASH,
     FP8_PRODUCTS,
+    LORA_DELTAS,
     LORA_GRADIENTS,
     PRODUCTS,
+    lora_deltas_flops,
     lora_gradients_flops,
     product,
 )
@@ -204,6 +206,10 @@ def _work(node: Node) -> dict[str, Any]:
         dys, lora_b = ([_shape(n) for n in arguments[at]] for at in (0, 2))
         work = _size(lora_gradients_flops(dys, lora_b))
         return {"kind": "skinny", "flops": work, "launches": 2 * len(dys)}
+    if target is LORA_DELTAS:
+        lora_b = [_shape(n) for n in arguments[1]]
+        work = _size(lora_deltas_flops(_shape(arguments[0])[0], lora_b))
+        return {"kind": "skinny", "flops": work, "launches": len(lora_b)}
     if target in FLASH:
         query, keys = (_shape(n) for n in arguments[FLASH[target] > 1.0 :][:2])
         shape = (query[1], keys[1], query[2])

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-import tunefork.kernels.lora_group  # noqa: F401  registers add_product_ and lora_gradients
+import tunefork.kernels.lora_group  # noqa: F401  registers add_product_, lora_deltas, lora_gradients
 from tunefork.plan import elementwise
 from tunefork.plan.schema import Part
 
@@ -45,6 +45,8 @@ LORA_GRADIENTS = torch.ops.tunefork.lora_gradients.default
 """Two skinny products with each of several tensors, read once, by two kernels each. What the first
 leaves for the second (`kernels/lora_gradients_triton.py`) makes no moment higher: it is gone before
 the input's gradient comes, which is larger (up to O = 16 D at rank 16, 4 D at 32)."""
+LORA_DELTAS = torch.ops.tunefork.lora_deltas.default
+"""Skinny products side by side, each by a kernel."""
 FLASH = {
     torch.ops.aten._flash_attention_forward.default: 1.0,
     torch.ops.aten._flash_attention_backward.default: 2.5,
@@ -145,6 +147,11 @@ def lora_gradients_flops(dys: Sequence[Sequence[int]], lora_b: Sequence[Sequence
     return sum(2 * product(dy, b, is_fp8=False)[1] for dy, b in pairs)
 
 
+def lora_deltas_flops(tokens: float, lora_b: Sequence[Sequence[int]]) -> float:
+    """Operations of `LORA_DELTAS`, of u's first dimension and the shapes (O_i, R_i)."""
+    return sum(2.0 * tokens * features * rank for features, rank in lora_b)
+
+
 def flash_flops(query: Sequence[int], squares: float) -> float:
     """Of causal attention's forward pass; queries are (tokens, heads, features)."""
     return 2.0 * query[1] * query[2] * squares
@@ -212,6 +219,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 shapes = [[tensor.shape for tensor in args[at]] for at in (0, 2)]
                 flops, kernels = lora_gradients_flops(*shapes), 2 * len(args[0])
                 self.count("skinny", flops, moved, kernels)
+            elif func is LORA_DELTAS:
+                flops = lora_deltas_flops(args[0].shape[0], [b.shape for b in args[1]])
+                self.count("skinny", flops, moved, len(args[1]))
             elif func in FLASH:
                 query = args[0 if FLASH[func] == 1.0 else 1]
                 if FLASH[func] > 1.0:
