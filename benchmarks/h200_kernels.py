@@ -8,6 +8,8 @@ delta_order      a base's product and a delta of rank 16: added to it by `addmm_
                  (`lora_deltas`, and by cuBLAS) and the product added to that; replayed in turn
 adamw_bf16       the update of all weights of a 1.7B and an 8B model: from the call to the GPU's
                  last kernel, and until the call returns
+adamw_fp32_moments  the same update of bf16 weights with fp32 moments, beside PyTorch's fused AdamW
+                 on fp32 copies; "shadows kept": of fp32 shadows
 
 Medians; errors are against float64, in units of the largest value. Writes
 results/h200_kernels.json.
@@ -15,7 +17,7 @@ results/h200_kernels.json.
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +40,7 @@ def main() -> None:
         raise SystemExit("needs a CUDA device")
     rows = [_print(gradients(features, rank)) for features, rank in PRODUCTS]
     rows += [_print(delta_order(*sizes)) for sizes in ORDERS]
-    rows += [_print(update(name, shapes)) for name, shapes in SHAPES.items()]
+    rows += [_print(row) for name, shapes in SHAPES.items() for row in updates(name, shapes)]
     print(write("h200_kernels", rows, device=torch.cuda.get_device_name()))
 
 
@@ -172,8 +174,9 @@ def _llama_8b() -> list[tuple[int, ...]]:
 SHAPES = {"1.7b": _qwen3_1_7b(), "8b": _llama_8b()}
 
 
-def update(name: str, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-    """`adamw_bf16` over all weights of a model."""
+def updates(name: str, shapes: Sequence[tuple[int, ...]]) -> Iterator[dict[str, Any]]:
+    """Each optimiser over all weights of a model."""
+    from tunefork.train import optim
     from tunefork.train.adamw_bf16 import Bf16AdamW
 
     weights = [
@@ -181,23 +184,46 @@ def update(name: str, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
         for shape in shapes
     ]
     gradients = [torch.randn_like(weight) for weight in weights]
-    optimizer = Bf16AdamW(weights, betas=(0.9, 0.999), weight_decay=0.1)
+    settings = {"betas": (0.9, 0.999), "weight_decay": 0.1}
+
+    def row(case: str, optimizer: Any) -> dict[str, Any]:
+        named = {"case": case, "model": name, "weights": len(weights)}
+        return named | update(weights, gradients, optimizer)
+
+    yield row("adamw_bf16", Bf16AdamW(weights, **settings))  # type: ignore[arg-type]
+    allows = optim._allows_at_once
+    for keep_shadows in (False, True):
+        case = "adamw_fp32_moments" + (", shadows kept" if keep_shadows else "")
+        options = settings | {"keep_shadows": keep_shadows, "eight_bit": False}
+        yield row(case, optim.ShadowAdamW(weights, **options))  # type: ignore[arg-type]
+        optim._allows_at_once = lambda parameter: False
+        optimizer = optim.ShadowAdamW(weights, **options)  # type: ignore[arg-type]
+        optim._allows_at_once = allows
+        yield row(f"{case}: fp32 copies, fused", optimizer)
+        del optimizer
+
+
+def update(
+    weights: Sequence[torch.nn.Parameter], gradients: Sequence[Tensor], optimizer: Any
+) -> dict[str, float]:
+    """Milliseconds of a step, and GiB that it takes beside what is there."""
     returned, ended = [], []
-    for _ in range(3 + _STEPS):
+    for number in range(3 + _STEPS):
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient
         torch.cuda.synchronize()
+        if number == 3:  # by now every state is there
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
         began = time.perf_counter()
         optimizer.step(1e-4, 0.5)
         returned.append(1000 * (time.perf_counter() - began))
         torch.cuda.synchronize()
         ended.append(1000 * (time.perf_counter() - began))
     return {
-        "case": "adamw_bf16",
-        "model": name,
-        "weights": len(weights),
         "host_ms": round(statistics.median(returned[3:]), 2),
         "whole_ms": round(statistics.median(ended[3:]), 2),
+        "taken_gib": round((torch.cuda.max_memory_allocated() - held) / 2**30, 3),
     }
 
 

@@ -11,14 +11,18 @@ from tunefork.kernels import adamw
 from tunefork.kernels.adamw import (
     Keys,
     adamw_bf16_,
+    adamw_wide_,
     factors_of,
     key,
     keys_of,
     mix,
     noise,
     prepare,
+    prepare_wide,
     rounded,
     update_bf16_,
+    update_wide_,
+    write_rounded_,
 )
 
 BETAS = (0.9, 0.999)
@@ -159,6 +163,47 @@ def test_pieces_give_what_the_whole_does(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(ends[0], torch.stack([p, m, v]))
 
 
+@pytest.mark.parametrize("keeps_shadow", [True, False])
+def test_with_fp32_moments_it_is_pytorchs_adamw_and_the_rounding_of_what_that_gives(
+    keeps_shadow: bool,
+) -> None:
+    torch.manual_seed(1)
+    p, m, v = torch.randn(100, 3).bfloat16(), torch.randn(100, 3) * 0.1, torch.rand(100, 3)
+    gradient = torch.randn_like(p)
+    shadow = p + torch.randn(100, 3) * 1e-4 if keeps_shadow else None
+    exact = torch.nn.Parameter(p.float() if shadow is None else shadow.clone())
+    reference = torch.optim.AdamW([exact], lr=1e-2, betas=BETAS, weight_decay=0.1)
+    state = {"step": torch.tensor(4.0), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+    reference.state[exact] = state
+    exact.grad = gradient.float() * 0.5
+    reference.step()
+    update_wide_(p, gradient, m, v, _factors(5, gradient_scale=0.5), _keys(), shadow)
+    torch.testing.assert_close(m, state["exp_avg"], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(v, state["exp_avg_sq"], rtol=1e-6, atol=1e-7)
+    expected = torch.empty_like(p)
+    if shadow is None:
+        write_rounded_(expected, exact.detach(), _keys())
+    else:
+        torch.testing.assert_close(shadow, exact.detach(), rtol=1e-6, atol=1e-7)
+        expected.copy_(shadow)
+    assert torch.equal(p, expected)  # in 300 places no rounding falls between the two
+
+
+def test_pieces_of_fp32_moments_give_what_the_whole_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(adamw, "_PIECE", 100)
+    p, m, v, shadow = torch.rand(50, 64).bfloat16(), *torch.rand(3, 50, 64)
+    for kept in (None, shadow):
+        ends = []
+        for update in (adamw_wide_, update_wide_):
+            after = [p.clone(), m.clone(), v.clone()]
+            after += [] if kept is None else [kept.clone()]
+            p_n, m_n, v_n, *shadow_n = after
+            update(p_n, p, m_n, v_n, _factors(3), _keys(), *shadow_n)
+            ends.append(after)
+        assert all(map(torch.equal, *ends))
+
+
 def test_bits_hang_on_seed_weight_step_and_element_and_stay_what_they_were() -> None:
     """A run that an earlier version saved goes on with the bits that it would have drawn."""
     [keys] = keys_of(7, {3: 11}).values()
@@ -174,5 +219,6 @@ def test_bits_hang_on_seed_weight_step_and_element_and_stay_what_they_were() -> 
 def test_a_weight_that_would_not_be_updated_is_refused() -> None:
     """Its elements are taken as they lie, by pieces of a flat tensor, which would be a copy."""
     prepare([torch.zeros(4, 3), torch.zeros(5)])
+    prepare_wide([torch.zeros(4, 3), torch.zeros(5)], keeps_shadows=True)
     with pytest.raises(ValueError, match=r"shape \(3, 4\) has strides \(1, 3\): not"):
         prepare([torch.zeros(5), torch.zeros(4, 3).t()])

@@ -9,14 +9,19 @@ from torch import Tensor
 from tests.kernels.test_adamw import _factors, _keys
 from tunefork.kernels.adamw import (
     adamw_bf16_,
+    adamw_wide_,
     noise,
     prepare,
+    prepare_wide,
     rounded,
     update_bf16_,
+    update_wide_,
     write_rounded_,
 )
+from tunefork.train import optim
 from tunefork.train.adamw_bf16 import Bf16AdamW
 from tunefork.train.clip import global_norm
+from tunefork.train.optim import ShadowAdamW
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,12 +49,14 @@ def _on_device(tensors: Four) -> Four:
 def test_after_prepare_no_size_or_step_compiles_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     from tunefork.kernels import adamw_triton
 
-    kernels = (adamw_triton._update, adamw_triton._round_to)
+    kernels = (adamw_triton._update, adamw_triton._update_wide, adamw_triton._round_to)
     for kernel in kernels:  # whatever other tests have compiled
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     weights = [torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for shape in SHAPES]
     prepare(weights)
     prepare(weights, only_rounds=True)
+    for keeps_shadows in (True, False):
+        prepare_wide(weights, keeps_shadows=keeps_shadows)
 
     def compile_(*args: object, **options: object) -> None:
         raise AssertionError("compiled after prepare")
@@ -60,6 +67,8 @@ def test_after_prepare_no_size_or_step_compiles_anything(monkeypatch: pytest.Mon
         p, g, m, v = _on_device(_tensors(shape))
         update_bf16_(p, g, m, v, _factors(step), _keys(step, step))
         write_rounded_(p, g.float(), _keys(step, step))
+        for shadow in (None, p.float()):
+            update_wide_(p, g, m.float(), v.float(), _factors(step), _keys(step, step), shadow)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -76,6 +85,69 @@ def test_the_kernel_is_the_function(shape: tuple[int, ...]) -> None:
             a, b = a.cpu(), b.cpu()
             assert int((a != b).sum()) <= max(1, a.numel() // 1000)
             torch.testing.assert_close(a.float(), b.float(), rtol=2**-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("keeps_shadow", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_kernel_with_fp32_moments_is_the_function(
+    shape: tuple[int, ...], keeps_shadow: bool
+) -> None:
+    """fp32 to a few roundings of what is added up, and p but for one in a thousand."""
+    p, g, m, v = _tensors(shape)
+    host = [p, m.float(), v.float()]
+    host += [p + 1e-4 * torch.randn(shape)] if keeps_shadow else []
+    device = [tensor.cuda() for tensor in host]
+    kept, kept_there = (host[3], device[3]) if keeps_shadow else (None, None)
+    with torch.no_grad():
+        adamw_wide_(host[0], g, host[1], host[2], _factors(3), _keys(), kept)
+    update_wide_(device[0], g.cuda(), device[1], device[2], _factors(3), _keys(), kept_there)
+    found, expected = device[0].cpu(), host[0]
+    assert int((found != expected).sum()) <= max(1, found.numel() // 1000)
+    torch.testing.assert_close(found.float(), expected.float(), rtol=2**-7, atol=1e-6)
+    for a, b in zip(device[1:], host[1:], strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("keeps_shadows", [True, False])
+def test_at_once_it_trains_as_the_way_through_a_shadow_does(
+    keeps_shadows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps of PyTorch's fused AdamW on fp32 copies. Its 1 - beta2 may be fp32's, which is
+    5e-5 beside; a step counts from what the step before rounded, so differences add up."""
+
+    def run() -> tuple[list[torch.nn.Parameter], dict[str, Tensor], int]:
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(shape).bfloat16().cuda()) for shape in SHAPES]
+        optimizer = ShadowAdamW(
+            weights,
+            keep_shadows=keeps_shadows,
+            eight_bit=False,
+            betas=(0.9, 0.999),
+            weight_decay=0.1,
+        )
+        for _ in range(3):
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape).bfloat16().cuda()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            optimizer.step(1e-3, 0.5)
+            taken = torch.cuda.max_memory_allocated() - before
+        return weights, optimizer.state_tensors(), taken
+
+    weights, states, taken = run()
+    assert taken < 2**20
+    monkeypatch.setattr(optim, "_allows_at_once", lambda parameter: False)
+    wanted_weights, wanted, room = run()
+    assert room >= 4 * max(weight.numel() for weight in weights)
+    assert list(states) == list(wanted)
+    for name, tensor in wanted.items():
+        is_square = name.endswith("exp_avg_sq")
+        rtol, atol = (1e-4, 1e-9) if is_square else (1e-5, 1e-6)
+        torch.testing.assert_close(states[name].cpu(), tensor.cpu(), rtol=rtol, atol=atol)
+    for found, expected in zip(weights, wanted_weights, strict=True):
+        a, b = found.detach().float(), expected.detach().float()
+        assert int((a != b).sum()) <= max(2, a.numel() * 4 // 1000)
+        torch.testing.assert_close(a, b, rtol=2**-6, atol=2e-5)
 
 
 def test_noise_and_rounding_are_the_cpus_bit_for_bit() -> None:

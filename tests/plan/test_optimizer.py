@@ -11,7 +11,7 @@ from tunefork.plan.built import Build
 from tunefork.plan.catalogue import load_catalogue
 from tunefork.plan.device import target_of
 from tunefork.plan.method import Case
-from tunefork.plan.optimizer import state_bytes, update
+from tunefork.plan.optimizer import Update, state_bytes, update
 from tunefork.plan.option import changes
 from tunefork.plan.passes import Shape
 from tunefork.plan.step import trace_step
@@ -60,15 +60,38 @@ def test_states_are_those_that_the_optimiser_keeps(method: Method, form: dict[st
 def test_only_bf16_weights_take_room_for_an_update() -> None:
     weights = [torch.nn.Parameter(torch.zeros(8, 4, dtype=torch.bfloat16))]
     deltas = [torch.nn.Parameter(torch.zeros(8, 4))]
-    assert update(deltas, Method.LORA, FullSection()).room_bytes == 0
+    assert update(deltas, Method.LORA, FullSection(), "cpu").room_bytes == 0
     # lora.modules_to_save
-    assert update([*deltas, *weights], Method.LORA, FullSection()).room_bytes == 4 * 32
-    assert update(weights, Method.FULL, FullSection()).room_bytes == 4 * 32
-    rounded = update(weights, Method.FULL, FullSection(weights="bf16"))
+    assert update([*deltas, *weights], Method.LORA, FullSection(), "cpu").room_bytes == 4 * 32
+    assert update(weights, Method.FULL, FullSection(), "cpu").room_bytes == 4 * 32
+    rounded = update(weights, Method.FULL, FullSection(weights="bf16"), "cpu")
     assert rounded.room_bytes == 8 * 32 and rounded.rounded_params == 32
-    narrow = update(weights, Method.FULL, FullSection(weights="bf16", optimizer="adamw_bf16"))
-    assert narrow.room_bytes == 0
-    assert narrow.moved_bytes == 32 * (2 + 14)  # a norm; then p, g, m, v read and p, m, v written
+    full = FullSection(weights="bf16", optimizer="adamw_bf16")
+    for device in ("cpu", "cuda"):
+        narrow = update(weights, Method.FULL, full, device)
+        assert narrow.room_bytes == 0
+        assert narrow.moved_bytes == 32 * (2 + 14)  # a norm; p, g, m, v read and p, m, v written
+
+
+def test_a_gpu_takes_none_but_for_8_bit_states() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(8, 4, dtype=torch.bfloat16)) for _ in range(2)]
+    deltas = [torch.nn.Parameter(torch.zeros(8, 4))]
+    rounded = update(weights, Method.FULL, FullSection(weights="bf16"), "cuda")
+    # A norm; then p, g, m, v read and p, m, v written; with shadows, which are read in p's place.
+    assert rounded == Update(0, 64 * (2 + 22), 2, 0, 0)
+    kept = update(weights, Method.FULL, FullSection(), "cuda")
+    assert kept == Update(0, 64 * (2 + 28), 2, 0, 0)
+    on_cpu, mixed = (
+        update([*deltas, *weights], Method.LORA, FullSection(), device)
+        for device in ("cpu", "cuda")
+    )
+    assert mixed.room_bytes == 0
+    assert mixed.moved_bytes == on_cpu.moved_bytes - 64 * 2 * (6 - 3)
+    assert on_cpu.num_operations - mixed.num_operations == 2 * (5 - 1)
+    small = FullSection(weights="bf16", optimizer="adamw_8bit")
+    eight_bit = update(weights, Method.FULL, small, "cuda")
+    assert eight_bit == update(weights, Method.FULL, small, "cpu")
+    assert eight_bit.room_bytes == 8 * 32 and eight_bit.rounded_params == 64
 
 
 def test_loras_gradients_are_planned_all_the_time_and_fulls_from_pass_to_update() -> None:

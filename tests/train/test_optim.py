@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tunefork.train import optim
 from tunefork.train.adamw_lora import LoraAdamW
 from tunefork.train.optim import (
     ShadowAdamW,
@@ -80,6 +81,48 @@ def test_rounding_hangs_on_seed_and_count_and_a_generator_of_before_is_passed_ov
         parameter.data.copy_(weight)
         step(parameter, optimizer)
         assert torch.equal(parameter, whole[0]) == (seed == 0)
+
+
+@pytest.mark.parametrize("keep_shadows", [True, False])
+def test_at_once_it_does_what_the_way_through_a_shadow_does(
+    keep_shadows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its definition stands for a GPU's kernel. The third step goes on from a saved state."""
+
+    def made() -> tuple[list[nn.Parameter], ShadowAdamW]:
+        parameters = [*_parameters(torch.bfloat16), nn.Parameter(torch.ones(3, 2))]
+        return parameters, ShadowAdamW(
+            parameters, keep_shadows=keep_shadows, eight_bit=False, betas=BETAS, weight_decay=0.1
+        )
+
+    def step(parameters: list[nn.Parameter], optimizer: ShadowAdamW, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in parameters:
+            gradient = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = gradient.to(parameter.dtype)
+        optimizer.step(1e-2, 0.5)
+        assert all(p.grad is None for p in parameters)
+
+    usual = made()
+    monkeypatch.setattr(optim, "_allows_at_once", lambda p: p.dtype == torch.bfloat16)
+    before, after = made(), made()
+    assert [len(before[1].room(index)) for index in range(3)] == [0, 0, 0]
+    for seed in (1, 2):
+        step(*usual, seed)
+        step(*before, seed)
+    after[1].load_state_tensors(before[1].state_tensors())
+    for here, there in zip(after[0], before[0], strict=True):
+        here.data.copy_(there)
+    step(*usual, 3)
+    step(*after, 3)
+    for a, b in zip(usual[0], after[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    expected, found = usual[1].state_tensors(), after[1].state_tensors()
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-7)
+    after[1].forget()
+    assert not after[1].has_states()
 
 
 def test_eight_bit_moments_follow_adamw() -> None:

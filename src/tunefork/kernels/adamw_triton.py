@@ -19,6 +19,7 @@ from torch import Tensor
 
 _BLOCK = 1024
 _NUM_WARPS = 4  # 8 elements a thread: 16 bytes of bf16 at once
+_NUM_WARPS_WIDE = 8  # 16 bytes of fp32: with more, stores go through shared memory
 
 
 @triton.jit
@@ -43,6 +44,16 @@ def _rounded(wide, noise):
     return tl.where(wide == wide, bits.to(tl.float32, bitcast=True), wide).to(tl.bfloat16)
 
 
+@triton.jit
+def _moved(p, g, m, v, decay, rate, g_scale, new_m, new_v, v_scale, eps):
+    """`adamw._moved`."""
+    g = g.to(tl.float32) * g_scale
+    m, v = m.to(tl.float32), v.to(tl.float32)
+    m += new_m * (g - m)
+    v += new_v * (g * g - v)
+    return p.to(tl.float32) * decay - rate * m / (tl.sqrt(v) * v_scale + eps), m, v
+
+
 @triton.jit(do_not_specialize=["weight_key", "step_key"])
 def _update(
     p, g, m, v, numel, weight_key, step_key,
@@ -51,19 +62,45 @@ def _update(
     first = tl.program_id(0).to(tl.int64) * block
     local = tl.arange(0, block)
     inside = local < numel - first
-    old_p = tl.load(p + first + local, mask=inside).to(tl.float32)
-    grad = tl.load(g + first + local, mask=inside).to(tl.float32) * g_scale
-    old_m = tl.load(m + first + local, mask=inside).to(tl.float32)
-    old_v = tl.load(v + first + local, mask=inside).to(tl.float32)
-    wide_m = old_m + new_m * (grad - old_m)
-    wide_v = old_v + new_v * (grad * grad - old_v)
-    wide_p = old_p * decay - rate * wide_m / (tl.sqrt(wide_v) * v_scale + eps)
+    old_p = tl.load(p + first + local, mask=inside)
+    grad = tl.load(g + first + local, mask=inside)
+    old_m = tl.load(m + first + local, mask=inside)
+    old_v = tl.load(v + first + local, mask=inside)
+    wide_p, wide_m, wide_v = _moved(
+        old_p, grad, old_m, old_v, decay, rate, g_scale, new_m, new_v, v_scale, eps
+    )
     noise = _noise(first, local, weight_key, step_key)
     if p.dtype.element_ty == tl.bfloat16:
         wide_p = _rounded(wide_p, _mix(noise) & 0xFFFF)
     tl.store(p + first + local, wide_p, mask=inside)
     tl.store(m + first + local, _rounded(wide_m, noise & 0xFFFF), mask=inside)
     tl.store(v + first + local, _rounded(wide_v, noise >> 16), mask=inside)
+
+
+@triton.jit(do_not_specialize=["weight_key", "step_key"])
+def _update_wide(
+    p, g, m, v, source, numel, weight_key, step_key,
+    decay, rate, g_scale, new_m, new_v, v_scale, eps, block: tl.constexpr,
+):  # fmt: skip
+    """`source` holds p before the update: the fp32 shadow, or p itself."""
+    first = tl.program_id(0).to(tl.int64) * block
+    local = tl.arange(0, block)
+    inside = local < numel - first
+    old_p = tl.load(source + first + local, mask=inside)
+    grad = tl.load(g + first + local, mask=inside)
+    old_m = tl.load(m + first + local, mask=inside)
+    old_v = tl.load(v + first + local, mask=inside)
+    wide_p, wide_m, wide_v = _moved(
+        old_p, grad, old_m, old_v, decay, rate, g_scale, new_m, new_v, v_scale, eps
+    )
+    tl.store(m + first + local, wide_m, mask=inside)
+    tl.store(v + first + local, wide_v, mask=inside)
+    if source.dtype.element_ty == tl.float32:
+        tl.store(source + first + local, wide_p, mask=inside)
+        tl.store(p + first + local, wide_p.to(tl.bfloat16), mask=inside)
+    else:
+        noise = _noise(first, local, weight_key, step_key)
+        tl.store(p + first + local, _rounded(wide_p, noise & 0xFFFF), mask=inside)
 
 
 @triton.jit(do_not_specialize=["weight_key", "step_key"])
@@ -83,6 +120,24 @@ def update_(
     numel = p.numel()
     _update[(triton.cdiv(numel, _BLOCK),)](
         p, g, m, v, numel, *keys, *factors, _BLOCK, num_warps=_NUM_WARPS
+    )
+    _tell_autograd(p)
+
+
+def update_wide_(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    factors: Sequence[float],
+    keys: tuple[int, int],
+    shadow: Tensor | None,
+) -> None:
+    """`adamw.adamw_wide_` on contiguous tensors of any size."""
+    numel = p.numel()
+    source = p if shadow is None else shadow
+    _update_wide[(triton.cdiv(numel, _BLOCK),)](
+        p, g, m, v, source, numel, *keys, *factors, _BLOCK, num_warps=_NUM_WARPS_WIDE
     )
     _tell_autograd(p)
 

@@ -78,7 +78,7 @@ def trace_pass(config: Any, made: Build, shape: Shape, programs: list[Layer] | N
         gradients=sum(gradients),
         held_gradients=max(gradients) if made.releases else sum(gradients),
         trained=sum(p.numel() for p in trained),
-        update=update(trained, made.method, made.full),
+        update=update(trained, made.method, made.full, made.device),
         layer_bytes=sum(t.untyped_storage().nbytes() for t in weights(_layers(model)[0])),
         is_masked=shape.is_masked and not there.head.takes_segments,
         is_compiled=programs is not None,
@@ -150,7 +150,8 @@ def _gradients(trained: Sequence[nn.Parameter], made: Build, trace: Trace) -> It
         if parameter.grad is not None:
             trace.adopt([parameter.grad], "gradients")
             if made.releases:
-                trace.note_room(update([parameter], made.method, made.full).room_bytes)
+                taken = update([parameter], made.method, made.full, made.device)
+                trace.note_room(taken.room_bytes)
                 parameter.grad = None
 
     handles = [

@@ -3,7 +3,8 @@
 LoRA, QLoRA        AdamW on fp32 parameters: two fp32 moments, and gradients all the time; an fp32
                    shadow of a bf16 module that is trained whole (lora.modules_to_save)
 full, fp32         an fp32 shadow of each bf16 weight, two fp32 moments
-full, bf16         two fp32 moments; the shadow exists while its weight is updated
+full, bf16         two fp32 moments; the shadow exists while its weight is updated, on a CPU:
+                   a GPU updates each bf16 weight at once and widens neither it nor its gradient
 adamw_bf16         two bf16 moments, and nothing else while a weight is updated (on a CPU a few
                    MB: it goes by pieces)
 adamw_8bit         moments in 8 bits with an fp32 maximum for 256 of them; of a weight with fewer
@@ -22,6 +23,11 @@ _SMALLEST_8BIT = 4096
 _BLOCK = 256
 _OPERATIONS, _ROUNDED_OPERATIONS = 5, 10
 """Kernels that the update of one weight starts: widen, update, copy; and make a shadow, round."""
+_THROUGH_SHADOWS, _AT_ONCE, _AT_ONCE_KEPT = 6.0, 4.0, 3.0
+"""Times that the weights' own bytes are moved beside the states, which go both ways. Clipping reads
+the gradients twice and writes them once; the update reads them, writes and reads them widened, and
+writes the weights. At once: the norm and the update each read the gradients, and weights go both
+ways; those with a kept shadow are written only."""
 
 
 def state_bytes(parameters: Sequence[nn.Parameter], method: Method, full: FullSection) -> list[int]:
@@ -64,30 +70,33 @@ class Update:
     """That are rounded stochastically."""
 
 
-def update(parameters: Sequence[nn.Parameter], method: Method, full: FullSection) -> Update:
-    """Memory and traffic of an optimiser's `step`, clipping included."""
-    total = sum(p.numel() for p in parameters)
-    states = sum(state_bytes(parameters, method, full))
-    width = parameters[0].element_size()
-    # Clipping reads the gradients twice and writes them once; the update reads them, writes and
-    # reads them widened, reads and writes every state and the weights.
-    moved = 6.0 * sum(p.numel() * p.element_size() for p in parameters) + 2.0 * states
-    if method is not Method.FULL:
-        narrow = [p.numel() for p in parameters if p.dtype != torch.float32]
-        num_operations = len(parameters) * _OPERATIONS if narrow else 0
-        return Update(4 * max(narrow, default=0), moved, num_operations, 0, 0)
-    if full.optimizer == "adamw_bf16":
-        # The norm reads the gradients, the update reads them too; weights and moments go both ways.
-        moved = 4.0 * sum(p.numel() * p.element_size() for p in parameters) + 2.0 * states
-        return Update(0, moved, len(parameters), 0, 0)
-    largest = max(p.numel() for p in parameters)
-    is_rounded = full.weights == "bf16" and width < 4
-    # An fp32 gradient of one weight, beside its bf16 one. Without shadows also its fp32 weight.
-    room = 0 if width == 4 else 8 if is_rounded else 4
+def update(
+    parameters: Sequence[nn.Parameter], method: Method, full: FullSection, device: str
+) -> Update:
+    """Memory and traffic of an optimiser's `step` on "cuda" or "cpu", clipping included."""
+    states = 2.0 * sum(state_bytes(parameters, method, full))
+    is_full = method is Method.FULL
+    if is_full and full.optimizer == "adamw_bf16":
+        return Update(0, _AT_ONCE * _num_bytes(parameters) + states, len(parameters), 0, 0)
+    is_8bit = is_full and full.optimizer == "adamw_8bit"
+    is_rounded = is_full and full.weights == "bf16"
+    kernel_takes = torch.bfloat16 if device == "cuda" and not is_8bit else None
+    at_once = [p for p in parameters if p.dtype == kernel_takes]
+    others = [p for p in parameters if p.dtype != kernel_takes]
+    narrow = [p.numel() for p in others if p.dtype != torch.float32]
+    moved = _THROUGH_SHADOWS * _num_bytes(others) + states
+    moved += (_AT_ONCE if is_rounded else _AT_ONCE_KEPT) * _num_bytes(at_once)
+    per_weight = _ROUNDED_OPERATIONS if is_rounded and narrow else _OPERATIONS
+    is_flat = keeps_gradients(parameters, method)
     return Update(
-        room_bytes=room * largest,
+        # An fp32 gradient of one weight, beside its bf16 one. Without shadows also its fp32 weight.
+        room_bytes=(8 if is_rounded else 4) * max(narrow, default=0),
         moved_bytes=moved,
-        num_operations=len(parameters) * (_ROUNDED_OPERATIONS if is_rounded else _OPERATIONS),
-        eight_bit_params=total if full.optimizer == "adamw_8bit" else 0,
-        rounded_params=total if is_rounded else 0,
+        num_operations=0 if is_flat else len(at_once) + per_weight * len(others),
+        eight_bit_params=sum(p.numel() for p in parameters) if is_8bit else 0,
+        rounded_params=sum(narrow) if is_rounded else 0,
     )
+
+
+def _num_bytes(parameters: Sequence[nn.Parameter]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)

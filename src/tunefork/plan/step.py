@@ -76,7 +76,7 @@ def _with_optimizer(step: Step, config: Any, made: Build) -> Step:
         trained = built(at_depth(config, depth), replace(made, full=FullSection())).trained
         sizes = state_bytes(trained, made.method, made.full)
         kept = sum(-(-size // BLOCK_BYTES) * BLOCK_BYTES for size in sizes)
-        found.append((kept, update(trained, made.method, made.full)))
+        found.append((kept, update(trained, made.method, made.full, made.device)))
     kept = extrapolate(found[0][0], found[1][0], config)
 
     def changed(peak: Peak) -> Peak:

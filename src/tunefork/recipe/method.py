@@ -55,10 +55,10 @@ class FullSection(Section):
 
     optimizer: Literal["adamw", "adamw_bf16", "adamw_8bit"] = "adamw"
     """What AdamW keeps its two moments in. `adamw`: fp32, 8 bytes a parameter. `adamw_bf16`: bf16,
-    4 bytes a parameter, rounded stochastically like the weights, which must be `weights: bf16`; one
-    pass over weight, gradient and moments, and no fp32 copies. `adamw_8bit`: 8 bits by blocks of
-    256, 2 bytes a parameter (bitsandbytes; Dettmers et al. 2021, https://arxiv.org/abs/2110.02861).
-    The default is the one that rounds nothing."""
+    4 bytes a parameter, rounded stochastically like the weights, which must be `weights: bf16`. On
+    a GPU these two update bf16 weights in one pass over weight, gradient and moments, without fp32
+    copies. `adamw_8bit`: 8 bits by blocks of 256, 2 bytes a parameter (bitsandbytes; Dettmers et
+    al. 2021, https://arxiv.org/abs/2110.02861). The default is the one that rounds nothing."""
 
     gradient_release: bool = False
     """Update each weight in the backward pass, as soon as its gradient is complete, and free that:

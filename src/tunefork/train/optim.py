@@ -5,7 +5,8 @@ fine-tuning computes in bf16, where a nearest-rounded update below 1/256 of a we
 update happens on an fp32 *shadow* of each weight: kept (`fp32`, a master copy), or made for the
 update and written back by stochastic rounding (`bf16`; `kernels/adamw.py`). One weight is updated
 at a time, so that an fp32 gradient exists for one weight only, in memory that all of them take
-turns in (on a CPU, fresh memory is dear).
+turns in (on a CPU, fresh memory is dear). On a GPU a bf16 weight is updated at once, by one kernel
+that takes no such memory; what it keeps has the names and layouts of PyTorch's AdamW.
 """
 
 import math
@@ -14,7 +15,15 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tunefork.kernels.adamw import Keys, keys_of, prepare, write_rounded_
+from tunefork.kernels.adamw import (
+    Keys,
+    factors_of,
+    keys_of,
+    prepare,
+    prepare_wide,
+    update_wide_,
+    write_rounded_,
+)
 from tunefork.kernels.quantized import AdamW8bit
 from tunefork.train.clip import global_norm
 from tunefork.train.optim_state import (
@@ -57,8 +66,12 @@ class ShadowAdamW:
             decay = weight_decay if parameter.dim() >= 2 else 0.0
             self.shadows.append(shadow)
             self.inner.append(kind([shadow], betas=betas, weight_decay=decay, **options))
+        self._is_at_once = [not eight_bit and _allows_at_once(p) for p in self.parameters]
+        """Whether each weight is updated by `update_wide_`."""
+        pairs = list(zip(self.parameters, self._is_at_once, strict=True))
+        prepare_wide([p for p, is_at_once in pairs if is_at_once], keeps_shadows=keep_shadows)
         if not keep_shadows:
-            narrow = [p for p in self.parameters if p.dtype != torch.float32]
+            narrow = [p for p, is_at_once in pairs if not is_at_once and p.dtype != torch.float32]
             prepare(narrow, only_rounds=True)
 
     def gradient_norm(self) -> float:
@@ -69,8 +82,8 @@ class ShadowAdamW:
         """Update every weight that has a gradient, and free the gradient."""
         due = [index for index, p in enumerate(self.parameters) if p.grad is not None]
         self.begin(learning_rate, gradient_scale, due)
-        narrow = [index for index in due if self.parameters[index].dtype != torch.float32]
-        largest = max(narrow, key=lambda index: self.parameters[index].numel(), default=None)
+        widened = [index for index in due if self._is_widened(index)]
+        largest = max(widened, key=lambda index: self.parameters[index].numel(), default=None)
         room = () if largest is None else self.room(largest)
         for index in due:
             self.update(index, room)
@@ -98,10 +111,36 @@ class ShadowAdamW:
 
         `room` is what `room` gave for a weight as large; None: taken for this one.
         """
-        room = self.room(index) if room is None else room
+        self.counts[index] += 1
+        if self._is_at_once[index]:
+            self._update_at_once(index)
+        else:
+            self._update_through_shadow(index, self.room(index) if room is None else room)
+
+    def _update_at_once(self, index: int) -> None:
+        parameter, shadow, inner = self.parameters[index], self.shadows[index], self.inner[index]
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        count, group, state = self.counts[index], inner.param_groups[0], inner.state[shadow]
+        state["step"] = torch.tensor(float(count))  # on the host: it is read by checkpoints alone
+        if "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+        factors = factors_of(
+            count,
+            learning_rate=self._learning_rate,
+            betas=group["betas"],
+            weight_decay=group["weight_decay"],
+            gradient_scale=self._gradient_scale,
+        )
+        kept = shadow.detach() if self.keep_shadows else None
+        keys = self._keys.get(index, (0, 0))
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        update_wide_(parameter, gradient, *moments, factors, keys, kept)
+
+    def _update_through_shadow(self, index: int, room: tuple[Tensor, ...]) -> None:
         parameter, shadow, inner = self.parameters[index], self.shadows[index], self.inner[index]
         assert parameter.grad is not None
-        self.counts[index] += 1
         if not self.keep_shadows:
             shadow.data = _widen(parameter.detach(), room[1:])
         shadow.grad = _widen(parameter.grad, room)
@@ -119,15 +158,21 @@ class ShadowAdamW:
             shadow.data = shadow.data.new_empty(0)
 
     def room(self, index: int) -> tuple[Tensor, ...]:
-        """What `update` takes for itself: fp32 for a gradient, and a shadow that is not kept."""
+        """What `update` takes for itself: fp32 for a gradient, and a shadow that is not kept.
+
+        Nothing for an fp32 weight, nor for one that is updated at once.
+        """
         parameter = self.parameters[index]
-        if parameter.dtype == torch.float32:
+        if not self._is_widened(index):
             return ()
         count = 1 if self.keep_shadows else 2
         return tuple(
             torch.empty(parameter.numel(), dtype=torch.float32, device=parameter.device)
             for _ in range(count)
         )
+
+    def _is_widened(self, index: int) -> bool:
+        return not self._is_at_once[index] and self.parameters[index].dtype != torch.float32
 
     def has_states(self) -> bool:
         """Whether a step was taken."""
@@ -176,6 +221,12 @@ class ShadowAdamW:
             if self.keep_shadows:
                 shadow.copy_(shadows[index])
             self.counts[index] = int(groups[str(index)].get("step", 0))
+
+
+def _allows_at_once(parameter: Tensor) -> bool:
+    """Whether `update_wide_` does it, and faster than PyTorch's fused AdamW on an fp32 copy."""
+    is_narrow = parameter.dtype == torch.bfloat16
+    return parameter.is_cuda and is_narrow and parameter.is_contiguous()
 
 
 def _widen(narrow: Tensor, room: Sequence[Tensor]) -> Tensor:
