@@ -1,7 +1,7 @@
 """Fit the planner's constants to measured short runs; what `benchmarks/planner_*.py` share.
 
 Memory: the workspace is what is measured beyond the traced tensors (median), and what the allocator
-holds without using it is linear in five traced sizes (least squares on relative errors). Time: the
+holds without using it is linear in seven traced sizes (least squares on relative errors). Time: the
 factors of `plan.time`, by a pattern search over their logarithms, with a robust loss on that
 of predicted over measured, drawn towards plain roofline values where the runs say little.
 """
@@ -35,6 +35,7 @@ PRIOR: dict[str, float] = {
     "eight_bit_s": 1e-11,
     "rounding_s": 1e-11,
     "host_operation_s": 2e-5,
+    "host_skinny_s": 1e-4,
     "host_dequantize_s": 5e-5,
     "host_update": 1.0,
     "host_layer_s": 3e-4,
@@ -85,6 +86,20 @@ class Run:
         )
         return max(shapes[:3], key=lambda shape: self.case.step(shape).peak.total)
 
+    @property
+    def form(self) -> tuple[bool, bool]:
+        """Whether its passes are captured, and whether they are of many lengths."""
+        step = self.case.step(self.largest)
+        return self.case.captures(step, self.largest), self.case.is_varied
+
+    @property
+    def kind(self) -> str:
+        """By which error of a `TimeFit` its step is judged; the factors are those of "error"."""
+        if self.form == (True, True):
+            return "error_captured_varied"
+        is_offloaded = self.case.made.checkpointing == "offload" and self.case.target.kind == "cuda"
+        return "error_offloaded" if is_offloaded else "error"
+
     def predicted_step_s(self) -> float:
         """Median over the steps, as the measured figure is."""
         target = self.case.target
@@ -128,8 +143,7 @@ def fit_memory(runs: Sequence[Run], start: MemoryFit) -> MemoryFit:
             0.0 if is_recomputed else dynamic,
             dynamic if is_recomputed else 0.0,
             float(step.update.room_bytes),
-            dynamic if run.case.captures(step, run.largest) else 0.0,
-            dynamic if run.case.is_varied else 0.0,
+            *(dynamic if form == run.form else 0.0 for form in _FORMS),
         ]
         rows.append([size / run.process_bytes for size in sizes])
         wanted.append((run.process_bytes - peak - context) / run.process_bytes)
@@ -145,6 +159,7 @@ def fit_memory(runs: Sequence[Run], start: MemoryFit) -> MemoryFit:
             "held_per_room": held[3],
             "held_per_captured": held[4],
             "held_per_varied": held[5],
+            "held_per_captured_varied": held[6],
         },
     )
 
@@ -158,7 +173,10 @@ _NOTHING = {
     "held_per_room": 0.0,
     "held_per_captured": 0.0,
     "held_per_varied": 0.0,
+    "held_per_captured_varied": 0.0,
 }
+_FORMS = ((True, False), (False, True), (True, True))
+"""Whether passes are captured, and of many lengths, for each of the last three."""
 
 
 def _non_negative(rows: Any, wanted: Any) -> list[float]:
@@ -175,7 +193,8 @@ def _non_negative(rows: Any, wanted: Any) -> list[float]:
 
 def fit_time(runs: Sequence[Run], start: TimeFit, prior: Mapping[str, float] = PRIOR) -> TimeFit:
     """Factors of time from the runs that are not held out."""
-    timed = [(run, run.step_s) for run in runs if run.step_s and not run.is_held_out]
+    fitted = [run for run in runs if not run.is_held_out and run.kind == "error"]
+    timed = [(run, run.step_s) for run in fitted if run.step_s]
     values = {name: math.log(value) for name, value in prior.items()}
 
     def loss(candidate: dict[str, float]) -> float:
@@ -189,7 +208,7 @@ def fit_time(runs: Sequence[Run], start: TimeFit, prior: Mapping[str, float] = P
         return total / len(timed) + _PULL * pull
 
     best = loss(values)
-    for size in (1.0, 0.5, 0.25, 0.12, 0.06, 0.03, 0.015):
+    for size in (2.0, 1.0, 0.5, 0.25, 0.12, 0.06, 0.03, 0.015):
         improved = True
         while improved:
             improved = False
@@ -219,6 +238,17 @@ def process_errors(rows: list[dict[str, Any]], figure: str, steps: int) -> dict[
     ratios = [1 / (1 + row["errors"][figure]) for row in rows if figure in row["errors"]]
     found = {"process_less": 1 - min(ratios), "process_more": max(ratios) - 1}
     return {name: max(0.01, math.ceil(steps * error) / steps) for name, error in found.items()}
+
+
+def time_errors(rows: list[dict[str, Any]], steps: int) -> dict[str, float]:
+    """The largest error of each kind of step, rounded up to 1 / `steps`, at least one per cent."""
+    found = {"error": 0.01, "error_offloaded": 0.01, "error_captured_varied": 0.01}
+    for row in rows:
+        if (error := row["errors"].get("step")) is not None:
+            worst = math.ceil(steps * (max(1 + error, 1 / (1 + error)) - 1)) / steps
+            found[row["kind"]] = max(found[row["kind"]], worst)
+    # A kind of which no run was measured is as far off as any.
+    return {kind: max(error, found["error"]) for kind, error in found.items()}
 
 
 def write_fit(fit: Fit) -> None:

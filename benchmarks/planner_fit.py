@@ -25,6 +25,7 @@ FIRST_GRID: dict[str, float] = {
     "eight_bit_s": 3.111e-11,
     "rounding_s": 8.869e-12,
     "host_operation_s": 2.66e-05,
+    "host_skinny_s": 1e-04,
     "host_kernel_s": 8e-06,
     "captured_operation_s": 4.5e-06,
     "host_dequantize_s": 3.973e-05,
@@ -34,7 +35,8 @@ FIRST_GRID: dict[str, float] = {
     "step_s": 0.001089,
 }
 """What the first grid's 24 runs were fitted to (2026-11-25): where this fit starts and what it is
-drawn to. FP8 products, compiled layers and captured passes: four runs of an 8B shape beforehand."""
+drawn to. FP8 products, compiled layers and captured passes: four runs of an 8B shape beforehand;
+what LoRA's operators cost the host: a guess (2026-11-27)."""
 
 
 def runs(raw: Path) -> list[Any]:
@@ -44,8 +46,10 @@ def runs(raw: Path) -> list[Any]:
     from tunefork.plan.catalogue import load_catalogue
     from tunefork.plan.device import target_of
     from tunefork.plan.method import Case as Planned
+    from tunefork.plan.optimizer import update
     from tunefork.plan.passes import Shape
-    from tunefork.plan.shape import count_params
+    from tunefork.plan.shape import count_params, on_meta
+    from tunefork.recipe import Method
 
     target = target_of(load_catalogue().machine(["h200"]))
     measured, planned = read_raw(raw)
@@ -57,7 +61,12 @@ def runs(raw: Path) -> list[Any]:
         made, whole = build_of(case), config(case.shape)
         for there in planned.get(name, []):
             shape = Shape(**there["shape"])
-            tracing.keep(whole, made, shape, step_from(there["step"]))
+            step = step_from(there["step"])
+            if made.method is Method.FULL and not made.releases:
+                # What an update starts is counted as it is now.
+                weights = list(on_meta(whole, dtype=made.dtype, attention="sdpa").parameters())
+                step = replace(step, update=update(weights, made.method, made.full, made.device))
+            tracing.keep(whole, made, shape, step)
         found.append(
             Run(
                 name=case.name,
@@ -104,7 +113,7 @@ def step_from(fields: dict[str, Any]) -> Any:
 
 def fit(raw: Path, *, writes: bool = True) -> None:
     """Fit on the cases that are not held out, judge on those that are, write both files."""
-    from benchmarks.fitting import fit_memory, fit_time, process_errors, write_fit
+    from benchmarks.fitting import fit_memory, fit_time, process_errors, time_errors, write_fit
     from benchmarks.results import write
     from tunefork.plan.fits import fit_for, installed, minor
 
@@ -131,7 +140,7 @@ def fit(raw: Path, *, writes: bool = True) -> None:
     found = found.model_copy(
         update={
             "memory": found.memory.model_copy(update=memory),
-            "time": found.time.model_copy(update={"error": _up(worst["step"])}),
+            "time": found.time.model_copy(update=time_errors(rows, 1000)),
         }
     )
     judged = {row["case"]: row for row in rows}
@@ -179,7 +188,7 @@ def _judged(run: Any) -> dict[str, Any]:
         "step_s": run.predicted_step_s(),
     }
     predicted = {name: value for name, value in predicted.items() if getattr(run, name) is not None}
-    row: dict[str, Any] = {"case": run.name, "held_out": run.is_held_out}
+    row: dict[str, Any] = {"case": run.name, "held_out": run.is_held_out, "kind": run.kind}
     for name, value in predicted.items():
         row[f"predicted_{name}"] = value
         row[f"measured_{name}"] = getattr(run, name)

@@ -48,10 +48,13 @@ class MemoryFit(_Model):
     held_per_recomputed: float
     """The same with activation checkpointing, where what comes and goes is more various."""
     held_per_captured: float
-    """On top of either, where the pass is captured: a CUDA graph has a pool of its own."""
+    """On top of either, where the passes are captured: CUDA graphs have a pool of their own."""
     held_per_varied: float
     """On top of either, where the passes are of many lengths: what one was cut from does not suit
     the next, and a CPU's allocator (glibc's heap) is left with gaps."""
+    held_per_captured_varied: float
+    """In place of these two where both are so: some passes are captured and others launched, which
+    need a pool beside the graphs' that is as large."""
     held_per_room: float
     """Per byte of the room that the optimiser's update takes."""
     tensor_error: float
@@ -86,6 +89,8 @@ class TimeFit(_Model):
     """To start one kernel of a compiled layer."""
     captured_operation_s: float
     """To start either within a captured CUDA graph, where the device does it."""
+    host_skinny_s: float
+    """To start one of LoRA's products, beyond that: an operator of our own, called by Python."""
     host_dequantize_s: float
     """To dequantise one weight, beyond that."""
     host_update: float
@@ -99,7 +104,13 @@ class TimeFit(_Model):
     is_overlapped: bool
     """The host runs ahead of the device (a GPU); on a CPU the two are one."""
     error: float
-    """Relative; of `step_s`."""
+    """Relative; of `step_s`, the larger over the smaller of prediction and truth, less 1."""
+    error_offloaded: float
+    """The same of a pass whose activations are offloaded: its copies go at the pace of the host's
+    memory, which differs from host to host and from step to step, and is no part of the fit."""
+    error_captured_varied: float
+    """The same where captured passes are of many lengths: what is captured is predicted, and how
+    many are instead launched hangs on the order in which the lengths come."""
 
 
 class Fit(_Model):

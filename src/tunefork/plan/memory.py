@@ -70,8 +70,10 @@ def measure(
     }
     static = sum(step.static.values()) // shards
     rate = fit.held_per_recomputed if is_recomputed else fit.held_per_dynamic
-    rate += fit.held_per_captured if is_captured else 0.0
-    rate += fit.held_per_varied if is_varied else 0.0
+    if is_captured:
+        rate += fit.held_per_captured_varied if is_varied else fit.held_per_captured
+    elif is_varied:
+        rate += fit.held_per_varied
 
     def process(tensor_bytes: int) -> float:
         held = fit.held_constant_bytes + rate * max(0, tensor_bytes - static)

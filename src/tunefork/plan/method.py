@@ -74,6 +74,15 @@ class Case:
         free = self.target.memory_bytes - self.target.fit.memory.context_bytes - static
         return free > ROOM * (step.peak.total - static)
 
+    def time_error(self, step: Step, shape: Shape) -> float:
+        """How far a step of such passes may be from what is predicted, relative."""
+        error, fit = self.target.trust.time, self.target.fit.time
+        if self.made.checkpointing == "offload":
+            error = max(error, fit.error_offloaded)
+        if self.is_varied and self.captures(step, shape):
+            error = max(error, fit.error_captured_varied)
+        return error
+
     def fits(self, shape: Shape) -> bool:
         """Whether even the high end of the prediction does."""
         return self.memory(shape).process.high <= self.target.memory_bytes
@@ -89,7 +98,7 @@ def plan_method(
     """
     step, target = case.step(batches.largest, evaluates=True), case.target
     memory, seconds = case.memory(batches.largest), step_seconds(case, batches)
-    error = target.trust.time
+    error = case.time_error(step, batches.largest)
     total_s = seconds * batches.num_steps
     tokens = batches.mean.rows * batches.mean.length * batches.passes_per_step
     usd = None if target.usd_per_hour is None else target.usd_per_hour * total_s / 3600

@@ -23,6 +23,9 @@ _SMALLEST_8BIT = 4096
 _BLOCK = 256
 _OPERATIONS, _ROUNDED_OPERATIONS = 5, 10
 """Kernels that the update of one weight starts: widen, update, copy; and make a shadow, round."""
+_AT_ONCE_OPERATIONS = 2
+"""One kernel, and as much again of Python around it: 52 us a weight, where five operations take 146
+and ten 229 (`h200_kernels.json`); with bf16 moments 33."""
 _THROUGH_SHADOWS, _AT_ONCE, _AT_ONCE_KEPT = 6.0, 4.0, 3.0
 """Times that the weights' own bytes are moved beside the states, which go both ways. Clipping reads
 the gradients twice and writes them once; the update reads them, writes and reads them widened, and
@@ -92,7 +95,9 @@ def update(
         # An fp32 gradient of one weight, beside its bf16 one. Without shadows also its fp32 weight.
         room_bytes=(8 if is_rounded else 4) * max(narrow, default=0),
         moved_bytes=moved,
-        num_operations=0 if is_flat else len(at_once) + per_weight * len(others),
+        num_operations=0
+        if is_flat
+        else _AT_ONCE_OPERATIONS * len(at_once) + per_weight * len(others),
         eight_bit_params=sum(p.numel() for p in parameters) if is_8bit else 0,
         rounded_params=sum(narrow) if is_rounded else 0,
     )

@@ -66,7 +66,7 @@ def pass_seconds(
     kernels = count - memory.count if is_compiled else 0
     host = kernels * fit.host_kernel_s + (count - kernels) * fit.host_operation_s
     if not is_compiled:
-        host += dequantize.count * fit.host_dequantize_s
+        host += dequantize.count * fit.host_dequantize_s + skinny.count * fit.host_skinny_s
     host += num_recomputed * fit.host_layer_s
     return fit.pass_s + _together(device, host, fit)
 
