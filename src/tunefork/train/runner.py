@@ -11,10 +11,14 @@ second time. Where memory would not hold a second pass's activations beside the 
 captured: a graph keeps its own. Graphs share one pool, as large as the largest pass needs, so one
 that is larger than those before it takes their place, and they are captured again as they come.
 Where a capture fails, passes are launched.
+
+Examples of many lengths come in many sizes, most of them once or twice. So a pass for which the GPU
+would wait is filled up further where a captured size is near (`nearest_size.py`).
 """
 
 import gc
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,11 +33,14 @@ from tunefork.data.pack import MicroBatch
 from tunefork.model.bank import Bank
 from tunefork.model.head import Head
 from tunefork.train.loss import loss_sum, slot_losses
+from tunefork.train.nearest_size import most_waiting_tokens, nearest
 from tunefork.train.out_of_memory import Remedies, phase
 
 MOST_TOKENS = 16384
 """Of a pass that is captured: with more, the GPU is the slower one with any model worth a GPU."""
 _MOST_GRAPHS = 16
+_OFTEN = 30
+"""Times that a size comes before it is captured though a near one is: that takes a second."""
 _MOST_POOLS = 8
 """Of a run: where sizes only ever grow, most captures would be made for nothing."""
 MOST_GRADIENT_BYTES = 2**30
@@ -91,6 +98,9 @@ class Runner:
         self.pads, self.captures = pads or captures, captures
         self.graphs: dict[Size, _Graph] = {}
         self.seen: set[Size] = set()
+        """That were launched."""
+        self.met = Counter[Size]()
+        """How often batches of each came to be laid out."""
         self.num_pools = 0
         """Times that memory was taken for graphs since it was last given back."""
         self.gradients: list[Tensor] = []
@@ -103,6 +113,12 @@ class Runner:
         if not self.pads:
             return Laid(batch, num_supervised)
         size = size_of(batch)
+        self.met[size] += 1
+        # Filled up otherwise it rounds otherwise, and what comes often is worth a graph of its own.
+        is_exact = self.bank is not None or torch.are_deterministic_algorithms_enabled()
+        is_often = self.met[size] > _OFTEN and len(self.graphs) < _MOST_GRAPHS
+        if not (size in self.graphs or is_exact or is_often):
+            size = nearest(size, batch, self.graphs, self._most_waiting)
         whole = padded(batch, size)
         # A replay's copies from other memory would wait for the pass before it.
         pins = self.captures and self.model.device.type == "cuda"
@@ -177,6 +193,7 @@ class Runner:
         self.drop_graphs()
         self.seen.clear()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._most_waiting = most_waiting_tokens(self.model)
 
     def _may_capture(self, size: Size) -> bool:
         if not self.captures or size.rows * size.length > MOST_TOKENS:
