@@ -112,7 +112,7 @@ def plan_method(
     step, target = case.step(batches.largest, evaluates=True), case.target
     memory, seconds = case.memory(batches.largest), step_seconds(case, batches)
     error = case.time_error(step, batches.largest)
-    # Of passes of many lengths some are replayed and the others launched: it is known of none which.
+    # Of passes of many lengths some are replayed, others launched, and it is not known which.
     at_most_s = step_seconds(case.launched, batches) if case.is_varied else seconds
     total_s = seconds * batches.num_steps
     tokens = batches.mean.rows * batches.mean.length * batches.passes_per_step
