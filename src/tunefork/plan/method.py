@@ -127,7 +127,7 @@ def plan_method(
     case = case.as_run(case.step(batches.largest), batches.largest)
     memory, seconds = case.memory(batches.largest), step_seconds(case, batches)
     error = case.time_error(step, batches.mean)
-    # Of passes of many lengths some are replayed and the others launched: it is known of none which.
+    # Of passes of many lengths some are replayed and others launched: it is known of none which.
     at_most_s = step_seconds(case.launched, batches) if case.is_varied else seconds
     total_s = seconds * batches.num_steps
     tokens = batches.mean.rows * batches.mean.length * batches.passes_per_step
