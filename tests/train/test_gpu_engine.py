@@ -63,7 +63,7 @@ def _batches() -> list[Any]:
         ids = rng.integers(3, 2048, length).astype(np.int32)
         return Encoded("-", ids, np.ones(length, np.bool_))
 
-    # The larger one first: graphs share a pool, and only the first may ask for more of it.
+    # The larger one first: in its place the smaller one would be captured again.
     whole = pack([example(256) for _ in range(4)], max_tokens=4096, packing=False)
     packed = pack(
         [example(int(n)) for n in rng.integers(20, 120, 8)], max_tokens=4096, packing=True
@@ -102,3 +102,21 @@ def test_compiled_and_replayed_gradients_are_those_of_a_launch(
         assert again_loss == loss
         assert all(torch.equal(again[name], compiled[name]) for name in compiled)
     assert len(runner.graphs) == (2 if captures else 0)
+
+
+def test_a_larger_pass_is_captured_in_the_place_of_a_smaller_one() -> None:
+    """And no replay's memory is given back while it runs."""
+    model = _model("bf16", "bf16")
+    torch._dynamo.reset()
+    prepare_layers(model, "none", compiles=True)
+    runner = Runner(model, find_head(model), captures=True)
+    large, small = _batches()
+    first = {id(batch): _gradients(runner, batch) for batch in (small, large)}
+    for batch in (small, large, small, large, small):
+        for _ in range(8):  # replays are under way when the next one is captured
+            runner.loss(runner.lay_out(batch), len(batch.labels), "test")
+        loss, gradients = _gradients(runner, batch)
+        want_loss, want = first[id(batch)]
+        assert loss == want_loss
+        assert all(torch.equal(gradients[name], want[name]) for name in want)
+    assert len(runner.graphs) == 2 and runner.num_pools == 2

@@ -147,8 +147,9 @@ class TrainSection(Section):
 
     on_out_of_memory: Literal["error", "shrink"] = "error"
     """What a forward or backward pass without memory leads to. `error`: the run stops and names the
-    cheapest change. `shrink`: the step is taken again in micro-batches of half the tokens, down to
-    one row at a time, and so are those after it; the gradient is the same but for rounding."""
+    cheapest change; where captured passes (`compile`) keep memory, the step is first taken again
+    without them. `shrink`: the step is taken again in micro-batches of half the tokens, down to one
+    row at a time, and so are those after it; the gradient is the same but for rounding."""
 
     on_loss_spike: Literal["warn", "rollback", "stop"] = "warn"
     """What a loss far above the last 64 leads to (10 robust standard deviations). `rollback`: back
