@@ -3,8 +3,9 @@
 It has one stream: what was launched is computed in that order, when somebody waits for it or when
 the dice say so. A second stream copies adapters into slots, at any time after the event it has to
 wait for. Keys and values are chained hashes of a request's tokens and its adapter's content, and
-the likeliest token is one of the last hash: a region that was given away too early, or a token that
-came out of another row, leads to other tokens.
+the likeliest token, or one that is drawn by a number, is one of the last hash: a region that was
+given away too early, or a token that came out of another row or by another number, leads to other
+tokens.
 """
 
 import random
@@ -38,6 +39,11 @@ def after(before: int, token: int, content: int) -> int:
 def likeliest(at: int) -> int:
     """Of the logits at that hash; seldom they are not finite."""
     return BAD if at % 499 == 0 else at % 1_000_003 % VOCABULARY
+
+
+def drawn(at: int, number: float) -> int:
+    """Of the logits at that hash, by a number in [0, 1)."""
+    return BAD if likeliest(at) == BAD else hash((at, number)) % VOCABULARY
 
 
 def hash_of(prompt: Series[int], content: int) -> int:
@@ -78,6 +84,8 @@ class Chosen:
 
     def __init__(self, device: Device) -> None:
         self.device, self.number, self.hashes = device, 0, list[int]()
+        self.draws = list[float | None]()
+        """By which each token is drawn; None: it is the likeliest."""
         self.behind = 0
         """What had been launched behind it when it was waited for."""
 
@@ -89,7 +97,8 @@ class Chosen:
 
     @property
     def tokens(self) -> list[int]:
-        return [likeliest(at) for at in self.hashes]
+        both = zip(self.hashes, self.draws, strict=True)
+        return [likeliest(at) if number is None else drawn(at, number) for at, number in both]
 
     @property
     def logits_rv(self) -> Tensor:
@@ -134,6 +143,7 @@ class Passes:
                     found = cache[first + offset] = after(found, token, content)
                 if part.wants_logits:
                     chosen.hashes.append(found)
+                    chosen.draws.append(None if part.choice is None else part.choice.uniform)
 
         if follows is not None:
             decoding = parts[: len(rows)]

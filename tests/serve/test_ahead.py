@@ -1,8 +1,8 @@
 """Passes launched ahead: hundreds of simulated engines, each as without; and a real one.
 
 Whatever may end a request is drawn: stop tokens, stop texts, lengths, logits that are not finite,
-cancellations, deadlines, engines that stop or die. Others sample, follow a grammar, join, wait for
-adapters, or are put off by a full cache.
+cancellations, deadlines, engines that stop or die. Some sample; others follow a grammar, join, wait
+for adapters, or are put off by a full cache.
 """
 
 import random
@@ -55,7 +55,7 @@ class _World:
         dice = random.Random(seed)
         self.dice, self.simulated = dice, dict[str, EngineRequest]()
         self.arrivals, self.cancels, self.forgets = list[Any](), list[Any](), list[Any]()
-        self.greedy = set[str]()
+        self.greedy, self.sampled = set[str](), set[str]()
         when = 0.0
         for at in range(dice.randint(4, 18)):
             when += dice.choice((0, 0, 0, 3, 30))
@@ -67,11 +67,14 @@ class _World:
                 sampling["stop"] = (dice.choice("abcd") + dice.choice("efgh"), dice.choice("xyz"))
             matcher = None
             if dice.random() < greedy:
-                self.greedy.add(name)
+                (self.greedy if dice.random() < 0.6 else self.sampled).add(name)
+                if name in self.sampled:
+                    sampling |= {"temperature": 1.0, "seed": at}
             else:
-                kind = dice.choice(("sampled", "penalised", "grammar", "logprobs"))
+                kind = dice.choice(("hot", "told", "penalised", "grammar", "logprobs"))
                 kinds: dict[str, dict[str, Any]] = {
-                    "sampled": {"temperature": 1.0, "seed": at},
+                    "hot": {"temperature": 1.0, "seed": at, "presence_penalty": 1.0},
+                    "told": {"temperature": 1.0, "seed": at, "logprobs": 2},
                     "penalised": {"presence_penalty": 1.0},
                     "grammar": {},
                     "logprobs": {"logprobs": 2},
@@ -113,13 +116,18 @@ class _World:
         simulation.run()
 
     def follows(self, told: dict[str, Told]) -> None:
-        """Greedy tokens are the likeliest after those before them, by the request's adapter."""
-        for name in self.greedy & told.keys():
+        """Greedy tokens are the likeliest after those before them, by the request's adapter, and
+        sampled ones are drawn by the numbers of its seed, one a token."""
+        for name in (self.greedy | self.sampled) & told.keys():
             wanted = self.simulated[name]
+            numbers = random.Random(wanted.sampling.seed)
             content = content_of(wanted.adapter)
             at = lazy_device.hash_of(wanted.prompt_ids, content)
             for token in told[name].tokens:
-                assert token == lazy_device.likeliest(at), name
+                expected = lazy_device.likeliest(at)
+                if name in self.sampled:
+                    expected = lazy_device.drawn(at, numbers.random())
+                assert token == expected, name
                 at = lazy_device.after(at, token, content)
 
 

@@ -2,16 +2,17 @@
 
 Between a pass's end and the next one's launch a GPU has nothing to do, and the host has much:
 tokens are taken, the next pass is planned, laid out and launched, an eighth of the time of a
-decoding pass of an 8B model. But the likeliest tokens are chosen on the GPU, and all else that the
-next pass needs is known without them. So it is launched behind the one under way, and reads ids
-there (`Follows`).
+decoding pass of an 8B model. But tokens are chosen on the GPU, the likeliest or by numbers that
+were drawn beforehand, and all else that the next pass needs is known without them. So it is
+launched behind the one under way, and reads ids there (`Follows`).
 
 A request may turn out to have ended with the last pass (a stop token, a stop text, nobody waits for
 it any more). Then its row was computed in vain: its token is dropped, and it has given up its
 region and its slot when that row is still to be computed. That is safe, because whoever has them
 next comes later on the same stream: passes, moves within the cache and trials of adapters are
 launched there, and an adapter is copied into a slot once all is done that had been launched when
-the slot was given up (`slots.py`).
+the slot was given up (`slots.py`). The number by which such a token was drawn belongs to its place
+in that answer (`sequence.py`), and shifts no other.
 """
 
 from collections.abc import Sequence
@@ -43,7 +44,8 @@ def plan_ahead(flight: Flight, scheduler: Scheduler) -> tuple[list[Planned], Fol
     """The pass behind `flight`, of whose tokens none is known: what the scheduler would plan if no
     answer ended by them. Prompts, also of those that have just come, are in it.
 
-    None where it has to wait for them: somebody wants other tokens than the likeliest, or logits
+    None where it has to wait for them: somebody's token depends on those before it in a way that
+    the host alone knows (a grammar, penalties), on a bias, or is told with what is in the logits
     (which a trial of an adapter may overwrite before the host has seen them), there are none or all
     are the last ones of their answers, someone could take the place of such an answer, or the cache
     is full.
@@ -85,5 +87,5 @@ def _has_room(answer: Answer, scheduler: Scheduler) -> bool:
 
 def _part(answer: Answer) -> Part:
     """Of the token behind all that are known."""
-    known = part_of(answer, len(answer.tokens), 0)
+    known = part_of(answer, len(answer.tokens), 0, behind=1)
     return known._replace(ids=_UNKNOWN)

@@ -180,14 +180,17 @@ def by_slot(answer: Answer) -> tuple[bool, int, int]:
     return answer.slot is None, answer.slot or 0, len(answer.tokens)
 
 
-def part_of(answer: Answer, computed: int, new: int) -> Part:
-    """Of a pass: `new` tokens of `answer` behind those that are computed by then."""
+def part_of(answer: Answer, computed: int, new: int, behind: int = 0) -> Part:
+    """Of a pass: `new` tokens of `answer` behind those that are computed by then. What follows them
+    is its next token, or the one so many `behind` it."""
     assert answer.region is not None
     end = computed + new
+    wants_logits = end == len(answer.tokens)
     return Part(
         answer.tokens[computed:end],
         computed,
         answer.region.start,
         BASE if answer.slot is None else answer.slot,
-        wants_logits=end == len(answer.tokens),
+        wants_logits,
+        answer.choice_of_pass(behind) if wants_logits else None,
     )
