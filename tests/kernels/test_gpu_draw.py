@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tunefork.kernels.draw import draw, draw_reference
+from tunefork.serve.engines.choose import Choice, draw_rows, greedy
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,3 +80,17 @@ def test_shares_are_the_softmaxs() -> None:
     draw(logits.expand(number, -1), tokens, told.cuda())
     shares = tokens.bincount(minlength=500) / number
     assert (shares - (logits[0] / 0.7).softmax(-1)).abs().max() < 1.2 / number
+
+
+def test_drawing_waits_for_nothing() -> None:
+    """The numbers go to a GPU that is busy, and the host goes on."""
+    logits = torch.randn(8, 1000, device="cuda").bfloat16()
+    choices = {row: Choice(1.0, 50, 0.9, 0.1 * row) for row in range(8)}
+    expected = greedy(logits)
+    draw_rows(logits, expected, choices)  # compiled, and pinned memory is there
+    tokens = greedy(logits)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2 * 10**9)
+    draw_rows(logits, tokens, choices)
+    assert not torch.cuda.current_stream().query()
+    assert torch.equal(tokens, expected)
