@@ -19,7 +19,7 @@ from tests.serve.embedded import (
 )
 from tests.serve.test_embedded import _Again, _as_a_gpu, _flash_by_numbers
 from tunefork.errors import EngineError
-from tunefork.serve.engine import Piece, ServedAdapter
+from tunefork.serve.engine import EngineRequest, Piece, ServedAdapter
 from tunefork.serve.engines import attention, base
 from tunefork.serve.engines.choose import BAD
 from tunefork.serve.engines.embedded import EmbeddedEngine
@@ -173,7 +173,7 @@ def test_drawn_tokens_are_those_of_passes_that_wait(
 
     async def together() -> None:
         engine = await _started(served)
-        stopped = []
+        stopped = list[EngineRequest]()
         for one, piece in zip(wanted, expected, strict=True):
             sampling = replace(one.sampling, stop_ids=(piece.token_ids[9 + len(stopped) % 3],))
             stopped.append(replace(one, id=f"s{one.id}", sampling=sampling))

@@ -50,7 +50,7 @@ def draw_reference(logits_rv: Tensor, tokens_r: Tensor, told_s5: Tensor) -> None
         if best < 0:
             continue
         x_v = logits_rv[int(row)].float()
-        chances_v = (((x_v - x_v[best]) / temperature).exp() / UNIT).long()
+        chances_v = (((x_v - x_v[best]) * (1.0 / temperature)).exp() / UNIT).long()
         if 0 < top_k < len(x_v):
             chances_v[x_v < x_v.topk(int(top_k)).values[-1]] = 0
         if top_p < 1.0:

@@ -18,56 +18,63 @@ _LOW_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
 @triton.jit
 def _order(x, low_bits: tl.constexpr):
-    """Whole numbers that are ordered as fp32's `x`, of which the last bits tell nothing."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)  # -0 is 0
+    """A whole number, ordered as fp32's `x`, of which the last bits tell nothing."""
+    bits = x.to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> low_bits
 
 
 @triton.jit
+def _value(order, low_bits: tl.constexpr):
+    """Of which `order` is the order."""
+    bits = order.to(tl.int32) << low_bits
+    bits = bits | ((bits >> 31) & ((1 << low_bits) - 1))
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _chances(
-    logits, first, width, highest, temperature, least,
-    per_one: tl.constexpr, low_bits: tl.constexpr, counts: tl.constexpr, block: tl.constexpr,
+    logits, first, width, highest, sharpness, least,
+    per_one: tl.constexpr, counts: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Of the tokens from `first` on, 0 of those whose order is below `least`; or 1 of each."""
+    """Of the tokens from `first` on whose logit is `least` or above, else 0; or 1 of each."""
     token = first + tl.arange(0, block)
     x = tl.load(logits + token, mask=token < width, other=-float("inf")).to(tl.float32)
     if counts:
         chances = (token < width).to(tl.int64)
     else:
-        chances = (tl.exp((x - highest) / temperature) * per_one).to(tl.int64)
-    return tl.where(_order(x, low_bits) >= least.to(tl.int32), chances, 0)
+        chances = (tl.exp((x - highest) * sharpness) * per_one).to(tl.int64)
+    return tl.where(x >= least, chances, 0)
 
 
 @triton.jit
 def _sum(
-    logits, width, highest, temperature, least,
-    per_one: tl.constexpr, low_bits: tl.constexpr, counts: tl.constexpr, block: tl.constexpr,
+    logits, width, highest, sharpness, least,
+    per_one: tl.constexpr, counts: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros([block], tl.int64)
     for first in range(0, width, block):
         total += _chances(
-            logits, first, width, highest, temperature, least, per_one, low_bits, counts, block
-        )
+            logits, first, width, highest, sharpness, least, per_one, counts, block
+        )  # fmt: skip
     return tl.sum(total, axis=0)
 
 
 @triton.jit
 def _bisect(
-    logits, width, highest, temperature, least, wanted,
+    logits, width, highest, sharpness, least, wanted,
     per_one: tl.constexpr, low_bits: tl.constexpr, counts: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """The largest order, `least` or above, from which on there is as much as is wanted."""
-    most = _order(highest, low_bits).to(tl.int64)
-    while least < most:
-        middle = most - ((most - least) >> 1)
-        found = _sum(
-            logits, width, highest, temperature, middle, per_one, low_bits, counts, block
-        )  # fmt: skip
-        if found >= wanted:
-            least = middle
+    """The largest logit, `least` or above, from which on there is as much as is wanted."""
+    low = _order(least, low_bits).to(tl.int64)
+    high = _order(highest, low_bits).to(tl.int64)
+    while low < high:
+        middle = high - ((high - low) >> 1)
+        at = _value(middle, low_bits)
+        if _sum(logits, width, highest, sharpness, at, per_one, counts, block) >= wanted:
+            low = middle
         else:
-            most = middle - 1
-    return least
+            high = middle - 1
+    return _value(low, low_bits)
 
 
 @triton.jit
@@ -79,32 +86,30 @@ def _draw(
     row = tl.load(told).to(tl.int64)
     best = tl.load(tokens + row)
     if best >= 0:
-        temperature = tl.load(told + 1).to(tl.float32)
+        sharpness = (1.0 / tl.load(told + 1)).to(tl.float32)
         top_k = tl.load(told + 2).to(tl.int64)
         top_p = tl.load(told + 3)
         uniform = tl.load(told + 4)
         own = logits + row * stride
         highest = tl.load(own + best).to(tl.float32)
-        least = tl.full([], -(2**31), tl.int64)
+        least = highest - float("inf")
         if (top_k > 0) & (top_k < width):
             least = _bisect(
-                own, width, highest, temperature, least, top_k, per_one, low_bits, True, block
+                own, width, highest, sharpness, least, top_k, per_one, low_bits, True, block
             )
-        whole = _sum(own, width, highest, temperature, least, per_one, low_bits, False, block)
+        whole = _sum(own, width, highest, sharpness, least, per_one, False, block)
         if top_p < 1.0:
             wanted = tl.minimum((top_p * whole.to(tl.float64)).to(tl.int64), whole)
             wanted = tl.maximum(wanted, 1)
             least = _bisect(
-                own, width, highest, temperature, least, wanted, per_one, low_bits, False, block
+                own, width, highest, sharpness, least, wanted, per_one, low_bits, False, block
             )
-            whole = _sum(
-                own, width, highest, temperature, least, per_one, low_bits, False, block
-            )  # fmt: skip
+            whole = _sum(own, width, highest, sharpness, least, per_one, False, block)
         at = tl.minimum((uniform * whole.to(tl.float64)).to(tl.int64), whole - 1)
         for first in range(0, width, block):
             chances = _chances(
-                own, first, width, highest, temperature, least, per_one, low_bits, False, block
-            )
+                own, first, width, highest, sharpness, least, per_one, False, block
+            )  # fmt: skip
             here = tl.sum(chances, axis=0)
             if (at >= 0) & (at < here):
                 before = (tl.cumsum(chances, axis=0) <= at).to(tl.int32)
