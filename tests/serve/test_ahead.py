@@ -19,7 +19,7 @@ from tests.serve.lazy_device import VOCABULARY
 from tests.serve.simulated_engine import ADAPTERS, Simulation, Told, content_of
 from tunefork.errors import EngineDeadError
 from tunefork.serve.engine import EngineRequest, ServedAdapter
-from tunefork.serve.engines import core, sequence, tiers
+from tunefork.serve.engines import core, sequence, tiers, trial
 
 _INNOCENT = ("stop", "length", "EngineError")
 """Ends that are of a request itself."""
@@ -31,7 +31,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     monkeypatch.setattr(core, "time", clock)
     monkeypatch.setattr(sequence, "HEADROOM", 24)
     monkeypatch.setattr(tiers, "Loading", lazy_device.Loading)
-    monkeypatch.setattr(core, "verdict_of", lazy_device.Verdict)
+    monkeypatch.setattr(trial, "verdict_of", lazy_device.Verdict)
     yield clock
 
 

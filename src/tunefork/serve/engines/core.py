@@ -28,7 +28,7 @@ from tunefork.serve.engines.sequence import Sequence as Answer
 from tunefork.serve.engines.telling import Event
 from tunefork.serve.engines.tier_entry import Entry
 from tunefork.serve.engines.tiers import PATIENCE_S, Tiers
-from tunefork.serve.engines.trial import NO_MEMORY, ROOM, Trial, parts_of_trial, verdict_of
+from tunefork.serve.engines.trial import NO_MEMORY, ROOM, Trial, launch_with_trial
 from tunefork.train.out_of_memory import is_out_of_memory
 
 Parcel = tuple[Any, Piece | TuneforkError]
@@ -172,17 +172,15 @@ class Core:
             # Launched again in its turn, it says whose request fails if there still is no memory.
 
     def _depart(self, planned: Sequence[Planned], *follows: Follows) -> None:
-        parts, tried, began = (
-            [part for _, part in planned],
-            self.scheduler.to_try(),
-            time.monotonic(),
-        )
-        if tried is not None:
-            parts += parts_of_trial(tried, self.cache.trial_start)
-        launched = self.passes.run(parts, *follows)
-        trial = None if tried is None else Trial(tried, began, verdict_of(launched))
+        run, parts = self.passes.run, [part for _, part in planned]
+        tried, trial = self.scheduler.to_try(), None
+        if tried is None:
+            launched = run(parts, *follows)
+        else:
+            start, rides = self.cache.trial_start, self.overlaps
+            launched, trial = launch_with_trial(run, parts, follows, tried, start, rides=rides)
+            self.scheduler.is_trying()
         self._flights.append(Flight(planned, launched, trial))
-        self.scheduler.is_trying()
 
     def _collect(self) -> list[Event]:
         """The tokens that the first pass under way chose. Waits for it."""

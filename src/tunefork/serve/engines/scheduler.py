@@ -59,7 +59,7 @@ class Scheduler:
         if self.tiers is not None:
             adapters = (answer.request.adapter for answer in self.waiting)
             failures = self.tiers.advance({one.id for one in adapters if one is not None})
-        self.to_try()
+        self.to_try()  # nobody may want it any more, and its slot may go
         failed: list[tuple[Answer, TuneforkError]] = []
         is_full = False
         for answer in list(self.waiting):
@@ -95,7 +95,7 @@ class Scheduler:
         return True
 
     def to_try(self) -> Entry | None:
-        """The adapter that the next pass tries, if a request that has begun still wants it."""
+        """The adapter that the next pass tries; called off where no request has begun with it."""
         entry = self._to_try
         if entry is not None and not entry.users:
             entry.is_tried, self._to_try = False, None
