@@ -25,15 +25,18 @@ from tunefork.serve.engines.layout import BASE, Part
 from tunefork.serve.engines.loading import Arrival
 from tunefork.serve.engines.regions import Region, Regions
 from tunefork.serve.engines.tier_entry import Entry, Stage
+from tunefork.serve.engines.trial import ROOM, TRIED
 
 VOCABULARY = 40
+SICK = -1
+"""Content of an adapter whose logits are not finite."""
 _NOTHING = 17
 """What a request's first token follows."""
 
 
 def after(before: int, token: int, content: int) -> int:
     """The hash at a token."""
-    return hash((before, token, content))
+    return 0 if content == SICK else hash((before, token, content))
 
 
 def likeliest(at: int) -> int:
@@ -58,7 +61,8 @@ class Device:
     """One stream, a cache and slots."""
 
     def __init__(self, cache_tokens: int, slots: int, dice: random.Random) -> None:
-        self.cache, self.slots, self.dice = [0] * cache_tokens, [0] * slots, dice
+        self.cache_tokens, self.cache = cache_tokens, [0] * (cache_tokens + ROOM)
+        self.slots, self.dice = [0] * slots, dice
         self.fault: Callable[[], None] = lambda: None
         """Is called when a pass is launched or waited for; what it raises is raised there."""
         self.launched = self.done = 0
@@ -112,6 +116,21 @@ class Chosen:
             rows.append([torch.nan] * VOCABULARY if best == BAD else found)
             rows[-1][best] = 5.0 if best != BAD else torch.nan
         return torch.tensor(rows)
+
+
+class Verdict:
+    """In the place of what `trial.verdict_of` gives."""
+
+    def __init__(self, launched: Any) -> None:
+        self.chosen: Chosen = launched.arriving
+        device = self.chosen.device
+        assert device.launched == self.chosen.number, "a later pass overwrites its logits"
+
+    def wait(self) -> list[bool]:
+        self.chosen.device.fault()
+        self.chosen.device.until(self.chosen.number)
+        own, base = self.chosen.hashes[-TRIED:]
+        return [likeliest(own) != BAD, own != base]
 
 
 class Passes:
@@ -173,8 +192,8 @@ class Cache:
     """In the place of `cache.Cache`."""
 
     def __init__(self, gpu: Device) -> None:
-        self.gpu, self.regions = gpu, Regions(len(gpu.cache))
-        self.total = self.regions.total
+        self.gpu, self.regions = gpu, Regions(gpu.cache_tokens)
+        self.total, self.trial_start = self.regions.total, gpu.cache_tokens
 
     def move(self, region: Region, target: Region, tokens: int) -> None:
         cache = self.gpu.cache

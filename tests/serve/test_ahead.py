@@ -6,7 +6,7 @@ for adapters, or are put off by a full cache.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +18,8 @@ from tests.serve.embedded import request
 from tests.serve.lazy_device import VOCABULARY
 from tests.serve.simulated_engine import ADAPTERS, Simulation, Told, content_of
 from tunefork.errors import EngineDeadError
-from tunefork.serve.engine import EngineRequest
-from tunefork.serve.engines import core, sequence, tiers
+from tunefork.serve.engine import EngineRequest, ServedAdapter
+from tunefork.serve.engines import core, sequence, tiers, trial
 
 _INNOCENT = ("stop", "length", "EngineError")
 """Ends that are of a request itself."""
@@ -31,6 +31,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     monkeypatch.setattr(core, "time", clock)
     monkeypatch.setattr(sequence, "HEADROOM", 24)
     monkeypatch.setattr(tiers, "Loading", lazy_device.Loading)
+    monkeypatch.setattr(trial, "verdict_of", lazy_device.Verdict)
     yield clock
 
 
@@ -51,7 +52,9 @@ class _Matcher:
 class _World:
     """What is asked of an engine, and when; the same for any engine."""
 
-    def __init__(self, seed: int, *, greedy: float = 0.9) -> None:
+    def __init__(
+        self, seed: int, *, greedy: float = 0.9, adapters: Sequence[ServedAdapter] = ADAPTERS
+    ) -> None:
         dice = random.Random(seed)
         self.dice, self.simulated = dice, dict[str, EngineRequest]()
         self.arrivals, self.cancels, self.forgets = list[Any](), list[Any](), list[Any]()
@@ -81,7 +84,7 @@ class _World:
                 }
                 sampling |= kinds[kind]
                 matcher = dice.randint(1, 9) if kind == "grammar" else None
-            adapter = None if dice.random() < 0.4 else dice.choice(ADAPTERS)
+            adapter = None if dice.random() < 0.4 else dice.choice(adapters)
             deadline = when + dice.randint(1, 60) if dice.random() < 0.1 else None
             prompt = [dice.randrange(VOCABULARY) for _ in range(dice.randint(1, 50))]
             wanted = request(

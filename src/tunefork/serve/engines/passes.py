@@ -23,6 +23,7 @@ from tunefork.serve.engines.graphs import MANY_ROWS, Graphs, Key, limited
 from tunefork.serve.engines.launched import Arriving, Follows, Launched
 from tunefork.serve.engines.layout import BASE, STEP, Layout, Part, stretches
 from tunefork.serve.engines.reads import Reads, Span
+from tunefork.serve.engines.trial import TRIED
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,8 @@ class Passes:
         self.model, self.route, self.flash, self.groups = model, route, flash, groups
         self.max_tokens, self.max_model_len = max_tokens, max_model_len
         self.device = model.device
-        self.layout = Layout(max_tokens + max_rows + STEP, max_rows + 1, self.device)
+        # A trial's tokens are among those of prompts, its rows are none of the requests'.
+        self.layout = Layout(max_tokens + max_rows + STEP, max_rows + TRIED + 1, self.device)
         self.graphs: Graphs | None = None
         if graphs:
             compiled = CompiledLayers(model) if compiles else None
@@ -148,7 +150,8 @@ class Passes:
         tokens = key.tokens or key.rows
         shape = _Shape(key.rows, tokens, key.rows, 1, key.longest_k)
         if key.tokens:  # one row more, which fills it up
-            shape = shape._replace(rows=self.layout.rows, longest_q=None)
+            rows = self.layout.rows
+            shape = shape._replace(rows=rows, num_wanted=rows - 1, longest_q=None)
         told = [Stretch(0, 0, tokens)] if key.has_adapters else []
         return self._pass(shape, told, None, is_captured=True)
 

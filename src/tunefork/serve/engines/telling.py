@@ -32,12 +32,13 @@ class Event:
 
 def read(answers: Sequence[Answer], launched: Launched) -> list[Event]:
     """The next token of each answer that still runs, in the order of the pass's rows. Waits for the
-    pass, which is the last one, or one of whose logits nothing is wanted.
+    pass, which is the last one, or one of whose logits nothing is wanted. Rows behind those of the
+    answers are a trial's, and nobody's.
 
     Where it raises (memory), no answer has changed.
     """
     choices = {row: _choice(one) for row, one in enumerate(answers) if one.changes_logits}
-    tokens = _tokens(launched, choices)
+    tokens = _tokens(launched, choices)[: len(answers)]
     told = _logprobs(answers, tokens, launched)
     events = []
     for row, (answer, token) in enumerate(zip(answers, tokens, strict=True)):
