@@ -53,7 +53,11 @@ class _World:
     """What is asked of an engine, and when; the same for any engine."""
 
     def __init__(
-        self, seed: int, *, greedy: float = 0.9, adapters: Sequence[ServedAdapter] = ADAPTERS
+        self,
+        seed: int,
+        *,
+        tokens_suffice: float = 0.9,
+        adapters: Sequence[ServedAdapter] = ADAPTERS,
     ) -> None:
         dice = random.Random(seed)
         self.dice, self.simulated = dice, dict[str, EngineRequest]()
@@ -69,15 +73,15 @@ class _World:
             if dice.random() < 0.3:
                 sampling["stop"] = (dice.choice("abcd") + dice.choice("efgh"), dice.choice("xyz"))
             matcher = None
-            if dice.random() < greedy:
-                (self.greedy if dice.random() < 0.6 else self.sampled).add(name)
-                if name in self.sampled:
-                    sampling |= {"temperature": 1.0, "seed": at}
+            is_hot = at % 3 == 0
+            if is_hot:
+                sampling |= {"temperature": 1.0, "seed": at}
+            if dice.random() < tokens_suffice:
+                (self.sampled if is_hot else self.greedy).add(name)
             else:
-                kind = dice.choice(("hot", "told", "penalised", "grammar", "logprobs"))
+                kind = dice.choice(("biased", "penalised", "grammar", "logprobs"))
                 kinds: dict[str, dict[str, Any]] = {
-                    "hot": {"temperature": 1.0, "seed": at, "presence_penalty": 1.0},
-                    "told": {"temperature": 1.0, "seed": at, "logprobs": 2},
+                    "biased": {"logit_bias": {at: 1.0}},
                     "penalised": {"presence_penalty": 1.0},
                     "grammar": {},
                     "logprobs": {"logprobs": 2},
