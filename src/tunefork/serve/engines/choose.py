@@ -8,7 +8,8 @@ are told are those of the model's own logits, before all of that.
 
 What needs nothing but logits and that number is drawn behind the pass, in its stream (`draw_rows`),
 whether or not the next pass is launched before the host has seen the token: it is the same call
-either way, and a row's token does not depend on the other rows, so a seed's tokens are the same.
+either way, and a row's token does not depend on the other rows, so of the same logits a seed's
+token is the same.
 What changes logits (bias, penalties, a grammar) is known to the host alone, when it has seen the
 tokens before (`choose`).
 

@@ -66,4 +66,4 @@ class EmbeddedSettings(Section):
     GPU, which so does not wait between the two. With `cuda_graphs`, and while nobody who runs asks
     for penalties, a bias, a grammar or log probabilities, for which the host must see the logits or
     the tokens before. While any such request runs, all are served as without. Temperature, top-p,
-    top-k and seeds wait for nothing, and their tokens are the same with and without."""
+    top-k and seeds wait for nothing: of the same logits a token is the same with and without."""
