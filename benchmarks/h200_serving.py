@@ -6,8 +6,9 @@ Random weights, 128 tokens in, 128 out, greedy, rank 16 on all linear layers, al
 
     base, 32_adapters   the embedded engine, through `generate` with texts; ratios of one engine
     vllm_*              vLLM without texts, in a process of its own (--site: where its packages lie)
-    cold                adapters never seen before, one at a time, while 32 others decode: the first
+    cold                adapters never seen before, one at a time, while 63 others decode: the first
                         token and where its time went; others' time per token before and meanwhile
+                        (alone: --cases cold)
     1000_registered     1,000 adapters, 64 slots, 64 requests at a time by Zipf's law: first token
     passes              one pass by itself: rows that decode, with a prompt, prompts alone; captured
                         and launched kernel by kernel (--cases passes)
@@ -66,7 +67,7 @@ def main() -> None:
     load = draw_load(*size, shape.vocabulary)
     rows: list[dict[str, Any]] = []
     with random_weights():
-        takes_speed = bool({"speed", "profile", "passes"} & set(arguments.cases))
+        takes_speed = bool({"speed", "cold", "profile", "passes"} & set(arguments.cases))
         for variant, settings in _forms(base, arguments).items() if takes_speed else ():
             try:
                 found = asyncio.run(_speed(settings, load, adapters, arguments.cases))
@@ -107,7 +108,7 @@ async def _speed(
     rows: list[dict[str, Any]] = []
     if {"speed", "profile"} & set(cases):
         rows += await _rounds(engine, load, warm, common)
-    if "speed" in cases:
+    if {"speed", "cold"} & set(cases):
         rows.append(await cold_adapters(engine, load, warm, cold))
     if "passes" in cases:
         await _idle(engine)

@@ -63,6 +63,7 @@ class EmbeddedSettings(Section):
 
     ahead: bool = True
     """Launch the next pass before the tokens of the last one are on the host: it reads them on the
-    GPU, which so does not wait between the two. With `cuda_graphs`, and while all that run take the
-    likeliest token: temperature 0, which is not the API's default, and no penalties, bias, grammar
-    or log probabilities. While any other request runs, all are served as without."""
+    GPU, which so does not wait between the two. With `cuda_graphs`, and while nobody who runs asks
+    for penalties, a bias, a grammar or log probabilities, for which the host must see the logits or
+    the tokens before. While any such request runs, all are served as without. Temperature, top-p,
+    top-k and seeds wait for nothing: of the same logits a token is the same with and without."""

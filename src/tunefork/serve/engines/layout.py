@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tunefork.kernels.bank_read import TILE, Tiles, cut
 from tunefork.kernels.bank_stretches import Stretch
+from tunefork.serve.engines.choose import Choice
 from tunefork.serve.engines.launched import Follows
 from tunefork.serve.engines.reads import Span
 
@@ -39,6 +40,8 @@ class Part(NamedTuple):
     slot: int
     wants_logits: bool
     """Of its last token."""
+    choice: Choice | None = None
+    """How the token that follows is drawn. None: the likeliest is chosen."""
 
 
 class Layout:

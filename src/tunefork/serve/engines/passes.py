@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 
 from tunefork.kernels.bank_read import Tiles
 from tunefork.kernels.bank_stretches import Stretch
-from tunefork.serve.engines.choose import greedy
+from tunefork.serve.engines.choose import Choice, draw_rows, greedy
 from tunefork.serve.engines.compiled_layers import CompiledLayers
 from tunefork.serve.engines.graphs import MANY_ROWS, Graphs, Key, limited
 from tunefork.serve.engines.launched import Arriving, Follows, Launched
 from tunefork.serve.engines.layout import BASE, STEP, Layout, Part, stretches
 from tunefork.serve.engines.reads import Reads, Span
+from tunefork.serve.engines.trial import TRIED
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,8 @@ class Passes:
         self.model, self.route, self.flash, self.groups = model, route, flash, groups
         self.max_tokens, self.max_model_len = max_tokens, max_model_len
         self.device = model.device
-        self.layout = Layout(max_tokens + max_rows + STEP, max_rows + 1, self.device)
+        # A trial's tokens are among those of prompts, its rows are none of the requests'.
+        self.layout = Layout(max_tokens + max_rows + STEP, max_rows + TRIED + 1, self.device)
         self.graphs: Graphs | None = None
         if graphs:
             compiled = CompiledLayers(model) if compiles else None
@@ -120,11 +122,14 @@ class Passes:
             outcome, wanted = self._run_filled(self.graphs, parts, follows, size)
         else:
             outcome, wanted = self._run_any(parts, follows)
-        tokens_r = outcome.tokens_r[:wanted].clone()
-        return Launched(outcome.logits_rv[:wanted], tokens_r, Arriving(tokens_r))
+        logits_rv, tokens_r = outcome.logits_rv[:wanted], outcome.tokens_r[:wanted].clone()
+        told = enumerate(part.choice for part in parts if part.wants_logits)
+        draw_rows(logits_rv, tokens_r, {row: choice for row, choice in told if choice is not None})
+        return Launched(logits_rv, tokens_r, Arriving(tokens_r))
 
     def warm(self, *, has_slots: bool) -> None:
-        """Capture the graphs that short requests need, so that the first ones do not wait."""
+        """Capture the graphs that short requests need, and compile what draws tokens, so that the
+        first ones do not wait."""
 
         def lay_out(key: Key) -> None:
             if key.tokens:
@@ -136,13 +141,17 @@ class Passes:
 
         if self.graphs:
             self.graphs.warm(lay_out, has_slots=has_slots)
+            for graph in [*self.graphs.captured.values()][:1]:
+                for logits_rv in (graph.outcome.logits_rv[:1], graph.outcome.logits_rv[:1].float()):
+                    draw_rows(logits_rv, greedy(logits_rv), {0: Choice(temperature=1.0)})
 
     def launch(self, key: Key) -> Outcome:
         """Launch the pass that lies in the layout, filled up."""
         tokens = key.tokens or key.rows
         shape = _Shape(key.rows, tokens, key.rows, 1, key.longest_k)
         if key.tokens:  # one row more, which fills it up
-            shape = shape._replace(rows=self.layout.rows, longest_q=None)
+            rows = self.layout.rows
+            shape = shape._replace(rows=rows, num_wanted=rows - 1, longest_q=None)
         told = [Stretch(0, 0, tokens)] if key.has_adapters else []
         return self._pass(shape, told, None, is_captured=True)
 
