@@ -42,8 +42,11 @@ def _kernel(
         assert torch.equal(starts_q, groups * torch.arange(len(starts_q)))
         starts_q = torch.arange(len(query) + 1)
         starts_k, used_r = (told.repeat_interleave(groups) for told in (starts_k, used_r))
+    used_r = used_r * (starts_q.diff() > 0)  # a row without tokens is not looked at
     reads = Reads(used_r, starts_q, starts_k, used_r, longest_q, longest_k)
-    return _flash_by_numbers(query, keys, values, reads, scale, window)
+    found = _flash_by_numbers(query, keys, values, reads, scale, window)
+    found[: int(starts_q[0])] = torch.nan  # nor is a token of no row written
+    return found
 
 
 def test_many_and_few_rows_with_and_without_adapters_and_prompts_are_all_forms(

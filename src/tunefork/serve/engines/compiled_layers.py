@@ -64,6 +64,8 @@ def _tensors(told: Any) -> Iterator[Tensor]:
         case Reads():
             yield from (told.write_n, told.starts_q, told.starts_k, told.used_r)
             yield from told.grouped.values()
+            if told.decoding is not None:
+                yield from (told.decoding.used_m, told.decoding.starts_rest)
         case tuple() | list():
             for one in told:
                 yield from _tensors(one)

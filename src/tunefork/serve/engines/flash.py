@@ -6,7 +6,7 @@ Shape legend as in `attention.py`.
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,23 +28,55 @@ def flash(
     A row's last token sees all that is used, those before it one less each. Tokens of a row that
     uses none get zeros.
     """
-    run = flash_in_a_graph if torch.compiler.is_compiling() else _kernel
+    groups = query_nhe.shape[1] // keys_ske.shape[1]
+    read = _Read(keys_ske, values_ske, reads.longest_k, scale, window)
+    if window is not None or groups not in reads.grouped:
+        longest_q = len(query_nhe) if reads.longest_q is None else reads.longest_q
+        rows = [reads.starts_q, reads.starts_k, reads.used_r]
+        return read(query_nhe, rows, longest_q, is_causal=longest_q > 1)
+    starts_g, decoding = reads.grouped[groups], reads.decoding
+    if decoding is None:
+        return _grouped(read, query_nhe, [starts_g, reads.starts_k, reads.used_r], groups)
+    rows = [decoding.starts_rest, reads.starts_k, reads.used_r]
+    found_nhe = read(query_nhe, rows, len(query_nhe), is_causal=True)
+    many = len(decoding.used_m)
+    rows = [starts_g, reads.starts_k[: many + 1], decoding.used_m]
+    first_mhe = _grouped(read, query_nhe[:many], rows, groups)
+    # What the first call leaves of rows that had no tokens in it is anything, also no number.
+    is_decoding_m11 = (decoding.used_m > 0)[:, None, None]
+    found_nhe[:many] = torch.where(is_decoding_m11, first_mhe, found_nhe[:many])
+    return found_nhe
+
+
+class _Read(NamedTuple):
+    """A layer's call of the kernel, but for the tokens."""
+
+    keys_ske: Tensor
+    values_ske: Tensor
+    longest_k: int
+    scale: float
+    window: int | None
+
+    def __call__(
+        self, query_nhe: Tensor, rows: list[Tensor], longest_q: int, *, is_causal: bool
+    ) -> Tensor:
+        """`rows`: where their tokens begin, where their regions do, and what they use of them."""
+        run = flash_in_a_graph if torch.compiler.is_compiling() else _kernel
+        told = (rows, longest_q, self.longest_k, is_causal, self.scale, self.window)
+        return run(query_nhe, self.keys_ske, self.values_ske, *told)
+
+
+def _grouped(read: _Read, query_nhe: Tensor, rows: list[Tensor], groups: int) -> Tensor:
+    """Of rows of one token: as many tokens as query heads share a key-value head.
+
+    All of them see everything. The kernel would do it too, by three copies in place of two that are
+    fused with others.
+    """
     tokens, heads, features = query_nhe.shape
-    kv_heads, starts_q = keys_ske.shape[1], reads.starts_q
-    longest_q = tokens if reads.longest_q is None else reads.longest_q
-    groups, is_causal = heads // kv_heads, longest_q > 1
-    is_grouped = window is None and groups in reads.grouped
-    if is_grouped:
-        # As many tokens as query heads share a key-value head; all of them see everything. The
-        # kernel would do it too, by three copies in place of two that are fused with others.
-        longest_q, starts_q = groups, reads.grouped[groups]
-        query_nhe = query_nhe.view(tokens, kv_heads, groups, features).transpose(1, 2)
-        query_nhe = query_nhe.reshape(tokens * groups, kv_heads, features)
-    rows = [starts_q, reads.starts_k, reads.used_r]
-    told = (rows, longest_q, reads.longest_k, is_causal, scale, window)
-    found = run(query_nhe, keys_ske, values_ske, *told)
-    if is_grouped:
-        found = found.view(tokens, groups, kv_heads, features).transpose(1, 2)
+    query_nhe = query_nhe.view(tokens, -1, groups, features).transpose(1, 2)
+    query_nhe = query_nhe.reshape(tokens * groups, heads // groups, features)
+    found = read(query_nhe, rows, groups, is_causal=False)
+    found = found.view(tokens, groups, -1, features).transpose(1, 2)
     return found.reshape(tokens, heads, features)
 
 

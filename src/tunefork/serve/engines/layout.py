@@ -56,6 +56,8 @@ class Layout:
             "starts_q": rows + 1,
             "starts_k": rows + 1,
             "used": rows,
+            "decoding": rows,
+            "starts_rest": rows + 1,
             "sources": rows,
             "tiles": 3 * self.most_tiles(tokens),
         }
@@ -134,7 +136,8 @@ class Layout:
     def fill_up(self, parts: Sequence[Part], num_wanted: int, tokens: int) -> None:
         """Fill the pass that lies here up to `tokens` tokens, all rows and all tiles.
 
-        Those tokens belong to a row that sees nothing, not even them.
+        Those tokens belong to a row that sees nothing, not even them. The rows of one token that
+        the pass begins with are told by themselves as well (`reads.Decoding`).
         """
         numbers, given = self.numbers, len(parts)
         at = int(numbers["starts_q"][given])
@@ -144,6 +147,9 @@ class Layout:
         numbers["starts_q"][given + 1 :] = tokens
         numbers["starts_k"][given:] = 0
         numbers["used"][given:] = 0
+        alone = next((at for at, part in enumerate(parts) if len(part.ids) > 1), given)
+        numbers["decoding"][:alone], numbers["decoding"][alone:] = numbers["used"][:alone], 0
+        np.maximum(numbers["starts_q"], alone, out=numbers["starts_rest"])
         numbers["last"][num_wanted:] = 0
         found = np.array(cut(stretches(parts), tokens), dtype=np.int32).ravel()
         numbers["tiles"][: len(found)] = found

@@ -22,7 +22,7 @@ from tunefork.serve.engines.compiled_layers import CompiledLayers
 from tunefork.serve.engines.graphs import MANY_ROWS, Graphs, Key, limited
 from tunefork.serve.engines.launched import Arriving, Follows, Launched
 from tunefork.serve.engines.layout import BASE, STEP, Layout, Part, stretches
-from tunefork.serve.engines.reads import Reads, Span
+from tunefork.serve.engines.reads import Decoding, Reads, Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +200,7 @@ class Passes:
         tiles = None
         if shape.longest_q is None:
             tiles = self.layout.tiles(num_tokens)
+            self._read_apart(reads, num_tokens)
         elif is_captured and shape.rows >= MANY_ROWS:
             reads.grouped.update({groups: reads.starts_q * groups for groups in self.groups})
         index_n = tensors["slots"][:num_tokens]
@@ -217,3 +218,16 @@ class Passes:
             reads=reads,
         ).logits[0]
         return Outcome(logits_rv, greedy(logits_rv))
+
+    def _read_apart(self, reads: Reads, num_tokens: int) -> None:
+        """Have `flash` group heads in the rows of one token that a pass with prompts begins with.
+
+        Among many such rows: of few, long ones are read sooner head by head, beside the prompts.
+        """
+        tensors, many = self.layout.tensors, self.layout.rows - 1
+        if many < MANY_ROWS or not self.groups:
+            return
+        many = min(many, num_tokens)
+        reads.decoding = Decoding(tensors["decoding"][:many], tensors["starts_rest"])
+        at_m = torch.arange(many + 1, dtype=torch.int32, device=self.device)
+        reads.grouped.update({groups: at_m * groups for groups in self.groups})
