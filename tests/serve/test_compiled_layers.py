@@ -25,7 +25,7 @@ from tunefork.serve.engines.slots import BankSlots
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning:peft")]
 
 
-def _kernel(
+def kernel_by_numbers(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -36,6 +36,7 @@ def _kernel(
     scale: float,
     window: int | None,
 ) -> Tensor:
+    """`flash._kernel`: what it is told, taken at its word. Tokens of no row are no numbers."""
     starts_q, starts_k, used_r = rows
     if not is_causal and longest_q > 1:  # query heads in place of tokens: each sees everything
         groups, longest_q = longest_q, 1
@@ -45,7 +46,7 @@ def _kernel(
     used_r = used_r * (starts_q.diff() > 0)  # a row without tokens is not looked at
     reads = Reads(used_r, starts_q, starts_k, used_r, longest_q, longest_k)
     found = _flash_by_numbers(query, keys, values, reads, scale, window)
-    found[: int(starts_q[0])] = torch.nan  # nor is a token of no row written
+    found[: int(starts_q[0])] = torch.nan
     return found
 
 
@@ -58,7 +59,7 @@ def test_many_and_few_rows_with_and_without_adapters_and_prompts_are_all_forms(
         for group in groups:
             group.join_banks()
 
-    monkeypatch.setattr(flash, "_kernel", _kernel)
+    monkeypatch.setattr(flash, "_kernel", kernel_by_numbers)
     monkeypatch.setattr("tunefork.serve.engines.base.keep_as_rows", join)
     base = tmp_path / "base"
     model = base_folder(base)

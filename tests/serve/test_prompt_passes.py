@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from tests.serve.embedded import base_folder, save_adapter, settings
+from tests.serve.test_compiled_layers import kernel_by_numbers
 from tests.serve.test_embedded import _Again, _flash_by_numbers
 from tests.serve.test_graphs import _graphs, _Layers
 from tunefork.kernels.bank_read import TILE
 from tunefork.model.bank import Bank
 from tunefork.model.fused import FusedGroup
-from tunefork.serve.engines import attention, base
+from tunefork.serve.engines import attention, base, flash, passes
 from tunefork.serve.engines.embedded import EmbeddedEngine
 from tunefork.serve.engines.graphs import Graphs, Key
 from tunefork.serve.engines.layout import BASE, Layout, Part
@@ -50,6 +51,14 @@ def test_what_fills_a_pass_up_belongs_to_a_row_that_sees_nothing() -> None:
     assert found["starts_q"] == [0, 1, 71, 73, 128, 128]
     assert found["starts_k"][:3] == [APART, 2 * APART, 3 * APART]
     assert found["used"] == [10, 70, 5, 0, 0]
+    assert found["decoding"] == [10, 0, 0, 0, 0] and found["starts_rest"] == [
+        1,
+        1,
+        71,
+        73,
+        128,
+        128,
+    ]
     assert (wanted, found["last"]) == (2, [0, 72, 0, 0, 0])
     assert set(found["write"][73:128]) == {0} and set(found["slots"][71:128]) == {BASE}
     tiles = layout.tiles(128).numbers_t3.tolist()
@@ -221,24 +230,36 @@ MIXES: dict[str, list[tuple[int, int, int]]] = {
 """(new tokens, position, slot) of each row."""
 
 
-@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize(("fuse", "groups"), [(False, ()), (True, ()), (True, (2,))])
 def test_filled_passes_say_what_exact_ones_say(
-    fuse: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fuse: bool, groups: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sizes in turn, over a cache whose every place that no row should see is not a number."""
+    """Sizes in turn, over a cache whose every place that no row should see is not a number; rows
+    that decode read as others are, or apart, by `groups` of heads."""
 
     def join(_bank: Bank, groups: Sequence[FusedGroup]) -> None:
         for group in groups:
             group.join_banks()
 
-    monkeypatch.setattr(attention, "flash", _flash_by_numbers)
+    grouped = 0
+
+    def kernel(*told: Any) -> torch.Tensor:
+        nonlocal grouped
+        grouped += not told[6]
+        return kernel_by_numbers(*told)
+
+    if groups:
+        monkeypatch.setattr(flash, "_kernel", kernel)
+        monkeypatch.setattr(passes, "MANY_ROWS", 10)
+    else:
+        monkeypatch.setattr(attention, "flash", _flash_by_numbers)
     monkeypatch.setattr(Graphs, "_capture", lambda graphs, key: _Again(graphs, key))
     monkeypatch.setattr(base, "keep_as_rows", join)
     model = base_folder(tmp_path / "base")
     adapters = [save_adapter(model, tmp_path / f"a{r}", rank=r, seed=r) for r in (4, 16)]
 
     def check(passes: Passes, caches: list[torch.Tensor]) -> None:
-        passes.flash = True
+        passes.flash, passes.groups = True, groups
         graphs = passes.graphs = passes.make_graphs(10, None)
         chosen = random.Random(0)
         for mix in [*MIXES.values(), *chosen.choices([*MIXES.values()], k=8)]:
@@ -267,6 +288,7 @@ def test_filled_passes_say_what_exact_ones_say(
             torch.testing.assert_close(logits_rv, exact.logits_rv)
             assert torch.equal(tokens_r, exact.tokens_r)
         assert {key.tokens for key in graphs.captured} == {64, 128, 138}
+        assert bool(grouped) == bool(groups)
 
     async def run(check: Callable[..., Any]) -> None:
         fields = {"fuse": fuse, "prefill_tokens": 128, "max_requests": 10}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tunefork.serve.engines.reads import Reads, Span
+from tunefork.serve.engines.reads import Decoding, Reads, Span
 from tunefork.serve.engines.sdpa import sdpa
 
 
@@ -156,17 +156,20 @@ def flash_agrees(heads: int, kv_heads: int, features: int, dtype: torch.dtype) -
         def numbers(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int32, device=device)
 
-        starts_k = numbers([*(start for _, _, start, _ in told), 0])
+        starts_q, starts_k = numbers(first), numbers([*(start for _, _, start, _ in told), 0])
         used_r = numbers([used for _, _, _, used in told])
         write_n = torch.zeros(0, dtype=torch.int64, device=device)
-        reads = Reads(write_n, numbers(first), starts_k, used_r, max(new), 256, spans)
+        reads = Reads(write_n, starts_q, starts_k, used_r, max(new), 256, spans)
         groups = heads // kv_heads
-        grouped = replace(reads, grouped={groups: reads.starts_q * groups})
+        # In the pass with prompts only the first row decodes, where four might.
+        alone = None if max(new) == 1 else Decoding(numbers([300, 0, 0, 0]), starts_q.clamp(min=1))
+        starts_g = groups * (starts_q if alone is None else numbers([*range(5)]))
+        grouped = replace(reads, grouped={groups: starts_g}, decoding=alone)
         query_nhe = draw(sum(new), heads)
         for window in (None, 16):
             how = (features**-0.5, window)
             wanted = sdpa(query_nhe, keys_ske, values_ske, reads, *how).float()
-            for way in (reads, grouped) if max(new) == 1 else (reads,):
+            for way in (reads, grouped):
                 try:
                     found = flash(query_nhe, keys_ske, values_ske, way, *how)
                 except (RuntimeError, TypeError):  # this GPU or this PyTorch has it not
