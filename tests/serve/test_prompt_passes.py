@@ -15,6 +15,7 @@ from tests.serve.embedded import base_folder, save_adapter, settings
 from tests.serve.test_compiled_layers import kernel_by_numbers
 from tests.serve.test_embedded import _Again, _flash_by_numbers
 from tests.serve.test_graphs import _graphs, _Layers
+from tunefork.kernels.bank_mixed import Mixed
 from tunefork.kernels.bank_read import TILE
 from tunefork.model.bank import Bank
 from tunefork.model.fused import FusedGroup
@@ -63,6 +64,23 @@ def test_what_fills_a_pass_up_belongs_to_a_row_that_sees_nothing() -> None:
     assert set(found["write"][73:128]) == {0} and set(found["slots"][71:128]) == {BASE}
     tiles = layout.tiles(128).numbers_t3.tolist()
     assert tiles == [[2, 0, 64], [2, 64, 7], [-1, 71, 57], *[[-1, 0, 0]] * (len(tiles) - 3)]
+
+
+def test_among_few_tokens_rows_that_decode_are_in_no_tile() -> None:
+    """Nor is a token without an adapter, or a row of one token behind a prompt apart from it."""
+    layout = Layout(300, 6, torch.device("cpu"), few=128)
+    for numbers in layout.numbers.values():
+        numbers[:] = 77  # of a pass before
+    lengths = [(1, 2), (1, BASE), (70, 2), (1, 2), (4, BASE)]
+    parts = [_part(row, new, 5, slot) for row, (new, slot) in enumerate(lengths)]
+    layout.lay_out(parts)
+    layout.fill_up(parts, 0, 128)
+    mixed = layout.tiles(128)
+    assert isinstance(mixed, Mixed) and mixed.slot_m.tolist() == [2, BASE, BASE, BASE, BASE]
+    assert mixed.numbers_t3[:3].tolist() == [[2, 2, 64], [2, 66, 7], [BASE, 0, 0]]
+    assert not mixed.numbers_t3[3:, 2].any()
+    layout.fill_up(parts, 0, 192)
+    assert not isinstance(layout.tiles(192), Mixed)
 
 
 @pytest.mark.parametrize("lengths", [[TILE + 1] * 7, [1] * 7, [3 * TILE], [TILE, 1, TILE - 1]])
@@ -230,12 +248,13 @@ MIXES: dict[str, list[tuple[int, int, int]]] = {
 """(new tokens, position, slot) of each row."""
 
 
+@pytest.mark.parametrize("few", [0, 64, 1000])
 @pytest.mark.parametrize(("fuse", "groups"), [(False, ()), (True, ()), (True, (2,))])
 def test_filled_passes_say_what_exact_ones_say(
-    fuse: bool, groups: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fuse: bool, groups: tuple[int, ...], few: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sizes in turn, over a cache whose every place that no row should see is not a number; rows
-    that decode read as others are, or apart, by `groups` of heads."""
+    that decode read as others are, or apart, by `groups` of heads and by rows of adapters."""
 
     def join(_bank: Bank, groups: Sequence[FusedGroup]) -> None:
         for group in groups:
@@ -259,7 +278,7 @@ def test_filled_passes_say_what_exact_ones_say(
     adapters = [save_adapter(model, tmp_path / f"a{r}", rank=r, seed=r) for r in (4, 16)]
 
     def check(passes: Passes, caches: list[torch.Tensor]) -> None:
-        passes.flash, passes.groups = True, groups
+        passes.flash, passes.groups, passes.layout.few = True, groups, few
         graphs = passes.graphs = passes.make_graphs(10, None)
         chosen = random.Random(0)
         for mix in [*MIXES.values(), *chosen.choices([*MIXES.values()], k=8)]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tunefork.kernels.bank_mixed import Mixed
 from tunefork.kernels.bank_read import Tiles
 from tunefork.kernels.bank_stretches import Stretch
 from tunefork.serve.engines.choose import greedy
@@ -54,7 +55,7 @@ class Route(Protocol):
         stretches: Sequence[Stretch],
         *,
         is_captured: bool = False,
-        tiles: Tiles | None = None,
+        tiles: Tiles | Mixed | None = None,
     ) -> None:
         """The slot of each token, and the stretches of tokens that have one.
 
@@ -77,13 +78,14 @@ class Passes:
         graphs: bool,
         compiles: bool = False,
         groups: Collection[int] = (),
+        few: int = 0,
     ) -> None:
         """`groups`: how many query heads share a key-value head, where many rows of one token are
-        as quick if they are grouped by these beforehand."""
+        as quick if they are grouped by these beforehand. `few`: as `Layout`."""
         self.model, self.route, self.flash, self.groups = model, route, flash, groups
         self.max_tokens, self.max_model_len = max_tokens, max_model_len
         self.device = model.device
-        self.layout = Layout(max_tokens + max_rows + STEP, max_rows + 1, self.device)
+        self.layout = Layout(max_tokens + max_rows + STEP, max_rows + 1, self.device, few=few)
         self.graphs: Graphs | None = None
         if graphs:
             compiled = CompiledLayers(model) if compiles else None
@@ -205,8 +207,9 @@ class Passes:
             reads.grouped.update({groups: reads.starts_q * groups for groups in self.groups})
         index_n = tensors["slots"][:num_tokens]
         if self.graphs and self.graphs.compiled:
-            for tensor in (index_n, *(() if tiles is None else (tiles.numbers_t3,))):
-                self.graphs.compiled.mark(tensor)  # which no layer is handed
+            for told_of in (index_n, *(tiles or ())):
+                if isinstance(told_of, Tensor):
+                    self.graphs.compiled.mark(told_of)  # which no layer is handed
         self.route(index_n, told, is_captured=is_captured, tiles=tiles)
         # A pass that only fills the cache wants no logits at all; one row keeps shapes plain.
         wanted = tensors["last"][: max(shape.num_wanted, 1)].long()
@@ -224,10 +227,9 @@ class Passes:
 
         Among many such rows: of few, long ones are read sooner head by head, beside the prompts.
         """
-        tensors, many = self.layout.tensors, self.layout.rows - 1
-        if many < MANY_ROWS or not self.groups:
+        if self.layout.rows <= MANY_ROWS or not self.groups:
             return
-        many = min(many, num_tokens)
+        tensors, many = self.layout.tensors, self.layout.most_alone(num_tokens)
         reads.decoding = Decoding(tensors["decoding"][:many], tensors["starts_rest"])
         at_m = torch.arange(many + 1, dtype=torch.int32, device=self.device)
         reads.grouped.update({groups: at_m * groups for groups in self.groups})
