@@ -2,11 +2,19 @@
 
 A segment of keys begins anywhere in the cache and is as long as `used` says, so nothing is copied.
 
+The kernel has a program for each row, query head and 128 tokens. For a row of one token that is a
+program for each query head, which reads keys and values anew for one token. So many rows of one
+token are given to it with the query heads of a key-value head in place of tokens: a quarter of the
+programs for Llama 3's 8B, and of what they read. In a pass with prompts, where tokens must see what
+is before them alone, such rows have a call of their own.
+
 Shape legend as in `attention.py`.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +37,7 @@ def flash(
     uses none get zeros.
     """
     groups = query_nhe.shape[1] // keys_ske.shape[1]
-    read = _Read(keys_ske, values_ske, reads.longest_k, scale, window)
+    read = partial(_read, keys_ske, values_ske, reads.longest_k, scale, window)
     if window is not None or groups not in reads.grouped:
         longest_q = len(query_nhe) if reads.longest_q is None else reads.longest_q
         rows = [reads.starts_q, reads.starts_k, reads.used_r]
@@ -48,35 +56,38 @@ def flash(
     return found_nhe
 
 
-class _Read(NamedTuple):
-    """A layer's call of the kernel, but for the tokens."""
+def _read(
+    keys_ske: Tensor,
+    values_ske: Tensor,
+    longest_k: int,
+    scale: float,
+    window: int | None,
+    query_nhe: Tensor,
+    rows: list[Tensor],
+    longest_q: int,
+    *,
+    is_causal: bool,
+) -> Tensor:
+    """The kernel. `rows`: where their tokens begin, their regions do, and what they use of them."""
+    run = flash_in_a_graph if torch.compiler.is_compiling() else _kernel
+    told = (rows, longest_q, longest_k, is_causal, scale, window)
+    return run(query_nhe, keys_ske, values_ske, *told)
 
-    keys_ske: Tensor
-    values_ske: Tensor
-    longest_k: int
-    scale: float
-    window: int | None
 
-    def __call__(
-        self, query_nhe: Tensor, rows: list[Tensor], longest_q: int, *, is_causal: bool
-    ) -> Tensor:
-        """`rows`: where their tokens begin, where their regions do, and what they use of them."""
-        run = flash_in_a_graph if torch.compiler.is_compiling() else _kernel
-        told = (rows, longest_q, self.longest_k, is_causal, self.scale, self.window)
-        return run(query_nhe, self.keys_ske, self.values_ske, *told)
-
-
-def _grouped(read: _Read, query_nhe: Tensor, rows: list[Tensor], groups: int) -> Tensor:
+def _grouped(
+    read: Callable[..., Tensor], query_nhe: Tensor, rows: list[Tensor], groups: int
+) -> Tensor:
     """Of rows of one token: as many tokens as query heads share a key-value head.
 
     All of them see everything. The kernel would do it too, by three copies in place of two that are
     fused with others.
     """
     tokens, heads, features = query_nhe.shape
-    query_nhe = query_nhe.view(tokens, -1, groups, features).transpose(1, 2)
-    query_nhe = query_nhe.reshape(tokens * groups, heads // groups, features)
+    kv_heads = heads // groups
+    query_nhe = query_nhe.view(tokens, kv_heads, groups, features).transpose(1, 2)
+    query_nhe = query_nhe.reshape(tokens * groups, kv_heads, features)
     found = read(query_nhe, rows, groups, is_causal=False)
-    found = found.view(tokens, groups, -1, features).transpose(1, 2)
+    found = found.view(tokens, groups, kv_heads, features).transpose(1, 2)
     return found.reshape(tokens, heads, features)
 
 
