@@ -64,9 +64,8 @@ def _up(
     place, at = tl.arange(0, block_rank), tl.arange(0, block_t)
     mask_o, tile = column < size, tl.program_id(1)
     count = tl.load(tiles + 3 * tile + 2)
-    while (
-        count > 0
-    ):  # a captured pass has as many tiles as any may need; those that are none follow
+    # A captured pass has as many tiles as any may need: behind the others are some that are none.
+    while count > 0:
         slot, start = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1)
         is_wanted = slot >= 0
         if begins:
