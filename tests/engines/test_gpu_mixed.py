@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.serve.embedded import base_folder, save_adapter, settings
-from tests.serve.test_prompt_passes import APART, MIXES
+from tests.serve.test_layout import APART
+from tests.serve.test_prompt_passes import MIXES
 from tunefork.serve.engines import assemble, slots
 from tunefork.serve.engines.embedded import EmbeddedEngine
 from tunefork.serve.engines.layout import BASE, Part
