@@ -90,6 +90,7 @@ def assemble(
         graphs=flash and ours.cuda_graphs,
         compiles=flash and ours.compile,
         groups={la.groups for la in layers if la.groups > 1 and la.kv_heads >= _MANY_KV_HEADS},
+        few=0 if slots is None else slots.few,
     )
     passes.warm(has_slots=slots is not None)
     make_tiers = None

@@ -2,16 +2,24 @@
 
 A segment of keys begins anywhere in the cache and is as long as `used` says, so nothing is copied.
 
+The kernel has a program for each row, query head and 128 tokens. For a row of one token that is a
+program for each query head, which reads keys and values anew for one token. So many rows of one
+token are given to it with the query heads of a key-value head in place of tokens: a quarter of the
+programs for Llama 3's 8B, and of what they read. In a pass with prompts, where tokens must see what
+is before them alone, such rows have a call of their own.
+
 Shape legend as in `attention.py`.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tunefork.serve.engines.reads import Reads, Span
+from tunefork.serve.engines.reads import Decoding, Reads, Span
 from tunefork.serve.engines.sdpa import sdpa
 
 
@@ -28,23 +36,58 @@ def flash(
     A row's last token sees all that is used, those before it one less each. Tokens of a row that
     uses none get zeros.
     """
+    groups = query_nhe.shape[1] // keys_ske.shape[1]
+    read = partial(_read, keys_ske, values_ske, reads.longest_k, scale, window)
+    if window is not None or groups not in reads.grouped:
+        longest_q = len(query_nhe) if reads.longest_q is None else reads.longest_q
+        rows = [reads.starts_q, reads.starts_k, reads.used_r]
+        return read(query_nhe, rows, longest_q, is_causal=longest_q > 1)
+    starts_g, decoding = reads.grouped[groups], reads.decoding
+    if decoding is None:
+        return _grouped(read, query_nhe, [starts_g, reads.starts_k, reads.used_r], groups)
+    rows = [decoding.starts_rest, reads.starts_k, reads.used_r]
+    found_nhe = read(query_nhe, rows, len(query_nhe), is_causal=True)
+    many = len(decoding.used_m)
+    rows = [starts_g, reads.starts_k[: many + 1], decoding.used_m]
+    first_mhe = _grouped(read, query_nhe[:many], rows, groups)
+    # What the first call leaves of rows that had no tokens in it is anything, also no number.
+    is_decoding_m11 = (decoding.used_m > 0)[:, None, None]
+    found_nhe[:many] = torch.where(is_decoding_m11, first_mhe, found_nhe[:many])
+    return found_nhe
+
+
+def _read(
+    keys_ske: Tensor,
+    values_ske: Tensor,
+    longest_k: int,
+    scale: float,
+    window: int | None,
+    query_nhe: Tensor,
+    rows: list[Tensor],
+    longest_q: int,
+    *,
+    is_causal: bool,
+) -> Tensor:
+    """The kernel. `rows`: where their tokens begin, their regions do, and what they use of them."""
     run = flash_in_a_graph if torch.compiler.is_compiling() else _kernel
+    told = (rows, longest_q, longest_k, is_causal, scale, window)
+    return run(query_nhe, keys_ske, values_ske, *told)
+
+
+def _grouped(
+    read: Callable[..., Tensor], query_nhe: Tensor, rows: list[Tensor], groups: int
+) -> Tensor:
+    """Of rows of one token: as many tokens as query heads share a key-value head.
+
+    All of them see everything. The kernel would do it too, by three copies in place of two that are
+    fused with others.
+    """
     tokens, heads, features = query_nhe.shape
-    kv_heads, starts_q = keys_ske.shape[1], reads.starts_q
-    longest_q = tokens if reads.longest_q is None else reads.longest_q
-    groups, is_causal = heads // kv_heads, longest_q > 1
-    is_grouped = window is None and groups in reads.grouped
-    if is_grouped:
-        # As many tokens as query heads share a key-value head; all of them see everything. The
-        # kernel would do it too, by three copies in place of two that are fused with others.
-        longest_q, starts_q = groups, reads.grouped[groups]
-        query_nhe = query_nhe.view(tokens, kv_heads, groups, features).transpose(1, 2)
-        query_nhe = query_nhe.reshape(tokens * groups, kv_heads, features)
-    rows = [starts_q, reads.starts_k, reads.used_r]
-    told = (rows, longest_q, reads.longest_k, is_causal, scale, window)
-    found = run(query_nhe, keys_ske, values_ske, *told)
-    if is_grouped:
-        found = found.view(tokens, groups, kv_heads, features).transpose(1, 2)
+    kv_heads = heads // groups
+    query_nhe = query_nhe.view(tokens, kv_heads, groups, features).transpose(1, 2)
+    query_nhe = query_nhe.reshape(tokens * groups, kv_heads, features)
+    found = read(query_nhe, rows, groups, is_causal=False)
+    found = found.view(tokens, groups, kv_heads, features).transpose(1, 2)
     return found.reshape(tokens, heads, features)
 
 
@@ -124,17 +167,20 @@ def flash_agrees(heads: int, kv_heads: int, features: int, dtype: torch.dtype) -
         def numbers(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int32, device=device)
 
-        starts_k = numbers([*(start for _, _, start, _ in told), 0])
+        starts_q, starts_k = numbers(first), numbers([*(start for _, _, start, _ in told), 0])
         used_r = numbers([used for _, _, _, used in told])
         write_n = torch.zeros(0, dtype=torch.int64, device=device)
-        reads = Reads(write_n, numbers(first), starts_k, used_r, max(new), 256, spans)
+        reads = Reads(write_n, starts_q, starts_k, used_r, max(new), 256, spans)
         groups = heads // kv_heads
-        grouped = replace(reads, grouped={groups: reads.starts_q * groups})
+        # In the pass with prompts only the first row decodes, where four might.
+        alone = None if max(new) == 1 else Decoding(numbers([300, 0, 0, 0]), starts_q.clamp(min=1))
+        starts_g = groups * (starts_q if alone is None else numbers([*range(5)]))
+        grouped = replace(reads, grouped={groups: starts_g}, decoding=alone)
         query_nhe = draw(sum(new), heads)
         for window in (None, 16):
             how = (features**-0.5, window)
             wanted = sdpa(query_nhe, keys_ske, values_ske, reads, *how).float()
-            for way in (reads, grouped) if max(new) == 1 else (reads,):
+            for way in (reads, grouped):
                 try:
                     found = flash(query_nhe, keys_ske, values_ske, way, *how)
                 except (RuntimeError, TypeError):  # this GPU or this PyTorch has it not

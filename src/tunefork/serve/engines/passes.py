@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tunefork.kernels.bank_mixed import Mixed
 from tunefork.kernels.bank_read import Tiles
 from tunefork.kernels.bank_stretches import Stretch
 from tunefork.serve.engines.choose import Choice, draw_rows, greedy
@@ -22,7 +23,7 @@ from tunefork.serve.engines.compiled_layers import CompiledLayers
 from tunefork.serve.engines.graphs import MANY_ROWS, Graphs, Key, limited
 from tunefork.serve.engines.launched import Arriving, Follows, Launched
 from tunefork.serve.engines.layout import BASE, STEP, Layout, Part, stretches
-from tunefork.serve.engines.reads import Reads, Span
+from tunefork.serve.engines.reads import Decoding, Reads, Span
 from tunefork.serve.engines.trial import TRIED
 
 
@@ -55,7 +56,7 @@ class Route(Protocol):
         stretches: Sequence[Stretch],
         *,
         is_captured: bool = False,
-        tiles: Tiles | None = None,
+        tiles: Tiles | Mixed | None = None,
     ) -> None:
         """The slot of each token, and the stretches of tokens that have one.
 
@@ -78,14 +79,17 @@ class Passes:
         graphs: bool,
         compiles: bool = False,
         groups: Collection[int] = (),
+        few: int = 0,
     ) -> None:
         """`groups`: how many query heads share a key-value head, where many rows of one token are
-        as quick if they are grouped by these beforehand."""
+        as quick if they are grouped by these beforehand. `few`: as `Layout`."""
         self.model, self.route, self.flash, self.groups = model, route, flash, groups
         self.max_tokens, self.max_model_len = max_tokens, max_model_len
         self.device = model.device
         # A trial's tokens are among those of prompts, its rows are none of the requests'.
-        self.layout = Layout(max_tokens + max_rows + STEP, max_rows + TRIED + 1, self.device)
+        self.layout = Layout(
+            max_tokens + max_rows + STEP, max_rows + TRIED + 1, self.device, few=few
+        )
         self.graphs: Graphs | None = None
         if graphs:
             compiled = CompiledLayers(model) if compiles else None
@@ -209,12 +213,14 @@ class Passes:
         tiles = None
         if shape.longest_q is None:
             tiles = self.layout.tiles(num_tokens)
+            self._read_apart(reads, num_tokens)
         elif is_captured and shape.rows >= MANY_ROWS:
             reads.grouped.update({groups: reads.starts_q * groups for groups in self.groups})
         index_n = tensors["slots"][:num_tokens]
         if self.graphs and self.graphs.compiled:
-            for tensor in (index_n, *(() if tiles is None else (tiles.numbers_t3,))):
-                self.graphs.compiled.mark(tensor)  # which no layer is handed
+            for told_of in (index_n, *(tiles or ())):
+                if isinstance(told_of, Tensor):
+                    self.graphs.compiled.mark(told_of)  # which no layer is handed
         self.route(index_n, told, is_captured=is_captured, tiles=tiles)
         # A pass that only fills the cache wants no logits at all; one row keeps shapes plain.
         wanted = tensors["last"][: max(shape.num_wanted, 1)].long()
@@ -226,3 +232,15 @@ class Passes:
             reads=reads,
         ).logits[0]
         return Outcome(logits_rv, greedy(logits_rv))
+
+    def _read_apart(self, reads: Reads, num_tokens: int) -> None:
+        """Have `flash` group heads in the rows of one token that a pass with prompts begins with.
+
+        Among many such rows: of few, long ones are read sooner head by head, beside the prompts.
+        """
+        if self.layout.rows <= MANY_ROWS or not self.groups:
+            return
+        tensors, many = self.layout.tensors, self.layout.most_alone(num_tokens)
+        reads.decoding = Decoding(tensors["decoding"][:many], tensors["starts_rest"])
+        at_m = torch.arange(many + 1, dtype=torch.int32, device=self.device)
+        reads.grouped.update({groups: at_m * groups for groups in self.groups})
