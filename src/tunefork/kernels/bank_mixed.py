@@ -6,9 +6,10 @@ program for each tile, that reads its slot's A from end to end: with 64 rows ove
 programs on 132 processors, bound by how long a read takes. So here
 
     rows that decode   are added to row by row, by `add_own`
-    prompts            in tiles of one slot, by `up`, which finds u among those of all slots
+    prompts            in tiles of one slot, by an `up` that finds u among those of all slots
 
-Numbers of both lie on the device, so that a captured CUDA graph serves any mix.
+Numbers of both lie on the device, so that a captured CUDA graph serves any mix. The second one's
+kernel is in `bank_mixed_triton.py`.
 
 Shape legend as in `bank_read.py`; M tokens that the pass begins with, of which any may decode.
 """
@@ -51,13 +52,11 @@ def _add_mixed(
     y_so: Tensor, u_sk: Tensor, mixed: Mixed, b: Tensor, sizes: Sequence[int], rank: int
 ) -> None:
     if is_on_gpu(y_so) and y_so.dtype == torch.bfloat16:
-        from tunefork.kernels import bank_tiles_triton  # needs Triton, which comes with CUDA
+        from tunefork.kernels import bank_mixed_triton  # needs Triton, which comes with CUDA
 
         first = slice(0, len(mixed.slot_m))
         add_own(y_so[first], u_sk[first], mixed.slot_m, b, sizes, rank)
-        return bank_tiles_triton.up(
-            y_so, u_sk, b, mixed.numbers_t3, mixed.size, sizes, rank, begins=False, is_wide=True
-        )
+        return bank_mixed_triton.up(y_so, u_sk, b, mixed.numbers_t3, mixed.size, sizes, rank)
     return add_mixed_reference(y_so, u_sk, mixed, b, sizes, rank)
 
 

@@ -122,7 +122,7 @@ def blocks_of(sizes: Sequence[int], block_o: int) -> int:
 
 
 @cache
-def can_be_early(device: torch.device) -> bool:
+def _can_be_early(device: torch.device) -> bool:
     """Whether a kernel can begin while the one before ends (programmatic dependent launch)."""
     return torch.cuda.get_device_capability(device)[0] >= 9
 
@@ -134,7 +134,7 @@ def add_own(
     num_slots = b.numel() // (rank * sum(sizes))
     block_rank = max(16, triton.next_power_of_2(rank))
     block_o = max(16, _VALUES // block_rank)
-    is_early = can_be_early(y_so.device)
+    is_early = _can_be_early(y_so.device)
     _add_own[(blocks_of(sizes, block_o), num_slots)](
         y_so,
         y_so.stride(0),

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tunefork.kernels.bank_read_triton import blocks_of, can_be_early, own_b, piece, step_of
+from tunefork.kernels.bank_read_triton import blocks_of, own_b, piece, step_of
 
 
 @triton.jit
@@ -50,51 +50,41 @@ def _down(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+@triton.jit
 def _up(
-    y, stride_y, u, stride_u, b, tiles, num_tiles, num_slots,
+    y, stride_y, u, stride_u, b, tiles, num_slots,
     sizes: tl.constexpr, rank: tl.constexpr, block_rank: tl.constexpr,
     block_t: tl.constexpr, block_o: tl.constexpr, step: tl.constexpr, begins: tl.constexpr,
-    is_wide: tl.constexpr, is_early: tl.constexpr,
 ):  # fmt: skip
     layer, column, first, size = piece(tl.program_id(0), sizes, block_o)
+    tile = tl.program_id(1)
+    slot, start, count = (
+        tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
+    )  # fmt: skip
+    is_done = count == 0  # a captured pass has as many tiles as any of its size may need
+    if not begins:
+        is_done = is_done | (slot < 0)
+    if is_done:
+        return
     column = tl.multiple_of(column, step)
     first, size = tl.multiple_of(first, step), tl.multiple_of(size, step)
     column = column + tl.arange(0, block_o)
-    place, at = tl.arange(0, block_rank), tl.arange(0, block_t)
-    mask_o, tile = column < size, tl.program_id(1)
-    count = tl.load(tiles + 3 * tile + 2)
-    # A captured pass has as many tiles as any may need: behind the others are some that are none.
-    while count > 0:
-        slot, start = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1)
-        is_wanted = slot >= 0
-        if begins:
-            is_wanted = count > 0
-        if is_wanted:
-            mask_r = (place < rank) & (slot >= 0)
-            b_ro = own_b(b, slot, num_slots, column, first, size, mask_r, mask_o, rank, block_rank)
-            mask_t, token = at < count, (start + at).to(tl.int64)
-            column_u = layer * rank
-            if is_wide:
-                column_u = (layer * num_slots + slot) * rank
-            if is_early:
-                tl.extra.cuda.gdc_wait()
-            u_tr = tl.load(
-                u + token[:, None] * stride_u + (column_u + place)[None, :],
-                mask=mask_t[:, None] & mask_r[None, :], other=0.0,
-            )  # fmt: skip
-            y_at = y + token[:, None] * stride_y + (first + column)[None, :]
-            mask = mask_t[:, None] & mask_o[None, :]
-            y_to = tl.dot(u_tr, b_ro)
-            if not begins:
-                y_to = y_to + tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
-            tl.store(y_at, y_to.to(y.dtype.element_ty), mask=mask)
-        count = tl.zeros_like(count)  # a program for each tile
-        if is_wide:
-            tile += tl.num_programs(1)
-            count = tl.load(tiles + 3 * tile + 2, mask=tile < num_tiles, other=0)
-    if is_early:  # or what comes next would be told that the kernel before has ended
-        tl.extra.cuda.gdc_wait()
+    place = tl.arange(0, block_rank)
+    mask_o, mask_r = column < size, (place < rank) & (slot >= 0)
+    b_ro = own_b(b, slot, num_slots, column, first, size, mask_r, mask_o, rank, block_rank)
+    at = tl.arange(0, block_t)
+    mask_t = at < count
+    token = (start + at).to(tl.int64)
+    u_tr = tl.load(
+        u + token[:, None] * stride_u + (layer * rank + place)[None, :],
+        mask=mask_t[:, None] & mask_r[None, :], other=0.0,
+    )  # fmt: skip
+    y_at = y + token[:, None] * stride_y + (first + column)[None, :]
+    mask = mask_t[:, None] & mask_o[None, :]
+    y_to = tl.dot(u_tr, b_ro)
+    if not begins:
+        y_to = y_to + tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_at, y_to.to(y.dtype.element_ty), mask=mask)
 
 
 @cache
@@ -142,24 +132,18 @@ def up(
     rank: int,
     *,
     begins: bool,
-    is_wide: bool = False,
 ) -> None:
-    """As `bank_read.up`. `is_wide`: u (S, L N R) is of all slots, and most tiles are none."""
+    """As `bank_read.up`."""
     block_rank = max(16, triton.next_power_of_2(rank))
     # Columns of B lie in registers: fewer for a large rank.
     block_o = max(16, min(128, 8192 // block_rank))
-    num_tiles = tiles_t3.shape[0]
-    # As many as there are where all are full.
-    programs = min(num_tiles, triton.cdiv(y_so.shape[0], tile)) if is_wide else num_tiles
-    is_early = can_be_early(y_so.device)
-    _up[(blocks_of(sizes, block_o), programs)](
+    _up[(blocks_of(sizes, block_o), tiles_t3.shape[0])](
         y_so,
         y_so.stride(0),
         u_sk,
         u_sk.stride(0),
         b,
         tiles_t3,
-        num_tiles,
         b.numel() // (rank * sum(sizes)),
         tuple(sizes),
         rank,
@@ -168,8 +152,5 @@ def up(
         block_o,
         step_of(sizes),
         begins,
-        is_wide,
-        is_early,
         num_warps=4,
-        launch_pdl=is_early,
     )
