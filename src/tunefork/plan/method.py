@@ -36,6 +36,8 @@ class Case:
     target: Target
     is_varied: bool = True
     """Its passes are of many lengths, as those of real data are."""
+    may_capture: bool = True
+    """Whether its passes may be replayed as CUDA graphs; where memory is short, they are not."""
 
     def step(self, shape: Shape, *, evaluates: bool = False) -> Step:
         """Traced; with `evaluates` an evaluation's pass too."""
@@ -49,7 +51,7 @@ class Case:
         """Of a pass of `shape`, whose step was traced, or made from one that was."""
         # A GPU gets its 4-bit layers one by one; on a CPU both forms lie in the same memory.
         is_in_place = self.target.kind == "cpu" and self.made.method is Method.QLORA
-        return measure(
+        found = measure(
             step,
             self.target.fit.memory,
             self.target.trust,
@@ -59,12 +61,23 @@ class Case:
             is_varied=self.is_varied,
             loaded_bytes=self.total_params * self.made.dtype.itemsize if is_in_place else 0,
         )
+        if self.may_capture and found.process.high > self.target.memory_bytes:
+            # Graphs are captured where there is room, and dropped where there is none.
+            return self.launched.memory_of(step, shape)
+        return found
+
+    @property
+    def launched(self) -> "Case":
+        """The same, captured nowhere: the least memory that it takes."""
+        return replace(self, may_capture=False)
 
     def captures(self, step: Step, shape: Shape) -> bool:
         """Whether a pass of `shape` is replayed as one CUDA graph (`train/engine.py`, `runner.py`).
 
         `step` is of any shape of the case.
         """
+        if not self.may_capture:
+            return False
         made, static = self.made, sum(step.static.values())
         draws = made.method is not Method.FULL and made.lora.dropout > 0.0
         if not step.is_compiled or draws or made.releases or made.checkpointing == "offload":
@@ -228,7 +241,7 @@ def largest_length(case: Case, shape: Shape) -> int | None:
 
 def fits_without_passes(case: Case, shape: Shape) -> bool:
     """Whether the phases fit that take the same whatever the batch."""
-    memory = case.memory(shape)
+    memory = case.launched.memory(shape)
     most = max(memory.phases[name].tensor_bytes for name in _WITHOUT_PASSES)
     return memory.process_high(most) <= case.target.memory_bytes
 
@@ -237,6 +250,7 @@ def _largest(
     case: Case, of: Callable[[int], Shape], low: int, high: int, *, least: int
 ) -> int | None:
     """Largest size that fits. A moment's memory is linear in it, as traced at `low` and `high`."""
+    case = case.launched
     size = _on_line(case, of, low, high, least)
     if size > high:
         # Logits are held for so many tokens at most, so that far out the line is less steep.
