@@ -61,9 +61,9 @@ def test_others_passes_are_launched_while_a_trial_is_under_way(
     behind: list[int] = []
     verdict_of, compute = trial.verdict_of, Passes.run
 
-    def slowly(launched: Launched) -> Arriving:
+    def slowly(launched: Launched, *rows: int) -> Arriving:
         torch.cuda._sleep(10**9)
-        under_way.append(verdict_of(launched))
+        under_way.append(verdict_of(launched, *rows))
         return under_way[-1]
 
     def run(passes: Passes, parts: Any, *follows: Any) -> Launched:

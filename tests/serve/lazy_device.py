@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunefork.kernels.draw import draw
 from tunefork.serve.engines.choose import BAD
 from tunefork.serve.engines.launched import Follows
 from tunefork.serve.engines.layout import BASE, Part
@@ -139,11 +140,15 @@ class Passes:
     device = torch.device("cpu")
     graphs = None
     has_graphs = True
+    draw_by = staticmethod(draw)
 
     def __init__(self, gpu: Device) -> None:
         self.gpu, self.num_ahead, self.log = gpu, 0, list[tuple[Chosen, list[Part]]]()
         self.before: Callable[[], None] = lambda: None
         """Is called when a pass is to be launched."""
+
+    def takes_trial(self, tokens: int) -> bool:
+        return True
 
     def run(self, parts: Series[Part], follows: Follows | None = None) -> Any:
         self.before()

@@ -77,7 +77,8 @@ def test_many_and_few_rows_with_and_without_adapters_and_prompts_are_all_forms(
         for cache in parts.core.cache._pools():  # rows see tokens that none has computed
             cache.zero_()
         compiled = CompiledLayers(parts.model, partial(torch.compile, backend=counter))
-        passes.flash, passes.groups, graphs = True, {2}, passes.make_graphs(64, compiled)
+        passes.flash = passes.apart = True
+        passes.groups, graphs = {2}, passes.make_graphs(64, compiled)
         passes.graphs, graphs.is_on = graphs, False
         for rows in (48, 33, 2):
             for slots in ((BASE,), (3, BASE)):

@@ -150,8 +150,9 @@ def _as_a_gpu(engine: EmbeddedEngine) -> Graphs:
     assert engine._parts is not None
     core = engine._parts.core
     assert core.tiers is not None and isinstance(core.tiers.slots, BankSlots)
-    core.passes.flash = core.overlaps = True
+    core.passes.flash = core.passes.rows_are_alike = core.overlaps = True
     core.tiers.slots.takes_tiles = True
+    core.passes.layout.few = core.tiers.slots.few
     graphs = core.passes.graphs = core.passes.make_graphs(core.scheduler.max_requests, None)
     return graphs
 

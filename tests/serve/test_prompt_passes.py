@@ -211,7 +211,8 @@ def test_filled_passes_say_what_exact_ones_say(
     adapters = [save_adapter(model, tmp_path / f"a{r}", rank=r, seed=r) for r in (4, 16)]
 
     def check(passes: Passes, caches: list[torch.Tensor]) -> None:
-        passes.flash, passes.groups, passes.layout.few = True, groups, few
+        passes.flash = passes.apart = True
+        passes.groups, passes.layout.few = groups, few
         graphs = passes.graphs = passes.make_graphs(10, None)
         chosen = random.Random(0)
         for mix in [*MIXES.values(), *chosen.choices([*MIXES.values()], k=8)]:

@@ -167,9 +167,9 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     verdict_of = trial.verdict_of
 
-    def noted(launched: Launched) -> Any:
+    def noted(launched: Launched, *rows: int) -> Any:
         found.append(len(launched.logits_rv))
-        return verdict_of(launched)
+        return verdict_of(launched, *rows)
 
     monkeypatch.setattr(trial, "verdict_of", noted)
     return found

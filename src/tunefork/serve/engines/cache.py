@@ -144,7 +144,10 @@ def takes_flash(layers: list[LayerShape], dtype: torch.dtype, device: torch.devi
         (layer.query_heads, layer.kv_heads, layer.key_features, layer.value_features)
         for layer in layers
     }
-    return all(
-        key == value and key % 8 == 0 and key <= 256 and flash_agrees(h, k, key, dtype)
-        for h, k, key, value in kinds
-    )
+    try:
+        return all(
+            key == value and key % 8 == 0 and key <= 256 and flash_agrees(h, k, key, dtype)
+            for h, k, key, value in kinds
+        )
+    except (RuntimeError, TypeError):  # this GPU or this PyTorch has it not
+        return False

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tunefork.kernels.draw import COLUMNS, draw
+from tunefork.kernels.draw import COLUMNS, Draw, draw
 
 BAD = -1
 """In place of a token where a row's logits are not finite."""
@@ -61,7 +61,9 @@ def greedy(logits_rv: Tensor) -> Tensor:
     return torch.where(best.values.isfinite(), best.indices, BAD)
 
 
-def draw_rows(logits_rv: Tensor, tokens_r: Tensor, choices: Mapping[int, Choice]) -> None:
+def draw_rows(
+    logits_rv: Tensor, tokens_r: Tensor, choices: Mapping[int, Choice], by: Draw = draw
+) -> None:
     """Replace the likeliest tokens (`greedy`) of the rows in `choices` by drawn ones, in place.
 
     Of a choice, changes and grammar are in the logits by now. Nothing waits for a GPU.
@@ -74,10 +76,10 @@ def draw_rows(logits_rv: Tensor, tokens_r: Tensor, choices: Mapping[int, Choice]
     ]
     is_cuda = logits_rv.is_cuda
     told_s5 = torch.tensor(told, dtype=torch.float64, pin_memory=is_cuda).view(-1, COLUMNS)
-    draw(logits_rv, tokens_r, told_s5.to(logits_rv.device, non_blocking=True))
+    by(logits_rv, tokens_r, told_s5.to(logits_rv.device, non_blocking=True))
 
 
-def choose(logits_rv: Tensor, choices: Sequence[Choice]) -> Tensor:
+def choose(logits_rv: Tensor, choices: Sequence[Choice], by: Draw = draw) -> Tensor:
     """(R,) int64 on the logits' device: a token of each row, or BAD."""
     tokens_r = greedy(logits_rv)
     rows = [row for row, choice in enumerate(choices) if not choice.is_greedy]
@@ -89,7 +91,7 @@ def choose(logits_rv: Tensor, choices: Sequence[Choice]) -> Tensor:
     was_finite = tokens_r.index_select(0, row_index) != BAD
     _change(scores_rv, ours)
     found = greedy(scores_rv)
-    draw_rows(scores_rv, found, {at: one for at, one in enumerate(ours) if one.is_drawn})
+    draw_rows(scores_rv, found, {at: one for at, one in enumerate(ours) if one.is_drawn}, by)
     return tokens_r.index_copy(0, row_index, torch.where(was_finite, found, BAD))
 
 

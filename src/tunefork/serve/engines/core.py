@@ -172,13 +172,13 @@ class Core:
             # Launched again in its turn, it says whose request fails if there still is no memory.
 
     def _depart(self, planned: Sequence[Planned], *follows: Follows) -> None:
-        run, parts = self.passes.run, [part for _, part in planned]
+        parts = [part for _, part in planned]
         tried, trial = self.scheduler.to_try(), None
         if tried is None:
-            launched = run(parts, *follows)
+            launched = self.passes.run(parts, *follows)
         else:
-            start, rides = self.cache.trial_start, self.overlaps
-            launched, trial = launch_with_trial(run, parts, follows, tried, start, rides=rides)
+            start = self.cache.trial_start
+            launched, trial = launch_with_trial(self.passes, parts, follows, tried, start)
             self.scheduler.is_trying()
         self._flights.append(Flight(planned, launched, trial))
 
@@ -188,7 +188,8 @@ class Core:
         try:
             if flight.trial is not None:
                 self._conclude(flight.trial)
-            events = telling.read(flight.answers, flight.launched) if flight.answers else []
+            answers, by = flight.answers, self.passes.draw_by
+            events = telling.read(answers, flight.launched, by) if answers else []
         except (RuntimeError, MemoryError) as error:
             self._make_do(flight.planned, error)
             for lost in self._flights:

@@ -145,46 +145,53 @@ def _(query_nhe: Tensor, *_: Any) -> Tensor:
     return query_nhe.new_empty(query_nhe.shape)
 
 
-def flash_agrees(heads: int, kv_heads: int, features: int, dtype: torch.dtype) -> bool:
-    """Whether `flash` is what `sdpa` is on this GPU, for decoding rows and for pieces of prompts.
+def flash_agrees(
+    heads: int,
+    kv_heads: int,
+    features: int,
+    dtype: torch.dtype,
+    *,
+    apart: bool = False,
+    device: str = "cuda",
+) -> bool:
+    """Whether `flash` is what `sdpa` is on this GPU, for decoding rows and for pieces of prompts;
+    or, `apart`, for prompts with rows that decode before them, read by themselves.
 
     Regions lie apart and in no order here, with something else around them. Behind the prompts are
-    a row that sees nothing and one without tokens, which fill captured passes up.
+    a row that sees nothing and one without tokens, which fill captured passes up. Raises what the
+    kernel raises where this GPU or this PyTorch has it not.
     """
-    device = torch.device("cuda")
-    random = torch.Generator(device).manual_seed(0)
+    random, groups = torch.Generator(device).manual_seed(0), heads // kv_heads
 
     def draw(tokens: int, number: int) -> Tensor:
         shape = (tokens, number, features)
         return torch.randn(shape, generator=random, device=device).to(dtype)
 
+    def numbers(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
     keys_ske, values_ske = draw(512, kv_heads), draw(512, kv_heads)
-    for new in ((1, 1, 1), (1, 5, 40, 70, 0)):
+    for new in ((1, 1, 40, 70, 0),) if apart else ((1, 1, 1), (1, 5, 40, 70, 0)):
         first = [sum(new[:at]) for at in range(len(new) + 1)]
         told = list(zip(first, new, (300, 64, 129, 0, 0), (77, 33, 170, 0, 0), strict=False))
         spans = tuple(Span(at, number, start, used) for at, number, start, used in told[:3])
-
-        def numbers(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
-
         starts_q, starts_k = numbers(first), numbers([*(start for _, _, start, _ in told), 0])
         used_r = numbers([used for _, _, _, used in told])
         write_n = torch.zeros(0, dtype=torch.int64, device=device)
         reads = Reads(write_n, starts_q, starts_k, used_r, max(new), 256, spans)
-        groups = heads // kv_heads
-        # In the pass with prompts only the first row decodes, where four might.
-        alone = None if max(new) == 1 else Decoding(numbers([300, 0, 0, 0]), starts_q.clamp(min=1))
-        starts_g = groups * (starts_q if alone is None else numbers([*range(5)]))
-        grouped = replace(reads, grouped={groups: starts_g}, decoding=alone)
+        ways = [reads]
+        if max(new) == 1:
+            ways.append(replace(reads, grouped={groups: starts_q * groups}))
+        if apart:  # four rows might decode, and two do
+            starts_g = numbers([*range(5)]) * groups
+            alone = Decoding(numbers([77, 33, 0, 0]), starts_q.clamp(min=2))
+            ways = [replace(reads, grouped={groups: starts_g}, decoding=alone)]
         query_nhe = draw(sum(new), heads)
         for window in (None, 16):
             how = (features**-0.5, window)
             wanted = sdpa(query_nhe, keys_ske, values_ske, reads, *how).float()
-            for way in (reads, grouped):
-                try:
-                    found = flash(query_nhe, keys_ske, values_ske, way, *how)
-                except (RuntimeError, TypeError):  # this GPU or this PyTorch has it not
-                    return False
+            for way in ways:
+                found = flash(query_nhe, keys_ske, values_ske, way, *how)
                 if not torch.allclose(found.float(), wanted, atol=0.03):
                     return False
     return True

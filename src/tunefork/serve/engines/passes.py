@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from tunefork.kernels.bank_mixed import Mixed
 from tunefork.kernels.bank_read import Tiles
 from tunefork.kernels.bank_stretches import Stretch
-from tunefork.serve.engines.choose import Choice, draw_rows, greedy
+from tunefork.kernels.draw import Draw, draw
+from tunefork.serve.engines.choose import draw_rows, greedy
 from tunefork.serve.engines.compiled_layers import CompiledLayers
 from tunefork.serve.engines.graphs import MANY_ROWS, Graphs, Key, limited
 from tunefork.serve.engines.launched import Arriving, Follows, Launched
@@ -79,12 +80,18 @@ class Passes:
         graphs: bool,
         compiles: bool = False,
         groups: Collection[int] = (),
+        apart: bool = True,
         few: int = 0,
+        draw_by: Draw = draw,
     ) -> None:
         """`groups`: how many query heads share a key-value head, where many rows of one token are
-        as quick if they are grouped by these beforehand. `few`: as `Layout`."""
+        as quick if they are grouped by these beforehand. `apart`: beside prompts too. `few`: as
+        `Layout`."""
         self.model, self.route, self.flash, self.groups = model, route, flash, groups
-        self.max_tokens, self.max_model_len = max_tokens, max_model_len
+        self.apart, self.draw_by = apart, draw_by
+        self.rows_are_alike = False
+        """Of captured passes with prompts, equal rows at two places: as far as was seen."""
+        self.max_tokens, self.max_rows, self.max_model_len = max_tokens, max_rows, max_model_len
         self.device = model.device
         # A trial's tokens are among those of prompts, its rows are none of the requests'.
         self.layout = Layout(
@@ -112,6 +119,11 @@ class Passes:
         """Decoding passes are replayed."""
         return self.graphs is not None and self.graphs.is_on
 
+    def takes_trial(self, tokens: int) -> bool:
+        """A trial's rows may be in a pass of so many tokens, theirs with them."""
+        is_captured = self.graphs is not None and self.graphs.size(tokens) is not None
+        return is_captured and self.rows_are_alike
+
     @torch.inference_mode()
     def run(self, parts: Sequence[Part], follows: Follows | None = None) -> Launched:
         """Logits of the parts that want them, in order. Nothing waits for the GPU.
@@ -128,12 +140,12 @@ class Passes:
             outcome, wanted = self._run_any(parts, follows)
         logits_rv, tokens_r = outcome.logits_rv[:wanted], outcome.tokens_r[:wanted].clone()
         told = enumerate(part.choice for part in parts if part.wants_logits)
-        draw_rows(logits_rv, tokens_r, {row: choice for row, choice in told if choice is not None})
+        choices = {row: choice for row, choice in told if choice is not None}
+        draw_rows(logits_rv, tokens_r, choices, self.draw_by)
         return Launched(logits_rv, tokens_r, Arriving(tokens_r))
 
     def warm(self, *, has_slots: bool) -> None:
-        """Capture the graphs that short requests need, and compile what draws tokens, so that the
-        first ones do not wait."""
+        """Capture the graphs that short requests need, so that the first ones do not wait."""
 
         def lay_out(key: Key) -> None:
             if key.tokens:
@@ -145,9 +157,6 @@ class Passes:
 
         if self.graphs:
             self.graphs.warm(lay_out, has_slots=has_slots)
-            for graph in [*self.graphs.captured.values()][:1]:
-                for logits_rv in (graph.outcome.logits_rv[:1], graph.outcome.logits_rv[:1].float()):
-                    draw_rows(logits_rv, greedy(logits_rv), {0: Choice(temperature=1.0)})
 
     def launch(self, key: Key) -> Outcome:
         """Launch the pass that lies in the layout, filled up."""
@@ -238,7 +247,7 @@ class Passes:
 
         Among many such rows: of few, long ones are read sooner head by head, beside the prompts.
         """
-        if self.layout.rows <= MANY_ROWS or not self.groups:
+        if self.layout.rows <= MANY_ROWS or not self.groups or not self.apart:
             return
         tensors, many = self.layout.tensors, self.layout.most_alone(num_tokens)
         reads.decoding = Decoding(tensors["decoding"][:many], tensors["starts_rest"])

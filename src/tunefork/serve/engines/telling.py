@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tunefork.errors import EngineError
+from tunefork.kernels.draw import Draw, draw
 from tunefork.serve.engine import FinishReason, Piece, TokenLogprob
 from tunefork.serve.engines.choose import BAD, Choice, choose, log_probabilities
 from tunefork.serve.engines.launched import Arriving, Launched
@@ -30,15 +31,15 @@ class Event:
     error: EngineError | None = None
 
 
-def read(answers: Sequence[Answer], launched: Launched) -> list[Event]:
+def read(answers: Sequence[Answer], launched: Launched, by: Draw = draw) -> list[Event]:
     """The next token of each answer that still runs, in the order of the pass's rows. Waits for the
     pass, which is the last one, or one of whose logits nothing is wanted. Rows behind those of the
-    answers are a trial's, and nobody's.
+    answers are a trial's, and nobody's. `by`: what draws tokens.
 
     Where it raises (memory), no answer has changed.
     """
     choices = {row: _choice(one) for row, one in enumerate(answers) if one.changes_logits}
-    tokens = _tokens(launched, choices)[: len(answers)]
+    tokens = _tokens(launched, choices, by)[: len(answers)]
     told = _logprobs(answers, tokens, launched)
     events = []
     for row, (answer, token) in enumerate(zip(answers, tokens, strict=True)):
@@ -76,13 +77,13 @@ def piece_of(event: Event, tokenizer: Any) -> Piece | EngineError:
     return Piece(text, (event.token,), logprobs, finish)
 
 
-def _tokens(launched: Launched, choices: Mapping[int, Choice | EngineError]) -> list[int]:
+def _tokens(launched: Launched, choices: Mapping[int, Choice | EngineError], by: Draw) -> list[int]:
     """Of all rows: as the pass chose them, but by `choices` in theirs."""
     able = {row: one for row, one in choices.items() if not isinstance(one, EngineError)}
     if not able:
         return launched.arriving.wait()
     rows = torch.tensor(list(able), device=launched.logits_rv.device)
-    chosen = Arriving(choose(launched.logits_rv.index_select(0, rows), list(able.values())))
+    chosen = Arriving(choose(launched.logits_rv.index_select(0, rows), [*able.values()], by))
     tokens = launched.arriving.wait()
     for row, token in zip(able, chosen.wait(), strict=True):
         tokens[row] = token
