@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tunefork.kernels import draw as module
-from tunefork.kernels.draw import draw
+from tunefork.kernels.draw import draw, draw_by_sorting, draw_reference
 
 
 def _drawn(logits_rv: Tensor, told: Sequence[tuple[float, ...]]) -> list[int]:
@@ -76,6 +76,33 @@ def test_a_row_is_its_own_among_any_others() -> None:
     assert _drawn(logits, told[::-1]) == whole[::-1]
     logits[::2] = torch.nan
     assert _drawn(logits, told[1::2]) == whole[1::2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [3, 97, 3001])
+def test_sorting_draws_what_is_defined(vocabulary: int, dtype: torch.dtype) -> None:
+    """Bit for bit: peaked logits and flat ones, all but one of them ruled out, and no numbers."""
+    dice, made = random.Random(0), torch.Generator().manual_seed(3)
+    sharpness = torch.linspace(0.0, 6.0, 40)[:, None]
+    logits = (torch.randn(40, vocabulary, generator=made) * sharpness).to(dtype)
+    logits[5, 1:], logits[9] = -torch.inf, torch.nan
+    for _ in range(4):
+        told = [
+            (
+                row,
+                dice.choice((1e-4, 0.5, 1.0, 2.0)),
+                dice.choice((0, 0, 2, 50, 10**6)),
+                dice.choice((1.0, 1.0, 0.9, 0.99, 1e-9)),
+                dice.choice((0.0, dice.random(), dice.random(), 1.0 - 2.0**-53)),
+            )
+            for row in dice.sample(range(40), 30)
+        ]
+        expected = logits.float().argmax(-1)
+        expected[9] = -1
+        found = expected.clone()
+        draw_reference(logits, expected, torch.tensor(told, dtype=torch.float64))
+        draw_by_sorting(logits, found, torch.tensor(told, dtype=torch.float64))
+        assert torch.equal(found, expected)
 
 
 def test_rows_that_are_not_told_or_have_no_token_stay() -> None:
