@@ -2,7 +2,8 @@
 once and not used."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from tunefork.kernels.bank_mixed import Mixed, add_mixed
 from tunefork.kernels.draw import draw, draw_by_sorting, draw_reference
 from tunefork.model.bank import Bank
 from tunefork.serve.engine import Piece
-from tunefork.serve.engines import attention, base, checked, flash, trial
+from tunefork.serve.engines import attention, base, checked, flash, passes, trial
 from tunefork.serve.engines.cache import LayerShape
 from tunefork.serve.engines.checked import Checks
 from tunefork.serve.engines.embedded import EmbeddedEngine
@@ -225,6 +226,60 @@ def test_adapters_are_read_by_tiles_where_few_tokens_are_not_as_defined(
     with pytest.warns(UserWarning, match="read by tiles") as told:
         assert not checks.mixes(bank, 12)
     assert checks.without == ["adapters of few tokens"] and len(told) == 1
+
+
+# Captured passes
+
+
+@pytest.fixture
+def grouped(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Stand-ins for a GPU; of each call of attention, whether it groups heads of rows. While the
+    list begins with True, such calls are wrong."""
+    calls = [False]
+
+    def kernel(*told: Any) -> Tensor:
+        calls.append(not told[6])
+        return kernel_by_numbers(*told) * (-1 if calls[0] and calls[-1] else 1)
+
+    monkeypatch.setattr(flash, "_kernel", kernel)
+    monkeypatch.setattr(passes, "MANY_ROWS", 10)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(Graphs, "_capture", lambda graphs, key: _Again(graphs, key))
+    monkeypatch.setattr(base, "keep_as_rows", lambda bank, groups: None)
+    yield calls
+
+
+@pytest.mark.parametrize("fault", ["none", "apart", "all", "raises"])
+def test_captured_passes_are_held_to_launched_ones(
+    fault: str, grouped: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without rows read apart, if that mends them; else prompts are launched."""
+    base_folder(tmp_path / "base")
+
+    async def run() -> None:
+        fields = {"fuse": False, "max_requests": 10, "prefill_tokens": 128, "cache_tokens": 512}
+        engine = EmbeddedEngine(settings(tmp_path / "base", **fields))
+        await engine.start()
+        graphs = _as_a_gpu(engine)
+        assert engine._parts is not None
+        core, checks = engine._parts.core, _checks()
+        core.passes.apart, core.passes.groups = True, {2}
+        core.passes.warm(has_slots=True)
+        grouped[:] = [fault == "apart"]
+        if fault in ("all", "raises"):
+            wrong = _raises if fault == "raises" else lambda *_: False
+            monkeypatch.setattr(checked, "_say_the_same", wrong)
+        how = {"none": [], "apart": ["anew"]}.get(fault, ["anew", "launched"])
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            checks.captured(core.passes, core.cache, has_slots=True)
+        assert all(part in str(one.message) for part, one in zip(how, told, strict=True))
+        assert len(checks.without) == len(how) and core.cache.regions.free == core.cache.total
+        assert core.passes.apart == bool(core.passes.layout.few) == (fault == "none")
+        assert bool(graphs.captured_tokens) == bool(graphs.sizes) == (len(how) < 2)
+        await engine.stop()
+
+    asyncio.run(run())
 
 
 # Trials

@@ -103,8 +103,10 @@ def assemble(
         draw_by=checks.draw(vocabulary) if device.type == "cuda" else draw,
     )
     passes.warm(has_slots=slots is not None)
-    if slots is not None and passes.graphs is not None and passes.graphs.captured_tokens:
-        passes.rows_are_alike = checks.rows_are_alike(passes, cache)
+    if passes.graphs is not None and passes.graphs.captured_tokens:
+        checks.captured(passes, cache, has_slots=slots is not None)
+        if slots is not None and passes.graphs.captured_tokens:
+            passes.rows_are_alike = checks.rows_are_alike(passes, cache)
     make_tiers = None
     if bank is not None and slots is not None:
         read = partial(

@@ -158,6 +158,12 @@ class Passes:
         if self.graphs:
             self.graphs.warm(lay_out, has_slots=has_slots)
 
+    def read_as_one(self) -> None:
+        """From the next `warm` on: rows that decode and prompts, by one call and by tiles."""
+        self.apart, self.layout.few = False, 0
+        if self.graphs:
+            self.graphs.forget_prompts()
+
     def launch(self, key: Key) -> Outcome:
         """Launch the pass that lies in the layout, filled up."""
         tokens = key.tokens or key.rows
