@@ -192,6 +192,8 @@ def _judged(run: Any) -> dict[str, Any]:
     for name, value in predicted.items():
         row[f"predicted_{name}"] = value
         row[f"measured_{name}"] = getattr(run, name)
+    if run.kind == "error_captured_varied":
+        row["launched_step_s"] = run.predicted_step_s(is_launched=True)
     row["errors"] = {
         name.partition("_")[0]: round(value / getattr(run, name) - 1, 4)
         for name, value in predicted.items()

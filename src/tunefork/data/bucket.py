@@ -70,29 +70,32 @@ def size_of(batch: MicroBatch) -> Size:
     return Size(1, tokens, segments, longest, supervised, is_uniform=False, is_even=even)
 
 
+def holds(size: Size, batch: MicroBatch) -> bool:
+    """Whether `batch` can be filled up to `size`."""
+    if batch.segments.longest > size.longest or len(batch.labels) > size.supervised:
+        return False
+    rows, length = batch.input_ids.shape
+    if size.is_uniform:
+        return batch.segments.is_uniform and (rows, length) == (size.rows, size.length)
+    added = size.length - rows * length
+    pieces = -(-added // size.longest)
+    is_room = len(batch.segments.starts) - 1 + pieces <= size.segments
+    return size.rows == 1 and added >= 0 and is_room
+
+
 def padded(batch: MicroBatch, size: Size) -> MicroBatch:
     """`batch`, on the CPU, with exactly the shapes of `size`. Its loss and gradient are the same.
 
     Raises ValueError where it does not fit.
     """
-    fits = batch.segments.longest <= size.longest and len(batch.labels) <= size.supervised
-    if size.is_uniform:
-        shape = tuple(batch.input_ids.shape)
-        fits &= batch.segments.is_uniform and shape == (size.rows, size.length)
-    else:
-        batch = flattened(batch)
-        added = size.length - batch.input_ids.shape[1]
-        pieces = -(-added // size.longest)
-        fits &= size.rows == 1 and added >= 0
-        fits &= len(batch.segments.starts) - 1 + pieces <= size.segments
-    if not fits:
+    if not holds(size, batch):
         raise ValueError(
             f"a batch of {batch.input_ids.numel()} tokens in {len(batch.segments.starts) - 1} "
             f"segments of up to {batch.segments.longest}, {len(batch.labels)} supervised, is not "
             f"of {size}"
         )
     if not size.is_uniform:
-        batch = _lengthened(batch, size)
+        batch = _lengthened(flattened(batch), size)
     filling = size.supervised - len(batch.labels)
     # Places of their own as far as there are: the gradients of one place are added up in turn.
     at = torch.arange(filling) % batch.input_ids.numel()

@@ -109,8 +109,8 @@ class TimeFit(_Model):
     """The same of a pass whose activations are offloaded: its copies go at the pace of the host's
     memory, which differs from host to host and from step to step, and is no part of the fit."""
     error_captured_varied: float
-    """The same where captured passes are of many lengths: what is captured is predicted, and how
-    many are instead launched hangs on the order in which the lengths come."""
+    """The same where captured passes are of many lengths, beyond the time of a captured and that of
+    a launched one: how many are launched hangs on the order in which the lengths come."""
 
 
 class Fit(_Model):

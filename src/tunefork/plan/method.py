@@ -88,7 +88,7 @@ class Case:
         return free > ROOM * (step.peak.total - static)
 
     def time_error(self, step: Step, shape: Shape) -> float:
-        """How far a step of such passes may be from what is predicted, relative."""
+        """How far a step of such passes may be beyond what is predicted, relative."""
         error, fit = self.target.trust.time, self.target.fit.time
         if self.made.checkpointing == "offload":
             error = max(error, fit.error_offloaded)
@@ -112,6 +112,8 @@ def plan_method(
     step, target = case.step(batches.largest, evaluates=True), case.target
     memory, seconds = case.memory(batches.largest), step_seconds(case, batches)
     error = case.time_error(step, batches.largest)
+    # Of passes of many lengths some are replayed, others launched, and it is not known which.
+    at_most_s = step_seconds(case.launched, batches) if case.is_varied else seconds
     total_s = seconds * batches.num_steps
     tokens = batches.mean.rows * batches.mean.length * batches.passes_per_step
     usd = None if target.usd_per_hour is None else target.usd_per_hour * total_s / 3600
@@ -128,7 +130,7 @@ def plan_method(
         peak_process_bytes=memory.process,
         phases=memory.phases,
         step_s=seconds,
-        step_s_interval=(seconds / (1 + error), seconds * (1 + error)),
+        step_s_interval=(seconds / (1 + error), max(seconds, at_most_s) * (1 + error)),
         tokens_per_s=tokens / seconds,
         total_s=total_s,
         cost_usd=usd,

@@ -58,10 +58,14 @@ class Accumulator:
                 self._look_ahead(following)
                 return total, supervised
             except NoMemoryError:
-                if self.on_out_of_memory == "error" or limit == longest:
+                is_least = self.on_out_of_memory == "error" or limit == longest
+                if is_least and not self.runner.graphs:
                     raise
             # Outside of `except`: the error holds the failed pass's tensors.
             self._start_over(random)
+            if is_least:
+                self.runner.without_graphs()
+                continue
             self.limit = max(longest, limit // 2)
             self.on_change(
                 SettingChanged(

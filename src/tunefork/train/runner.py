@@ -8,11 +8,17 @@ that stay where they are.
 
 A size is launched the first time it comes, which compiles what has to be compiled, and captured the
 second time. Where memory would not hold a second pass's activations beside the first's, it is not
-captured: a graph keeps its own. Where a capture fails, passes are launched.
+captured: a graph keeps its own. Graphs share one pool, as large as the largest pass needs, so one
+that is larger than those before it takes their place, and they are captured again as they come.
+Where a capture fails, passes are launched.
+
+Examples of many lengths come in many sizes, most of them once or twice. So a pass for which the GPU
+would wait is filled up further where a captured size is near (`nearest_size.py`).
 """
 
 import gc
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,11 +33,16 @@ from tunefork.data.pack import MicroBatch
 from tunefork.model.bank import Bank
 from tunefork.model.head import Head
 from tunefork.train.loss import loss_sum, slot_losses
+from tunefork.train.nearest_size import most_waiting_tokens, nearest
 from tunefork.train.out_of_memory import Remedies, phase
 
 MOST_TOKENS = 16384
 """Of a pass that is captured: with more, the GPU is the slower one with any model worth a GPU."""
 _MOST_GRAPHS = 16
+_OFTEN = 30
+"""Times that a size comes before it is captured though a near one is: that takes a second."""
+_MOST_POOLS = 8
+"""Of a run: where sizes only ever grow, most captures would be made for nothing."""
 MOST_GRADIENT_BYTES = 2**30
 """Of a pass that is captured: its gradients are there all the time, in the forward pass too."""
 ROOM = 1.25
@@ -87,6 +98,11 @@ class Runner:
         self.pads, self.captures = pads or captures, captures
         self.graphs: dict[Size, _Graph] = {}
         self.seen: set[Size] = set()
+        """That were launched."""
+        self.met = Counter[Size]()
+        """How often batches of each came to be laid out."""
+        self.num_pools = 0
+        """Times that memory was taken for graphs since it was last given back."""
         self.gradients: list[Tensor] = []
         self.stream: Any = None
         self.renew()
@@ -97,6 +113,12 @@ class Runner:
         if not self.pads:
             return Laid(batch, num_supervised)
         size = size_of(batch)
+        self.met[size] += 1
+        # Filled up otherwise it rounds otherwise, and what comes often is worth a graph of its own.
+        is_exact = self.bank is not None or torch.are_deterministic_algorithms_enabled()
+        is_often = self.met[size] > _OFTEN and len(self.graphs) < _MOST_GRAPHS
+        if not (size in self.graphs or is_exact or is_often):
+            size = nearest(size, batch, self.graphs, self._most_waiting)
         whole = padded(batch, size)
         # A replay's copies from other memory would wait for the pass before it.
         pins = self.captures and self.model.device.type == "cuda"
@@ -114,6 +136,9 @@ class Runner:
             self._attach_gradients()
         if size is not None:
             if size not in self.graphs and size in self.seen and self._may_capture(size):
+                if not self._has_pool_for(size):
+                    self._drop_passes()
+                    self.num_pools += 1
                 self._try_capture(size, batch)
             if size in self.graphs:
                 return self.graphs[size].replay(batch, divisor)
@@ -143,31 +168,53 @@ class Runner:
 
     def drop_graphs(self) -> None:
         """Give back what captured passes keep: where memory is short, that is a pass's own."""
+        self._drop_passes()
+        self.gradients, self.num_pools = [], 0
+
+    def without_graphs(self) -> None:
+        """From here on every pass is launched: one had no room beside the captured ones."""
+        self.drop_graphs()
+        self.captures = False
+        warnings.warn(
+            "train.compile: a pass that was launched had no memory beside captured ones; from here "
+            "on all are launched kernel by kernel, and short steps take longer",
+            stacklevel=2,
+        )
+
+    def _drop_passes(self) -> None:
+        if self.graphs and self.model.device.type == "cuda":
+            # Memory that is given back while a replay is under way would be taken from under it:
+            # the allocator waits for the stream of the capture, not for that of the replay.
+            torch.cuda.synchronize(self.model.device)
         self.graphs.clear()
-        self.gradients = []
 
     def renew(self) -> None:
         """Take over the model's parameters as they are now: others than before, or moved."""
         self.drop_graphs()
         self.seen.clear()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._most_waiting = most_waiting_tokens(self.model)
 
     def _may_capture(self, size: Size) -> bool:
-        if not self.captures or len(self.graphs) >= _MOST_GRAPHS:
-            return False
-        if size.rows * size.length > MOST_TOKENS:
+        if not self.captures or size.rows * size.length > MOST_TOKENS:
             return False
         # A bank's gradients are there all the time anyway.
         gradient_bytes = sum(p.numel() * p.element_size() for p in self.trained)
         if self.bank is None and gradient_bytes > MOST_GRADIENT_BYTES:
             return False
-        if self.graphs:  # they share one pool
-            return size.rows * size.length <= max(g.rows * g.length for g in self.graphs)
+        if self._has_pool_for(size):
+            return len(self.graphs) < _MOST_GRAPHS
+        # What the graphs so far keep is unused memory here: it is given back before.
         device = self.model.device
         free, _ = torch.cuda.mem_get_info(device)
         allocated = torch.cuda.memory_allocated(device)
         unused = torch.cuda.memory_reserved(device) - allocated
-        return free + unused > ROOM * (torch.cuda.max_memory_allocated(device) - allocated)
+        needed = torch.cuda.max_memory_allocated(device) - allocated
+        return self.num_pools < _MOST_POOLS and free + unused > ROOM * needed
+
+    def _has_pool_for(self, size: Size) -> bool:
+        """Whether a graph's memory is there that this one can share."""
+        return any(size.rows * size.length <= g.rows * g.length for g in self.graphs)
 
     def _attach_gradients(self) -> None:
         """Gradients where the graphs add to them; those that were dropped start at zero."""

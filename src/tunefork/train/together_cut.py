@@ -57,12 +57,18 @@ class PassCut:
                     total_g += self.runner.loss(self.runner.lay_out(batch), counts_g, where)
                 return total_g
             except NoMemoryError:
-                if self.settings.on_out_of_memory == "error" or limit == longest:
+                is_least = self.settings.on_out_of_memory == "error" or limit == longest
+                if is_least and not self.runner.graphs:
                     raise
             # Outside of `except`: the error holds the failed pass's tensors.
-            self.runner.drop_graphs()
+            if is_least:
+                self.runner.without_graphs()
+            else:
+                self.runner.drop_graphs()
             for parameter in self.runner.trained:
                 assert parameter.grad is not None
                 parameter.grad.zero_()
             restore_random(random, self.runner.model.device)
-            self.limit = max(longest, limit // 2)
+            if self.runner.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.limit = limit if is_least else max(longest, limit // 2)
