@@ -78,7 +78,7 @@ def main() -> None:
         if "registered" in arguments.cases:
             registered = many(adapters, 40 if arguments.tiny else 1000, arguments.work / "many")
             slots = 8 if arguments.tiny else 64
-            settings = _settings(base, arguments, slots=slots)
+            settings = settings_of(base, arguments, slots=slots)
             rows.append(asyncio.run(_registered(settings, registered, shape, arguments.tiny)))
     if arguments.site:
         rows += _vllm(arguments, base, folder, load, rows)
@@ -90,7 +90,7 @@ def _forms(base: Path, arguments: argparse.Namespace) -> dict[str, ServeSettings
     """Variant -> settings: all of them, before anything is measured."""
     changes = {one: [] if one == "plain" else one.split(",") for one in arguments.variants}
     return {
-        one: _settings(base, arguments, slots=ADAPTERS + 1, changed=changed)
+        one: settings_of(base, arguments, slots=ADAPTERS + 1, changed=changed)
         for one, changed in changes.items()
     }
 
@@ -231,7 +231,7 @@ def _vllm(
     return found
 
 
-def _settings(
+def settings_of(
     base: Path, arguments: argparse.Namespace, *, slots: int, changed: Sequence[str] = ()
 ) -> ServeSettings:
     embedded: dict[str, Any] = {
