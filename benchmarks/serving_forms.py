@@ -8,6 +8,7 @@ An 8B shape with random weights and 33 slots of rank 16, by default. Cases:
                the host to tokens there; how far logits are from those of a launched pass, as a part
                of the largest; kernels of one pass
     as_one     without the first of these; by_tiles: without the second; neither
+    checks     ms of what the engine checks when it starts, once all is compiled
     trials     as `all` with a trial's rows, and in how many of passes of any make-up an adapter
                without effect seems to have one
 
@@ -20,7 +21,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from benchmarks.serving_profile import kernels_a_step
 from benchmarks.serving_world import random_weights, save_base
 from benchmarks.training_runs import EIGHT_B, TINY
 from tunefork.model.device import describe, pick_device
+from tunefork.serve.engines.checked import Checks
 from tunefork.serve.engines.core import Core
 from tunefork.serve.engines.embedded import EmbeddedEngine
 from tunefork.serve.engines.layout import BASE, Part
@@ -74,10 +76,10 @@ async def _measured(engine: EmbeddedEngine) -> list[dict[str, Any]]:
     assert engine._parts is not None
     core = engine._parts.core
     with torch.inference_mode():
+        rows = [_checks(core)] if core.passes.graphs else []
         _fill(core)
         few = core.passes.layout.few
         forms = {"all": (True, few), "as_one": (False, few), "by_tiles": (True, 0)}
-        rows = []
         for name, (apart, most) in (forms | {"neither": (False, 0)}).items():
             core.passes.read_as_one()
             core.passes.apart, core.passes.layout.few = apart, most
@@ -90,6 +92,26 @@ async def _measured(engine: EmbeddedEngine) -> list[dict[str, Any]]:
     info = dict(engine.info())
     await engine.stop()
     return [row | {"tool": "tunefork", "ours": True, "start_s": start_s} | info for row in rows]
+
+
+def _checks(core: Core) -> dict[str, Any]:
+    """While slots and cache are empty."""
+    passes, cache, slots = core.passes, core.cache, core.tiers and core.tiers.slots
+    checks = Checks(passes.device, passes.model.dtype)
+    vocabulary = passes.model.get_output_embeddings().weight.shape[0]
+    found: dict[str, Callable[[], Any]] = {
+        "draw_ms": lambda: checks.draw(vocabulary),
+        "reads_apart_ms": lambda: checks.reads_apart(cache.layers, passes.groups),
+        "mixes_ms": lambda: checks.mixes(slots.bank, passes.max_rows + TRIED),
+        "captured_ms": lambda: checks.captured(passes, cache, has_slots=True),
+        "rows_are_alike_ms": lambda: checks.rows_are_alike(passes, cache),
+    }
+    row: dict[str, Any] = {"case": "checks"}
+    for name, check in found.items():
+        began = time.perf_counter()
+        check()
+        row[name] = round(1000 * (time.perf_counter() - began), 1)
+    return row
 
 
 def _fill(core: Core) -> None:

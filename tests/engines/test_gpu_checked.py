@@ -1,7 +1,6 @@
 """What an engine checks when it starts on a GPU: all of it is used, and none of it is needed."""
 
 import asyncio
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,20 +120,10 @@ def test_tokens_are_drawn_without_the_kernel(by: Callable[..., None]) -> None:
         assert not torch.cuda.current_stream().query()
 
 
-def test_checks_take_milliseconds() -> None:
-    """Of an 8B model's sizes, once its kernels are compiled."""
+def test_all_holds_in_an_8b_models_sizes() -> None:
     checks = Checks(torch.device("cuda"), torch.bfloat16)
-
-    def all_hold() -> bool:
-        kinds = ((4096, 1024, 1024), (4096,), (14336, 14336))
-        return (
-            checks._draws(draw, 128_256)
-            and all(checks._adds(sizes, 16, 66) for sizes in kinds)
-            and flash_agrees(32, 8, 128, torch.bfloat16, apart=True)
-        )
-
-    assert all_hold()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    assert all_hold()
-    assert time.perf_counter() - began < 0.2
+    assert checks._draws(draw, 128_256)
+    for sizes in ((4096, 1024, 1024), (4096,), (14336, 14336)):
+        for rank in (16, 64):
+            assert checks._adds(sizes, rank, 66)
+    assert flash_agrees(32, 8, 128, torch.bfloat16, apart=True)
