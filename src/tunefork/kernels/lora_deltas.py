@@ -40,7 +40,7 @@ def _lora_deltas(u: Tensor, lora_b: Sequence[Tensor], scale: float) -> Tensor:
         row, column = row + size, column + rank
         if rank == 0:
             y.zero_()
-        elif u.is_cuda and u.dtype == torch.bfloat16 and rank <= LARGEST_RANK:
+        elif _takes(own):
             # Needs Triton, which comes with CUDA.
             from tunefork.kernels.lora_deltas_triton import write
 
@@ -53,6 +53,12 @@ def _lora_deltas(u: Tensor, lora_b: Sequence[Tensor], scale: float) -> Tensor:
 @_lora_deltas.register_fake
 def _(u: Tensor, lora_b: Sequence[Tensor], scale: float) -> Tensor:
     return _empty(u, lora_b)
+
+
+def _takes(u_sr: Tensor) -> bool:
+    """Whether the kernel does: rows in one piece, of few values."""
+    is_narrow = u_sr.is_cuda and u_sr.dtype == torch.bfloat16
+    return is_narrow and u_sr.shape[1] <= LARGEST_RANK and u_sr.stride(1) == 1
 
 
 def _empty(u: Tensor, lora_b: Sequence[Tensor]) -> Tensor:

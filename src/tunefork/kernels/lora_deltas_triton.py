@@ -14,8 +14,10 @@ def _write(
     y, stride_y, u, stride_u, b, stride_b_o, stride_b_r, num_rows, features, scale,
     rank: tl.constexpr, block_r: tl.constexpr, block_s: tl.constexpr, block_o: tl.constexpr,
 ):  # fmt: skip
-    column = tl.program_id(0) * block_o + tl.arange(0, block_o)
-    row = tl.program_id(1) * block_s + tl.arange(0, block_s)
+    # One number for both: a grid's second one ends at 65,535.
+    number, across = tl.program_id(0), tl.cdiv(features, block_o)
+    column = number % across * block_o + tl.arange(0, block_o)
+    row = number // across * block_s + tl.arange(0, block_s)
     place = tl.arange(0, block_r)
     mask_o, mask_s, mask_r = column < features, row < num_rows, place < rank
     at = row.to(tl.int64)
@@ -35,7 +37,7 @@ def _write(
 def write(y_so: Tensor, u_sr: Tensor, b_or: Tensor, scale: float) -> None:
     """y = scale * u B^T in place. A row of y, and one of u, lies in one piece; B as it likes."""
     (tokens, features), rank = y_so.shape, b_or.shape[1]
-    _write[(triton.cdiv(features, _COLUMNS), triton.cdiv(tokens, _ROWS))](
+    _write[(triton.cdiv(features, _COLUMNS) * triton.cdiv(tokens, _ROWS),)](
         y_so,
         y_so.stride(0),
         u_sr,

@@ -49,9 +49,22 @@ class Case:
 
     def memory_of(self, step: Step, shape: Shape) -> Memory:
         """Of a pass of `shape`, whose step was traced, or made from one that was."""
+        return self.as_run(step, shape)._memory(step, shape)
+
+    def as_run(self, step: Step, shape: Shape) -> "Case":
+        """`launched` where there is no room for graphs beside passes of `shape`: a run drops them.
+
+        `step` is that of `shape`.
+        """
+        is_captured = self.captures(step, shape)
+        if is_captured and self._memory(step, shape).process.high > self.target.memory_bytes:
+            return self.launched
+        return self
+
+    def _memory(self, step: Step, shape: Shape) -> Memory:
         # A GPU gets its 4-bit layers one by one; on a CPU both forms lie in the same memory.
         is_in_place = self.target.kind == "cpu" and self.made.method is Method.QLORA
-        found = measure(
+        return measure(
             step,
             self.target.fit.memory,
             self.target.trust,
@@ -61,10 +74,6 @@ class Case:
             is_varied=self.is_varied,
             loaded_bytes=self.total_params * self.made.dtype.itemsize if is_in_place else 0,
         )
-        if self.may_capture and found.process.high > self.target.memory_bytes:
-            # Graphs are captured where there is room, and dropped where there is none.
-            return self.launched.memory_of(step, shape)
-        return found
 
     @property
     def launched(self) -> "Case":
@@ -88,13 +97,18 @@ class Case:
         return free > ROOM * (step.peak.total - static)
 
     def time_error(self, step: Step, shape: Shape) -> float:
-        """How far a step of such passes may be beyond what is predicted, relative."""
-        error, fit = self.target.trust.time, self.target.fit.time
+        """How far a step of such passes may be beyond what is predicted, relative.
+
+        `step` is of any shape of the case.
+        """
+        fit = self.target.fit.time
+        error = fit.error
         if self.made.checkpointing == "offload":
             error = max(error, fit.error_offloaded)
         if self.is_varied and self.captures(step, shape):
             error = max(error, fit.error_captured_varied)
-        return error
+        # A device that was not measured is as much less certain in a step of any kind.
+        return (1 + error) / (1 + fit.error) * (1 + self.target.trust.time) - 1
 
     def fits(self, shape: Shape) -> bool:
         """Whether even the high end of the prediction does."""
@@ -110,9 +124,10 @@ def plan_method(
     They are those of the case `at_most`, where larger ones would be run otherwise.
     """
     step, target = case.step(batches.largest, evaluates=True), case.target
+    case = case.as_run(case.step(batches.largest), batches.largest)
     memory, seconds = case.memory(batches.largest), step_seconds(case, batches)
-    error = case.time_error(step, batches.largest)
-    # Of passes of many lengths some are replayed, others launched, and it is not known which.
+    error = case.time_error(step, batches.mean)
+    # Of passes of many lengths some are replayed and others launched: it is known of none which.
     at_most_s = step_seconds(case.launched, batches) if case.is_varied else seconds
     total_s = seconds * batches.num_steps
     tokens = batches.mean.rows * batches.mean.length * batches.passes_per_step
