@@ -21,16 +21,13 @@ Shape legend: R rows of which logits are wanted, V tokens of the vocabulary.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
 from tunefork.serve.engines.launched import Arriving, Follows, Launched
 from tunefork.serve.engines.layout import BASE, Part
 from tunefork.serve.engines.tier_entry import Entry
-
-if TYPE_CHECKING:
-    from tunefork.serve.engines.passes import Passes  # which has room for a trial's rows
 
 _TOKENS = 8
 TRIED = 2
@@ -61,8 +58,24 @@ class Trial:
         return None if differs else "it changes no logit of this base"
 
 
+class Runs(Protocol):
+    """What of `passes.Passes` a trial needs."""
+
+    max_rows: int
+
+    @property
+    def has_graphs(self) -> bool:
+        """Passes of rows that decode are replayed."""
+
+    def takes_trial(self, tokens: int) -> bool:
+        """A trial's rows may be in a pass of so many tokens, theirs with them."""
+
+    def run(self, parts: Sequence[Part], follows: Follows | None = None) -> Launched:
+        """Launch a pass."""
+
+
 def launch_with_trial(
-    passes: "Passes",
+    passes: Runs,
     parts: Sequence[Part],
     follows: Sequence[Follows],
     entry: Entry,
