@@ -54,7 +54,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 def _asked(served: Served) -> tuple[list[Piece], dict[str, Any]]:
     async def run() -> Any:
-        engine = EmbeddedEngine(settings(served.base, device="cuda", dtype="bf16"))
+        engine = EmbeddedEngine(
+            settings(served.base, device="cuda", dtype="bf16", experimental=True)
+        )
         await engine.start()
         try:
             return await answers(engine, served.wanted()), dict(engine.info())

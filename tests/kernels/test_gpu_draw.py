@@ -49,7 +49,7 @@ def test_the_kernel_is_the_definition(vocabulary: int, dtype: torch.dtype) -> No
         expected[7] = -1
         found = expected.cuda()
         draw_reference(logits, expected, told)
-        draw(logits.cuda(), found, told.cuda())
+        draw(logits.cuda(), found, told)
         same += int((found.cpu() == expected).sum())
         assert int(found[7]) == -1
     assert same >= 4 * 64 - 4
@@ -57,14 +57,14 @@ def test_the_kernel_is_the_definition(vocabulary: int, dtype: torch.dtype) -> No
 
 def test_a_row_is_its_own_among_any_others() -> None:
     """Bit for bit, as the definition's."""
-    logits, told = _logits(64, 128_256, torch.bfloat16).cuda(), _told(64, random.Random(1)).cuda()
+    logits, told = _logits(64, 128_256, torch.bfloat16).cuda(), _told(64, random.Random(1))
     best = logits.argmax(-1)
     whole = best.clone()
     draw(logits, whole, told)
     for rows in ([0], [63, 1], list(range(17, 40)), list(range(64))[::-1]):
         few = best[rows].clone()
         own = told[rows].clone()
-        own[:, 0] = torch.arange(len(rows), device="cuda")
+        own[:, 0] = torch.arange(len(rows))
         draw(logits[rows], few, own)
         assert torch.equal(few, whole[rows])
 
@@ -77,7 +77,7 @@ def test_shares_are_the_softmaxs() -> None:
     told[:, 0], told[:, 1], told[:, 3] = torch.arange(number), 0.7, 1.0
     told[:, 4] = (torch.arange(number) + 0.5) / number
     tokens = logits.argmax(-1).repeat(number)
-    draw(logits.expand(number, -1), tokens, told.cuda())
+    draw(logits.expand(number, -1), tokens, told)
     shares = tokens.bincount(minlength=500) / number
     assert (shares - (logits[0] / 0.7).softmax(-1)).abs().max() < 1.2 / number
 

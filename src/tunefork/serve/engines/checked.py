@@ -56,9 +56,9 @@ class Checks:
         self.without: list[str] = []
         """What is not used."""
 
-    def draw(self, vocabulary: int) -> Draw:
+    def draw(self, vocabulary: int, *, with_kernel: bool = True) -> Draw:
         """What draws tokens of logits in `dtype` or fp32."""
-        if self._holds(
+        if with_kernel and self._holds(
             "the kernel that draws tokens",
             lambda: self._draws(draw, vocabulary),
             "PyTorch sorts logits for it",
@@ -148,7 +148,7 @@ class Checks:
         logits_rv = torch.randn(rows, vocabulary, generator=made, device=self.device)
         logits_rv *= torch.linspace(1.0, 4.0, rows, device=self.device)[:, None]
         told = [(row, *way) for row, way in enumerate([*_WAYS, _WAYS[0]])]
-        told_s5 = torch.tensor(told, dtype=torch.float64, device=self.device)
+        told_s5 = torch.tensor(told, dtype=torch.float64)
         told_s5[-1, 0] = rows - 1
         for given_rv in (logits_rv.to(self.dtype), logits_rv):
             expected_r = given_rv.argmax(-1)

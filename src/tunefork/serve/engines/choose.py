@@ -74,9 +74,10 @@ def draw_rows(
         (row, max(one.temperature, _COLDEST), one.top_k, one.top_p, one.uniform)
         for row, one in choices.items()
     ]
+    told.sort(key=lambda one: one[2] > 0 or one[3] < 1.0)  # those that are limited last, together
     is_cuda = logits_rv.is_cuda
     told_s5 = torch.tensor(told, dtype=torch.float64, pin_memory=is_cuda).view(-1, COLUMNS)
-    by(logits_rv, tokens_r, told_s5.to(logits_rv.device, non_blocking=True))
+    by(logits_rv, tokens_r, told_s5)
 
 
 def choose(logits_rv: Tensor, choices: Sequence[Choice], by: Draw = draw) -> Tensor:

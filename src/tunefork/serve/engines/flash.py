@@ -11,9 +11,7 @@ is before them alone, such rows have a call of their own.
 Shape legend as in `attention.py`.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -37,46 +35,40 @@ def flash(
     uses none get zeros.
     """
     groups = query_nhe.shape[1] // keys_ske.shape[1]
-    read = partial(_read, keys_ske, values_ske, reads.longest_k, scale, window)
+    cache = (keys_ske, values_ske, reads.longest_k, scale, window)
     if window is not None or groups not in reads.grouped:
         longest_q = len(query_nhe) if reads.longest_q is None else reads.longest_q
         rows = [reads.starts_q, reads.starts_k, reads.used_r]
-        return read(query_nhe, rows, longest_q, is_causal=longest_q > 1)
+        return _read(query_nhe, rows, longest_q, cache, is_causal=longest_q > 1)
     starts_g, decoding = reads.grouped[groups], reads.decoding
     if decoding is None:
-        return _grouped(read, query_nhe, [starts_g, reads.starts_k, reads.used_r], groups)
+        return _grouped(query_nhe, [starts_g, reads.starts_k, reads.used_r], groups, cache)
     rows = [decoding.starts_rest, reads.starts_k, reads.used_r]
-    found_nhe = read(query_nhe, rows, len(query_nhe), is_causal=True)
+    found_nhe = _read(query_nhe, rows, len(query_nhe), cache, is_causal=True)
     many = len(decoding.used_m)
     rows = [starts_g, reads.starts_k[: many + 1], decoding.used_m]
-    first_mhe = _grouped(read, query_nhe[:many], rows, groups)
+    first_mhe = _grouped(query_nhe[:many], rows, groups, cache)
     # What the first call leaves of rows that had no tokens in it is anything, also no number.
     is_decoding_m11 = (decoding.used_m > 0)[:, None, None]
     found_nhe[:many] = torch.where(is_decoding_m11, first_mhe, found_nhe[:many])
     return found_nhe
 
 
+_Cache = tuple[Tensor, Tensor, int, float, int | None]
+"""Keys, values, the longest region, scale and window: the same for all calls of a layer."""
+
+
 def _read(
-    keys_ske: Tensor,
-    values_ske: Tensor,
-    longest_k: int,
-    scale: float,
-    window: int | None,
-    query_nhe: Tensor,
-    rows: list[Tensor],
-    longest_q: int,
-    *,
-    is_causal: bool,
+    query_nhe: Tensor, rows: list[Tensor], longest_q: int, cache: _Cache, *, is_causal: bool
 ) -> Tensor:
     """The kernel. `rows`: where their tokens begin, their regions do, and what they use of them."""
     run = flash_in_a_graph if torch.compiler.is_compiling() else _kernel
+    keys_ske, values_ske, longest_k, scale, window = cache
     told = (rows, longest_q, longest_k, is_causal, scale, window)
     return run(query_nhe, keys_ske, values_ske, *told)
 
 
-def _grouped(
-    read: Callable[..., Tensor], query_nhe: Tensor, rows: list[Tensor], groups: int
-) -> Tensor:
+def _grouped(query_nhe: Tensor, rows: list[Tensor], groups: int, cache: _Cache) -> Tensor:
     """Of rows of one token: as many tokens as query heads share a key-value head.
 
     All of them see everything. The kernel would do it too, by three copies in place of two that are
@@ -86,7 +78,7 @@ def _grouped(
     kv_heads = heads // groups
     query_nhe = query_nhe.view(tokens, kv_heads, groups, features).transpose(1, 2)
     query_nhe = query_nhe.reshape(tokens * groups, kv_heads, features)
-    found = read(query_nhe, rows, groups, is_causal=False)
+    found = _read(query_nhe, rows, groups, cache, is_causal=False)
     found = found.view(tokens, groups, kv_heads, features).transpose(1, 2)
     return found.reshape(tokens, heads, features)
 
