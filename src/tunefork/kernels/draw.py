@@ -87,7 +87,7 @@ def draw_by_sorting(logits_rv: Tensor, tokens_r: Tensor, told_s5: Tensor) -> Non
     """As `draw`, in PyTorch's operations, none of which waits for a GPU: some ms for 64 rows that
     are limited. Quickest where these stand together."""
     here_s5 = told_s5.to(logits_rv.device, non_blocking=True)
-    parts = zip(told_s5.split(_TOGETHER), here_s5.split(_TOGETHER), strict=True)
+    parts = zip(torch.split(told_s5, _TOGETHER), torch.split(here_s5, _TOGETHER), strict=True)
     for on_host_s5, part_s5 in parts:
         _, _, top_k_s, top_p_s, _ = on_host_s5.unbind(1)
         is_limited = bool(((top_k_s > 0) | (top_p_s < 1.0)).any())
