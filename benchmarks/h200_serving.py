@@ -6,8 +6,9 @@ Random weights, 128 tokens in, 128 out, greedy, rank 16 on all linear layers, al
 
     base, 32_adapters   the embedded engine, through `generate` with texts; ratios of one engine
     vllm_*              vLLM without texts, in a process of its own (--site: where its packages lie)
-    cold                adapters never seen before, one at a time, while 32 others decode: the first
+    cold                adapters never seen before, one at a time, while 63 others decode: the first
                         token and where its time went; others' time per token before and meanwhile
+                        (alone: --cases cold)
     1000_registered     1,000 adapters, 64 slots, 64 requests at a time by Zipf's law: first token
     passes              one pass by itself: rows that decode, with a prompt, prompts alone; captured
                         and launched kernel by kernel (--cases passes)
@@ -66,7 +67,7 @@ def main() -> None:
     load = draw_load(*size, shape.vocabulary)
     rows: list[dict[str, Any]] = []
     with random_weights():
-        takes_speed = bool({"speed", "profile", "passes"} & set(arguments.cases))
+        takes_speed = bool({"speed", "cold", "profile", "passes"} & set(arguments.cases))
         for variant, settings in _forms(base, arguments).items() if takes_speed else ():
             try:
                 found = asyncio.run(_speed(settings, load, adapters, arguments.cases))
@@ -77,7 +78,7 @@ def main() -> None:
         if "registered" in arguments.cases:
             registered = many(adapters, 40 if arguments.tiny else 1000, arguments.work / "many")
             slots = 8 if arguments.tiny else 64
-            settings = _settings(base, arguments, slots=slots)
+            settings = settings_of(base, arguments, slots=slots)
             rows.append(asyncio.run(_registered(settings, registered, shape, arguments.tiny)))
     if arguments.site:
         rows += _vllm(arguments, base, folder, load, rows)
@@ -89,7 +90,7 @@ def _forms(base: Path, arguments: argparse.Namespace) -> dict[str, ServeSettings
     """Variant -> settings: all of them, before anything is measured."""
     changes = {one: [] if one == "plain" else one.split(",") for one in arguments.variants}
     return {
-        one: _settings(base, arguments, slots=ADAPTERS + 1, changed=changed)
+        one: settings_of(base, arguments, slots=ADAPTERS + 1, changed=changed)
         for one, changed in changes.items()
     }
 
@@ -107,7 +108,7 @@ async def _speed(
     rows: list[dict[str, Any]] = []
     if {"speed", "profile"} & set(cases):
         rows += await _rounds(engine, load, warm, common)
-    if "speed" in cases:
+    if {"speed", "cold"} & set(cases):
         rows.append(await cold_adapters(engine, load, warm, cold))
     if "passes" in cases:
         await _idle(engine)
@@ -230,7 +231,7 @@ def _vllm(
     return found
 
 
-def _settings(
+def settings_of(
     base: Path, arguments: argparse.Namespace, *, slots: int, changed: Sequence[str] = ()
 ) -> ServeSettings:
     embedded: dict[str, Any] = {

@@ -166,6 +166,49 @@ def test_tokens_are_those_of_passes_that_wait(
     assert sum(piece.finish_reason == "stop" for piece in found) == 6
 
 
+@pytest.mark.parametrize("options", [{}, {"base_storage": "fp8"}])
+def test_drawn_tokens_are_those_of_passes_that_wait(
+    served: Served, num_ahead: list[int], options: dict[str, Any]
+) -> None:
+    """By every kind of limit, greedy ones among them; six end by a stop token, each with a row
+    computed in vain, and no number of any answer is shifted by it."""
+    ways: list[dict[str, Any]] = [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_p": 0.9},
+        {"temperature": 0.0},
+        {"temperature": 1.5, "top_k": 20},
+        {"temperature": 1.0, "top_k": 40, "top_p": 0.8},
+    ]
+
+    def asked(stops: dict[int, int]) -> list[EngineRequest]:
+        return [
+            request(
+                f"{at}",
+                PROMPT[at % 3 :],
+                served.adapters[at % 4],
+                max_tokens=LONG + at % 4,
+                stop_ids=(stops[at],) if at in stops else (),
+                seed=at,
+                **ways[at % 5],
+            )
+            for at in range(16)
+        ]
+
+    def found(stops: dict[int, int], *, ahead: bool) -> list[tuple[int, ...]]:
+        async def ask(engine: EmbeddedEngine) -> list[Piece]:
+            return await asked_at_once(engine, asked(stops))
+
+        pieces = on_a_gpu(served, ask, ahead=ahead, **options)
+        return [piece.token_ids for piece in pieces]
+
+    plain = found({}, ahead=False)
+    assert not num_ahead and len(set(plain)) == 16
+    assert found({}, ahead=True) == plain
+    assert len(num_ahead) > LONG - 10
+    stops = {at: plain[at][10 + 5 * at] for at in range(6)}
+    assert found(stops, ahead=True) == found(stops, ahead=False)
+
+
 def test_clients_that_vanish_in_mid_flight_change_no_other_answer(
     served: Served, num_ahead: list[int]
 ) -> None:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from tests.serve.embedded import base_folder, save_adapter, settings
-from tests.serve.test_prompt_passes import APART, MIXES
+from tests.serve.test_layout import APART
+from tests.serve.test_prompt_passes import MIXES
+from tunefork.serve.engines import assemble, slots
 from tunefork.serve.engines.embedded import EmbeddedEngine
 from tunefork.serve.engines.layout import BASE, Part
 from tunefork.serve.engines.passes import Passes
@@ -18,7 +20,12 @@ from tunefork.serve.engines.regions import UNIT
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::UserWarning:peft")]
 OPTIONS: list[dict[str, Any]] = [
     {},
+    {"many_kv_heads": 1},  # rows that decode read apart, their heads grouped
+    {"many_kv_heads": 1, "compile": False},
+    {"widened": 0},  # adapters by tiles, also among few tokens
+    {"widened": 0, "compile": False},
     {"architecture": "gemma3"},  # windows
+    {"architecture": "gemma3", "many_kv_heads": 1},
     {"compile": False},
     {"fuse": False},
     {"base_storage": "nf4"},
@@ -98,9 +105,14 @@ def _differ(passes: Passes, caches: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_captured_passes_with_prompts_say_what_launched_ones_say(
-    options: dict[str, Any], tmp_path: Path
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fields = {"device": "cuda", "dtype": "bf16", "prefill_tokens": 128, **options}
+    common = {"device": "cuda", "dtype": "bf16", "prefill_tokens": 128, "experimental": True}
+    fields = common | options
+    many = fields.pop("many_kv_heads", assemble._MANY_KV_HEADS)
+    widened = fields.pop("widened", slots._WIDENED)
+    monkeypatch.setattr(assemble, "_MANY_KV_HEADS", many)
+    monkeypatch.setattr(slots, "_WIDENED", widened)
     model = base_folder(tmp_path / "base", str(fields.pop("architecture", "llama")))
     adapters = [save_adapter(model, tmp_path / f"a{r}", rank=r, seed=r + 1) for r in (16, 64)]
     # Two layers in bf16, or with e4m3 inputs, rounded in other places.
@@ -112,7 +124,10 @@ def test_captured_passes_with_prompts_say_what_launched_ones_say(
         assert engine.info()["captured_tokens"] == 192
         assert engine._parts is not None
         core = engine._parts.core
-        assert core.tiers is not None
+        assert core.tiers is not None and bool(core.passes.groups) == (many == 1)
+        is_few = bool(widened and fields["experimental"])
+        assert core.passes.layout.few > 192 if is_few else core.passes.layout.few == 0
+        assert core.passes.apart == bool(core.passes.groups and fields["experimental"])
         for slot, adapter in zip((1, 3), adapters, strict=True):
             core.tiers.slots.load(slot, core.tiers.loading.read(adapter))
         with torch.inference_mode():

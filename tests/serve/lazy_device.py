@@ -3,8 +3,9 @@
 It has one stream: what was launched is computed in that order, when somebody waits for it or when
 the dice say so. A second stream copies adapters into slots, at any time after the event it has to
 wait for. Keys and values are chained hashes of a request's tokens and its adapter's content, and
-the likeliest token is one of the last hash: a region that was given away too early, or a token that
-came out of another row, leads to other tokens.
+the likeliest token, or one that is drawn by a number, is one of the last hash: a region that was
+given away too early, or a token that came out of another row or by another number, leads to other
+tokens.
 """
 
 import random
@@ -18,26 +19,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunefork.kernels.draw import draw
 from tunefork.serve.engines.choose import BAD
 from tunefork.serve.engines.launched import Follows
 from tunefork.serve.engines.layout import BASE, Part
 from tunefork.serve.engines.loading import Arrival
 from tunefork.serve.engines.regions import Region, Regions
 from tunefork.serve.engines.tier_entry import Entry, Stage
+from tunefork.serve.engines.trial import ROOM, TRIED
 
 VOCABULARY = 40
+SICK = -1
+"""Content of an adapter whose logits are not finite."""
 _NOTHING = 17
 """What a request's first token follows."""
 
 
 def after(before: int, token: int, content: int) -> int:
     """The hash at a token."""
-    return hash((before, token, content))
+    return 0 if content == SICK else hash((before, token, content))
 
 
 def likeliest(at: int) -> int:
     """Of the logits at that hash; seldom they are not finite."""
     return BAD if at % 499 == 0 else at % 1_000_003 % VOCABULARY
+
+
+def drawn(at: int, number: float) -> int:
+    """Of the logits at that hash, by a number in [0, 1)."""
+    return BAD if likeliest(at) == BAD else hash((at, number)) % VOCABULARY
 
 
 def hash_of(prompt: Series[int], content: int) -> int:
@@ -52,7 +62,8 @@ class Device:
     """One stream, a cache and slots."""
 
     def __init__(self, cache_tokens: int, slots: int, dice: random.Random) -> None:
-        self.cache, self.slots, self.dice = [0] * cache_tokens, [0] * slots, dice
+        self.cache_tokens, self.cache = cache_tokens, [0] * (cache_tokens + ROOM)
+        self.slots, self.dice = [0] * slots, dice
         self.fault: Callable[[], None] = lambda: None
         """Is called when a pass is launched or waited for; what it raises is raised there."""
         self.launched = self.done = 0
@@ -78,6 +89,8 @@ class Chosen:
 
     def __init__(self, device: Device) -> None:
         self.device, self.number, self.hashes = device, 0, list[int]()
+        self.draws = list[float | None]()
+        """By which each token is drawn; None: it is the likeliest."""
         self.behind = 0
         """What had been launched behind it when it was waited for."""
 
@@ -89,7 +102,8 @@ class Chosen:
 
     @property
     def tokens(self) -> list[int]:
-        return [likeliest(at) for at in self.hashes]
+        both = zip(self.hashes, self.draws, strict=True)
+        return [likeliest(at) if number is None else drawn(at, number) for at, number in both]
 
     @property
     def logits_rv(self) -> Tensor:
@@ -105,17 +119,36 @@ class Chosen:
         return torch.tensor(rows)
 
 
+class Verdict:
+    """In the place of what `trial.verdict_of` gives."""
+
+    def __init__(self, launched: Any) -> None:
+        self.chosen: Chosen = launched.arriving
+        device = self.chosen.device
+        assert device.launched == self.chosen.number, "a later pass overwrites its logits"
+
+    def wait(self) -> list[bool]:
+        self.chosen.device.fault()
+        self.chosen.device.until(self.chosen.number)
+        own, base = self.chosen.hashes[-TRIED:]
+        return [likeliest(own) != BAD, own != base]
+
+
 class Passes:
     """In the place of `passes.Passes`."""
 
     device = torch.device("cpu")
     graphs = None
     has_graphs = True
+    draw_by = staticmethod(draw)
 
     def __init__(self, gpu: Device) -> None:
         self.gpu, self.num_ahead, self.log = gpu, 0, list[tuple[Chosen, list[Part]]]()
         self.before: Callable[[], None] = lambda: None
         """Is called when a pass is to be launched."""
+
+    def takes_trial(self, tokens: int) -> bool:
+        return True
 
     def run(self, parts: Series[Part], follows: Follows | None = None) -> Any:
         self.before()
@@ -134,6 +167,7 @@ class Passes:
                     found = cache[first + offset] = after(found, token, content)
                 if part.wants_logits:
                     chosen.hashes.append(found)
+                    chosen.draws.append(None if part.choice is None else part.choice.uniform)
 
         if follows is not None:
             decoding = parts[: len(rows)]
@@ -163,8 +197,8 @@ class Cache:
     """In the place of `cache.Cache`."""
 
     def __init__(self, gpu: Device) -> None:
-        self.gpu, self.regions = gpu, Regions(len(gpu.cache))
-        self.total = self.regions.total
+        self.gpu, self.regions = gpu, Regions(gpu.cache_tokens)
+        self.total, self.trial_start = self.regions.total, gpu.cache_tokens
 
     def move(self, region: Region, target: Region, tokens: int) -> None:
         cache = self.gpu.cache

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tests.serve.lazy_device import Cache, Device, Passes, Slots
+from tests.serve.lazy_device import SICK, Cache, Device, Passes, Slots
 from tunefork.errors import TuneforkError
 from tunefork.serve.engine import EngineRequest, Piece, ServedAdapter
 from tunefork.serve.engines.core import Core, Parcel
@@ -139,8 +139,12 @@ class Simulation:
 
 
 ADAPTERS = [ServedAdapter(f"{at}:v1", Path(), rank=4, bytes=10) for at in range(4)]
+DEAD, ILL = (ServedAdapter(f"{name}:v1", Path(), rank=4, bytes=10) for name in ("dead", "ill"))
+"""They change nothing, and all to what is not finite."""
 
 
 def content_of(adapter: ServedAdapter | None) -> int:
     """What a slot holds of it."""
-    return 0 if adapter is None else 1 + ADAPTERS.index(adapter)
+    if adapter == ILL:
+        return SICK
+    return 0 if adapter in (None, DEAD) else 1 + ADAPTERS.index(adapter)

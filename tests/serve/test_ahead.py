@@ -1,12 +1,12 @@
 """Passes launched ahead: hundreds of simulated engines, each as without; and a real one.
 
 Whatever may end a request is drawn: stop tokens, stop texts, lengths, logits that are not finite,
-cancellations, deadlines, engines that stop or die. Others sample, follow a grammar, join, wait for
-adapters, or are put off by a full cache.
+cancellations, deadlines, engines that stop or die. Some sample; others follow a grammar, join, wait
+for adapters, or are put off by a full cache.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +18,8 @@ from tests.serve.embedded import request
 from tests.serve.lazy_device import VOCABULARY
 from tests.serve.simulated_engine import ADAPTERS, Simulation, Told, content_of
 from tunefork.errors import EngineDeadError
-from tunefork.serve.engine import EngineRequest
-from tunefork.serve.engines import core, sequence, tiers
+from tunefork.serve.engine import EngineRequest, ServedAdapter
+from tunefork.serve.engines import core, sequence, tiers, trial
 
 _INNOCENT = ("stop", "length", "EngineError")
 """Ends that are of a request itself."""
@@ -31,6 +31,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     monkeypatch.setattr(core, "time", clock)
     monkeypatch.setattr(sequence, "HEADROOM", 24)
     monkeypatch.setattr(tiers, "Loading", lazy_device.Loading)
+    monkeypatch.setattr(trial, "verdict_of", lazy_device.Verdict)
     yield clock
 
 
@@ -51,11 +52,17 @@ class _Matcher:
 class _World:
     """What is asked of an engine, and when; the same for any engine."""
 
-    def __init__(self, seed: int, *, greedy: float = 0.9) -> None:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        tokens_suffice: float = 0.9,
+        adapters: Sequence[ServedAdapter] = ADAPTERS,
+    ) -> None:
         dice = random.Random(seed)
         self.dice, self.simulated = dice, dict[str, EngineRequest]()
         self.arrivals, self.cancels, self.forgets = list[Any](), list[Any](), list[Any]()
-        self.greedy = set[str]()
+        self.greedy, self.sampled = set[str](), set[str]()
         when = 0.0
         for at in range(dice.randint(4, 18)):
             when += dice.choice((0, 0, 0, 3, 30))
@@ -66,19 +73,22 @@ class _World:
             if dice.random() < 0.3:
                 sampling["stop"] = (dice.choice("abcd") + dice.choice("efgh"), dice.choice("xyz"))
             matcher = None
-            if dice.random() < greedy:
-                self.greedy.add(name)
+            is_hot = at % 3 == 0
+            if is_hot:
+                sampling |= {"temperature": 1.0, "seed": at}
+            if dice.random() < tokens_suffice:
+                (self.sampled if is_hot else self.greedy).add(name)
             else:
-                kind = dice.choice(("sampled", "penalised", "grammar", "logprobs"))
+                kind = dice.choice(("biased", "penalised", "grammar", "logprobs"))
                 kinds: dict[str, dict[str, Any]] = {
-                    "sampled": {"temperature": 1.0, "seed": at},
+                    "biased": {"logit_bias": {at: 1.0}},
                     "penalised": {"presence_penalty": 1.0},
                     "grammar": {},
                     "logprobs": {"logprobs": 2},
                 }
                 sampling |= kinds[kind]
                 matcher = dice.randint(1, 9) if kind == "grammar" else None
-            adapter = None if dice.random() < 0.4 else dice.choice(ADAPTERS)
+            adapter = None if dice.random() < 0.4 else dice.choice(adapters)
             deadline = when + dice.randint(1, 60) if dice.random() < 0.1 else None
             prompt = [dice.randrange(VOCABULARY) for _ in range(dice.randint(1, 50))]
             wanted = request(
@@ -113,13 +123,18 @@ class _World:
         simulation.run()
 
     def follows(self, told: dict[str, Told]) -> None:
-        """Greedy tokens are the likeliest after those before them, by the request's adapter."""
-        for name in self.greedy & told.keys():
+        """Greedy tokens are the likeliest after those before them, by the request's adapter, and
+        sampled ones are drawn by the numbers of its seed, one a token."""
+        for name in (self.greedy | self.sampled) & told.keys():
             wanted = self.simulated[name]
+            numbers = random.Random(wanted.sampling.seed)
             content = content_of(wanted.adapter)
             at = lazy_device.hash_of(wanted.prompt_ids, content)
             for token in told[name].tokens:
-                assert token == lazy_device.likeliest(at), name
+                expected = lazy_device.likeliest(at)
+                if name in self.sampled:
+                    expected = lazy_device.drawn(at, numbers.random())
+                assert token == expected, name
                 at = lazy_device.after(at, token, content)
 
 

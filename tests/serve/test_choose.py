@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from tunefork.serve.engines import choose as module
+from tunefork.kernels import draw as module
 from tunefork.serve.engines.choose import BAD, Choice, choose, greedy, log_probabilities
 
 

@@ -150,8 +150,9 @@ def _as_a_gpu(engine: EmbeddedEngine) -> Graphs:
     assert engine._parts is not None
     core = engine._parts.core
     assert core.tiers is not None and isinstance(core.tiers.slots, BankSlots)
-    core.passes.flash = core.overlaps = True
+    core.passes.flash = core.passes.rows_are_alike = core.overlaps = True
     core.tiers.slots.takes_tiles = True
+    core.passes.layout.few = core.tiers.slots.few
     graphs = core.passes.graphs = core.passes.make_graphs(core.scheduler.max_requests, None)
     return graphs
 
@@ -192,7 +193,7 @@ def test_a_gpus_way_by_stand_ins(
     assert [list(piece.token_ids) for piece in found] == expected
 
 
-def test_an_adapter_is_tried_by_rows_that_decode(
+def test_an_adapter_is_tried_in_the_pass_of_its_prompt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of q alone changes only what tokens see of those before them: it is served as well."""
@@ -214,7 +215,7 @@ def test_an_adapter_is_tried_by_rows_that_decode(
 
     [found], graphs = asyncio.run(run())
     assert list(found.token_ids) == greedy(model, adapter, prompt, 4)
-    assert next(iter(graphs.captured)).rows == 16  # the trial, before anything else
+    assert [key.tokens for key in graphs.captured] == [64, 0]  # 20 and the trial's 16; then rows
 
 
 def test_fused_layers_take_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,10 +29,9 @@ from tests.serve.embedded import (
 )
 from tunefork.errors import AdapterError, EngineDeadError, EngineError, NoAdapterMemoryError
 from tunefork.serve.engine import Piece, ServedAdapter
-from tunefork.serve.engines import core
+from tunefork.serve.engines import trial
 from tunefork.serve.engines.embedded import EmbeddedEngine
 from tunefork.serve.engines.tiers import Tiers
-from tunefork.serve.engines.trial import try_adapter
 
 PROMPT = [20, 60, 100, 140, 180, 220]
 
@@ -306,7 +305,7 @@ def test_without_memory_who_waits_is_told_and_who_comes_later_is_answered(
                 case "copied":
                     tiers.slots.load = first_fails(tiers.slots.load)  # type: ignore[method-assign]
                 case "tried":
-                    monkeypatch.setattr(core, "try_adapter", first_fails(try_adapter))
+                    monkeypatch.setattr(trial, "verdict_of", first_fails(trial.verdict_of))
 
             def once_both_wait(one: ServedAdapter) -> Any:
                 assert both_wait.wait(60)

@@ -1,16 +1,25 @@
 """A real model with passes ahead, on a CPU with stand-ins for the kernel and for graphs."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.serve.embedded import answer, base_folder, greedy, request, save_adapter, settings
+from tests.serve.embedded import (
+    answer,
+    answers,
+    base_folder,
+    greedy,
+    request,
+    save_adapter,
+    settings,
+)
 from tests.serve.test_embedded import _Again, _as_a_gpu, _flash_by_numbers
 from tunefork.errors import EngineError
-from tunefork.serve.engine import Piece, ServedAdapter
+from tunefork.serve.engine import EngineRequest, Piece, ServedAdapter
 from tunefork.serve.engines import attention, base
 from tunefork.serve.engines.choose import BAD
 from tunefork.serve.engines.embedded import EmbeddedEngine
@@ -133,6 +142,60 @@ def test_a_row_whose_logits_are_not_finite_fails_alone_where_its_next_pass_is_un
 
     asyncio.run(ask())
     assert num_ahead
+
+
+_WAYS: list[dict[str, Any]] = [
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_p": 0.9},
+    {"temperature": 0.0},
+    {"temperature": 1.5, "top_k": 20},
+    {"temperature": 1.0, "top_k": 40, "top_p": 0.8},
+]
+"""Of requests that need nothing of a pass but tokens."""
+
+
+def test_drawn_tokens_are_those_of_passes_that_wait(
+    served: Served, num_ahead: list[tuple[int, int]]
+) -> None:
+    """Each alone with an engine that waits; together, greedy ones among them, some of which end by
+    a stop token with a row in vain, and each of which is asked again; and beside one whose
+    penalties the host alone knows, for as long as it runs."""
+    wanted = [
+        request(f"{at}", PROMPT, served.whose[at % 4], max_tokens=LONG - at, seed=at, **how)
+        for at, how in enumerate([*_WAYS, *_WAYS])
+    ]
+
+    async def alone() -> list[Piece]:
+        engine = await _started(served, ahead=False)
+        found = [await answer(engine, one) for one in wanted]
+        await engine.stop()
+        return found
+
+    async def together() -> None:
+        engine = await _started(served)
+        stopped = list[EngineRequest]()
+        for one, piece in zip(wanted, expected, strict=True):
+            sampling = replace(one.sampling, stop_ids=(piece.token_ids[9 + len(stopped) % 3],))
+            stopped.append(replace(one, id=f"s{one.id}", sampling=sampling))
+        for found, ask in zip(await answers(engine, stopped), stopped, strict=True):
+            whole = expected[stopped.index(ask)].token_ids
+            assert found.token_ids == whole[: whole.index(ask.sampling.stop_ids[0]) + 1]
+        assert num_ahead
+        host: dict[str, Any] = {"temperature": 1.0, "presence_penalty": 0.5, "seed": 77}
+        beside = [request("host", PROMPT, max_tokens=12, **host), *wanted]
+        before = len(num_ahead)
+        assert [piece.token_ids for piece in (await answers(engine, beside))[1:]] == [
+            piece.token_ids for piece in expected
+        ]
+        assert LONG - 20 < len(num_ahead) - before < LONG - 9
+        await engine.stop()
+
+    expected = asyncio.run(alone())
+    assert not num_ahead
+    drawn = [piece.token_ids[:20] for piece in expected if piece is not expected[2]]
+    assert len(set(drawn)) == len(drawn)
+    assert list(expected[2].token_ids) == served.expected[served.whose[2]][: LONG - 2]
+    asyncio.run(together())
 
 
 def test_who_needs_the_logits_is_not_ahead(

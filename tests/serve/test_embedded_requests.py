@@ -323,7 +323,7 @@ def test_what_an_answers_choice_or_text_fails_with_is_its_own(
                     pass
             wanted = [
                 request("w2", PROMPT, temperature=1.0, seed=3),
-                request("grammar", PROMPT),
+                request("grammar", PROMPT, presence_penalty=0.1),
                 request("memory", PROMPT * 2, logprobs=7),
             ]
             found = await asyncio.gather(

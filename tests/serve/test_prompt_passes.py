@@ -12,61 +12,21 @@ import pytest
 import torch
 
 from tests.serve.embedded import base_folder, save_adapter, settings
+from tests.serve.test_compiled_layers import kernel_by_numbers
 from tests.serve.test_embedded import _Again, _flash_by_numbers
 from tests.serve.test_graphs import _graphs, _Layers
-from tunefork.kernels.bank_read import TILE
+from tests.serve.test_layout import part_of
 from tunefork.model.bank import Bank
 from tunefork.model.fused import FusedGroup
-from tunefork.serve.engines import attention, base
+from tunefork.serve.engines import attention, base, flash, passes
 from tunefork.serve.engines.embedded import EmbeddedEngine
 from tunefork.serve.engines.graphs import Graphs, Key
-from tunefork.serve.engines.layout import BASE, Layout, Part
+from tunefork.serve.engines.layout import BASE
 from tunefork.serve.engines.passes import Passes
 from tunefork.serve.engines.regions import UNIT
 from tunefork.serve.engines.slots import BankSlots
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
-APART = 256
-"""Tokens of the cache from where a row's region begins to where the next one's does."""
-
-
-def _part(row: int, new: int, position: int, slot: int, *, wants_logits: bool = True) -> Part:
-    ids = [(11 * row + 5 * at) % 200 + 20 for at in range(new)]
-    return Part(ids, position, (row + 1) * APART, slot, wants_logits)
-
-
-def test_what_fills_a_pass_up_belongs_to_a_row_that_sees_nothing() -> None:
-    layout = Layout(300, 5, torch.device("cpu"))
-    for numbers in layout.numbers.values():
-        numbers[:] = 77  # of a pass before
-    parts = [
-        _part(0, 1, 9, 2),
-        _part(1, 70, 0, 2, wants_logits=False),
-        _part(2, 2, 3, BASE),
-    ]
-    _, _, wanted = layout.lay_out(parts)
-    layout.fill_up(parts, wanted, 128)
-    found = {name: numbers.tolist() for name, numbers in layout.numbers.items()}
-    assert found["starts_q"] == [0, 1, 71, 73, 128, 128]
-    assert found["starts_k"][:3] == [APART, 2 * APART, 3 * APART]
-    assert found["used"] == [10, 70, 5, 0, 0]
-    assert (wanted, found["last"]) == (2, [0, 72, 0, 0, 0])
-    assert set(found["write"][73:128]) == {0} and set(found["slots"][71:128]) == {BASE}
-    tiles = layout.tiles(128).numbers_t3.tolist()
-    assert tiles == [[2, 0, 64], [2, 64, 7], [-1, 71, 57], *[[-1, 0, 0]] * (len(tiles) - 3)]
-
-
-@pytest.mark.parametrize("lengths", [[TILE + 1] * 7, [1] * 7, [3 * TILE], [TILE, 1, TILE - 1]])
-def test_tiles_have_room_wherever_rows_end(lengths: list[int]) -> None:
-    """Each row with a slot of its own, and a size that leaves one token more, or none."""
-    parts = [_part(row, new, 0, row) for row, new in enumerate(lengths)]
-    for tokens in (sum(lengths), sum(lengths) + 1):
-        layout = Layout(tokens + 8, 8, torch.device("cpu"))
-        layout.lay_out(parts)
-        layout.fill_up(parts, 0, tokens)
-        tiles = [tile for tile in layout.tiles(tokens).numbers_t3.tolist() if tile[2]]
-        assert sum(count for _, _, count in tiles) == tokens
-        assert len(tiles) == sum(-(-new // TILE) for new in lengths) + (tokens > sum(lengths))
 
 
 def test_few_sizes_serve_all_passes_with_prompts() -> None:
@@ -221,28 +181,42 @@ MIXES: dict[str, list[tuple[int, int, int]]] = {
 """(new tokens, position, slot) of each row."""
 
 
-@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("few", [0, 64, 1000])
+@pytest.mark.parametrize(("fuse", "groups"), [(False, ()), (True, ()), (True, (2,))])
 def test_filled_passes_say_what_exact_ones_say(
-    fuse: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fuse: bool, groups: tuple[int, ...], few: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sizes in turn, over a cache whose every place that no row should see is not a number."""
+    """Sizes in turn, over a cache whose every place that no row should see is not a number; rows
+    that decode read as others are, or apart, by `groups` of heads and by rows of adapters."""
 
     def join(_bank: Bank, groups: Sequence[FusedGroup]) -> None:
         for group in groups:
             group.join_banks()
 
-    monkeypatch.setattr(attention, "flash", _flash_by_numbers)
+    grouped = 0
+
+    def kernel(*told: Any) -> torch.Tensor:
+        nonlocal grouped
+        grouped += not told[6]
+        return kernel_by_numbers(*told)
+
+    if groups:
+        monkeypatch.setattr(flash, "_kernel", kernel)
+        monkeypatch.setattr(passes, "MANY_ROWS", 10)
+    else:
+        monkeypatch.setattr(attention, "flash", _flash_by_numbers)
     monkeypatch.setattr(Graphs, "_capture", lambda graphs, key: _Again(graphs, key))
     monkeypatch.setattr(base, "keep_as_rows", join)
     model = base_folder(tmp_path / "base")
     adapters = [save_adapter(model, tmp_path / f"a{r}", rank=r, seed=r) for r in (4, 16)]
 
     def check(passes: Passes, caches: list[torch.Tensor]) -> None:
-        passes.flash = True
+        passes.flash = passes.apart = True
+        passes.groups, passes.layout.few = groups, few
         graphs = passes.graphs = passes.make_graphs(10, None)
         chosen = random.Random(0)
         for mix in [*MIXES.values(), *chosen.choices([*MIXES.values()], k=8)]:
-            parts = [_part(row, *one) for row, one in enumerate(mix)]
+            parts = [part_of(row, *one) for row, one in enumerate(mix)]
             written = [0]
             torch.manual_seed(0)
             for cache in caches:
@@ -267,6 +241,7 @@ def test_filled_passes_say_what_exact_ones_say(
             torch.testing.assert_close(logits_rv, exact.logits_rv)
             assert torch.equal(tokens_r, exact.tokens_r)
         assert {key.tokens for key in graphs.captured} == {64, 128, 138}
+        assert bool(grouped) == bool(groups)
 
     async def run(check: Callable[..., Any]) -> None:
         fields = {"fuse": fuse, "prefill_tokens": 128, "max_requests": 10}

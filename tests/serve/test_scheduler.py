@@ -30,7 +30,7 @@ def test_rows_come_in_the_order_of_their_slots_then_those_without_one_then_promp
     """Also where one that was ready to decode gives its room up for another, so that the pass has
     as many parts as were ready, and a prompt among them."""
     cache: Any = SimpleNamespace(regions=Regions((1 + 5) * UNIT))
-    scheduler = Scheduler(cache, None, lambda *_: None, max_requests=8, prefill_tokens=32)
+    scheduler = Scheduler(cache, None, max_requests=8, prefill_tokens=32)
     for slot in (None, 2):
         _running(scheduler, slot, tokens=10, computed=9)
     if has_prompt:

@@ -9,8 +9,10 @@ In a prompt the host knows whose each stretch of tokens is, and cuts them into `
 `down` reads x once for all layers that share it, and `up` writes what the base's product is then
 added to (or adds to it), which costs that product nothing. Tiles too are read where they lie.
 
+A captured pass of few tokens with prompts in it is read by both (`bank_mixed.py`).
+
 Nothing of another slot is read, so what is not finite there stays there. The kernels are in
-`kernels/bank_read_triton.py`; the definitions are here, and run elsewhere.
+`bank_read_triton.py` and `bank_tiles_triton.py`; the definitions are here, and run elsewhere.
 
 Shape legend: S tokens, D features in, O features out, N slots, R rank (padded with zeros), L layers
 with one input, T tiles. A of all layers is (L N R, D), layer after layer, and B one flat tensor,
@@ -86,14 +88,14 @@ def add_own_reference(
     own_slr = u_slnr[torch.arange(len(at_s), device=at_s.device), :, at_s]
     deltas = [
         torch.bmm(own_slr[:, layer, None], b_nro[at_s].float())[:, 0]
-        for layer, b_nro in enumerate(_by_layer(b, sizes, slots, rank))
+        for layer, b_nro in enumerate(by_layer(b, sizes, slots, rank))
     ]
     # A row without a slot has looked at slot 0's, whatever lies there.
     delta_so = torch.where((slot_s >= 0)[:, None], torch.cat(deltas, dim=1), 0)
     y_so.copy_(y_so.float() + delta_so)
 
 
-def _by_layer(b: Tensor, sizes: Sequence[int], slots: int, rank: int) -> Iterator[Tensor]:
+def by_layer(b: Tensor, sizes: Sequence[int], slots: int, rank: int) -> Iterator[Tensor]:
     """Each layer's B (N, R, O_i)."""
     parts = torch.split(b, [slots * rank * size for size in sizes])
     return (part.view(slots, rank, size) for part, size in zip(parts, sizes, strict=True))
@@ -109,9 +111,9 @@ def down(x_sd: Tensor, a_kd: Tensor, tiles: Tiles, layers: int, rank: int) -> Te
 
 def _down(x_sd: Tensor, a_kd: Tensor, tiles: Tiles, layers: int, rank: int) -> Tensor:
     if is_on_gpu(x_sd) and x_sd.dtype == torch.bfloat16:
-        from tunefork.kernels import bank_read_triton  # needs Triton, which comes with CUDA
+        from tunefork.kernels import bank_tiles_triton  # needs Triton, which comes with CUDA
 
-        return bank_read_triton.down(x_sd, a_kd, *tiles, layers, rank)
+        return bank_tiles_triton.down(x_sd, a_kd, *tiles, layers, rank)
     return down_reference(x_sd, a_kd, tiles, layers, rank)
 
 
@@ -158,9 +160,9 @@ def _up(
     begins: bool,
 ) -> None:
     if is_on_gpu(y_so) and y_so.dtype == torch.bfloat16:
-        from tunefork.kernels import bank_read_triton
+        from tunefork.kernels import bank_tiles_triton
 
-        return bank_read_triton.up(y_so, u_sk, b, *tiles, sizes, rank, begins=begins)
+        return bank_tiles_triton.up(y_so, u_sk, b, *tiles, sizes, rank, begins=begins)
     return up_reference(y_so, u_sk, b, tiles, sizes, rank, begins=begins)
 
 
@@ -179,7 +181,7 @@ def up_reference(
         y_so.zero_()
     slots = b.numel() // (rank * sum(sizes))
     ys = torch.split(y_so, list(sizes), dim=1)
-    for layer, (y_so, b_nro) in enumerate(zip(ys, _by_layer(b, sizes, slots, rank), strict=True)):
+    for layer, (y_so, b_nro) in enumerate(zip(ys, by_layer(b, sizes, slots, rank), strict=True)):
         for slot, first, count in tiles.numbers_t3.tolist():
             if slot >= 0:
                 u_tr = u_sk[first : first + count, layer * rank : (layer + 1) * rank]

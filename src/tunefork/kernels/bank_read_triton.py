@@ -1,7 +1,7 @@
-"""The kernels of `kernels/bank_read.py`: own A for several layers at once, own B, added to y.
+"""The kernel of `kernels/bank_read.py` for rows that decode: own B for several layers, added to y.
 
-All of them are bound by memory: by B while few tokens decode, by x and y in a prompt. So a program
-has one slot and a piece of its columns, and takes the tokens of that slot from wherever they lie.
+It is bound by memory, by B. So a program has one slot and a piece of its columns, and takes the
+rows of that slot from wherever they lie. Kernels for prompts are in `bank_tiles_triton.py`.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ _VALUES = 4096
 
 
 @triton.jit
-def _piece(block, sizes: tl.constexpr, block_o: tl.constexpr):
+def piece(block, sizes: tl.constexpr, block_o: tl.constexpr):
     """Of layers side by side, cut into blocks that none of them shares: the block's layer, the
     first of its columns, where its layer begins, and the layer's size."""
     layer, first = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
@@ -39,7 +39,7 @@ def _piece(block, sizes: tl.constexpr, block_o: tl.constexpr):
 
 
 @triton.jit
-def _own_b(b, slot, num_slots, column, first, size, mask_r, mask_o, rank: tl.constexpr,
+def own_b(b, slot, num_slots, column, first, size, mask_r, mask_o, rank: tl.constexpr,
            block_rank: tl.constexpr):  # fmt: skip
     """(block_rank, block_o) of a slot's B: layer after layer, each (N, R, O_i)."""
     place = tl.arange(0, block_rank)
@@ -62,7 +62,7 @@ def _add_own(
     block_o: tl.constexpr, block_m: tl.constexpr, block_rows: tl.constexpr, step: tl.constexpr,
     few: tl.constexpr, chunk: tl.constexpr, is_early: tl.constexpr,
 ):  # fmt: skip
-    layer, begin, first, size = _piece(tl.program_id(0), sizes, block_o)
+    layer, begin, first, size = piece(tl.program_id(0), sizes, block_o)
     slot = tl.program_id(1)
     begin, first = tl.multiple_of(begin, step), tl.multiple_of(first, step)
     size = tl.multiple_of(size, step)
@@ -87,7 +87,7 @@ def _add_own(
             for part in range(0, block_o, block_m):
                 column = begin + part + tl.arange(0, block_m)
                 mask_o = column < size
-                b_ro = _own_b(
+                b_ro = own_b(
                     b, slot, num_slots, column, first, size, mask_r, mask_o, rank, block_rank
                 )
                 y_at = y + at[:, None] * stride_y + column[None, :]
@@ -98,7 +98,7 @@ def _add_own(
     elif count > 0:  # row by row, by sums that stay within a thread
         column = begin + tl.arange(0, block_o)
         mask_o = column < size
-        b_ro = _own_b(b, slot, num_slots, column, first, size, mask_r, mask_o, rank, block_rank)
+        b_ro = own_b(b, slot, num_slots, column, first, size, mask_r, mask_o, rank, block_rank)
         if is_early:
             tl.extra.cuda.gdc_wait()
         for _ in range(count):
@@ -112,85 +112,12 @@ def _add_own(
         tl.extra.cuda.gdc_wait()
 
 
-@triton.jit
-def _down(
-    x, stride_x, a, stride_a, u, stride_u, tiles, num_slots, features,
-    num_columns: tl.constexpr, rank: tl.constexpr, is_even: tl.constexpr,
-    block_t: tl.constexpr, block_k: tl.constexpr, block_d: tl.constexpr,
-):  # fmt: skip
-    tile = tl.program_id(0)
-    slot, start, count = (
-        tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
-    )  # fmt: skip
-    if slot < 0:
-        return
-    at = tl.arange(0, block_t)
-    mask_t = at < count
-    token = (start + at).to(tl.int64)
-    k = tl.program_id(1) * block_k + tl.arange(0, block_k)
-    mask_k = k < num_columns
-    row_a = ((k // rank) * num_slots + slot) * rank + k % rank
-    d = tl.arange(0, block_d)
-    x_at = x + token[:, None] * stride_x + d[None, :]
-    a_at = a + row_a.to(tl.int64)[None, :] * stride_a + d[:, None]
-    total = tl.zeros([block_t, block_k], tl.float32)
-    for begin in range(0, features, block_d):
-        mask_x, mask_a = mask_t[:, None], mask_k[None, :]
-        if not is_even:
-            mask_x = mask_x & (begin + d < features)[None, :]
-            mask_a = mask_a & (begin + d < features)[:, None]
-        x_td = tl.load(x_at + begin, mask=mask_x, other=0.0)
-        a_dk = tl.load(a_at + begin, mask=mask_a, other=0.0)
-        total = tl.dot(x_td, a_dk, total)
-    tl.store(
-        u + token[:, None] * stride_u + k[None, :], total.to(u.dtype.element_ty),
-        mask=mask_t[:, None] & mask_k[None, :],
-    )  # fmt: skip
-
-
-@triton.jit
-def _up(
-    y, stride_y, u, stride_u, b, tiles, num_slots,
-    sizes: tl.constexpr, rank: tl.constexpr, block_rank: tl.constexpr,
-    block_t: tl.constexpr, block_o: tl.constexpr, step: tl.constexpr, begins: tl.constexpr,
-):  # fmt: skip
-    layer, column, first, size = _piece(tl.program_id(0), sizes, block_o)
-    tile = tl.program_id(1)
-    slot, start, count = (
-        tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
-    )  # fmt: skip
-    is_done = count == 0  # a captured pass has as many tiles as any of its size may need
-    if not begins:
-        is_done = is_done | (slot < 0)
-    if is_done:
-        return
-    column = tl.multiple_of(column, step)
-    first, size = tl.multiple_of(first, step), tl.multiple_of(size, step)
-    column = column + tl.arange(0, block_o)
-    place = tl.arange(0, block_rank)
-    mask_o, mask_r = column < size, (place < rank) & (slot >= 0)
-    b_ro = _own_b(b, slot, num_slots, column, first, size, mask_r, mask_o, rank, block_rank)
-    at = tl.arange(0, block_t)
-    mask_t = at < count
-    token = (start + at).to(tl.int64)
-    u_tr = tl.load(
-        u + token[:, None] * stride_u + (layer * rank + place)[None, :],
-        mask=mask_t[:, None] & mask_r[None, :], other=0.0,
-    )  # fmt: skip
-    y_at = y + token[:, None] * stride_y + (first + column)[None, :]
-    mask = mask_t[:, None] & mask_o[None, :]
-    y_to = tl.dot(u_tr, b_ro)
-    if not begins:
-        y_to = y_to + tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_at, y_to.to(y.dtype.element_ty), mask=mask)
-
-
-def _step(sizes: Sequence[int]) -> int:
+def step_of(sizes: Sequence[int]) -> int:
     """What every layer's first column is a multiple of, up to what one thread loads at once."""
     return next(step for step in (16, 8, 4, 2, 1) if not any(size % step for size in sizes))
 
 
-def _blocks(sizes: Sequence[int], block_o: int) -> int:
+def blocks_of(sizes: Sequence[int], block_o: int) -> int:
     return sum(triton.cdiv(size, block_o) for size in sizes)
 
 
@@ -198,13 +125,6 @@ def _blocks(sizes: Sequence[int], block_o: int) -> int:
 def _can_be_early(device: torch.device) -> bool:
     """Whether a kernel can begin while the one before ends (programmatic dependent launch)."""
     return torch.cuda.get_device_capability(device)[0] >= 9
-
-
-@cache
-def _shared_bytes(device: torch.device) -> int:
-    """Shared memory that a program may take."""
-    found = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    return int(found["max_shared_mem"])
 
 
 def add_own(
@@ -215,7 +135,7 @@ def add_own(
     block_rank = max(16, triton.next_power_of_2(rank))
     block_o = max(16, _VALUES // block_rank)
     is_early = _can_be_early(y_so.device)
-    _add_own[(_blocks(sizes, block_o), num_slots)](
+    _add_own[(blocks_of(sizes, block_o), num_slots)](
         y_so,
         y_so.stride(0),
         u_sk,
@@ -230,72 +150,10 @@ def add_own(
         block_o,
         min(block_o, 64),
         max(_ROWS, triton.next_power_of_2(y_so.shape[0])),
-        _step(sizes),
+        step_of(sizes),
         _FEW,
         _CHUNK,
         is_early,
         num_warps=1,  # a lane holds all rows of its columns of B
         launch_pdl=is_early,
-    )
-
-
-def down(x_sd: Tensor, a_kd: Tensor, tiles_t3: Tensor, tile: int, layers: int, rank: int) -> Tensor:
-    """As `bank_read.down`."""
-    columns, features = layers * rank, x_sd.shape[1]
-    u_sk = x_sd.new_empty(x_sd.shape[0], columns)
-    block_k, block_d = max(16, min(128, triton.next_power_of_2(columns))), 128
-    grid = (tiles_t3.shape[0], triton.cdiv(columns, block_k))
-    _down[grid](
-        x_sd,
-        x_sd.stride(0),
-        a_kd,
-        a_kd.stride(0),
-        u_sk,
-        u_sk.stride(0),
-        tiles_t3,
-        a_kd.shape[0] // columns,
-        features,
-        columns,
-        rank,
-        features % block_d == 0,
-        tile,
-        block_k,
-        block_d,
-        num_warps=4,
-        num_stages=max(1, min(4, _shared_bytes(x_sd.device) // (2 * block_d * (tile + block_k)))),
-    )
-    return u_sk
-
-
-def up(
-    y_so: Tensor,
-    u_sk: Tensor,
-    b: Tensor,
-    tiles_t3: Tensor,
-    tile: int,
-    sizes: Sequence[int],
-    rank: int,
-    *,
-    begins: bool,
-) -> None:
-    """As `bank_read.up`."""
-    block_rank = max(16, triton.next_power_of_2(rank))
-    # Columns of B lie in registers: fewer for a large rank.
-    block_o = max(16, min(128, 8192 // block_rank))
-    _up[(_blocks(sizes, block_o), tiles_t3.shape[0])](
-        y_so,
-        y_so.stride(0),
-        u_sk,
-        u_sk.stride(0),
-        b,
-        tiles_t3,
-        b.numel() // (rank * sum(sizes)),
-        tuple(sizes),
-        rank,
-        block_rank,
-        tile,
-        block_o,
-        _step(sizes),
-        begins,
-        num_warps=4,
     )

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from tunefork.data.slots import is_even
 from tunefork.errors import AdapterError, ModelError
 from tunefork.kernels.bank import Bounds, Padded, padded_rank, spans
+from tunefork.kernels.bank_mixed import Mixed
 from tunefork.kernels.bank_read import Tiles
 from tunefork.kernels.bank_stretches import Layout
 from tunefork.model.bank_linear import BankLinear, Routing
@@ -200,6 +201,10 @@ class Bank:
     def route_tiles(self, tiles: Tiles) -> None:
         """As `route_stretches`, on a GPU."""
         self.routing.tiles, self.routing.mode = tiles, "tiles"
+
+    def route_mixed(self, mixed: Mixed) -> None:
+        """The same of a pass of few tokens; it is read whenever the pass runs."""
+        self.routing.mixed, self.routing.mode = mixed, "mixed"
 
     def route_none(self) -> None:
         """Every token sees the base alone."""

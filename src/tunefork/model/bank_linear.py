@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunefork.kernels.bank import Bounds, Padded, add_segments, grouped, spans
+from tunefork.kernels.bank_mixed import Mixed, add_mixed
 from tunefork.kernels.bank_read import Tiles, down, up
 from tunefork.kernels.bank_stretches import Layout, Matrices, add_stretches
 from tunefork.kernels.bank_tokens import bank_tokens
@@ -35,7 +36,7 @@ class Routing:
     """(G,) fp32 on the device: each slot's dropout."""
     padded: list[Padded] = field(default_factory=list)
     """How rows lie in the grouped product, of each kind of layer: those of the same ranks."""
-    mode: Literal["none", "segments", "one", "tokens", "stretches", "tiles"] = "none"
+    mode: Literal["none", "segments", "one", "tokens", "stretches", "tiles", "mixed"] = "none"
     bounds: Bounds = ()
     """`ends_g` as the host knows it, with each slot's start; mode "segments"."""
     is_even: bool = False
@@ -48,6 +49,8 @@ class Routing:
     """What the host knows of a pass that is only read from; mode "stretches"."""
     tiles: Tiles | None = None
     """The same for a GPU; mode "tiles"."""
+    mixed: Mixed | None = None
+    """The same of few tokens; mode "mixed"."""
 
 
 class BankLinear(nn.Module):
@@ -144,7 +147,7 @@ class BankLinear(nn.Module):
         if routing.mode == "none" or not sum(self.ranks):
             return y_o
         y_so, x_sd = y_o.view(-1, y_o.shape[-1]), x_d.reshape(-1, x_d.shape[-1])
-        if routing.mode in ("stretches", "tiles"):
+        if routing.mode in ("stretches", "tiles", "mixed"):
             self._add_read(y_so, x_sd)
             return y_o
         x_sd = self.dropped(x_sd)
@@ -159,14 +162,19 @@ class BankLinear(nn.Module):
 
     def _add_read(self, y_so: Tensor, x_sd: Tensor) -> None:
         """Add the deltas of a pass that is only read from, in place."""
-        layout, tiles, rank = self.routing.layout, self.routing.tiles, self.ranks[0]
-        if self.routing.mode == "tiles":
-            assert tiles is not None
-            u_sr = down(x_sd, self.rows_a, tiles, 1, rank)
-            up(y_so, u_sr, self.rows_b.flatten(), tiles, [self.out_features], rank)
-        else:
-            assert layout is not None and self.kept is not None
-            add_stretches(y_so, x_sd, self.kept[0], layout)
+        routing, rank, sizes = self.routing, self.ranks[0], [self.out_features]
+        match routing.mode:
+            case "tiles":
+                assert routing.tiles is not None
+                u_sr = down(x_sd, self.rows_a, routing.tiles, 1, rank)
+                up(y_so, u_sr, self.rows_b.flatten(), routing.tiles, sizes, rank)
+            case "mixed":
+                assert routing.mixed is not None
+                u_sk = x_sd @ self.rows_a.t()
+                add_mixed(y_so, u_sk, routing.mixed, self.rows_b.flatten(), sizes, rank)
+            case _:
+                assert routing.layout is not None and self.kept is not None
+                add_stretches(y_so, x_sd, self.kept[0], routing.layout)
 
     def dropped(self, x_sd: Tensor) -> Tensor:
         """x with each slot's dropout, while training; drawn for all tokens at once."""
@@ -201,7 +209,7 @@ def deltas(layers: Sequence[BankLinear], x_sd: Tensor) -> tuple[Tensor, ...]:
         case "tokens":
             assert routing.index_s is not None
             return tuple(bank_tokens(x_sd, routing.index_s, *layer.stacks) for layer in layers)
-        case "stretches" | "tiles":
+        case "stretches" | "tiles" | "mixed":
             raise NotImplementedError("these are added in place")
         case "none":
             return tuple(x_sd.new_zeros(x_sd.shape[0], la.out_features) for la in layers)

@@ -7,7 +7,8 @@ gives y and u. 33 slots of rank 16 are a tenth of an 8B model's weights, which a
 as many tokens. A weight that is kept in FP8 has a product of another kind, and A one of its own.
 
 What is then left of a decoding pass is each row's own u times its own B, one kernel for all layers
-of the group; a prompt's tokens are multiplied by their own A as well (`kernels/bank_read.py`).
+of the group; with a prompt's few tokens among them, two (`kernels/bank_mixed.py`). The tokens of a
+longer one are multiplied by their own A as well (`kernels/bank_read.py`).
 
 Shape legend as there; L layers of the group.
 """
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tunefork.kernels.bank_mixed import add_mixed
 from tunefork.kernels.bank_read import Tiles, add_own, down, up
 from tunefork.model.bank_linear import BankLinear
 
@@ -51,24 +53,32 @@ class JointBanks:
         match self.routing.mode:
             case "none":
                 return self._split(x_sd @ self.weight.t()) if ys is None else tuple(ys)
-            case "tokens":
-                return self._of_rows(x_sd, ys)
+            case "tokens" | "mixed":
+                return self._of_all_slots(x_sd, ys)
             case "tiles":
                 return self._of_tiles(x_sd, ys)
             case mode:
                 raise NotImplementedError(f"these banks are not read by {mode}")
 
-    def _of_rows(self, x_sd: Tensor, ys: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
-        slot_s = self.routing.index_s
-        assert slot_s is not None
+    def _of_all_slots(self, x_sd: Tensor, ys: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
         both_sk = x_sd @ self.rows.t()
         y_so, u_sk = both_sk[:, : self.features_out], both_sk[:, self.features_out :]
         if ys is None:
-            add_own(y_so, u_sk, slot_s, self.b, self.sizes, self.rank)
+            self._add(y_so, u_sk, self.b, self.sizes)
             return self._split(y_so)
         for y, u, b in zip(ys, u_sk.chunk(len(self.sizes), dim=1), self._bs(), strict=True):
-            add_own(y, u, slot_s, b, [y.shape[1]], self.rank)
+            self._add(y, u, b, [y.shape[1]])
         return tuple(ys)
+
+    def _add(self, y_so: Tensor, u_sk: Tensor, b: Tensor, sizes: Sequence[int]) -> None:
+        """Each token's own B times its own u, of all slots', in place."""
+        slot_s, mixed = self.routing.index_s, self.routing.mixed
+        if self.routing.mode == "mixed":
+            assert mixed is not None
+            add_mixed(y_so, u_sk, mixed, b, sizes, self.rank)
+        else:
+            assert slot_s is not None
+            add_own(y_so, u_sk, slot_s, b, sizes, self.rank)
 
     def _of_tiles(self, x_sd: Tensor, ys: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
         tiles = self.routing.tiles

@@ -10,12 +10,14 @@ import psutil
 import torch
 
 from tunefork.errors import ModelError
+from tunefork.kernels.draw import draw
 from tunefork.model.device import has_fp8, pick_device, pick_dtype, use_device
 from tunefork.model.load import load_tokenizer
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.engines.adapter_file import read_adapter
 from tunefork.serve.engines.base import load_base
 from tunefork.serve.engines.cache import Cache, bytes_a_token, layer_shapes, takes_flash
+from tunefork.serve.engines.checked import Checks
 from tunefork.serve.engines.core import Core, Parcel
 from tunefork.serve.engines.cores import use_one_core
 from tunefork.serve.engines.embedded_settings import EmbeddedSettings
@@ -80,18 +82,35 @@ def assemble(
     max_model_len = min(ours.max_model_len or own_limit, own_limit, cache.total)
     prefill_tokens = ours.prefill_tokens or _PREFILL_TOKENS[device.type]
     flash = takes_flash(layers, dtype, device)
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    max_rows, graphs = max(ours.max_requests, TRIED), flash and ours.cuda_graphs
+    groups = {la.groups for la in layers if la.groups > 1 and la.kv_heads >= _MANY_KV_HEADS}
+    checks, few, is_new = Checks(device, dtype), 0, graphs and ours.experimental
+    if is_new and slots is not None and slots.takes_tiles and slots.few:
+        few = slots.few if checks.mixes(slots.bank, max_rows + TRIED) else 0
     passes = Passes(
         model,
         _ignore if slots is None else slots.route,
         max_tokens=max(prefill_tokens, ROOM),
-        max_rows=max(ours.max_requests, TRIED),
+        max_rows=max_rows,
         max_model_len=max_model_len,
         flash=flash,
-        graphs=flash and ours.cuda_graphs,
+        graphs=graphs,
         compiles=flash and ours.compile,
-        groups={la.groups for la in layers if la.groups > 1 and la.kv_heads >= _MANY_KV_HEADS},
+        groups=groups,
+        apart=is_new and bool(groups) and checks.reads_apart(layers, groups),
+        few=few,
+        draw_by=(
+            checks.draw(vocabulary, with_kernel=ours.experimental)
+            if device.type == "cuda"
+            else draw
+        ),
     )
     passes.warm(has_slots=slots is not None)
+    if is_new and passes.graphs is not None and passes.graphs.captured_tokens:
+        checks.captured(passes, cache, has_slots=slots is not None)
+        if slots is not None and passes.graphs.captured_tokens:
+            passes.rows_are_alike = checks.rows_are_alike(passes, cache)
     make_tiers = None
     if bank is not None and slots is not None:
         read = partial(
@@ -112,7 +131,6 @@ def assemble(
         prefill_tokens=prefill_tokens,
         ahead=ours.ahead,
     )
-    vocabulary = int(model.get_output_embeddings().weight.shape[0])
     grammars = Grammars(tokenizer, vocabulary) if is_available() else None
     info = {
         "engine": "embedded",
@@ -123,6 +141,7 @@ def assemble(
         "cuda_graphs": passes.graphs is not None and passes.graphs.is_on,
         "compiled": passes.graphs is not None and passes.graphs.compiled is not None,
         "captured_tokens": 0 if passes.graphs is None else passes.graphs.captured_tokens,
+        "without": ", ".join(checks.without) or "nothing",
         "torch": torch.__version__,
     }
     return Assembled(core, tokenizer, grammars, model, max_model_len, vocabulary, info)

@@ -19,6 +19,7 @@ from tunefork.errors import ModelError
 from tunefork.serve.engines import attention
 from tunefork.serve.engines.flash import flash_agrees
 from tunefork.serve.engines.regions import UNIT, Region, Regions
+from tunefork.serve.engines.trial import ROOM
 
 _PROBE = "tunefork_serving_probe"
 _REFUSED = ("softcap", "s_aux", "position_bias", "head_mask")
@@ -105,12 +106,16 @@ class Cache:
         self.layers = layers
         self.regions = Regions(num_tokens)
         self.total = self.regions.total
+        self.trial_start = num_tokens
+        """Where trials of adapters lie, behind all regions: a full cache holds none up. Each writes
+        what it reads, and those of several passes are computed one after the other."""
         for layer in layers:
-            sizes = {"kv_keys": layer.key_features, "kv_values": layer.value_features}
-            for name, features in sizes.items():
+            widths = {"kv_keys": layer.key_features, "kv_values": layer.value_features}
+            for name, features in widths.items():
                 # Not zeroed: a CPU hands out memory when it is written. What is never handed out
                 # as a region is read in place of what is not there, and must be finite.
-                kept = torch.empty(num_tokens, layer.kv_heads, features, dtype=dtype, device=device)
+                sizes = (num_tokens + ROOM, layer.kv_heads, features)
+                kept = torch.empty(sizes, dtype=dtype, device=device)
                 kept[:UNIT] = 0
                 layer.module.register_buffer(name, kept, persistent=False)
 
@@ -139,7 +144,10 @@ def takes_flash(layers: list[LayerShape], dtype: torch.dtype, device: torch.devi
         (layer.query_heads, layer.kv_heads, layer.key_features, layer.value_features)
         for layer in layers
     }
-    return all(
-        key == value and key % 8 == 0 and key <= 256 and flash_agrees(h, k, key, dtype)
-        for h, k, key, value in kinds
-    )
+    try:
+        return all(
+            key == value and key % 8 == 0 and key <= 256 and flash_agrees(h, k, key, dtype)
+            for h, k, key, value in kinds
+        )
+    except (RuntimeError, TypeError):  # this GPU or this PyTorch has it not
+        return False

@@ -1,24 +1,33 @@
 """The next token of each row, by its request's own sampling parameters.
 
-A sampled token is the inverse of the cumulated distribution at one uniform number. The numbers come
-from a generator that belongs to the request, one a token, so what else is in the batch changes
-nothing but the rounding of logits. In this order, as OpenAI's API and vLLM have it: bias and
-penalties, grammar, temperature, top-k, top-p. The log probabilities that are told are those of the
-model's own logits, before all of that.
+A sampled token is the inverse of the cumulated distribution at one uniform number
+(`kernels/draw.py`). The numbers come from a generator that belongs to the request, one a token, so
+what else is in the batch changes nothing but the rounding of logits. In this order, as OpenAI's API
+and vLLM have it: bias and penalties, grammar, temperature, top-k, top-p. The log probabilities that
+are told are those of the model's own logits, before all of that.
 
-Shape legend: R rows, V tokens of the vocabulary, C candidates.
+What needs nothing but logits and that number is drawn behind the pass, in its stream (`draw_rows`),
+whether or not the next pass is launched before the host has seen the token: it is the same call
+either way, and a row's token does not depend on the other rows, so of the same logits a seed's
+token is the same.
+What changes logits (bias, penalties, a grammar) is known to the host alone, when it has seen the
+tokens before (`choose`).
+
+Shape legend: R rows, V tokens of the vocabulary, S rows that are drawn.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tunefork.kernels.draw import COLUMNS, Draw, draw
+
 BAD = -1
 """In place of a token where a row's logits are not finite."""
-_CANDIDATES = 1024
-"""Likeliest tokens that top-k and top-p look at first: sorting a whole vocabulary takes longer."""
+_COLDEST = 1e-4
+"""Temperatures between 0 and this are this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +45,14 @@ class Choice:
     """(V,) boolean on the CPU: what the grammar lets through."""
 
     @property
+    def is_drawn(self) -> bool:
+        """By chance. With a top-k of 1 there is nothing to choose from."""
+        return self.temperature > 0.0 and self.top_k != 1
+
+    @property
     def is_greedy(self) -> bool:
         """The likeliest token of the logits as they are."""
-        return self.temperature == 0.0 and not self.changes and self.allowed is None
+        return not self.is_drawn and not self.changes and self.allowed is None
 
 
 def greedy(logits_rv: Tensor) -> Tensor:
@@ -47,24 +61,38 @@ def greedy(logits_rv: Tensor) -> Tensor:
     return torch.where(best.values.isfinite(), best.indices, BAD)
 
 
-def choose(logits_rv: Tensor, choices: Sequence[Choice]) -> Tensor:
+def draw_rows(
+    logits_rv: Tensor, tokens_r: Tensor, choices: Mapping[int, Choice], by: Draw = draw
+) -> None:
+    """Replace the likeliest tokens (`greedy`) of the rows in `choices` by drawn ones, in place.
+
+    Of a choice, changes and grammar are in the logits by now. Nothing waits for a GPU.
+    """
+    if not choices:
+        return
+    told = [
+        (row, max(one.temperature, _COLDEST), one.top_k, one.top_p, one.uniform)
+        for row, one in choices.items()
+    ]
+    told.sort(key=lambda one: one[2] > 0 or one[3] < 1.0)  # those that are limited last, together
+    is_cuda = logits_rv.is_cuda
+    told_s5 = torch.tensor(told, dtype=torch.float64, pin_memory=is_cuda).view(-1, COLUMNS)
+    by(logits_rv, tokens_r, told_s5)
+
+
+def choose(logits_rv: Tensor, choices: Sequence[Choice], by: Draw = draw) -> Tensor:
     """(R,) int64 on the logits' device: a token of each row, or BAD."""
     tokens_r = greedy(logits_rv)
     rows = [row for row, choice in enumerate(choices) if not choice.is_greedy]
     if not rows:
         return tokens_r
     ours = [choices[row] for row in rows]
-    device = logits_rv.device
-    row_index = torch.tensor(rows, device=device)
+    row_index = torch.tensor(rows, device=logits_rv.device)
     scores_rv = logits_rv.index_select(0, row_index).float()
     was_finite = tokens_r.index_select(0, row_index) != BAD
     _change(scores_rv, ours)
-    found = scores_rv.argmax(-1)
-    hot = [at for at, choice in enumerate(ours) if choice.temperature > 0.0]
-    if hot:
-        hot_index = torch.tensor(hot, device=device)
-        picked = _sample(scores_rv.index_select(0, hot_index), [ours[at] for at in hot])
-        found.index_copy_(0, hot_index, picked)
+    found = greedy(scores_rv)
+    draw_rows(scores_rv, found, {at: one for at, one in enumerate(ours) if one.is_drawn}, by)
     return tokens_r.index_copy(0, row_index, torch.where(was_finite, found, BAD))
 
 
@@ -81,79 +109,6 @@ def _change(scores_rv: Tensor, choices: Sequence[Choice]) -> None:
     for row, choice in enumerate(choices):
         if choice.allowed is not None:
             scores_rv[row].masked_fill_(~choice.allowed.to(scores_rv.device), -torch.inf)
-
-
-def _sample(scores_rv: Tensor, choices: Sequence[Choice]) -> Tensor:
-    """(R,) tokens drawn of rows whose temperature is above 0."""
-    device, width = scores_rv.device, scores_rv.shape[1]
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, device=device)[:, None]
-
-    scores_rv = scores_rv / column([max(choice.temperature, 1e-4) for choice in choices])
-    uniform_r1 = column([choice.uniform for choice in choices])
-    limits = [min(choice.top_k or width, width) for choice in choices]
-    filtered = [
-        row for row, choice in enumerate(choices) if limits[row] < width or choice.top_p < 1.0
-    ]
-    tokens_r = _invert(scores_rv.softmax(-1), uniform_r1)
-    if not filtered:
-        return tokens_r
-    index = torch.tensor(filtered, device=device)
-    tokens_r.index_copy_(
-        0,
-        index,
-        _filtered(
-            scores_rv.index_select(0, index),
-            torch.tensor([limits[row] for row in filtered], device=device)[:, None],
-            column([choices[row].top_p for row in filtered]),
-            uniform_r1.index_select(0, index),
-        ),
-    )
-    return tokens_r
-
-
-def _filtered(scores_rv: Tensor, limit_r1: Tensor, top_p_r1: Tensor, uniform_r1: Tensor) -> Tensor:
-    """(R,) tokens drawn among the likeliest: the fewest that have `top_p`, and at most `limit`."""
-    width = scores_rv.shape[1]
-    total_r1 = scores_rv.logsumexp(-1, keepdim=True)
-    top = scores_rv.topk(min(_CANDIDATES, width), dim=-1)
-    chances_rc, tokens_rc = (top.values - total_r1).exp(), top.indices
-    # Top-k comes first, and top-p is of what it left.
-    short = (chances_rc.sum(-1, keepdim=True) < top_p_r1) & (limit_r1 > top.values.shape[1])
-    short |= (limit_r1 > top.values.shape[1]) & (limit_r1 < width)
-    found_r = _pick(chances_rc, tokens_rc, limit_r1, top_p_r1, uniform_r1)
-    rows = short[:, 0].nonzero()[:, 0].tolist() if top.values.shape[1] < width else []
-    for row in rows:  # a flat distribution: rare
-        order = scores_rv[row : row + 1].sort(dim=-1, descending=True, stable=True)
-        chances = (order.values - total_r1[row]).exp()
-        args = (limit_r1[row : row + 1], top_p_r1[row : row + 1], uniform_r1[row : row + 1])
-        found_r[row] = _pick(chances, order.indices, *args)[0]
-    return found_r
-
-
-def _pick(
-    chances_rc: Tensor, tokens_rc: Tensor, limit_r1: Tensor, top_p_r1: Tensor, uniform_r1: Tensor
-) -> Tensor:
-    """`chances_rc` are of the whole vocabulary, largest first."""
-    rank = torch.arange(chances_rc.shape[1], device=chances_rc.device)
-    kept_rc = chances_rc.masked_fill(rank >= limit_r1, 0.0)
-    within = kept_rc.sum(-1, keepdim=True).where(limit_r1 <= rank.numel(), 1.0)
-    before_rc = kept_rc.cumsum(-1) - kept_rc
-    kept_rc = kept_rc.masked_fill(before_rc >= top_p_r1 * within, 0.0)
-    at = _invert(kept_rc, uniform_r1)
-    return tokens_rc.gather(1, at[:, None])[:, 0]
-
-
-def _invert(chances_rv: Tensor, uniform_r1: Tensor) -> Tensor:
-    """(R,) the first index whose cumulated chance is above `uniform` of their sum."""
-    cumulated = chances_rv.cumsum(-1)
-    wanted = uniform_r1 * cumulated[:, -1:]
-    at = torch.searchsorted(cumulated, wanted, right=True)
-    last = chances_rv.shape[1] - 1
-    # Rounding may end past the last chance that is not zero.
-    highest = (last - (chances_rv > 0).flip(-1).int().argmax(-1, keepdim=True)).clamp(max=last)
-    return torch.minimum(at, highest)[:, 0]
 
 
 def log_probabilities(

@@ -4,7 +4,8 @@ them norms and rotations of a few kilobytes, which a GPU cannot do in less than 
 One compiled form serves all layers, which differ in their weights alone, and all numbers of rows:
 that dimension is marked, so that everything else stays a number that the compiler knows. Whether a
 decoding pass has adapters is another form, and so are many rows, whose heads are grouped
-(`flash.py`). Passes with prompts have one form, for all sizes and with and without adapters.
+(`flash.py`). Passes with prompts have two forms, of few tokens (`kernels/bank_mixed.py`) and of
+more, with and without adapters.
 """
 
 from collections.abc import Callable, Iterator
@@ -64,6 +65,8 @@ def _tensors(told: Any) -> Iterator[Tensor]:
         case Reads():
             yield from (told.write_n, told.starts_q, told.starts_k, told.used_r)
             yield from told.grouped.values()
+            if told.decoding is not None:
+                yield from (told.decoding.used_m, told.decoding.starts_rest)
         case tuple() | list():
             for one in told:
                 yield from _tensors(one)

@@ -16,19 +16,19 @@ from typing import Any
 
 import torch
 
-from tunefork.errors import NoAdapterMemoryError, NoMemoryError, TuneforkError
+from tunefork.errors import AdapterError, NoAdapterMemoryError, NoMemoryError, TuneforkError
 from tunefork.serve.engine import EngineState, Piece
 from tunefork.serve.engines import telling
 from tunefork.serve.engines.ahead import Flight, plan_ahead
 from tunefork.serve.engines.cache import Cache
 from tunefork.serve.engines.launched import Follows
 from tunefork.serve.engines.passes import Passes
-from tunefork.serve.engines.regions import Region
-from tunefork.serve.engines.scheduler import Planned, Scheduler
+from tunefork.serve.engines.scheduler import Planned, Scheduler, is_for
 from tunefork.serve.engines.sequence import Sequence as Answer
 from tunefork.serve.engines.telling import Event
+from tunefork.serve.engines.tier_entry import Entry
 from tunefork.serve.engines.tiers import PATIENCE_S, Tiers
-from tunefork.serve.engines.trial import try_adapter
+from tunefork.serve.engines.trial import NO_MEMORY, ROOM, Trial, launch_with_trial
 from tunefork.train.out_of_memory import is_out_of_memory
 
 Parcel = tuple[Any, Piece | TuneforkError]
@@ -64,11 +64,7 @@ class Core:
         self._something = threading.Condition()
         self.tiers = None if make_tiers is None else make_tiers(self.wake)
         self.scheduler = Scheduler(
-            cache,
-            self.tiers,
-            self._try_adapter,
-            max_requests=max_requests,
-            prefill_tokens=prefill_tokens,
+            cache, self.tiers, max_requests=max_requests, prefill_tokens=prefill_tokens
         )
         self._publish()
 
@@ -153,23 +149,12 @@ class Core:
             if deadline is not None and now > deadline:
                 self._end(answer, Piece("", (), finish_reason="deadline"))
 
-    def _try_adapter(self, slot: int, region: Region) -> str | None:
-        try:
-            return try_adapter(self.passes, slot, region)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise NoAdapterMemoryError(
-                "out of memory while an adapter was tried; start the server with less "
-                "embedded.cache_tokens, or fewer embedded.slots"
-            ) from None
-
     def _launch(self, planned: Sequence[Planned]) -> None:
         """The next pass, of which all tokens are known."""
         try:
             self._depart(planned)
         except (RuntimeError, MemoryError) as error:
-            self._make_do(planned, error)
+            self._make_do(planned, error, self.scheduler.to_try())
 
     def _launch_ahead(self) -> None:
         """The pass behind the one under way, if that is all there is, and if it can do without the
@@ -187,16 +172,29 @@ class Core:
             # Launched again in its turn, it says whose request fails if there still is no memory.
 
     def _depart(self, planned: Sequence[Planned], *follows: Follows) -> None:
-        launched = self.passes.run([part for _, part in planned], *follows)
-        self._flights.append(Flight(planned, launched))
+        parts = [part for _, part in planned]
+        tried, trial = self.scheduler.to_try(), None
+        if tried is None:
+            launched = self.passes.run(parts, *follows)
+        else:
+            start = self.cache.trial_start
+            launched, trial = launch_with_trial(self.passes, parts, follows, tried, start)
+            self.scheduler.is_trying()
+        self._flights.append(Flight(planned, launched, trial))
 
     def _collect(self) -> list[Event]:
         """The tokens that the first pass under way chose. Waits for it."""
         flight = self._flights[0]
         try:
-            events = telling.read(flight.answers, flight.launched) if flight.answers else []
+            if flight.trial is not None:
+                self._conclude(flight.trial)
+            answers, by = flight.answers, self.passes.draw_by
+            events = telling.read(answers, flight.launched, by) if answers else []
         except (RuntimeError, MemoryError) as error:
             self._make_do(flight.planned, error)
+            for lost in self._flights:
+                if lost.trial is not None and lost.trial.entry.is_tried:
+                    self.scheduler.try_again(lost.trial.entry)
             self._flights.clear()
             return []  # the others compute the same again, and what was ahead of it
         self._flights.popleft()
@@ -207,6 +205,23 @@ class Core:
                 self.scheduler.drop(event.answer)
         return events
 
+    def _conclude(self, trial: Trial) -> None:
+        """The verdict on an adapter. If it is not to be served, all that ask for it are told."""
+        assert self.tiers is not None
+        entry, fault = trial.entry, trial.fault()
+        self.tiers.load_seconds["trial"] += time.monotonic() - trial.began
+        entry.is_tried, entry.is_checked = False, fault is None
+        # It may have gone since, and may be on its way anew.
+        if fault is not None and self.tiers.entries.get(entry.adapter.id) is entry:
+            self._fail(entry, AdapterError(f"{entry.adapter.id}: {fault}; it is not served"))
+            self.tiers.drop(entry)
+
+    def _fail(self, entry: Entry, error: TuneforkError) -> None:
+        """All requests for an adapter end with `error`."""
+        for answer in list(self.scheduler.open()):
+            if is_for(answer, entry):
+                self._end(answer, error)
+
     def _land(self) -> None:
         """Tell what passes under way compute: the engine launches no more."""
         try:
@@ -216,13 +231,22 @@ class Core:
         except Exception:  # of the device that the engine ended with
             self._flights.clear()
 
-    def _make_do(self, planned: Sequence[Planned], error: RuntimeError | MemoryError) -> None:
-        """Where memory is short, the request that wants most of it fails alone."""
+    def _make_do(
+        self,
+        planned: Sequence[Planned],
+        error: RuntimeError | MemoryError,
+        tried: Entry | None = None,
+    ) -> None:
+        """Where memory is short, the request that wants most of it fails alone; or the adapter that
+        was `tried`, if no piece of a prompt was longer than that."""
         if not is_out_of_memory(error):
             raise error
         if self.passes.device.type == "cuda":
             torch.cuda.empty_cache()
-        answer, _ = max(planned, key=lambda one: (len(one[1].ids), one[0].arrived))
+        answer, part = max(planned, key=lambda one: (len(one[1].ids), one[0].arrived))
+        if tried is not None and len(part.ids) <= ROOM:
+            self._fail(tried, NoAdapterMemoryError(NO_MEMORY))
+            return
         why = (
             "out of memory in a pass; start the server with less embedded.cache_tokens or "
             "embedded.prefill_tokens"

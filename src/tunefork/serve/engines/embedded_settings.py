@@ -63,6 +63,13 @@ class EmbeddedSettings(Section):
 
     ahead: bool = True
     """Launch the next pass before the tokens of the last one are on the host: it reads them on the
-    GPU, which so does not wait between the two. With `cuda_graphs`, and while all that run take the
-    likeliest token: temperature 0, which is not the API's default, and no penalties, bias, grammar
-    or log probabilities. While any other request runs, all are served as without."""
+    GPU, which so does not wait between the two. With `cuda_graphs`, and while nobody who runs asks
+    for penalties, a bias, a grammar or log probabilities, for which the host must see the logits or
+    the tokens before. While any such request runs, all are served as without. Temperature, top-p,
+    top-k and seeds wait for nothing: of the same logits a token is the same with and without."""
+
+    experimental: bool = False
+    """What no GPU has run yet (2026-11-27): a kernel that draws tokens, in passes with prompts an
+    attention of their own for rows that decode and adapters of few tokens without tiles, and a new
+    adapter's trial within the pass of its first prompt. Each is checked when the engine starts and
+    done without where it is wrong; off, all are. Answers are the same but for rounding."""

@@ -102,6 +102,10 @@ class Graphs:
         """Of the largest captured pass with prompts; 0: there is none."""
         return max((key.tokens for key in self.captured), default=0)
 
+    def forget_prompts(self) -> None:
+        """Passes with prompts are to be captured anew."""
+        self.captured = {key: graph for key, graph in self.captured.items() if not key.tokens}
+
     def outcome(self, key: Key) -> Any:
         """Of the pass that lies in the layout. A GPU has not computed it yet."""
         if not self.is_on or (key.tokens and key.tokens not in self.sizes):

@@ -39,7 +39,7 @@ class Launched:
     logits_rv: Tensor
     """Until the next pass is launched."""
     tokens_r: Tensor
-    """The likeliest, as `choose.greedy`; no other pass overwrites them."""
+    """The likeliest, as `choose.greedy`, or drawn; no other pass overwrites them."""
     arriving: Arriving
     """The same."""
 

@@ -13,8 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tunefork.kernels.bank_mixed import Mixed
 from tunefork.kernels.bank_read import TILE, Tiles, cut
 from tunefork.kernels.bank_stretches import Stretch
+from tunefork.serve.engines.choose import Choice
 from tunefork.serve.engines.launched import Follows
 from tunefork.serve.engines.reads import Span
 
@@ -39,14 +41,17 @@ class Part(NamedTuple):
     slot: int
     wants_logits: bool
     """Of its last token."""
+    choice: Choice | None = None
+    """How the token that follows is drawn. None: the likeliest is chosen."""
 
 
 class Layout:
     """The numbers of a pass, and where each kind of them lies in one tensor."""
 
-    def __init__(self, tokens: int, rows: int, device: torch.device) -> None:
-        """`rows`: the most of a pass, the one with them that fills it up."""
-        self.rows = rows
+    def __init__(self, tokens: int, rows: int, device: torch.device, *, few: int = 0) -> None:
+        """`rows`: the most of a pass, the one with them that fills it up. `few`: up to so many
+        tokens, rows that decode are in no tile."""
+        self.rows, self.few = rows, few
         sizes = {
             "ids": tokens,
             "positions": tokens,
@@ -56,6 +61,9 @@ class Layout:
             "starts_q": rows + 1,
             "starts_k": rows + 1,
             "used": rows,
+            "decoding": rows,
+            "starts_rest": rows + 1,
+            "own": rows,
             "sources": rows,
             "tiles": 3 * self.most_tiles(tokens),
         }
@@ -134,7 +142,8 @@ class Layout:
     def fill_up(self, parts: Sequence[Part], num_wanted: int, tokens: int) -> None:
         """Fill the pass that lies here up to `tokens` tokens, all rows and all tiles.
 
-        Those tokens belong to a row that sees nothing, not even them.
+        Those tokens belong to a row that sees nothing, not even them. The rows of one token that
+        the pass begins with are told by themselves as well (`reads.Decoding`).
         """
         numbers, given = self.numbers, len(parts)
         at = int(numbers["starts_q"][given])
@@ -144,8 +153,16 @@ class Layout:
         numbers["starts_q"][given + 1 :] = tokens
         numbers["starts_k"][given:] = 0
         numbers["used"][given:] = 0
+        alone = next((at for at, part in enumerate(parts) if len(part.ids) > 1), given)
+        numbers["decoding"][:alone], numbers["decoding"][alone:] = numbers["used"][:alone], 0
+        np.maximum(numbers["starts_q"], alone, out=numbers["starts_rest"])
+        numbers["own"][:alone], numbers["own"][alone:] = numbers["slots"][:alone], BASE
         numbers["last"][num_wanted:] = 0
-        found = np.array(cut(stretches(parts), tokens), dtype=np.int32).ravel()
+        first = alone if tokens <= self.few else 0
+        tiles = cut(stretches(parts[first:], first), tokens)
+        if tokens <= self.few:
+            tiles = [tile for tile in tiles if tile[0] != BASE]
+        found = np.array(tiles, dtype=np.int32).ravel()
         numbers["tiles"][: len(found)] = found
         numbers["tiles"][len(found) :].reshape(-1, 3)[:] = (BASE, 0, 0)
 
@@ -153,23 +170,30 @@ class Layout:
         """The most tiles of so many tokens: where each row has a slot of its own."""
         return (tokens + (TILE - 1) * self.rows) // TILE
 
-    def tiles(self, tokens: int) -> Tiles:
+    def tiles(self, tokens: int) -> Tiles | Mixed:
         """Where those of so many tokens lie."""
         most = self.most_tiles(tokens)
-        return Tiles(self.tensors["tiles"][: 3 * most].view(most, 3))
+        numbers_t3 = self.tensors["tiles"][: 3 * most].view(most, 3)
+        if tokens > self.few:
+            return Tiles(numbers_t3)
+        return Mixed(self.tensors["own"][: self.most_alone(tokens)], numbers_t3)
+
+    def most_alone(self, tokens: int) -> int:
+        """The most rows of one token that a pass of so many begins with."""
+        return min(self.rows - 1, tokens)
 
 
-def stretches(parts: Sequence[Part]) -> list[Stretch]:
-    """The tokens that have an adapter, neighbours of one slot joined."""
-    ends = [0]
+def stretches(parts: Sequence[Part], first: int = 0) -> list[Stretch]:
+    """The tokens that have an adapter, from `first` on, neighbours of one slot joined."""
+    ends = [first]
     for part in parts:
         ends.append(ends[-1] + len(part.ids))
     found: list[Stretch] = []
-    for part, (first, last) in zip(parts, pairwise(ends), strict=True):
+    for part, (begin, end) in zip(parts, pairwise(ends), strict=True):
         if part.slot == BASE:
             continue
-        if found and found[-1].last == first and found[-1].slot == part.slot:
-            found[-1] = found[-1]._replace(last=last)
+        if found and found[-1].last == begin and found[-1].slot == part.slot:
+            found[-1] = found[-1]._replace(last=end)
         else:
-            found.append(Stretch(part.slot, first, last))
+            found.append(Stretch(part.slot, begin, end))
     return found

@@ -15,14 +15,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tunefork.kernels.bank_mixed import Mixed
 from tunefork.kernels.bank_read import Tiles
 from tunefork.kernels.bank_stretches import Stretch
-from tunefork.serve.engines.choose import greedy
+from tunefork.kernels.draw import Draw, draw
+from tunefork.serve.engines.choose import draw_rows, greedy
 from tunefork.serve.engines.compiled_layers import CompiledLayers
 from tunefork.serve.engines.graphs import MANY_ROWS, Graphs, Key, limited
 from tunefork.serve.engines.launched import Arriving, Follows, Launched
 from tunefork.serve.engines.layout import BASE, STEP, Layout, Part, stretches
-from tunefork.serve.engines.reads import Reads, Span
+from tunefork.serve.engines.reads import Decoding, Reads, Span
+from tunefork.serve.engines.trial import TRIED
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ class Route(Protocol):
         stretches: Sequence[Stretch],
         *,
         is_captured: bool = False,
-        tiles: Tiles | None = None,
+        tiles: Tiles | Mixed | None = None,
     ) -> None:
         """The slot of each token, and the stretches of tokens that have one.
 
@@ -77,13 +80,23 @@ class Passes:
         graphs: bool,
         compiles: bool = False,
         groups: Collection[int] = (),
+        apart: bool = True,
+        few: int = 0,
+        draw_by: Draw = draw,
     ) -> None:
         """`groups`: how many query heads share a key-value head, where many rows of one token are
-        as quick if they are grouped by these beforehand."""
+        as quick if they are grouped by these beforehand. `apart`: beside prompts too. `few`: as
+        `Layout`."""
         self.model, self.route, self.flash, self.groups = model, route, flash, groups
-        self.max_tokens, self.max_model_len = max_tokens, max_model_len
+        self.apart, self.draw_by = apart, draw_by
+        self.rows_are_alike = False
+        """Of captured passes with prompts, equal rows at two places: as far as was seen."""
+        self.max_tokens, self.max_rows, self.max_model_len = max_tokens, max_rows, max_model_len
         self.device = model.device
-        self.layout = Layout(max_tokens + max_rows + STEP, max_rows + 1, self.device)
+        # A trial's tokens are among those of prompts, its rows are none of the requests'.
+        self.layout = Layout(
+            max_tokens + max_rows + STEP, max_rows + TRIED + 1, self.device, few=few
+        )
         self.graphs: Graphs | None = None
         if graphs:
             compiled = CompiledLayers(model) if compiles else None
@@ -106,6 +119,11 @@ class Passes:
         """Decoding passes are replayed."""
         return self.graphs is not None and self.graphs.is_on
 
+    def takes_trial(self, tokens: int) -> bool:
+        """A trial's rows may be in a pass of so many tokens, theirs with them."""
+        is_captured = self.graphs is not None and self.graphs.size(tokens) is not None
+        return is_captured and self.rows_are_alike
+
     @torch.inference_mode()
     def run(self, parts: Sequence[Part], follows: Follows | None = None) -> Launched:
         """Logits of the parts that want them, in order. Nothing waits for the GPU.
@@ -120,8 +138,11 @@ class Passes:
             outcome, wanted = self._run_filled(self.graphs, parts, follows, size)
         else:
             outcome, wanted = self._run_any(parts, follows)
-        tokens_r = outcome.tokens_r[:wanted].clone()
-        return Launched(outcome.logits_rv[:wanted], tokens_r, Arriving(tokens_r))
+        logits_rv, tokens_r = outcome.logits_rv[:wanted], outcome.tokens_r[:wanted].clone()
+        told = enumerate(part.choice for part in parts if part.wants_logits)
+        choices = {row: choice for row, choice in told if choice is not None}
+        draw_rows(logits_rv, tokens_r, choices, self.draw_by)
+        return Launched(logits_rv, tokens_r, Arriving(tokens_r))
 
     def warm(self, *, has_slots: bool) -> None:
         """Capture the graphs that short requests need, so that the first ones do not wait."""
@@ -137,12 +158,19 @@ class Passes:
         if self.graphs:
             self.graphs.warm(lay_out, has_slots=has_slots)
 
+    def read_as_one(self) -> None:
+        """From the next `warm` on: rows that decode and prompts, by one call and by tiles."""
+        self.apart, self.layout.few = False, 0
+        if self.graphs:
+            self.graphs.forget_prompts()
+
     def launch(self, key: Key) -> Outcome:
         """Launch the pass that lies in the layout, filled up."""
         tokens = key.tokens or key.rows
         shape = _Shape(key.rows, tokens, key.rows, 1, key.longest_k)
         if key.tokens:  # one row more, which fills it up
-            shape = shape._replace(rows=self.layout.rows, longest_q=None)
+            rows = self.layout.rows
+            shape = shape._replace(rows=rows, num_wanted=rows - 1, longest_q=None)
         told = [Stretch(0, 0, tokens)] if key.has_adapters else []
         return self._pass(shape, told, None, is_captured=True)
 
@@ -200,12 +228,14 @@ class Passes:
         tiles = None
         if shape.longest_q is None:
             tiles = self.layout.tiles(num_tokens)
+            self._read_apart(reads, num_tokens)
         elif is_captured and shape.rows >= MANY_ROWS:
             reads.grouped.update({groups: reads.starts_q * groups for groups in self.groups})
         index_n = tensors["slots"][:num_tokens]
         if self.graphs and self.graphs.compiled:
-            for tensor in (index_n, *(() if tiles is None else (tiles.numbers_t3,))):
-                self.graphs.compiled.mark(tensor)  # which no layer is handed
+            for told_of in (index_n, *(tiles or ())):
+                if isinstance(told_of, Tensor):
+                    self.graphs.compiled.mark(told_of)  # which no layer is handed
         self.route(index_n, told, is_captured=is_captured, tiles=tiles)
         # A pass that only fills the cache wants no logits at all; one row keeps shapes plain.
         wanted = tensors["last"][: max(shape.num_wanted, 1)].long()
@@ -217,3 +247,15 @@ class Passes:
             reads=reads,
         ).logits[0]
         return Outcome(logits_rv, greedy(logits_rv))
+
+    def _read_apart(self, reads: Reads, num_tokens: int) -> None:
+        """Have `flash` group heads in the rows of one token that a pass with prompts begins with.
+
+        Among many such rows: of few, long ones are read sooner head by head, beside the prompts.
+        """
+        if self.layout.rows <= MANY_ROWS or not self.groups or not self.apart:
+            return
+        tensors, many = self.layout.tensors, self.layout.most_alone(num_tokens)
+        reads.decoding = Decoding(tensors["decoding"][:many], tensors["starts_rest"])
+        at_m = torch.arange(many + 1, dtype=torch.int32, device=self.device)
+        reads.grouped.update({groups: at_m * groups for groups in self.groups})

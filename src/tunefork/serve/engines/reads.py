@@ -23,6 +23,19 @@ class Span:
     """Tokens in its region, the new ones with them."""
 
 
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """The rows of one token that a pass with prompts begins with, which `flash` reads apart.
+
+    M rows may be such ones: those that are come first, and the others see nothing.
+    """
+
+    used_m: Tensor
+    """(M,) int32, as `Reads.used_r`; 0 of the others."""
+    starts_rest: Tensor
+    """(R + 1,) int32, `Reads.starts_q` of all rows, where these have no tokens."""
+
+
 @dataclass(slots=True)
 class Reads:
     """Where a pass's keys and values lie."""
@@ -42,6 +55,8 @@ class Reads:
     """For `sdpa`; None: `flash`."""
     grouped: dict[int, Tensor] = field(default_factory=dict)
     """Of rows of one token, where `flash` is to group heads: `starts_q` times so many query heads
-    of one key-value head."""
+    of one key-value head. With `decoding`: of its rows."""
+    decoding: Decoding | None = None
+    """None: all rows are of one token, or they are read as one."""
     made: dict[Any, Any] = field(default_factory=dict)
     """What layers share: masks, and where to gather from."""

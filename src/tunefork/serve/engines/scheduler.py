@@ -4,17 +4,17 @@ A pass holds one token of every request that decodes, and pieces of the prompts 
 up to a number of tokens: so that a long prompt does not hold up the others. A request begins when
 its adapter is in a slot and its tokens have room in the cache, first come, first served among those
 that could. Where the cache is full, the request that came last gives its room up and is computed
-again later.
+again later. The first request for an adapter has the next pass try it (`trial.py`), one adapter a
+pass.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
-from tunefork.errors import AdapterError, EngineError, TuneforkError
+from tunefork.errors import EngineError, TuneforkError
 from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.engines.cache import Cache
 from tunefork.serve.engines.layout import BASE, Part
-from tunefork.serve.engines.regions import Region
 from tunefork.serve.engines.sequence import Sequence as Answer
 from tunefork.serve.engines.tier_entry import Entry
 from tunefork.serve.engines.tiers import Tiers
@@ -30,16 +30,15 @@ class Scheduler:
         self,
         cache: Cache,
         tiers: Tiers | None,
-        try_adapter: Callable[[int, Region], str | None],
         *,
         max_requests: int,
         prefill_tokens: int,
     ) -> None:
-        """`try_adapter(slot, region)` says what is wrong with an adapter (`trial.py`)."""
-        self.cache, self.tiers, self._try_adapter = cache, tiers, try_adapter
+        self.cache, self.tiers = cache, tiers
         self.max_requests, self.prefill_tokens = max_requests, prefill_tokens
         self.waiting: deque[Answer] = deque()
         self.running: list[Answer] = []
+        self._to_try: Entry | None = None
 
     def open(self) -> Iterator[Answer]:
         """All requests; they may be dropped meanwhile."""
@@ -60,6 +59,7 @@ class Scheduler:
         if self.tiers is not None:
             adapters = (answer.request.adapter for answer in self.waiting)
             failures = self.tiers.advance({one.id for one in adapters if one is not None})
+        self.to_try()  # nobody may want it any more, and its slot may go
         failed: list[tuple[Answer, TuneforkError]] = []
         is_full = False
         for answer in list(self.waiting):
@@ -88,9 +88,28 @@ class Scheduler:
             return False
         if entry is not None and self.tiers is not None:
             answer.slot = self.tiers.enter(entry)
+            if not (entry.is_checked or entry.is_tried):
+                entry.is_tried, self._to_try = True, entry
         self.waiting.remove(answer)
         self.running.append(answer)
         return True
+
+    def to_try(self) -> Entry | None:
+        """The adapter that the next pass tries; called off where no request has begun with it."""
+        entry = self._to_try
+        if entry is not None and not entry.users:
+            entry.is_tried, self._to_try = False, None
+        return self._to_try
+
+    def is_trying(self) -> None:
+        """The pass with that trial is launched."""
+        self._to_try = None
+
+    def try_again(self, entry: Entry) -> None:
+        """The pass that tried it is lost: its requests begin anew, with another one."""
+        entry.is_tried = False
+        for answer in [one for one in self.running if is_for(one, entry)][::-1]:
+            self._put_back(answer)
 
     def plan(self) -> list[Planned]:
         """Who computes what in the next pass: decoding rows first, in the order of their slots."""
@@ -108,6 +127,8 @@ class Scheduler:
         """As much of prompts as a pass takes; of each, so many tokens are computed by then."""
         planned: list[Planned] = []
         left = self.prefill_tokens
+        if self._to_try is not None:
+            left = max(left - ROOM, 1)
         for answer, computed in prompts:
             new = min(len(answer.tokens) - computed, left)
             if new > 0:
@@ -120,23 +141,9 @@ class Scheduler:
         if self.tiers is None:
             raise EngineError("this engine has no slots for adapters")
         entry = self.tiers.ready(adapter)
-        if entry is None or entry.is_checked:
+        if entry is None or entry.is_checked or entry.is_tried:
             return entry
-        region = self.cache.regions.take(ROOM)
-        if region is None:
-            return None  # no room just now
-        assert entry.slot is not None
-        began = self.tiers.clock()
-        try:
-            why = self._try_adapter(entry.slot, region)
-        finally:
-            self.cache.regions.give(region)
-            self.tiers.load_seconds["trial"] += self.tiers.clock() - began
-        if why is not None:
-            self.tiers.drop(entry)
-            raise AdapterError(f"{entry.adapter.id}: {why}; it is not served")
-        entry.is_checked = True
-        return entry
+        return entry if self._to_try is None else None
 
     def _has_room(self, answer: Answer) -> bool:
         """Whether its next token has room in the cache, made if need be."""
@@ -175,19 +182,28 @@ class Scheduler:
             answer.slot = None
 
 
+def is_for(answer: Answer, entry: Entry) -> bool:
+    """It is asked of that adapter."""
+    adapter = answer.request.adapter
+    return adapter is not None and adapter.id == entry.adapter.id
+
+
 def by_slot(answer: Answer) -> tuple[bool, int, int]:
     """Decoding rows come in this order."""
     return answer.slot is None, answer.slot or 0, len(answer.tokens)
 
 
-def part_of(answer: Answer, computed: int, new: int) -> Part:
-    """Of a pass: `new` tokens of `answer` behind those that are computed by then."""
+def part_of(answer: Answer, computed: int, new: int, behind: int = 0) -> Part:
+    """Of a pass: `new` tokens of `answer` behind those that are computed by then. What follows them
+    is its next token, or the one so many `behind` it."""
     assert answer.region is not None
     end = computed + new
+    wants_logits = end == len(answer.tokens)
     return Part(
         answer.tokens[computed:end],
         computed,
         answer.region.start,
         BASE if answer.slot is None else answer.slot,
-        wants_logits=end == len(answer.tokens),
+        wants_logits,
+        answer.choice_of_pass(behind) if wants_logits else None,
     )

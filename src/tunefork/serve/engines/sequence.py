@@ -1,7 +1,7 @@
 """One request while it is answered: its tokens, what it holds, and how its answer ends."""
 
 import random
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,8 +36,9 @@ class Sequence:
     region: Region | None = None
     slot: int | None = None
     is_over: bool = False
-    drawn: float | None = None
-    """For the next token, where it is sampled; kept until there is one."""
+    drawn: deque[float] = field(default_factory=deque)
+    """Numbers for the next tokens, where they are sampled; each is kept until there is its token,
+    whatever was computed in vain meanwhile."""
 
     @property
     def num_answered(self) -> int:
@@ -56,18 +57,32 @@ class Sequence:
         return 0 < self.computed == len(self.tokens) - 1
 
     @property
-    def tokens_suffice(self) -> bool:
-        """Of a pass it wants the likeliest token, and nothing else that is in the logits."""
+    def changes_logits(self) -> bool:
+        """Before a token is chosen: by a grammar or penalties, for which the tokens before it must
+        be known, or by a bias."""
         sampling = self.request.sampling
-        changes = sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty
-        is_greedy = sampling.temperature == 0.0 and self.matcher is None and not changes
-        return is_greedy and sampling.logprobs is None
+        penalties = sampling.presence_penalty or sampling.frequency_penalty
+        return bool(self.matcher is not None or penalties or sampling.logit_bias)
+
+    @property
+    def tokens_suffice(self) -> bool:
+        """Of a pass it wants the token that is chosen there, and nothing else that is in the
+        logits."""
+        return not self.changes_logits and self.request.sampling.logprobs is None
+
+    def choice_of_pass(self, behind: int = 0) -> Choice | None:
+        """How the pass draws its next token, or the one so many `behind` it. None: it is not drawn,
+        or not there."""
+        sampling = self.request.sampling
+        if sampling.temperature == 0.0 or self.changes_logits:
+            return None
+        number = self._number(behind)
+        choice = Choice(sampling.temperature, sampling.top_k, sampling.top_p, number)
+        return choice if choice.is_drawn else None
 
     def choice(self) -> Choice:
         """How its next token is chosen. Asked again before `take`, it says the same."""
         sampling = self.request.sampling
-        if sampling.temperature > 0.0 and self.drawn is None:
-            self.drawn = self.random.random()
         changes: dict[int, float] = dict(sampling.logit_bias)
         if sampling.presence_penalty or sampling.frequency_penalty:
             for token, count in self.counts.items():
@@ -77,14 +92,21 @@ class Sequence:
             sampling.temperature,
             sampling.top_k,
             sampling.top_p,
-            self.drawn or 0.0,
+            self._number(0) if sampling.temperature > 0.0 else 0.0,
             tuple(changes.items()),
             None if self.matcher is None else self.matcher.allowed(),
         )
 
+    def _number(self, behind: int) -> float:
+        """For the token so many `behind` the next one."""
+        while len(self.drawn) <= behind:
+            self.drawn.append(self.random.random())
+        return self.drawn[behind]
+
     def take(self, token: int) -> FinishReason | None:
         """Add a chosen token; why the answer ends with it, if it does."""
-        self.drawn = None
+        if self.drawn:
+            self.drawn.popleft()
         self.tokens.append(token)
         self.counts[token] += 1
         sampling = self.request.sampling

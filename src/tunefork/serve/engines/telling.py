@@ -4,13 +4,14 @@ Tokens are chosen when a pass is there; their texts are made later, while a GPU 
 one. What goes wrong with one answer (its grammar, its text) is that answer's own error.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from tunefork.errors import EngineError
+from tunefork.kernels.draw import Draw, draw
 from tunefork.serve.engine import FinishReason, Piece, TokenLogprob
 from tunefork.serve.engines.choose import BAD, Choice, choose, log_probabilities
 from tunefork.serve.engines.launched import Arriving, Launched
@@ -30,24 +31,21 @@ class Event:
     error: EngineError | None = None
 
 
-def read(answers: Sequence[Answer], launched: Launched) -> list[Event]:
+def read(answers: Sequence[Answer], launched: Launched, by: Draw = draw) -> list[Event]:
     """The next token of each answer that still runs, in the order of the pass's rows. Waits for the
-    pass, which is the last one, or one of whose logits nothing is wanted.
+    pass, which is the last one, or one of whose logits nothing is wanted. Rows behind those of the
+    answers are a trial's, and nobody's. `by`: what draws tokens.
 
     Where it raises (memory), no answer has changed.
     """
-    choices = [_choice(answer) for answer in answers]
-    able = [Choice() if isinstance(one, EngineError) else one for one in choices]
-    if all(choice.is_greedy for choice in able):
-        tokens = launched.arriving.wait()
-    else:
-        tokens = Arriving(choose(launched.logits_rv, able)).wait()
+    choices = {row: _choice(one) for row, one in enumerate(answers) if one.changes_logits}
+    tokens = _tokens(launched, choices, by)[: len(answers)]
     told = _logprobs(answers, tokens, launched)
     events = []
     for row, (answer, token) in enumerate(zip(answers, tokens, strict=True)):
         if answer.region is None:
             continue  # it ended when this pass was under way
-        choice, finish, error = choices[row], None, None
+        choice, finish, error = choices.get(row), None, None
         if isinstance(choice, EngineError):
             error = choice
         elif token == BAD:
@@ -77,6 +75,19 @@ def piece_of(event: Event, tokenizer: Any) -> Piece | EngineError:
     except Exception as failure:  # of a tokenizer
         return _failed("its text", failure)
     return Piece(text, (event.token,), logprobs, finish)
+
+
+def _tokens(launched: Launched, choices: Mapping[int, Choice | EngineError], by: Draw) -> list[int]:
+    """Of all rows: as the pass chose them, but by `choices` in theirs."""
+    able = {row: one for row, one in choices.items() if not isinstance(one, EngineError)}
+    if not able:
+        return launched.arriving.wait()
+    rows = torch.tensor(list(able), device=launched.logits_rv.device)
+    chosen = Arriving(choose(launched.logits_rv.index_select(0, rows), [*able.values()], by))
+    tokens = launched.arriving.wait()
+    for row, token in zip(able, chosen.wait(), strict=True):
+        tokens[row] = token
+    return tokens
 
 
 def _choice(answer: Answer) -> Choice | EngineError:

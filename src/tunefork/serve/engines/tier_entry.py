@@ -41,6 +41,8 @@ class Entry:
     """Since when it is in its slot."""
     users: int = 0
     """Running requests."""
+    is_tried: bool = False
+    """In the next pass, or in one that is under way (`trial.py`)."""
     is_checked: bool = False
     """It was seen to change the logits."""
     is_awaited: bool = False
