@@ -132,7 +132,7 @@ def _cumulated(chances_sv: Tensor) -> tuple[Tensor, Tensor]:
     filling = -chances_sv.shape[1] % _PIECE
     if filling:
         chances_sv = F.pad(chances_sv, (0, filling))
-    pieces_sqp = chances_sv.unflatten(1, (-1, _PIECE))
+    pieces_sqp = chances_sv.view(len(chances_sv), -1, _PIECE)
     return pieces_sqp, pieces_sqp.sum(2).cumsum(1)
 
 
