@@ -79,9 +79,12 @@ def test_a_row_is_its_own_among_any_others() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocabulary", [3, 97, 3001])
-def test_sorting_draws_what_is_defined(vocabulary: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("vocabulary", [3, 97, 256, 3001])
+def test_sorting_draws_what_is_defined(
+    vocabulary: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bit for bit: peaked logits and flat ones, all but one of them ruled out, and no numbers."""
+    monkeypatch.setattr("tunefork.kernels.draw._TOGETHER", 5 * vocabulary)
     dice, made = random.Random(0), torch.Generator().manual_seed(3)
     sharpness = torch.linspace(0.0, 6.0, 40)[:, None]
     logits = (torch.randn(40, vocabulary, generator=made) * sharpness).to(dtype)
@@ -95,7 +98,7 @@ def test_sorting_draws_what_is_defined(vocabulary: int, dtype: torch.dtype) -> N
                 dice.choice((1.0, 1.0, 0.9, 0.99, 1e-9) if is_limited else (1.0,)),
                 dice.choice((0.0, dice.random(), dice.random(), 1.0 - 2.0**-53)),
             )
-            for row in dice.sample(range(40), 30)
+            for row in dice.sample(range(40), 36)
         ]
         expected = logits.float().argmax(-1)
         expected[9] = -1
@@ -103,6 +106,11 @@ def test_sorting_draws_what_is_defined(vocabulary: int, dtype: torch.dtype) -> N
         draw_reference(logits, expected, torch.tensor(told, dtype=torch.float64))
         draw_by_sorting(logits, found, torch.tensor(told, dtype=torch.float64))
         assert torch.equal(found, expected)
+        told.sort(key=lambda one: one[2] > 0 or one[3] < 1.0)  # as they come from `draw_rows`
+        again = logits.float().argmax(-1)
+        again[9] = -1
+        draw_by_sorting(logits, again, torch.tensor(told, dtype=torch.float64))
+        assert torch.equal(again, expected)
 
 
 def test_rows_that_are_not_told_or_have_no_token_stay() -> None:

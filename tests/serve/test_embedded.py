@@ -19,6 +19,7 @@ from tests.serve.embedded import (
     request,
     save_adapter,
     settings,
+    started,
 )
 from tunefork.errors import EngineDeadError
 from tunefork.kernels.bank_read import add_own
@@ -29,9 +30,11 @@ from tunefork.serve.engine import ServedAdapter
 from tunefork.serve.engines import attention, base
 from tunefork.serve.engines.embedded import EmbeddedEngine
 from tunefork.serve.engines.graphs import Graphs, Key
+from tunefork.serve.engines.layout import STEP, Layout
 from tunefork.serve.engines.passes import Outcome
 from tunefork.serve.engines.reads import Reads
 from tunefork.serve.engines.slots import BankSlots
+from tunefork.serve.engines.trial import TRIED
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 RANKS = (4, 16, 64)
@@ -150,10 +153,11 @@ def _as_a_gpu(engine: EmbeddedEngine) -> Graphs:
     assert engine._parts is not None
     core = engine._parts.core
     assert core.tiers is not None and isinstance(core.tiers.slots, BankSlots)
-    core.passes.flash = core.passes.rows_are_alike = core.overlaps = True
-    core.tiers.slots.takes_tiles = True
-    core.passes.layout.few = core.tiers.slots.few
-    graphs = core.passes.graphs = core.passes.make_graphs(core.scheduler.max_requests, None)
+    passes, slots = core.passes, core.tiers.slots
+    passes.flash = passes.rows_are_alike = core.overlaps = slots.takes_tiles = True
+    tokens, rows = passes.max_tokens + passes.max_rows + STEP, passes.max_rows + TRIED + 1
+    passes.layout = Layout(tokens, rows, passes.device, few=slots.few)
+    graphs = passes.graphs = passes.make_graphs(core.scheduler.max_requests, None)
     return graphs
 
 
@@ -274,3 +278,17 @@ def test_a_request_is_told_of_an_engine_that_stopped_meanwhile(
                 await answers(engine, [request("1", served.prompts[0], None, max_tokens=2)])
 
     asyncio.run(run())
+
+
+def test_passes_have_no_rows_for_trials_that_are_none_of_theirs(
+    serve: Callable[[str], Served],
+) -> None:
+    """A captured pass with prompts computes all rows that it has, and logits of all but one."""
+
+    async def rows(**embedded: Any) -> int:
+        async with started(serve("llama").base, max_requests=5, **embedded) as engine:
+            assert engine._parts is not None
+            return engine._parts.core.passes.layout.rows
+
+    assert asyncio.run(rows()) == 5 + 1
+    assert asyncio.run(rows(experimental=True)) == 5 + TRIED + 1

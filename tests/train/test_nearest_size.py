@@ -1,4 +1,5 @@
-"""Which captured size a pass is filled up to, and when it has a graph of its own."""
+"""Which captured size a pass is filled up to, when it has a graph of its own, and that its gradient
+stays the same."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,8 +12,11 @@ from tests.tiny import tiny_model
 from tests.train.test_loss import examples
 from tunefork.data.bucket import Size, size_of
 from tunefork.data.pack import MicroBatch, pack
+from tunefork.kernels.layout import Storage
+from tunefork.model.build import build
 from tunefork.model.fused import fuse
 from tunefork.model.head import find_head
+from tunefork.recipe import LoraSection, Method
 from tunefork.train import runner as module
 from tunefork.train.nearest_size import most_waiting_tokens, nearest
 from tunefork.train.runner import Runner
@@ -116,3 +120,42 @@ def test_a_model_without_decoder_layers_is_never_waited_for() -> None:
     model = tiny_model("llama")
     model.model.layers = torch.nn.ModuleList()
     assert most_waiting_tokens(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "form"), [(Method.FULL, None), (Method.LORA, None), (Method.QLORA, "nf4")]
+)
+def test_a_pass_that_was_laid_out_for_a_graph_that_is_gone(
+    method: Method, form: Storage | None
+) -> None:
+    """It is launched, filled up to that graph's size; loss and gradients are the pass's own."""
+    model = made(TAKE["llama"]).train()
+    if form is not None:
+        model = model.bfloat16()
+    build(model, method, LoraSection(rank=4), seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_b" in name:
+            parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    if form is not None:
+        fuse(model, form, "bf16", torch.device("cpu"))
+    head = replace(find_head(model), takes_segments=True)
+    batch, found = _batch(60, 50, 40), []
+    near = _larger(size_of(batch), length=256, segments=16, supervised=128)
+    for graphs in ({}, {near: object()}):
+        runner = Runner(model, head, pads=True)
+        runner.graphs = graphs  # type: ignore[assignment]
+        laid = runner.lay_out(batch)
+        assert laid.size == (near if graphs else size_of(batch))
+        assert laid.supervised == len(batch.labels) < len(laid.batch.labels)
+        runner.drop_graphs()
+        model.zero_grad()
+        loss = runner.loss(laid, laid.supervised, "")
+        assert runner.seen == {laid.size}
+        gradients = [p.grad.float().flatten() for p in runner.trained if p.grad is not None]
+        assert len(gradients) == len(runner.trained)
+        found.append((loss, torch.cat(gradients)))
+    (want, expected), (got, by_filled) = found
+    precision = 1e-6 if form is None else 2**-7
+    torch.testing.assert_close(got, want, rtol=precision, atol=precision)
+    assert expected.norm() > 0
+    assert (by_filled - expected).norm() <= 4 * precision * expected.norm()

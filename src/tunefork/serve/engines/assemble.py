@@ -100,6 +100,7 @@ def assemble(
         groups=groups,
         apart=is_new and bool(groups) and checks.reads_apart(layers, groups),
         few=few,
+        tries=ours.experimental and slots is not None,
         draw_by=(
             checks.draw(vocabulary, with_kernel=ours.experimental)
             if device.type == "cuda"

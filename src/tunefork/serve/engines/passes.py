@@ -82,11 +82,12 @@ class Passes:
         groups: Collection[int] = (),
         apart: bool = True,
         few: int = 0,
+        tries: bool = True,
         draw_by: Draw = draw,
     ) -> None:
         """`groups`: how many query heads share a key-value head, where many rows of one token are
         as quick if they are grouped by these beforehand. `apart`: beside prompts too. `few`: as
-        `Layout`."""
+        `Layout`. `tries`: passes with prompts have room for a trial, which all of them compute."""
         self.model, self.route, self.flash, self.groups = model, route, flash, groups
         self.apart, self.draw_by = apart, draw_by
         self.rows_are_alike = False
@@ -94,9 +95,8 @@ class Passes:
         self.max_tokens, self.max_rows, self.max_model_len = max_tokens, max_rows, max_model_len
         self.device = model.device
         # A trial's tokens are among those of prompts, its rows are none of the requests'.
-        self.layout = Layout(
-            max_tokens + max_rows + STEP, max_rows + TRIED + 1, self.device, few=few
-        )
+        rows = max_rows + (TRIED if tries else 0) + 1
+        self.layout = Layout(max_tokens + max_rows + STEP, rows, self.device, few=few)
         self.graphs: Graphs | None = None
         if graphs:
             compiled = CompiledLayers(model) if compiles else None
