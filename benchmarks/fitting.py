@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from tunefork.plan.case import Case
 from tunefork.plan.fits import Fit, MemoryFit, TimeFit
-from tunefork.plan.method import Case, one_pass_seconds
+from tunefork.plan.method import one_pass_seconds
 from tunefork.plan.passes import Shape
 from tunefork.plan.short_run import WARM_UP
 from tunefork.plan.time import update_seconds

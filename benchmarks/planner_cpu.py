@@ -36,10 +36,10 @@ from benchmarks.fitting import PRIOR, Run, fit_memory, fit_time, process_errors,
 from benchmarks.results import FOLDER, write
 from tunefork.model.device import describe, pick_dtype
 from tunefork.plan.built import Build
+from tunefork.plan.case import Case
 from tunefork.plan.catalogue import load_catalogue
 from tunefork.plan.device import here
 from tunefork.plan.fits import Fit, fit_for, installed, minor
-from tunefork.plan.method import Case
 from tunefork.plan.shape import config_for, count_params
 from tunefork.plan.short_run import WARM_UP, examples_of, shapes_of, short_run
 from tunefork.plan.time import Rates

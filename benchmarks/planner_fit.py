@@ -43,9 +43,9 @@ def runs(raw: Path) -> list[Any]:
     """The measured runs, ready to be predicted, by what was traced where they ran."""
     from benchmarks.fitting import Run
     from tunefork.plan import step as tracing
+    from tunefork.plan.case import Case as Planned
     from tunefork.plan.catalogue import load_catalogue
     from tunefork.plan.device import target_of
-    from tunefork.plan.method import Case as Planned
     from tunefork.plan.optimizer import update
     from tunefork.plan.passes import Shape
     from tunefork.plan.shape import count_params, on_meta

@@ -148,9 +148,9 @@ def _planned(case: Case) -> list[dict[str, Any]]:
 
 def estimate(names: list[str]) -> None:
     """Print how long each case will take on an H200, by the plan's own seconds of a step."""
+    from tunefork.plan.case import Case as Planned
     from tunefork.plan.catalogue import load_catalogue
     from tunefork.plan.device import target_of
-    from tunefork.plan.method import Case as Planned
     from tunefork.plan.method import one_pass_seconds
     from tunefork.plan.shape import count_params
     from tunefork.plan.time import update_seconds

@@ -13,9 +13,10 @@ from tests.folders import save_model
 from tunefork.data.example import Encoded
 from tunefork.plan import auto
 from tunefork.plan.built import Build
+from tunefork.plan.case import Case
 from tunefork.plan.catalogue import load_catalogue
 from tunefork.plan.device import here, target_of
-from tunefork.plan.method import Case, one_pass_seconds
+from tunefork.plan.method import one_pass_seconds
 from tunefork.plan.passes import Shape
 from tunefork.plan.plan import Work, plan_numbers
 from tunefork.plan.shape import PlanError

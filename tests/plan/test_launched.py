@@ -9,9 +9,10 @@ from transformers import LlamaConfig
 
 from tunefork.plan.batches import Batches
 from tunefork.plan.built import Build
+from tunefork.plan.case import Case
 from tunefork.plan.catalogue import load_catalogue
 from tunefork.plan.device import target_of
-from tunefork.plan.method import Case, plan_method
+from tunefork.plan.method import plan_method
 from tunefork.plan.passes import Shape
 from tunefork.recipe import FullSection, LoraSection, Method
 

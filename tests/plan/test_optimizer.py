@@ -8,9 +8,9 @@ import torch
 from tests.tiny import CONFIGS, tiny_model
 from tunefork.model.build import build
 from tunefork.plan.built import Build
+from tunefork.plan.case import Case
 from tunefork.plan.catalogue import load_catalogue
 from tunefork.plan.device import target_of
-from tunefork.plan.method import Case
 from tunefork.plan.optimizer import Update, state_bytes, update
 from tunefork.plan.option import changes
 from tunefork.plan.passes import Shape

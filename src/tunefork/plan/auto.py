@@ -16,9 +16,10 @@ from tunefork.errors import BadInputError
 from tunefork.model.device import pick_device
 from tunefork.plan.batches import batches_of_data
 from tunefork.plan.built import Build
+from tunefork.plan.case import Case
 from tunefork.plan.catalogue import load_catalogue
 from tunefork.plan.device import Target, dtype_for, free_here
-from tunefork.plan.method import Case, fits_without_passes
+from tunefork.plan.method import fits_without_passes
 from tunefork.plan.passes import Shape
 from tunefork.plan.shape import config_for, count_params
 from tunefork.recipe import Checkpointing, Method, Recipe

@@ -11,10 +11,11 @@ import torch
 from tunefork.model.device import describe, pick_device, pick_dtype
 from tunefork.plan.batches import Batches
 from tunefork.plan.built import Build
+from tunefork.plan.case import Case
 from tunefork.plan.catalogue import load_catalogue
 from tunefork.plan.device import here
 from tunefork.plan.measured import Measurement, remember
-from tunefork.plan.method import Case, step_seconds
+from tunefork.plan.method import step_seconds
 from tunefork.plan.passes import Shape
 from tunefork.plan.shape import config_for, count_params
 from tunefork.plan.short_run import WARM_UP, short_run

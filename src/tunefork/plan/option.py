@@ -7,9 +7,10 @@ import torch
 
 from tunefork.plan.batches import Batches
 from tunefork.plan.built import Build
+from tunefork.plan.case import Case
 from tunefork.plan.catalogue import Machine
 from tunefork.plan.device import target_of
-from tunefork.plan.method import Case, largest_length, largest_rows_tokens
+from tunefork.plan.method import largest_length, largest_rows_tokens
 from tunefork.recipe import Checkpointing, FullSection, Method
 
 _LENGTH_STEP = 64

@@ -16,9 +16,10 @@ from tunefork.model.load import load_tokenizer, new_ids
 from tunefork.plan.auto import fastest_that_fits, keeping_least
 from tunefork.plan.batches import Batches, Work, batches_of_data, batches_of_numbers
 from tunefork.plan.built import Build
+from tunefork.plan.case import Case
 from tunefork.plan.catalogue import Catalogue, Machine, load_catalogue
 from tunefork.plan.device import Target, dtype_for, target_of
-from tunefork.plan.method import Case, plan_method
+from tunefork.plan.method import plan_method
 from tunefork.plan.option import next_option
 from tunefork.plan.schema import MachinePlan, Plan, WorkPlan
 from tunefork.plan.shape import config_for, count_params

@@ -25,10 +25,10 @@ from typing import Any
 from tunefork.errors import BadInputError
 from tunefork.plan.auto import kinds_of
 from tunefork.plan.built import Build
+from tunefork.plan.case import Case
 from tunefork.plan.catalogue import load_catalogue
 from tunefork.plan.device import Target, dtype_for, free_here
 from tunefork.plan.memory import Memory
-from tunefork.plan.method import Case
 from tunefork.plan.norms import norm_inputs
 from tunefork.plan.one_pass import Step
 from tunefork.plan.passes import Shape

@@ -72,4 +72,5 @@ class EmbeddedSettings(Section):
     """What no GPU has run yet (2026-11-27): a kernel that draws tokens, in passes with prompts an
     attention of their own for rows that decode and adapters of few tokens without tiles, and a new
     adapter's trial within the pass of its first prompt. Each is checked when the engine starts and
-    done without where it is wrong; off, all are. Answers are the same but for rounding."""
+    done without where it is wrong; off, all are. Answers are the same but for rounding. Without a
+    GPU and `cuda_graphs` there is none of it, on or off."""
