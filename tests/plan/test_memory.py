@@ -23,7 +23,7 @@ def test_passes_of_many_lengths_leave_gaps_in_a_cpus_heap(is_recomputed: bool) -
         measure(
             step,
             fit,
-            Trust(0.0, 0.0, 0.0, 0.0),
+            Trust(0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
             shards=1,
             is_recomputed=is_recomputed,
             is_varied=is_varied,

@@ -106,7 +106,7 @@ def test_qlora_70b_fits_48_gb_at_a_short_sequence_and_not_24() -> None:
         plan = _plan(70.55e9, ["l40s"], length=length, method=Method.QLORA, tokens=length)
         qlora = _of(plan, Method.QLORA)
         assert qlora.fits and qlora.activation_checkpointing in ("full", "offload")
-        assert qlora.peak_process_bytes.mid / GB < 45.5
+        assert qlora.peak_process_bytes.high / GB < 47.8
     assert not _of(_plan(70.55e9, ["rtx4090"], method=Method.QLORA), Method.QLORA).may_fit
 
 

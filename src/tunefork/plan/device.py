@@ -17,11 +17,14 @@ from tunefork.plan.time import Rates
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """How far predictions on a device go wrong, relative; and what its own runs correct them by."""
+    """How far predictions on a device go wrong, relative but for the bytes; and what its own runs
+    correct them by."""
 
     tensors: float
     process_less: float
     process_more: float
+    process_less_bytes: float
+    process_more_bytes: float
     time: float
     process_factor: float = 1.0
     time_factor: float = 1.0
@@ -162,6 +165,8 @@ def _trust(fit: Fit, is_own: bool) -> Trust:
         tensors=fit.memory.tensor_error,
         process_less=fit.memory.process_less * memory,
         process_more=fit.memory.process_more * memory,
+        process_less_bytes=fit.memory.process_less_bytes * memory,
+        process_more_bytes=fit.memory.process_more_bytes * memory,
         time=fit.time.error * time,
     )
 

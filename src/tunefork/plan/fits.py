@@ -61,8 +61,11 @@ class MemoryFit(_Model):
     """Relative; of `peak_tensor_bytes`."""
     process_less: float
     """Relative: how much less than its `peak_process_bytes` a run took."""
+    process_less_bytes: float
+    """Beyond that: what an allocator's segments make uncertain is no share of a model's size."""
     process_more: float
-    """And how much more. That a run does not fit is found out too late, so the two are apart."""
+    """How much more. That a run does not fit is found out too late, so the two are apart."""
+    process_more_bytes: float
 
 
 class TimeFit(_Model):

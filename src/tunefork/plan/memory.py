@@ -81,13 +81,14 @@ def measure(
         return trust.process_factor * whole
 
     def process_high(tensor_bytes: int) -> float:
-        return process(tensor_bytes) * (1 + trust.process_more)
+        return process(tensor_bytes) * (1 + trust.process_more) + trust.process_more_bytes
 
     peak = max(phase.tensor_bytes for phase in phases.values())
+    least = process(peak) * (1 - trust.process_less) - trust.process_less_bytes
     return Memory(
         phases=phases,
-        tensors=around(peak, trust.tensors, trust.tensors),
-        process=around(process(peak), trust.process_less, trust.process_more),
+        tensors=around(peak, trust.tensors),
+        process=Interval(low=max(0.0, least), mid=process(peak), high=process_high(peak)),
         moments_high={
             segment: process_high(moment.tensor_bytes) for segment, moment in moments.items()
         },
@@ -95,6 +96,6 @@ def measure(
     )
 
 
-def around(mid: float, less: float, more: float) -> Interval:
-    """`mid` with relative errors."""
-    return Interval(low=mid * (1 - less), mid=mid, high=mid * (1 + more))
+def around(mid: float, error: float) -> Interval:
+    """`mid` with a relative error."""
+    return Interval(low=mid * (1 - error), mid=mid, high=mid * (1 + error))
