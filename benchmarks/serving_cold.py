@@ -46,18 +46,22 @@ async def _round(
     engine: EmbeddedEngine, load: Load, warm: list[ServedAdapter], cold: ServedAdapter
 ) -> dict[str, Any]:
     stamps: list[list[float]] = [[] for _ in load.prompts[:-1]]
-    came = asyncio.Event()
+    came, ended = asyncio.Event(), list[int]()
 
     async def watch(at: int, prompt: tuple[int, ...]) -> None:
         sampling = Sampling(max_tokens=load.new, temperature=0.0, ignore_eos=True)
         wanted = EngineRequest(f"{cold.id}-{at}", prompt, sampling, warm[at % len(warm)])
-        async for _ in engine.generate(wanted):
-            stamps[at].append(time.perf_counter())
-            if at == 0:
-                came.set()
+        try:
+            async for _ in engine.generate(wanted):
+                stamps[at].append(time.perf_counter())
+                if at == 0:
+                    came.set()
+        finally:
+            ended.append(at)
+            came.set()
 
     async def until(is_so: Callable[[], bool]) -> None:
-        while not is_so():
+        while not is_so() and not ended:
             came.clear()
             await came.wait()
 
