@@ -5,6 +5,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ async def cold_adapters(
     All are read from the disk but the last, whose file is left in the page cache. The trial is in
     the pass of the prompt: `trial_ms`, from that pass's launch to the verdict, is also a part of
     `prompt_ms`, and of what the pass before it takes.
+
+    `ratio` is of means of the others' time per token: from the cold request's arrival to its first
+    token, the pass of its prompt included, over passes before that do nothing but decode.
     """
     rounds = []
     for at, one in enumerate(cold):
@@ -41,19 +45,32 @@ async def cold_adapters(
 async def _round(
     engine: EmbeddedEngine, load: Load, warm: list[ServedAdapter], cold: ServedAdapter
 ) -> dict[str, Any]:
-    stamps: list[float] = []
+    stamps: list[list[float]] = [[] for _ in load.prompts[:-1]]
+    came, ended = asyncio.Event(), list[int]()
 
     async def watch(at: int, prompt: tuple[int, ...]) -> None:
         sampling = Sampling(max_tokens=load.new, temperature=0.0, ignore_eos=True)
         wanted = EngineRequest(f"{cold.id}-{at}", prompt, sampling, warm[at % len(warm)])
-        async for _ in engine.generate(wanted):
-            if at == 0:
-                stamps.append(time.perf_counter())
+        try:
+            async for _ in engine.generate(wanted):
+                stamps[at].append(time.perf_counter())
+                if at == 0:
+                    came.set()
+        finally:
+            ended.append(at)
+            came.set()
+
+    async def until(is_so: Callable[[], bool]) -> None:
+        while not is_so() and not ended:
+            came.clear()
+            await came.wait()
 
     others = enumerate(load.prompts[:-1])
     tasks = [asyncio.ensure_future(watch(at, prompt)) for at, prompt in others]
-    while len(stamps) < load.new // 3:
-        await asyncio.sleep(0.001)
+    few, stretch = max(2, load.new // 16), load.new // 3
+    await until(lambda: min(map(len, stamps)) >= few)  # until then passes have prompts in them
+    decoding, last = time.perf_counter(), len(stamps[0]) + stretch
+    await until(lambda: len(stamps[0]) >= last)
     spent = engine.state().load_seconds
     asked = time.perf_counter()
     timing = await answer(engine, cold.id, load.prompts[-1], max(4, load.new // 8), cold)
@@ -63,24 +80,34 @@ async def _round(
     }
     arrived = asked + timing.first
     await asyncio.gather(*tasks)
-    gaps = [(later, later - one) for one, later in pairwise(stamps)]
-    # The pass with the new one's prompt ends when its first token comes.
-    its_pass = min(gaps, key=lambda one: abs(one[0] - arrived))
-    before = [gap for at, gap in gaps[2:] if at < asked]
-    loading = [gap for at, gap in gaps if asked <= at < its_pass[0]]
-    stages["prompt_ms"] = 1000 * its_pass[1]
+    before, loading, its_pass = list[float](), list[float](), list[float]()
+    for one in stamps:
+        gaps = [(later, later - sooner) for sooner, later in pairwise(one)]
+        # The pass with the new one's prompt ends when its first token comes.
+        end, took = min(gaps, key=lambda gap: abs(gap[0] - arrived))
+        before += [gap for at, gap in gaps if at - gap >= decoding and at < asked]
+        loading += [gap for at, gap in gaps if asked <= at < end]
+        its_pass.append(took)
+    meanwhile = [*loading, *its_pass]
+    stages["prompt_ms"] = 1000 * statistics.median(its_pass)
     first_token_ms = 1000 * timing.first
     return {
         "first_token_ms": round(first_token_ms, 1),
         **{stage: round(took, 1) for stage, took in stages.items()},
         "waited_ms": round(first_token_ms - sum(stages.values()) + stages["trial_ms"], 1),
-        "others_token_ms_before": percentiles(before),
-        "others_token_ms_meanwhile": percentiles([*loading, its_pass[1]]),
-        "others_longest_ms": [round(1000 * gap, 1) for gap in sorted(loading)[-3:]],
-        "ratio": _ratio([*loading, its_pass[1]], before),
+        "others_token_ms_before": _told(before),
+        "others_token_ms_meanwhile": _told(meanwhile),
+        "others_longest_ms": round(1000 * max(meanwhile), 1),
+        "others_ended_before": min(one[-1] for one in stamps) < arrived,  # then they saw less
+        "ratio": _ratio(meanwhile, before),
         # Any request's prompt, also one for an adapter that is there, is a pass of its own length.
         "ratio_without_its_prompt": _ratio(loading, before),
     }
+
+
+def _told(gaps: list[float]) -> dict[str, float]:
+    mean = {"mean": round(1000 * statistics.mean(gaps), 2)} if gaps else {}
+    return mean | percentiles(gaps)
 
 
 def _ratio(gaps: list[float], before: list[float]) -> float:

@@ -50,7 +50,6 @@ _MIXES: dict[str, tuple[int, list[int]]] = {
 }
 """Rows that decode, and prompts beside them."""
 _PROFILED = "63_rows_and_128"
-_NEW = ("experimental=true",)
 _USED, _TIMES, _TRIALS = 192, 30, 300
 """Tokens that a decoding row sees; passes of a case; passes with a trial."""
 
@@ -63,7 +62,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     save_base(arguments.work / "base", TINY if arguments.tiny else EIGHT_B)
-    settings = settings_of(arguments.work / "base", arguments, slots=ADAPTERS + 1, changed=_NEW)
+    settings = settings_of(arguments.work / "base", arguments, slots=ADAPTERS + 1)
     with random_weights():
         rows = asyncio.run(_measured(EmbeddedEngine(settings)))
     if not arguments.tiny:

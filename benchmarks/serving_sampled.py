@@ -52,9 +52,7 @@ def main() -> None:
     shape = TINY if arguments.tiny else EIGHT_B
     save_base(arguments.work / "base", shape)
     load = draw_load(*((8, 16, 12) if arguments.tiny else (64, 128, 128)), shape.vocabulary)
-    settings = settings_of(
-        arguments.work / "base", arguments, slots=4, changed=["experimental=true"]
-    )
+    settings = settings_of(arguments.work / "base", arguments, slots=4)
     rows = [_drawn(shape.vocabulary)] if torch.cuda.is_available() else []
     with random_weights():
         rows += asyncio.run(_rates(EmbeddedEngine(settings), load))

@@ -54,9 +54,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 def _asked(served: Served) -> tuple[list[Piece], dict[str, Any]]:
     async def run() -> Any:
-        engine = EmbeddedEngine(
-            settings(served.base, device="cuda", dtype="bf16", experimental=True)
-        )
+        engine = EmbeddedEngine(settings(served.base, device="cuda", dtype="bf16"))
         await engine.start()
         try:
             return await answers(engine, served.wanted()), dict(engine.info())
@@ -113,7 +111,7 @@ def test_tokens_are_drawn_without_the_kernel(by: Callable[..., None]) -> None:
     assert checks._draws(by, 128_256)
     if by is draw_by_sorting:
         logits = torch.randn(64, 128_256, device="cuda").bfloat16()
-        told = torch.tensor([[row, 1.0, 50, 0.9, 0.5] for row in range(64)]).double().cuda()
+        told = torch.tensor([[row, 1.0, 50, 0.9, 0.5] for row in range(64)]).double().pin_memory()
         tokens = logits.argmax(-1)
         by(logits, tokens, told)
         torch.cuda.synchronize()

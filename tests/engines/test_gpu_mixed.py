@@ -107,7 +107,7 @@ def _differ(passes: Passes, caches: list[Tensor]) -> None:
 def test_captured_passes_with_prompts_say_what_launched_ones_say(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    common = {"device": "cuda", "dtype": "bf16", "prefill_tokens": 128, "experimental": True}
+    common = {"device": "cuda", "dtype": "bf16", "prefill_tokens": 128}
     fields = common | options
     many = fields.pop("many_kv_heads", assemble._MANY_KV_HEADS)
     widened = fields.pop("widened", slots._WIDENED)
@@ -125,9 +125,8 @@ def test_captured_passes_with_prompts_say_what_launched_ones_say(
         assert engine._parts is not None
         core = engine._parts.core
         assert core.tiers is not None and bool(core.passes.groups) == (many == 1)
-        is_few = bool(widened and fields["experimental"])
-        assert core.passes.layout.few > 192 if is_few else core.passes.layout.few == 0
-        assert core.passes.apart == bool(core.passes.groups and fields["experimental"])
+        assert core.passes.layout.few > 192 if widened else core.passes.layout.few == 0
+        assert core.passes.apart == bool(core.passes.groups)
         for slot, adapter in zip((1, 3), adapters, strict=True):
             core.tiers.slots.load(slot, core.tiers.loading.read(adapter))
         with torch.inference_mode():

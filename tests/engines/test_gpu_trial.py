@@ -43,7 +43,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 async def _started(served: Served, **embedded: Any) -> EmbeddedEngine:
     options = {"device": "cuda", "dtype": "bf16", "max_requests": 64, "cache_tokens": 32768}
-    options["experimental"] = True
     engine = EmbeddedEngine(settings(served.base, **options | embedded))
     await engine.start()
     assert engine.info()["cuda_graphs"]

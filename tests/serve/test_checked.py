@@ -282,6 +282,30 @@ def test_captured_passes_are_held_to_launched_ones(
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("max_requests", [2, 8])
+def test_captured_passes_without_slots_are_held_to_launched_ones(
+    max_requests: int, grouped: list[bool], tmp_path: Path
+) -> None:
+    """A merged replica's: they have no rows for trials, so the check has none either."""
+    model = base_folder(tmp_path / "base")
+    adapter = save_adapter(model, tmp_path / "a", rank=4, seed=1)
+
+    async def run() -> None:
+        fields = {"max_requests": max_requests, "prefill_tokens": 128, "cache_tokens": 512}
+        engine = EmbeddedEngine(settings(tmp_path / "base", **fields), merged=adapter)
+        await engine.start()
+        assert engine._parts is not None
+        core, checks = engine._parts.core, _checks()
+        core.passes.flash = True
+        core.passes.graphs = core.passes.make_graphs(max_requests, None)
+        core.passes.warm(has_slots=False)
+        checks.captured(core.passes, core.cache, has_slots=False)
+        assert not checks.without and core.passes.graphs.captured_tokens
+        await engine.stop()
+
+    asyncio.run(run())
+
+
 # Trials
 
 
@@ -291,7 +315,7 @@ class _Passes:
 
     def __init__(self, error: float, is_off: Callable[[int, int], bool]) -> None:
         self.graphs, self.layout = SimpleNamespace(sizes=[64, 1024]), SimpleNamespace(few=560)
-        self.max_rows, self.max_model_len = 24, 4096
+        self.max_rows, self.max_model_len, self.tries = 24, 4096, True
         self.error, self.is_off, self.seen = error, is_off, list[tuple[int, int]]()
 
     def run(self, parts: Sequence[Part]) -> Any:

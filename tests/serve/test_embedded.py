@@ -19,7 +19,6 @@ from tests.serve.embedded import (
     request,
     save_adapter,
     settings,
-    started,
 )
 from tunefork.errors import EngineDeadError
 from tunefork.kernels.bank_read import add_own
@@ -285,10 +284,16 @@ def test_passes_have_no_rows_for_trials_that_are_none_of_theirs(
 ) -> None:
     """A captured pass with prompts computes all rows that it has, and logits of all but one."""
 
-    async def rows(**embedded: Any) -> int:
-        async with started(serve("llama").base, max_requests=5, **embedded) as engine:
+    served = serve("llama")
+
+    async def rows(merged: ServedAdapter | None) -> int:
+        engine = EmbeddedEngine(settings(served.base, max_requests=5), merged=merged)
+        await engine.start()
+        try:
             assert engine._parts is not None
             return engine._parts.core.passes.layout.rows
+        finally:
+            await engine.stop()
 
-    assert asyncio.run(rows()) == 5 + 1
-    assert asyncio.run(rows(experimental=True)) == 5 + TRIED + 1
+    assert asyncio.run(rows(None)) == 5 + TRIED + 1
+    assert asyncio.run(rows(served.adapters[0])) == 5 + 1  # has no slots

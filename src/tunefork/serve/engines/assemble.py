@@ -85,8 +85,8 @@ def assemble(
     vocabulary = int(model.get_output_embeddings().weight.shape[0])
     max_rows, graphs = max(ours.max_requests, TRIED), flash and ours.cuda_graphs
     groups = {la.groups for la in layers if la.groups > 1 and la.kv_heads >= _MANY_KV_HEADS}
-    checks, few, is_new = Checks(device, dtype), 0, graphs and ours.experimental
-    if is_new and slots is not None and slots.takes_tiles and slots.few:
+    checks, few = Checks(device, dtype), 0
+    if graphs and slots is not None and slots.takes_tiles and slots.few:
         few = slots.few if checks.mixes(slots.bank, max_rows + TRIED) else 0
     passes = Passes(
         model,
@@ -98,17 +98,13 @@ def assemble(
         graphs=graphs,
         compiles=flash and ours.compile,
         groups=groups,
-        apart=is_new and bool(groups) and checks.reads_apart(layers, groups),
+        apart=graphs and bool(groups) and checks.reads_apart(layers, groups),
         few=few,
-        tries=ours.experimental and slots is not None,
-        draw_by=(
-            checks.draw(vocabulary, with_kernel=ours.experimental)
-            if device.type == "cuda"
-            else draw
-        ),
+        tries=slots is not None,
+        draw_by=checks.draw(vocabulary) if device.type == "cuda" else draw,
     )
     passes.warm(has_slots=slots is not None)
-    if is_new and passes.graphs is not None and passes.graphs.captured_tokens:
+    if passes.graphs is not None and passes.graphs.captured_tokens:
         checks.captured(passes, cache, has_slots=slots is not None)
         if slots is not None and passes.graphs.captured_tokens:
             passes.rows_are_alike = checks.rows_are_alike(passes, cache)

@@ -56,9 +56,9 @@ class Checks:
         self.without: list[str] = []
         """What is not used."""
 
-    def draw(self, vocabulary: int, *, with_kernel: bool = True) -> Draw:
+    def draw(self, vocabulary: int) -> Draw:
         """What draws tokens of logits in `dtype` or fp32."""
-        if with_kernel and self._holds(
+        if self._holds(
             "the kernel that draws tokens",
             lambda: self._draws(draw, vocabulary),
             "PyTorch sorts logits for it",
@@ -233,8 +233,10 @@ def _trials_show_nothing(passes: Passes, cache: Cache) -> bool:
 
 def _with_prompts(passes: Passes, cache: Cache) -> Iterator[list[Part]]:
     """Passes that fill captured ones of few tokens, and of more (`Layout.few`): a prompt alone, and
-    one behind rows that decode; behind either the trial of an empty slot. The cache is empty."""
+    one behind rows that decode; behind either the trial of an empty slot, where there are slots.
+    The cache is empty."""
     assert passes.graphs is not None
+    tried = rows_of(0, cache.trial_start) if passes.tries else []
     sizes, few = passes.graphs.sizes, passes.layout.few
     for size in sorted({sizes[0], next((size for size in sizes if size > few), sizes[0])}):
         tokens = min(size - ROOM, cache.total, passes.max_model_len)
@@ -246,6 +248,6 @@ def _with_prompts(passes: Passes, cache: Cache) -> Iterator[list[Part]]:
                 # Of one text, in one place: each row sees those before it.
                 decoding = [Part([ids[at]], at, region.start, BASE, True) for at in range(rows)]
                 prompt = Part(ids[rows:], 0, region.start + rows, BASE, True)
-                yield [*decoding, prompt, *rows_of(0, cache.trial_start)]
+                yield [*decoding, prompt, *tried]
         finally:
             cache.regions.give(region)

@@ -57,9 +57,9 @@ class EmbeddedSettings(Section):
 
     compile: bool = True
     """Compile the decoder layers of the passes that are replayed (torch.compile, GPU): a quarter
-    less time a token for an 8B model. Its first start takes some 25 s longer (33 s in all on an
-    H200), later ones a few seconds, as what was compiled is kept (TORCHINDUCTOR_CACHE_DIR). What
-    cannot be compiled runs as written. Without `cuda_graphs` nothing is compiled."""
+    less time a token for an 8B model. Its first start takes longer (55 s in all on an H200), later
+    ones less (18 s), as what was compiled is kept (TORCHINDUCTOR_CACHE_DIR). What cannot be
+    compiled runs as written. Without `cuda_graphs` nothing is compiled."""
 
     ahead: bool = True
     """Launch the next pass before the tokens of the last one are on the host: it reads them on the
@@ -67,10 +67,3 @@ class EmbeddedSettings(Section):
     for penalties, a bias, a grammar or log probabilities, for which the host must see the logits or
     the tokens before. While any such request runs, all are served as without. Temperature, top-p,
     top-k and seeds wait for nothing: of the same logits a token is the same with and without."""
-
-    experimental: bool = False
-    """What no GPU has run yet (2026-11-27): a kernel that draws tokens, in passes with prompts an
-    attention of their own for rows that decode and adapters of few tokens without tiles, and a new
-    adapter's trial within the pass of its first prompt. Each is checked when the engine starts and
-    done without where it is wrong; off, all are. Answers are the same but for rounding. Without a
-    GPU and `cuda_graphs` there is none of it, on or off."""

@@ -89,7 +89,7 @@ class Passes:
         as quick if they are grouped by these beforehand. `apart`: beside prompts too. `few`: as
         `Layout`. `tries`: passes with prompts have room for a trial, which all of them compute."""
         self.model, self.route, self.flash, self.groups = model, route, flash, groups
-        self.apart, self.draw_by = apart, draw_by
+        self.apart, self.tries, self.draw_by = apart, tries, draw_by
         self.rows_are_alike = False
         """Of captured passes with prompts, equal rows at two places: as far as was seen."""
         self.max_tokens, self.max_rows, self.max_model_len = max_tokens, max_rows, max_model_len
