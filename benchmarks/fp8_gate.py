@@ -40,12 +40,17 @@ from benchmarks.fp8_run import (
 
 _LONGEST_TEXT = 200
 """Characters: one gloss of a hundred is longer. A rendered row then has about 60 tokens."""
+_FIRST_EVAL = 8000
+"""Evaluation examples of the first gate. Its unused training rows lie before the training examples
+among the shuffled ones, further ones behind them."""
 
 
 def prepare(source: Path, out: Path, num_train: int, num_eval: int) -> None:
     """Write train.jsonl and eval.jsonl: all test rows and as many unused training rows as wanted.
 
-    The more evaluation examples, the less a paired interval owes to chance.
+    The more evaluation examples, the less a paired interval owes to chance. More than `_FIRST_EVAL`
+    of them begin with the same ones and leave the training examples what they were, so that runs
+    differ in what they are judged by alone. SystemExit where there are too few rows.
     """
     rows: dict[str, list[dict[str, str]]] = {}
     for split in ("train", "test"):
@@ -58,8 +63,13 @@ def prepare(source: Path, out: Path, num_train: int, num_eval: int) -> None:
     seen = {row["text"].casefold() for row in rows["test"]}
     fresh = [row for row in rows["train"] if row["text"].casefold() not in seen]
     random.Random(0).shuffle(fresh)
-    more = max(0, num_eval - len(rows["test"]))
-    splits = {"train": fresh[more : more + num_train], "eval": rows["test"] + fresh[:more]}
+    before = max(0, min(num_eval, _FIRST_EVAL) - len(rows["test"]))
+    behind = before + num_train
+    more = max(0, num_eval - len(rows["test"]) - before)
+    if behind + more > len(fresh):
+        raise SystemExit(f"{source}: {len(fresh)} unused training rows, {behind + more} are needed")
+    held_out = rows["test"] + fresh[:before] + fresh[behind : behind + more]
+    splits = {"train": fresh[before:behind], "eval": held_out}
     out.mkdir(parents=True, exist_ok=True)
     for name, chosen in splits.items():
         lines = "".join(json.dumps(row) + "\n" for row in chosen)

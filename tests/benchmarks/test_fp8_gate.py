@@ -1,6 +1,7 @@
 """The FP8 gate's script: its pairs, its bounds and its float64 reference, on tiny models."""
 
 import argparse
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -202,3 +203,26 @@ def test_deltas_go_only_where_they_belong() -> None:
     build(other, Method.LORA, LoraSection(rank=4, targets="mlp"), seed=0)
     with pytest.raises(ValueError, match="other deltas"):
         put_adapter(other, adapter(one))
+
+
+def test_more_evaluation_examples_leave_the_rest_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split, numbers in (("train", range(100)), ("test", range(200, 210))):
+        rows = [json.dumps({"text": f"gloss {n}", "label": "fox"}) + "\n" for n in numbers]
+        with gzip.open(tmp_path / f"wordnet_lexname_{split}.jsonl.gz", "wt") as file:
+            file.write("".join(rows))
+    monkeypatch.setattr(fp8_gate, "_FIRST_EVAL", 20)
+    found = {}
+    for count in (15, 20, 50):
+        fp8_gate.prepare(tmp_path, tmp_path / str(count), 30, count)
+        parts = [tmp_path / str(count) / f"{name}.jsonl" for name in ("train", "eval")]
+        train, held_out = ([*fp8_gate.read([part])] for part in parts)
+        found[count] = (train, held_out)
+        texts = {row["text"] for row in train + held_out}
+        assert (len(train), len(held_out), len(texts)) == (30, count, 30 + count)
+    assert found[50][0] == found[20][0]
+    assert found[50][1][:20] == found[20][1]
+    assert found[20][1][:15] == found[15][1]
+    with pytest.raises(SystemExit, match="100 unused training rows, 101 are needed"):
+        fp8_gate.prepare(tmp_path, tmp_path / "more", 30, 81)
