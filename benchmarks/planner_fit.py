@@ -42,8 +42,9 @@ KEPT = ("eight_bit_s",)
 the host's pace must not be explained by it."""
 
 
-def runs(raw: Path) -> list[Any]:
-    """The measured runs, ready to be predicted, by what was traced where they ran."""
+def runs(raw: Path, *, all_lines: bool = False) -> list[Any]:
+    """The measured runs, ready to be predicted, by what was traced where they ran; `all_lines`: not
+    the last of each case alone."""
     from benchmarks.fitting import Run
     from tunefork.plan import step as tracing
     from tunefork.plan.case import Case as Planned
@@ -56,10 +57,12 @@ def runs(raw: Path) -> list[Any]:
 
     target = target_of(load_catalogue().machine(["h200"]))
     measured, planned = read_raw(raw)
+    rows = _lines(raw) if all_lines else list(measured.values())
     found = []
-    for name, row in measured.items():
-        if "error" in row:
+    for row in rows:
+        if "error" in row or "planned" in row:
             continue
+        name = row["case"]
         case = read_case(name)
         made, whole = build_of(case), config(case.shape)
         for there in planned.get(name, []):
@@ -89,8 +92,7 @@ def read_raw(raw: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The last row of each case's run, and what was planned of each; a run beats an error."""
     measured: dict[str, Any] = {}
     planned: dict[str, Any] = {}
-    for line in raw.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in _lines(raw):
         name = row["case"]
         if "planned" in row:
             planned[name] = row["planned"]
@@ -98,6 +100,10 @@ def read_raw(raw: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             measured[name] = row
     order = [name for name in dict.fromkeys([*CASES, *measured]) if name in measured]
     return {name: measured[name] for name in order}, planned
+
+
+def _lines(raw: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in raw.read_text(encoding="utf-8").splitlines()]
 
 
 def step_from(fields: dict[str, Any]) -> Any:
@@ -139,13 +145,17 @@ def fit(raw: Path, *, writes: bool = True) -> None:
     kept = start.time.model_copy(update={name: FIRST_GRID[name] for name in KEPT})
     found = found.model_copy(update={"time": fit_time(measured, kept, drawn)})
     rows = [_judged(run.with_fit(found)) for run in measured]
+    for row in rows:
+        print(f"{row['case']:34s} {'held out' if row['held_out'] else '':9s} {row['errors']}")
     held = [row for row in rows if row["held_out"]]
     worst_held, worst = _worst(held), _worst(rows)
-    memory = {"tensor_error": _up(worst["tensor"])} | process_errors(rows, "process", 1000)
+    # Intervals hold the same run on every machine that ran it.
+    every = [_judged(run.traced().with_fit(found)) for run in runs(raw, all_lines=True)]
+    memory = {"tensor_error": _up(worst["tensor"])} | process_errors(every, "process", 1000)
     found = found.model_copy(
         update={
             "memory": found.memory.model_copy(update=memory),
-            "time": found.time.model_copy(update=time_errors(rows, 1000)),
+            "time": found.time.model_copy(update=time_errors(every, 1000)),
         }
     )
     judged = {row["case"]: row for row in rows}
@@ -203,7 +213,6 @@ def _judged(run: Any) -> dict[str, Any]:
         name.partition("_")[0]: round(value / getattr(run, name) - 1, 4)
         for name, value in predicted.items()
     }
-    print(f"{run.name:34s} {'held out' if run.is_held_out else '':9s} {row['errors']}", flush=True)
     return row
 
 
