@@ -21,7 +21,7 @@ test: check
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 
 docs: $(READY)
 	$(BIN)/python -m tunefork.documentation docs

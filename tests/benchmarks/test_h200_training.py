@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def test_a_case_names_runs_that_exist_and_its_own_tool_first() -> None:
     assert [r.name for r in chosen_runs(["full_8x2048"], ["tunefork"])] == ["full"]
 
 
-def test_a_run_that_fails_or_hangs_says_so(tmp_path: Path) -> None:
+def test_a_run_that_fails_or_hangs_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run("none", "no such tool", 1, 4)
     config = tmp_path / "config.json"
     config.write_text('{"hidden_size": 64}')
@@ -83,8 +83,13 @@ def test_a_run_that_fails_or_hangs_says_so(tmp_path: Path) -> None:
     assert "not done after" in h200_training.in_a_process(run, tmp_path, None, 0.01)["error"]
     if not torch.cuda.is_available():
         config.write_text('{"hidden_size": 4096}')
+        asked = ["h200_training", "one", json.dumps(asdict(run)), str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", asked)
+        with pytest.raises(SystemExit) as ended:  # the process' own end, which takes no second one
+            h200_training.main()
+        (tmp_path / "ends_so.py").write_text(f"raise SystemExit({ended.value.code})")
         with pytest.raises(SystemExit, match="no GPU is seen any more"):
-            h200_training.in_a_process(run, tmp_path, None, 60.0)
+            h200_training.in_a_process(run, tmp_path, str(tmp_path), 60.0, "ends_so")
 
 
 def _raw(run: str, call: str, **more: Any) -> str:

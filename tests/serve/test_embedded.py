@@ -221,9 +221,8 @@ def test_an_adapter_is_tried_in_the_pass_of_its_prompt(
     assert [key.tokens for key in graphs.captured] == [64, 0]  # 20 and the trial's 16; then rows
 
 
-def test_fused_layers_take_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_layers_take_the_same_way(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """As above with q, k, v and gate, up as one product each, and their adapters' A as well."""
-    served = Served(tmp_path, "llama")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(attention, "flash", _flash_by_numbers)
     monkeypatch.setattr(Graphs, "_capture", lambda graphs, key: _Again(graphs, key))
