@@ -233,6 +233,13 @@ def _with(fit: Fit, **changes: Any) -> Fit:
     return replace_model(fit, changes)  # type: ignore[no-any-return]
 
 
+def tensor_error(rows: list[dict[str, Any]], steps: int) -> float:
+    """How far from its prediction, relative to that, any run's tensors were: rounded up to 1 /
+    `steps`, at least one per cent."""
+    ratios = [row["measured_tensor_bytes"] / row["predicted_tensor_bytes"] for row in rows]
+    return max(0.01, math.ceil(steps * max(abs(ratio - 1) for ratio in ratios)) / steps)
+
+
 def process_errors(rows: list[dict[str, Any]], figure: str, steps: int) -> dict[str, float]:
     """How much less and more than predicted a process took: some bytes, and relative to what was
     predicted what they leave, rounded up to 1 / `steps`, at least one per cent. Of the ways to
