@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.tiny import CONFIGS
-from tunefork.plan import short_run as measuring
 from tunefork.plan.built import Build
 from tunefork.plan.short_run import WARM_UP, Measured, short_run
 from tunefork.recipe import FullSection, LoraSection, Method
+from tunefork.train.loop import train
 
 
 def _run(num_steps: int) -> Measured:
@@ -34,8 +34,6 @@ def test_the_median_of_the_timed_steps_is_the_figure() -> None:
 
 
 def test_one_that_is_asked_to_stop_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    train = measuring.train
-
     def stopped(*arguments: Any, **more: Any) -> Any:
         on_step = more.pop("on_step")
 
@@ -45,6 +43,6 @@ def test_one_that_is_asked_to_stop_measures_nothing(monkeypatch: pytest.MonkeyPa
 
         return train(*arguments, on_step=and_stop, **more)
 
-    monkeypatch.setattr(measuring, "train", stopped)
+    monkeypatch.setattr("tunefork.plan.short_run.train", stopped)
     with pytest.raises(KeyboardInterrupt):
         _run(WARM_UP + 3)
