@@ -95,12 +95,15 @@ def test_what_held_out_runs_took_changes_no_constant(every: list[Any]) -> None:
     assert fit_time(others, start.time, one) == fit_time(every, start.time, one)
 
 
-def test_a_constant_that_is_kept_is_not_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fit_keeps_what_is_kept_and_its_errors_are_those_of_every_measurement(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (packaged,) = (fit for fit in load_fits() if fit.device == "h200")
     asked: list[tuple[Any, Any]] = []
 
     def fitted(_: Sequence[Any], start: Any, prior: Any) -> Any:
         asked.append((start, prior))
-        return start
+        return packaged.time
 
     monkeypatch.setattr("benchmarks.fitting.fit_time", fitted)
     planner_fit.fit(RAW, writes=False)
@@ -109,6 +112,10 @@ def test_a_constant_that_is_kept_is_not_fitted(monkeypatch: pytest.MonkeyPatch) 
         assert name not in prior
         assert getattr(start, name) == planner_fit.FIRST_GRID[name]
     assert set(prior) | set(planner_fit.KEPT) == set(planner_fit.FIRST_GRID)
+    printed = capsys.readouterr().out
+    found = json.loads(printed[printed.index("\n{\n") :])
+    assert found["memory"] == pytest.approx(packaged.memory.model_dump())
+    assert found["time"] == pytest.approx(packaged.time.model_dump())
 
 
 def test_tensors_are_judged_relative_to_what_was_predicted() -> None:
