@@ -11,10 +11,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import yaml
+from pydantic import BaseModel
 
 from tunefork.plan.case import Case
 from tunefork.plan.fits import Fit, MemoryFit, TimeFit
@@ -24,6 +25,7 @@ from tunefork.plan.short_run import WARM_UP
 from tunefork.plan.time import update_seconds
 
 FITS = Path(__file__).parent.parent / "src/tunefork/plan/fits.yaml"
+_Model = TypeVar("_Model", bound=BaseModel)
 KEY = ("device", "torch", "attention", "quantizer")
 PRIOR: dict[str, float] = {
     "gemm": 1.5,
@@ -224,13 +226,21 @@ def fit_time(runs: Sequence[Run], start: TimeFit, prior: Mapping[str, float] = P
     )
 
 
-def replace_model(model: Any, changes: dict[str, Any]) -> Any:
+def replace_model(model: _Model, changes: dict[str, Any]) -> _Model:
     """A frozen pydantic model with some fields changed."""
     return model.model_copy(update=changes)
 
 
 def _with(fit: Fit, **changes: Any) -> Fit:
-    return replace_model(fit, changes)  # type: ignore[no-any-return]
+    return replace_model(fit, changes)
+
+
+def tensor_error(rows: list[dict[str, Any]], steps: int) -> float:
+    """How far from its prediction, relative to that, any run's tensors were: rounded up to 1 /
+    `steps`, at least one per cent."""
+    ratios = [row["measured_tensor_bytes"] / row["predicted_tensor_bytes"] for row in rows]
+    worst = float(max(abs(ratio - 1) for ratio in ratios))
+    return max(0.01, math.ceil(steps * worst) / steps)
 
 
 def process_errors(rows: list[dict[str, Any]], figure: str, steps: int) -> dict[str, float]:

@@ -4,7 +4,6 @@ What was planned where the runs ran, by the PyTorch that ran them, is what is ju
 """
 
 import json
-import math
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
@@ -122,7 +121,14 @@ def step_from(fields: dict[str, Any]) -> Any:
 
 def fit(raw: Path, *, writes: bool = True) -> None:
     """Fit on the cases that are not held out, judge on those that are, write both files."""
-    from benchmarks.fitting import fit_memory, fit_time, process_errors, time_errors, write_fit
+    from benchmarks.fitting import (
+        fit_memory,
+        fit_time,
+        process_errors,
+        tensor_error,
+        time_errors,
+        write_fit,
+    )
     from benchmarks.results import write
     from tunefork.plan.fits import fit_for, installed, minor
 
@@ -151,7 +157,7 @@ def fit(raw: Path, *, writes: bool = True) -> None:
     worst_held, worst = _worst(held), _worst(rows)
     # Intervals hold the same run on every machine that ran it.
     every = [_judged(run.traced().with_fit(found)) for run in runs(raw, all_lines=True)]
-    memory = {"tensor_error": _up(worst["tensor"])} | process_errors(every, "process", 1000)
+    memory = {"tensor_error": tensor_error(every, 1000)} | process_errors(every, "process", 1000)
     found = found.model_copy(
         update={
             "memory": found.memory.model_copy(update=memory),
@@ -214,8 +220,3 @@ def _judged(run: Any) -> dict[str, Any]:
         for name, value in predicted.items()
     }
     return row
-
-
-def _up(error: float) -> float:
-    """Rounded up to tenths of a per cent, at least one per cent."""
-    return max(10, math.ceil(1000 * error)) / 1000

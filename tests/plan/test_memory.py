@@ -35,3 +35,20 @@ def test_passes_of_many_lengths_leave_gaps_in_a_cpus_heap(is_recomputed: bool) -
     assert varied.process.mid - alike.process.mid == pytest.approx(
         fit.held_per_varied * comes_and_goes
     )
+
+
+def test_a_processs_interval_is_some_bytes_and_a_share_each_side_by_itself() -> None:
+    (fit,) = (fit.memory for fit in load_fits() if fit.device == "h200")
+    made = Build(Method.LORA, LoraSection(), FullSection(), torch.bfloat16, "none", "cuda")
+    step = trace_step(CONFIGS["llama"], made, Shape(4, 64, 200, is_masked=False))
+    trust = Trust(0.05, 0.02, 0.03, 4e6, 7e6, 0.0, process_factor=1.1)
+    found = measure(step, fit, trust, shards=1, is_recomputed=False)
+    mid = found.process.mid
+    assert found.process.low == pytest.approx(0.98 * mid - 4e6)
+    assert found.process.high == pytest.approx(1.03 * mid + 7e6)
+    assert found.process_high(round(found.tensors.mid)) == pytest.approx(found.process.high)
+    assert found.tensors.low == pytest.approx(0.95 * found.tensors.mid)
+    assert found.tensors.high == pytest.approx(1.05 * found.tensors.mid)
+
+    unsure = Trust(0.05, 0.02, 0.03, 1e15, 0.0, 0.0)
+    assert measure(step, fit, unsure, shards=1, is_recomputed=False).process.low == 0.0

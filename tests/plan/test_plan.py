@@ -12,7 +12,7 @@ from tunefork.plan.device import target_of
 from tunefork.plan.measured import Measurement, correction, recall, remember
 from tunefork.plan.plan import plan_numbers
 from tunefork.plan.schema import MethodPlan, Plan
-from tunefork.recipe import FullSection, LoraSection, Method
+from tunefork.recipe import CheckpointingChoice, FullSection, LoraSection, Method
 
 GB = 1e9
 
@@ -137,6 +137,24 @@ def test_a_plan_in_bf16_says_that_auto_will_try_fp8(gpu: str, steps: int, is_tol
         has_details=False,
     )
     assert sum("train.precision: auto" in note for note in plan.notes) == is_told
+
+
+@pytest.mark.parametrize(("checkpointing", "is_told"), [("selective", 1), ("full", 0)])
+def test_a_plan_for_another_machine_says_that_selective_is_its_compilers_choice(
+    checkpointing: CheckpointingChoice, is_told: int
+) -> None:
+    plan = plan_numbers(
+        model=0.1345e9,
+        work=Work(80, 800, 800, 1.0, 10, 8),
+        lora=LoraSection(),
+        full=FullSection(),
+        methods=(Method.LORA,),
+        machine=load_catalogue().machine(["h200"]),
+        checkpointing=checkpointing,
+        compile="never",
+        has_details=False,
+    )
+    assert sum("selective checkpointing" in note for note in plan.notes) == is_told
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from tunefork.data.example import Encoded
 from tunefork.data.loader import load_data
 from tunefork.model.load import load_tokenizer, new_ids
@@ -19,6 +21,7 @@ from tunefork.plan.built import Build
 from tunefork.plan.case import Case
 from tunefork.plan.catalogue import Catalogue, Machine, load_catalogue
 from tunefork.plan.device import Target, dtype_for, target_of
+from tunefork.plan.fits import minor
 from tunefork.plan.method import plan_method
 from tunefork.plan.option import next_option
 from tunefork.plan.schema import MachinePlan, Plan, WorkPlan
@@ -40,6 +43,10 @@ __all__ = ["Work", "plan_examples", "plan_numbers", "plan_recipe"]
 _SEVERAL = (
     "tunefork trains on one GPU: a plan for several is for a run that shards its weights (FSDP) by "
     "another tool, and no measured run stands behind it"
+)
+_SELECTIVE = (
+    "what selective checkpointing keeps is the compiler's choice: {methods} is planned as torch "
+    "{torch} would have it on this machine, and a run elsewhere may take twice as much"
 )
 _MAY_BE_FP8 = (
     "{method} is planned in bf16; train.precision: auto will try FP8 when the run begins, and take "
@@ -226,6 +233,10 @@ def _plan(
     notes = [target.note, work.note]
     if target.count > 1:
         notes.append(_SEVERAL)
+    selective = [n for n, m in planned.items() if m.activation_checkpointing == "selective"]
+    if selective and not target.is_here:
+        said = _SELECTIVE.format(methods=" and ".join(selective), torch=minor(torch.__version__))
+        notes.append(said)
     notes += [
         _MAY_BE_FP8.format(method=method)
         for method in methods

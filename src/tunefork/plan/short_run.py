@@ -62,7 +62,10 @@ def short_run(
     packing: bool,
     device: torch.device,
 ) -> Measured:
-    """Train on one step for each of `lengths` (tokens of its examples), every token supervised."""
+    """Train on one step for each of `lengths` (tokens of its examples), every token supervised.
+
+    Raises KeyboardInterrupt where it is asked to stop, as nothing is measured then.
+    """
     bound_shapes()
     gc.collect()
     if device.type == "cuda":
@@ -109,6 +112,8 @@ def short_run(
             runner=runner,
             release=release,
         )
+    if result.is_asked_to_stop:
+        raise KeyboardInterrupt
     steps_s = tuple(b - a for a, b in zip(times[WARM_UP:], times[WARM_UP + 1 :], strict=False))
     timed = sorted(steps_s)
     is_cuda = device.type == "cuda"
