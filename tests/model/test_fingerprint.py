@@ -23,6 +23,7 @@ from tunefork.model.fingerprint import (
     identify_trained,
 )
 from tunefork.model.fingerprint_weights import weights_sha256
+from tunefork.model.golden import text_ids
 from tunefork.recipe import ModelSection
 
 
@@ -235,7 +236,6 @@ def test_what_is_known_of_a_tokenizer_is_of_no_other(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = list[Any]()
-    text_ids = fingerprint_tokenizer.text_ids
 
     def noted(tokenizer: Any) -> Any:
         asked.append(tokenizer)
