@@ -41,6 +41,12 @@ def page(request: pytest.FixtureRequest) -> Page:
     return Page(html_of(request.param))
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only the text is of interest."""
+    monkeypatch.setattr("tunefork.compare.report.drawings", lambda _: [])
+
+
 def test_page_is_well_formed_and_its_ids_are_unique_and_resolved(page: Page) -> None:
     assert page.open == []
     assert len(page.ids) == len(set(page.ids))
@@ -138,10 +144,12 @@ def test_report_and_table_do_not_wait_for_torch() -> None:
         ({"seeds": (0, 1, 2), "paired_seeds": (1,)}, "leave the variance of training out"),
     ],
 )
-def test_report_says_what_the_intervals_cover(made: dict[str, Any], said: str) -> None:
+def test_report_says_what_the_intervals_cover(
+    made: dict[str, Any], said: str, undrawn: None
+) -> None:
     assert said in " ".join(Page(report_html(fabricate(**made))).text.split())
 
 
-def test_report_says_on_how_many_examples_a_metric_was_measured() -> None:
+def test_report_says_on_how_many_examples_a_metric_was_measured(undrawn: None) -> None:
     assert "measured on 24 documents" in report_html(fabricate(has_labels=False, examples=24))
     assert "measured on 400" not in report_html(fabricate(examples=400))

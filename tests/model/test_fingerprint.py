@@ -3,13 +3,16 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.normalizers import Lowercase
 from transformers import AutoTokenizer
 
 import tunefork.model.fingerprint as fingerprint
+import tunefork.model.fingerprint_tokenizer as fingerprint_tokenizer
 from tests.folders import save_model, save_tokenizer
 from tunefork.errors import IdentityError, ModelError
 from tunefork.model.fingerprint import (
@@ -20,6 +23,7 @@ from tunefork.model.fingerprint import (
     identify_trained,
 )
 from tunefork.model.fingerprint_weights import weights_sha256
+from tunefork.model.golden import text_ids
 from tunefork.recipe import ModelSection
 
 
@@ -226,3 +230,35 @@ def test_a_record_without_a_configuration_is_compared_by_the_rest(model: Path) -
     other = older.model_copy(update={"weights_sha256": "0" * 64})
     with pytest.raises(IdentityError, match="weights"):
         check_identity(other, found, what="adapter", base="model")
+
+
+def test_what_is_known_of_a_tokenizer_is_of_no_other(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[Any]()
+
+    def noted(tokenizer: Any) -> Any:
+        asked.append(tokenizer)
+        return text_ids(tokenizer)
+
+    monkeypatch.setattr(fingerprint_tokenizer, "text_ids", noted)
+    monkeypatch.setattr(fingerprint_tokenizer, "_KNOWN", {})
+
+    def digest(change: Callable[[Any], object] = id) -> str:
+        tokenizer = AutoTokenizer.from_pretrained(saved)
+        change(tokenizer)
+        return fingerprint_tokenizer.tokenizer_sha256(tokenizer)
+
+    assert digest() == digest() and len(asked) == 1
+    changes: list[Callable[[Any], object]] = [
+        lambda tokenizer: tokenizer.add_tokens("<new>"),
+        lambda tokenizer: setattr(tokenizer, "eos_token", "<|im_start|>"),
+        lambda tokenizer: setattr(tokenizer.backend_tokenizer, "normalizer", Lowercase()),
+    ]
+    assert len({digest(), *map(digest, changes)}) == len(asked) == 4
+    digest(lambda tokenizer: setattr(tokenizer, "split_special_tokens", True))
+    assert len(asked) == 5  # no golden text has a special token in it
+    theirs = type("Theirs", (type(asked[0]),), {"__module__": "theirs"})
+    for _ in range(2):  # whose code may do anything
+        digest(lambda tokenizer: setattr(tokenizer, "__class__", theirs))
+    assert len(asked) == 7

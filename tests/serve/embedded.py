@@ -1,9 +1,10 @@
 """Engines over tiny bases, and adapters for them made by the PEFT library."""
 
 import asyncio
+import copy
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,24 +57,47 @@ def settings(base: Path, **embedded: Any) -> ServeSettings:
     return ServeSettings(base=ModelSection(id=str(base)), embedded=own)
 
 
-def greedy(model: Any, adapter: ServedAdapter | None, prompt: Sequence[int], new: int) -> list[int]:
-    """What PEFT's `generate` says."""
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter.folder).eval()
-    ids = torch.tensor([list(prompt)])
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new,
-        min_new_tokens=new,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    if adapter is not None:
-        base = model.unload()
-        if hasattr(base, "peft_config"):
-            del base.peft_config
-    return [int(token) for token in out[0, len(prompt) :]]
+class Peft:
+    """What PEFT's `generate` says: adapters are loaded once, and the same is asked once."""
+
+    def __init__(self, model: Any) -> None:
+        """Of adapters over `model`, which is left as it is."""
+        self._model = copy.deepcopy(model)
+        self._loaded: list[ServedAdapter] = []
+        self._said: dict[Any, list[int]] = {}
+
+    def says(self, adapter: ServedAdapter | None, prompt: Sequence[int], new: int) -> list[int]:
+        """The next `new` tokens."""
+        key = (adapter, tuple(prompt), new)
+        if key not in self._said:
+            with self._reading(adapter):
+                self._said[key] = self._generate(list(prompt), new)
+        return self._said[key]
+
+    def _reading(self, adapter: ServedAdapter | None) -> AbstractContextManager[Any]:
+        if adapter is None:
+            return self._model.disable_adapter() if self._loaded else nullcontext()
+        if adapter not in self._loaded:
+            name = str(len(self._loaded))
+            if self._loaded:
+                self._model.load_adapter(adapter.folder, name)
+            else:
+                self._model = PeftModel.from_pretrained(self._model, adapter.folder, name).eval()
+            self._loaded.append(adapter)
+        self._model.set_adapter(str(self._loaded.index(adapter)))
+        return nullcontext()
+
+    def _generate(self, prompt: list[int], new: int) -> list[int]:
+        ids = torch.tensor([prompt])
+        out = self._model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        return [int(token) for token in out[0, len(prompt) :]]
 
 
 def request(

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from tests.serve.embedded import (
+    Peft,
     answer,
     answers,
     base_folder,
-    greedy,
     request,
     save_adapter,
     settings,
@@ -378,6 +378,8 @@ def test_a_trial_by_itself_is_of_rows_that_decode(
 
     monkeypatch.setattr(trial, "verdict_of", noted)
 
+    peft = Peft(model)
+
     async def run() -> None:
         fields = {"fuse": False, "max_requests": max_requests}
         engine = EmbeddedEngine(settings(tmp_path / "base", **fields))
@@ -387,10 +389,10 @@ def test_a_trial_by_itself_is_of_rows_that_decode(
         engine._parts.core.passes.rows_are_alike = False
         streams = asyncio.ensure_future(answer(engine, request("on", prompt, max_tokens=60)))
         found = await answer(engine, request("a", prompt, well, max_tokens=4))
-        assert list(found.token_ids) == greedy(model, well, prompt, 4)
+        assert list(found.token_ids) == peft.says(well, prompt, 4)
         with pytest.raises(AdapterError, match="not finite"):
             await answer(engine, request("b", prompt, ill, max_tokens=4))
-        assert list((await streams).token_ids) == greedy(model, None, prompt, 60)
+        assert list((await streams).token_ids) == peft.says(None, prompt, 60)
         await engine.stop()
 
     asyncio.run(run())

@@ -4,7 +4,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tests.serve.embedded import (
+    Peft,
     answers,
     base_folder,
-    greedy,
     request,
     save_adapter,
     settings,
@@ -53,14 +53,7 @@ class Served:
         self.prompts = [
             [chosen.randrange(13, 300) for _ in range(chosen.randrange(1, 40))] for _ in range(20)
         ]
-        self._said: dict[Any, list[int]] = {}
-
-    def expected(self, adapter: ServedAdapter | None, prompt: Sequence[int]) -> list[int]:
-        """PEFT's 12 tokens, asked for once."""
-        key = (adapter, tuple(prompt))
-        if key not in self._said:
-            self._said[key] = greedy(self.model, adapter, prompt, 12)
-        return self._said[key]
+        self.expected = partial(Peft(self.model).says, new=12)
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +210,7 @@ def test_an_adapter_is_tried_in_the_pass_of_its_prompt(
             await engine.stop()
 
     [found], graphs = asyncio.run(run())
-    assert list(found.token_ids) == greedy(model, adapter, prompt, 4)
+    assert list(found.token_ids) == Peft(model).says(adapter, prompt, 4)
     assert [key.tokens for key in graphs.captured] == [64, 0]  # 20 and the trial's 16; then rows
 
 

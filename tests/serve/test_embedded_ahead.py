@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.serve.embedded import (
+    Peft,
     answer,
     answers,
     base_folder,
-    greedy,
     request,
     save_adapter,
     settings,
@@ -39,7 +39,8 @@ class Served:
         self.model = base_folder(self.base)
         adapters = [save_adapter(self.model, folder / f"a{at}", rank=4, seed=at) for at in range(3)]
         self.whose: list[ServedAdapter | None] = [None, *adapters]
-        self.expected = {who: greedy(self.model, who, PROMPT, LONG) for who in self.whose}
+        peft = Peft(self.model)
+        self.expected = {who: peft.says(who, PROMPT, LONG) for who in self.whose}
 
 
 @pytest.fixture(scope="module")

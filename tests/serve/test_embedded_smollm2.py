@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.serve.embedded import answers, greedy, request, save_adapter, started
+from tests.serve.embedded import Peft, answers, request, save_adapter, started
 from tunefork.model.load import find
 from tunefork.recipe import ModelSection
 from tunefork.serve.engine import ServedAdapter
@@ -46,7 +46,8 @@ def test_greedy_tokens_are_pefts(tmp_path: Path) -> None:
             return await answers(engine, wanted)
 
     found = asyncio.run(run())
-    expected = [greedy(model, one.adapter, one.prompt_ids, 24) for one in wanted]
+    peft = Peft(model)
+    expected = [peft.says(one.adapter, one.prompt_ids, 24) for one in wanted]
     assert [list(piece.token_ids) for piece in found] == expected
-    alone = [greedy(model, None, one.prompt_ids, 24) for one in wanted]
+    alone = [peft.says(None, one.prompt_ids, 24) for one in wanted]
     assert sum(a != b for a, b in zip(alone, expected, strict=True)) >= 8  # adapters matter

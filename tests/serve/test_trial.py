@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.serve.embedded import (
+    Peft,
     answer,
     base_folder,
-    greedy,
     held_after,
     idle,
     request,
@@ -145,14 +145,7 @@ class Served:
         for one, by in ((self.dead, 1e-38), (self.ill, 1e25)):
             file = one.folder / "adapter_model.safetensors"
             save_file({k: t * by for k, t in load_file(file).items()}, file)
-        self._said: dict[Any, list[int]] = {}
-
-    def expected(self, adapter: ServedAdapter | None, prompt: list[int], new: int) -> list[int]:
-        """PEFT's, asked for once."""
-        key = (adapter, tuple(prompt), new)
-        if key not in self._said:
-            self._said[key] = greedy(self.model, adapter, prompt, new)
-        return self._said[key]
+        self.expected = Peft(self.model).says
 
 
 @pytest.fixture(scope="module")

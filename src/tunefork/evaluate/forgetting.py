@@ -33,14 +33,20 @@ def encode_passages(
 
     Raises DataError as `read_passages` does, or where no passage has two tokens.
     """
-    passages = []
-    for source, text in read_passages(location):
-        input_ids = np.array(tokenizer(text)["input_ids"][:max_length], dtype=np.int32)
-        if len(input_ids) > 1:  # the first token is given, so one alone leaves nothing to predict
-            passages.append(Encoded(source, input_ids, np.ones(len(input_ids), dtype=np.bool_)))
+    passages = list(encode_each(tokenizer, location, max_length=max_length))
     if not passages:
         raise DataError(f"{_FIELD}: {location} has no passage of two tokens or more")
     return passages
+
+
+def encode_each(
+    tokenizer: Any, location: str, *, max_length: int = MAX_LENGTH
+) -> Iterator[Encoded]:
+    """As `encode_passages`, one after the other: for whom the first few are enough."""
+    for source, text in read_passages(location):
+        input_ids = np.array(tokenizer(text)["input_ids"][:max_length], dtype=np.int32)
+        if len(input_ids) > 1:  # the first token is given, so one alone leaves nothing to predict
+            yield Encoded(source, input_ids, np.ones(len(input_ids), dtype=np.bool_))
 
 
 def forgetting_columns(

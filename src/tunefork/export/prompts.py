@@ -4,14 +4,14 @@ A run's own evaluation examples where its recipe can still be read, because they
 asked; the packaged general text otherwise.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from tunefork.data.loader import load_data
 from tunefork.errors import DataError
-from tunefork.evaluate.forgetting import GENERAL, encode_passages
+from tunefork.evaluate.forgetting import GENERAL, encode_each
 from tunefork.recipe import Recipe
 from tunefork.recipe_file import load
 from tunefork.registry.opening import Parts
@@ -58,16 +58,21 @@ def find_prompts(
 
 def _of_recipe(recipe: Recipe, tokenizer: Any, num_tokens: int) -> Prompts:
     data = load_data(recipe, tokenizer)
-    sequences = _first([e.input_ids.tolist() for e in data.eval], num_tokens)
+    sequences = _first((e.input_ids.tolist() for e in data.eval), num_tokens)
     name = Path(recipe.data.eval or recipe.data.train).name
     return Prompts(sequences, f"{len(sequences)} evaluation examples of {name}")
 
 
 def _general(tokenizer: Any, num_tokens: int) -> list[list[int]]:
-    return _first([p.input_ids.tolist() for p in encode_passages(tokenizer, GENERAL)], num_tokens)
+    return _first((p.input_ids.tolist() for p in encode_each(tokenizer, GENERAL)), num_tokens)
 
 
-def _first(sequences: list[list[int]], num_tokens: int) -> list[list[int]]:
+def _first(sequences: Iterable[list[int]], num_tokens: int) -> list[list[int]]:
     """Whole sequences until there are `num_tokens`, at least one."""
-    before = accumulate((len(s) for s in sequences), initial=0)
-    return [s for s, n in zip(sequences, before, strict=False) if n < num_tokens]
+    found, total = list[list[int]](), 0
+    for sequence in sequences:
+        found.append(sequence)
+        total += len(sequence)
+        if total >= num_tokens:
+            break
+    return found

@@ -25,12 +25,25 @@ _SETTINGS = (
 """Fields of the tokenizers library's models that change ids; one that is false or empty is none."""
 _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
+_KNOWN: dict[Any, str] = {}
+"""Digests of tokenizers that this process met: a run's base and its artefact have the same one."""
+
 
 def tokenizer_sha256(tokenizer: Any) -> str:
     """Digest of the vocabulary, merges, added tokens, end of sequence and of what texts become.
 
     Padding, truncation and the decoder are left out: they change no id of a text.
     """
+    if not type(tokenizer).__module__.startswith("transformers."):
+        return _digest(tokenizer)  # whose code may depend on anything
+    whole = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).digest()
+    key = (type(tokenizer), tokenizer.split_special_tokens, tokenizer.eos_token, whole)
+    if key not in _KNOWN:
+        _KNOWN[key] = _digest(tokenizer)
+    return _KNOWN[key]
+
+
+def _digest(tokenizer: Any) -> str:
     backend = tokenizer.backend_tokenizer
     model: dict[str, Any] = json.loads(backend.to_str())["model"]
     added = backend.get_added_tokens_decoder()

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import tunefork.kernels.lora_group  # noqa: F401  registers add_product_
-from tunefork.plan import elementwise
+from tunefork.plan import meta_results
 from tunefork.plan.graph import UnknownOperationError
 
 _IN_PLACE = torch.ops.tunefork.add_product_.default
@@ -99,7 +99,7 @@ class _Recorder(TorchDispatchMode):
             return self._change(func, args, kwargs)
         if func._schema.is_mutable:
             raise UnknownOperationError(str(func))
-        result = elementwise.call(func, args, kwargs)
+        result = meta_results.call(func, args, kwargs)
         given, more = tree_map_only(Tensor, self.node, (args, kwargs))
         self._bind(result, self._add(func, given, more, result))
         return result

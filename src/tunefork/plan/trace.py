@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import tunefork.kernels.lora_group  # noqa: F401  registers add_product_, lora_deltas, lora_gradients
-from tunefork.plan import elementwise
+from tunefork.plan import meta_results
 from tunefork.plan.schema import Part
 
 BLOCK_BYTES = 512
@@ -202,7 +202,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        output = elementwise.call(func, args, kwargs or {})
+        output = meta_results.call(func, args, kwargs or {})
         results = _tensors(output)
         for tensor in results:
             self._follow(tensor, self.part)

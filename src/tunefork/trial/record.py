@@ -1,6 +1,7 @@
 """A run's record: what it was, what was predicted of it, what it measured."""
 
 import sys
+from functools import cache
 from pathlib import Path
 
 from tunefork.evaluate.evaluate import Evaluation, save_columns
@@ -10,7 +11,7 @@ from tunefork.model.fingerprint import check_identity
 from tunefork.model.identity import Identity
 from tunefork.model.load import load_skeleton
 from tunefork.plan.gate import Prediction, learn
-from tunefork.recipe import Method, Recipe
+from tunefork.recipe import Method, ModelSection, Recipe
 from tunefork.registry.history import remember_run
 from tunefork.registry.provenance import now, read_provenance, versions, write_provenance
 from tunefork.registry.run import COLUMNS, RunRecord, write_record
@@ -89,7 +90,7 @@ def begin_record(
         model_id=recipe.model.id,
         model_revision=recipe.model.revision,
         identity=identity,
-        total_params=sum(p.numel() for p in load_skeleton(recipe.model).parameters()),
+        total_params=_total_params(recipe.model, identity),
         trainable_params=0,
         num_steps=0 if result is None else result.num_steps,
         artifact_step=_artifact_step(result),
@@ -110,6 +111,12 @@ def begin_record(
         device=describe(device),
         versions=versions(),
     )
+
+
+@cache
+def _total_params(section: ModelSection, identity: Identity) -> int:
+    """Of the base: counted once for all of a sweep's or a comparison's runs."""
+    return sum(p.numel() for p in load_skeleton(section).parameters())
 
 
 def _artifact_step(result: TrainResult | None) -> int | None:

@@ -11,7 +11,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -284,21 +283,21 @@ class Core:
     def _publish(self, *, healthy: bool = True) -> None:
         """What `state()` tells from now on."""
         self._flush()
-        state = EngineState(
+        of_tiers: dict[str, Any] = {}
+        if self.tiers is not None:
+            of_tiers = {
+                "slots": self.tiers.slots.num_slots,
+                "resident": self.tiers.resident,
+                "in_host_memory": self.tiers.in_host_memory,
+                "loads": self.tiers.loads,
+                "evictions": self.tiers.evictions,
+                "load_seconds": dict(self.tiers.load_seconds),
+            }
+        self.state = EngineState(
             healthy=healthy,
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
             free_cache_tokens=self.cache.regions.free,
             total_cache_tokens=self.cache.total,
+            **of_tiers,
         )
-        if self.tiers is not None:
-            state = replace(
-                state,
-                slots=self.tiers.slots.num_slots,
-                resident=self.tiers.resident,
-                in_host_memory=self.tiers.in_host_memory,
-                loads=self.tiers.loads,
-                evictions=self.tiers.evictions,
-                load_seconds=dict(self.tiers.load_seconds),
-            )
-        self.state = state
