@@ -72,7 +72,8 @@ def _high(case: Case, kind: Any) -> float:
     "compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
 )
 def test_the_first_kind_that_fits_at_its_high_end_is_taken(compiled: bool) -> None:
-    case = _case(compiled=compiled)
+    # Captured passes take more, and where that is not there, the same kind is launched.
+    case = _case(compiled=compiled).launched
     kinds = ["none", "selective", "full", "offload"] if compiled else ["none", "full", "offload"]
     highs = {kind: _high(case, kind) for kind in kinds}
     assert highs["none"] > 1.5 * highs["full"] > 1.5 * highs["offload"]
