@@ -80,6 +80,7 @@ def run_case(case: Case) -> dict[str, Any]:
     )
     return {
         "case": case.name,
+        "measured": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": torch.cuda.get_device_name() if is_cuda else "cpu",
         **asdict(measured),
         "reserved_bytes": torch.cuda.max_memory_reserved() if is_cuda else None,

@@ -52,3 +52,13 @@ def test_a_processs_interval_is_some_bytes_and_a_share_each_side_by_itself() -> 
 
     unsure = Trust(0.05, 0.02, 0.03, 1e15, 0.0, 0.0)
     assert measure(step, fit, unsure, shards=1, is_recomputed=False).process.low == 0.0
+
+
+def test_wider_intervals_leave_a_fit_the_one_that_runs_were_predicted_by() -> None:
+    (fit,) = (fit for fit in load_fits() if fit.device == "h200")
+    memory = fit.memory.model_copy(update={"process_more": 0.9, "tensor_error": 0.9})
+    time = fit.time.model_copy(update={"error": 0.9})
+    wider = fit.model_copy(update={"memory": memory, "time": time, "date": "2030-01-01", "runs": 1})
+    assert wider.id == fit.id
+    other = fit.memory.model_copy(update={"context_bytes": 1.0})
+    assert fit.model_copy(update={"memory": other}).id != fit.id

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
+from typing import Any
 
 import torch
 import yaml
@@ -116,6 +117,16 @@ class TimeFit(_Model):
     a launched one: how many are launched hangs on the order in which the lengths come."""
 
 
+_SIDES = {"process_less", "process_less_bytes", "process_more", "process_more_bytes"}
+_BESIDE: dict[str, Any] = {
+    "date": True,
+    "runs": True,
+    "memory": {"tensor_error", *_SIDES},
+    "time": {"error", "error_offloaded", "error_captured_varied"},
+}
+"""What a fit holds beside what it predicts by."""
+
+
 class Fit(_Model):
     """One device's."""
 
@@ -141,8 +152,9 @@ class Fit(_Model):
 
     @property
     def id(self) -> str:
-        """Another one for other constants."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+        """Another one for other predictions; intervals, the date and the count are no part."""
+        predicts = self.model_dump_json(exclude=_BESIDE)
+        return hashlib.sha256(predicts.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, slots=True)
