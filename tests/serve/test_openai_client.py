@@ -2,9 +2,9 @@
 
 import asyncio
 from collections.abc import Iterator
-from importlib import import_module
 from typing import Any
 
+import openai
 import pytest
 
 from tests.serve.servers import ASKED, Running
@@ -14,13 +14,7 @@ PLAIN: Any = {"messages": ASKED, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
-def openai() -> Any:
-    """The package, which takes a second to import: only in the worker that has these tests."""
-    return import_module("openai")
-
-
-@pytest.fixture(scope="module")
-def client(openai: Any, shared: Running) -> Iterator[Any]:
+def client(shared: Running) -> Iterator[Any]:
     with openai.OpenAI(base_url=f"{shared.url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
@@ -140,7 +134,7 @@ def test_completions_echo_rank_and_stream(client: Any) -> None:
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
-def test_models_show_parent_and_root_without_paths(openai: Any, client: Any) -> None:
+def test_models_show_parent_and_root_without_paths(client: Any) -> None:
     found: list[Any] = list(client.models.list())
     assert [(model.id, model.parent, model.root) for model in found] == [
         ("tiny-base", None, "tiny-base"),
@@ -155,7 +149,7 @@ def test_models_show_parent_and_root_without_paths(openai: Any, client: Any) -> 
         client.models.retrieve("support/other")
 
 
-def test_errors_have_the_api_s_shape(openai: Any, client: Any) -> None:
+def test_errors_have_the_api_s_shape(client: Any) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
         client.chat.completions.create(model="tiny-base", **PLAIN | {"temperature": 3})
     assert (bad.value.param, bad.value.type) == ("temperature", "invalid_request_error")
@@ -167,7 +161,7 @@ def test_errors_have_the_api_s_shape(openai: Any, client: Any) -> None:
     assert long.value.code == "context_length_exceeded"
 
 
-def test_the_async_client_is_answered_alike(openai: Any, shared: Running) -> None:
+def test_the_async_client_is_answered_alike(shared: Running) -> None:
     async def run() -> None:
         async with openai.AsyncOpenAI(base_url=f"{shared.url}/v1", api_key="none") as client:
             names = ["tiny-base", "support/acme"] * 4
