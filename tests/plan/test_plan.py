@@ -241,6 +241,8 @@ def test_a_devices_own_runs_correct_its_plans() -> None:
     assert after.trust.time_factor == 2.0
     assert after.trust.process_factor == pytest.approx(1.1)
     assert after.trust.time < before.trust.time
+    assert after.trust.process_more < before.trust.process_more
+    assert 0 < after.trust.process_more_bytes < before.trust.process_more_bytes
     assert "3 runs measured on this device" in after.note
     assert target_of(load_catalogue().machine(["l40s"])).trust.time_factor == 1.0
 

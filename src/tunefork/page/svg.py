@@ -11,7 +11,6 @@ import re
 from html import escape
 from typing import Any
 
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 INK, QUIET, RULE, BAND = "#010101", "#020202", "#030303", "#040404"
@@ -57,7 +56,6 @@ def svg_element(figure: Figure, key: str, description: str) -> str:
     `description` says what the figure shows, for who cannot see it. Call under STYLE.
     """
     stream = io.StringIO()
-    _lay_out(figure)
     figure.savefig(stream, format="svg", metadata={"Date": None})
     svg = stream.getvalue()
     box = re.search(r'viewBox="([^"]+)"', svg)
@@ -71,16 +69,6 @@ def svg_element(figure: Figure, key: str, description: str) -> str:
         svg = svg.replace(colour, variable)
     start = f'<svg viewBox="{box[1]}" role="img" aria-label="{escape(description)}">'
     return start + svg[svg.index(">") + 1 :].strip()
-
-
-def _lay_out(figure: Figure) -> None:
-    """As `savefig` would, which draws all of it for that, and then again."""
-    engine = figure.get_layout_engine()
-    if engine is not None:
-        FigureCanvasSVG(figure)
-        figure.set_dpi(72)  # an SVG's, for which texts are measured
-        engine.execute(figure)
-        figure.set_layout_engine("none")
 
 
 _CLEANING = {

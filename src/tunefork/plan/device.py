@@ -177,10 +177,14 @@ def _corrected(target: Target, is_device: Callable[[str], bool]) -> Target:
     if not found.runs:
         return target
     fit, trust = target.fit, target.trust
+    # Where the device's own spread is known, what was put on for one that is not goes.
+    known = trust if found.process_error is None else fit.memory
     return replace(
         target,
         trust=replace(
             trust,
+            process_less_bytes=known.process_less_bytes,
+            process_more_bytes=known.process_more_bytes,
             process_less=_error(found.process_error, fit.memory.process_less, trust.process_less),
             process_more=_error(found.process_error, fit.memory.process_more, trust.process_more),
             time=_error(found.time_error, fit.time.error, trust.time),

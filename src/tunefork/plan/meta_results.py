@@ -34,7 +34,8 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     if any(isinstance(value, Tensor) for value in kwargs.values()):
         return func(*args, **kwargs)
-    key = (func, torch.get_default_dtype(), *map(_likeness, args), *kwargs.items())
+    named = ((name, _likeness(value)) for name, value in kwargs.items())
+    key = (func, torch.get_default_dtype(), *map(_likeness, args), *named)
     given = _GIVEN.get(key)
     if given is not None:
         return torch.empty_strided(**given) if gives == "new" else args[0]
