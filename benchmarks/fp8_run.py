@@ -3,16 +3,20 @@
 import argparse
 import base64
 import gc
+import hashlib
 import io
 import json
+import pickle
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.training_runs import versions
+from tunefork.data.chat import Renderer
 from tunefork.data.loader import load_data
 from tunefork.evaluate.evaluate import evaluate, pad_id
 from tunefork.evaluate.statistics import estimate
@@ -80,12 +84,37 @@ def recipe_of(arguments: argparse.Namespace, trial: Trial) -> Recipe:
     return parse(fields, "gate")
 
 
+def encode(arguments: argparse.Namespace, trial: Trial) -> Path:
+    """Have the data tokenised once for all processes that `load` them: a file beside them."""
+    data, _ = load(arguments, trial)
+    file = _encoded(arguments, recipe_of(arguments, trial))
+    # Without the renderer, whose tokenizer another version of transformers may not read.
+    scratch = file.with_suffix(".part")
+    scratch.write_bytes(pickle.dumps(replace(data, renderer=None)))
+    return scratch.replace(file)
+
+
+def _encoded(arguments: argparse.Namespace, recipe: Recipe) -> Path:
+    """`encode`'s file: another one for all that the sequences follow from."""
+    section, digest = recipe.data, hashlib.sha256(arguments.model.name.encode())
+    digest.update(section.model_dump_json(exclude={"train", "eval"}).encode())
+    digest.update(str(recipe.data_seed).encode())
+    for name in ("train", "eval"):
+        digest.update((arguments.data / f"{name}.jsonl").read_bytes())
+    return Path(arguments.data / f"encoded-{digest.hexdigest()[:16]}.pickle")
+
+
 def load(arguments: argparse.Namespace, trial: Trial) -> Any:
     """The data and the tokenizer, the same for every trial."""
     began = time.monotonic()
     recipe = recipe_of(arguments, trial)
     tokenizer = load_tokenizer(recipe.model)
-    data = load_data(recipe, tokenizer, is_checked=True)
+    file = _encoded(arguments, recipe)
+    if file.exists():
+        kept = pickle.loads(file.read_bytes())
+        data = replace(kept, renderer=Renderer(tokenizer, recipe.data))
+    else:
+        data = load_data(recipe, tokenizer, is_checked=True)
     sizes = f"{len(data.train)} training and {len(data.eval)} evaluation examples"
     print(
         f"{sizes}, {len(data.labels or ())} labels [{time.monotonic() - began:.0f} s]", flush=True

@@ -94,6 +94,23 @@ def test_what_is_measured_is_judged_and_not_measured_twice(
     assert served == pytest.approx(trained, rel=0.02)
 
 
+def test_data_are_tokenised_once_for_all_processes(
+    arguments: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = Trial("lora", "bf16", 0)
+    data, _ = fp8_run.load(arguments, trial)
+    file = fp8_run.encode(arguments, trial)
+    assert file.parent == arguments.data
+    with monkeypatch.context() as patch:
+        patch.setattr(fp8_run, "load_data", lambda *_, **__: pytest.fail("tokenised again"))
+        again, _ = fp8_run.load(arguments, trial)
+    assert again.fingerprint() == data.fingerprint() and again.labels == data.labels
+    assert again.section == data.section and again.eval_examples == data.eval_examples
+    with (arguments.data / "eval.jsonl").open("a") as stream:  # other data: not those of the file
+        stream.write(json.dumps({"text": "colour 9", "label": "fox"}) + "\n")
+    assert len(fp8_run.load(arguments, trial)[0].eval) == len(data.eval) + 1
+
+
 def test_a_run_that_fails_is_a_row_and_the_next_is_run(
     arguments: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

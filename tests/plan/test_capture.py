@@ -47,7 +47,13 @@ def _unnamed(kernel: Kernel) -> Any:
 )
 @pytest.mark.parametrize(
     ("method", "fp8"),
-    [(Method.LORA, False), (Method.LORA, True), (Method.QLORA, False), (Method.FULL, False)],
+    [
+        (Method.LORA, False),
+        (Method.LORA, True),
+        (Method.QLORA, False),
+        (Method.QLORA, True),
+        (Method.FULL, False),
+    ],
 )
 def test_both_ways_lead_to_the_same_programs(
     config: PretrainedConfig, method: Method, fp8: bool
