@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tunefork.kernels.e4m3 import as_codes, joined, row_scale, weight_scales
-from tunefork.kernels.nf4_e4m3 import Nf4Rows, nf4_scales
+from tunefork.kernels.nf4_e4m3 import Nf4Rows, nf4_scales, rounded_at_random
 from tunefork.kernels.quantized import (
     BLOCK,
     dequantize_nf4_tensors,
@@ -41,12 +41,16 @@ def test_the_kernels_are_the_definition(
     scales_2o = nf4_scales(tensors, sizes, features_in)
     assert torch.equal(scales_2o[:1].t(), scale)
 
+    seed = torch.tensor(0.37, device="cuda")
+
     def all_three() -> tuple[Tensor, ...]:
         rows = Nf4Rows(tensors, scales_2o, sizes, features_in)
-        return rows.codes(right), rows.codes_turned(below), rows.codes_turned()
+        return rows.codes(right), rows.codes_turned(seed, below), rows.codes_turned(seed)
 
     found = (torch.compile(all_three, fullgraph=True) if is_compiled else all_three)()
-    turned = want.t().contiguous()
+    drawn = rounded_at_random(whole.float() * scale.reciprocal(), seed).view(torch.uint8)
+    turned = drawn.t().contiguous()
+    assert 0.1 < (drawn != want).float().mean() < 0.5
     for codes, wanted in zip(
         found, (joined([want, right]), joined([turned, below]), turned), strict=True
     ):

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunefork.kernels.e4m3 import as_codes, joined, row_scale, weight_scales
-from tunefork.kernels.nf4_e4m3 import Nf4Rows, nf4_scales
+from tunefork.kernels.e4m3 import E4M3, as_codes, joined, row_scale, weight_scales
+from tunefork.kernels.nf4_e4m3 import Nf4Rows, nf4_scales, rounded_at_random
 from tunefork.kernels.quantized import dequantize_nf4_tensors, nf4_tensors, quantize_nf4
+
+SEED = torch.tensor(0.37)
 
 
 def _stored(sizes: tuple[int, ...], features_in: int) -> tuple[Tensor, ...]:
@@ -31,7 +33,41 @@ def test_rows_are_the_weight_over_its_scale(features_in: int) -> None:
     assert torch.equal(rows.scale_1o.t(), scale)
     want = as_codes(weight, scale).view(torch.uint8)
     assert torch.equal(rows.codes().view(torch.uint8), want)
-    assert torch.equal(rows.codes_turned().view(torch.uint8), want.t())
+    turned = rounded_at_random(weight.float() * scale.reciprocal(), SEED)
+    assert torch.equal(rows.codes_turned(SEED).view(torch.uint8), turned.view(torch.uint8).t())
+
+
+def _neighbours(units: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest code that is no larger, and the smallest that is no smaller."""
+    codes = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
+    codes = codes[codes.isfinite()].unique()
+    return codes[torch.searchsorted(codes, units, right=True) - 1], codes[
+        torch.searchsorted(codes, units)
+    ]
+
+
+def test_at_random_a_weight_becomes_a_code_beside_it_and_is_their_mean() -> None:
+    torch.manual_seed(0)
+    scales = torch.tensor([1e-4, 1e-2, 1.0, 20.0, 200.0])[:, None]
+    units = (torch.randn(5, 64) * scales).clamp(-448, 448)
+    units[0, :3] = torch.tensor([448.0, -448.0, 0.0])
+    below, above = _neighbours(units)
+    draws = [rounded_at_random(units, torch.tensor(0.1 + n)).float() for n in range(4000)]
+    for drawn in draws:
+        assert ((drawn == below) | (drawn == above)).all()
+    mean, step = torch.stack(draws).mean(0), above - below
+    # A draw has a variance of at most a quarter of the step's square.
+    assert ((mean - units).abs() <= 5 * step / 2 / 4000**0.5 + 1e-7).all()
+    assert torch.equal(draws[0], rounded_at_random(units, torch.tensor(0.1)).float())
+
+
+def test_weights_are_rounded_independently() -> None:
+    """Of one that lies between two codes as many others, rows and columns apart, go up as down."""
+    units = torch.full((256, 256), 1.0625)
+    up = (rounded_at_random(units, SEED).float() > 1.1).float()
+    assert abs(float(up.mean()) - 0.5) < 0.02
+    for shifted in (up.roll(1, 0), up.roll(1, 1), up.roll(2, 1), up.t()):
+        assert abs(float((up * shifted).mean()) - 0.25) < 0.02
 
 
 def test_what_stands_beside_them_is_kept() -> None:
@@ -40,5 +76,5 @@ def test_what_stands_beside_them_is_kept() -> None:
     wide = rows.codes(beside).view(torch.uint8)
     assert torch.equal(wide, joined([rows.codes(), beside]))
     beside = torch.arange(128 * 16).remainder(100).to(torch.uint8).view(128, 16)
-    wide = rows.codes_turned(beside).view(torch.uint8)
-    assert torch.equal(wide, joined([rows.codes_turned(), beside]))
+    wide = rows.codes_turned(SEED, beside).view(torch.uint8)
+    assert torch.equal(wide, joined([rows.codes_turned(SEED), beside]))

@@ -122,9 +122,9 @@ def test_shorter_rows_or_one_larger_gpu_are_proposed_where_whole_rows_do_not_fit
 
 
 @pytest.mark.parametrize(
-    ("gpu", "steps", "is_told"), [("l4", 100, 1), ("l4", 99, 0), ("a10g", 100, 0)]
+    ("gpu", "steps", "num_told"), [("l4", 100, 2), ("l4", 99, 0), ("a10g", 100, 0)]
 )
-def test_a_plan_in_bf16_says_that_auto_will_try_fp8(gpu: str, steps: int, is_told: int) -> None:
+def test_a_plan_in_bf16_says_that_auto_will_try_fp8(gpu: str, steps: int, num_told: int) -> None:
     plan = plan_numbers(
         model=0.1345e9,
         work=Work(8 * steps, 80 * steps, 80 * steps, 1.0, 10, 8),
@@ -136,7 +136,7 @@ def test_a_plan_in_bf16_says_that_auto_will_try_fp8(gpu: str, steps: int, is_tol
         compile="never",
         has_details=False,
     )
-    assert sum("train.precision: auto" in note for note in plan.notes) == is_told
+    assert sum("train.precision: auto" in note for note in plan.notes) == num_told
 
 
 @pytest.mark.parametrize(("checkpointing", "is_told"), [("selective", 1), ("full", 0)])

@@ -23,7 +23,7 @@ _NUM_WARPS_WIDE = 8  # 16 bytes of fp32: with more, stores go through shared mem
 
 
 @triton.jit
-def _mix(bits):
+def mix(bits):
     """`adamw.mix`, of uint32."""
     bits = (bits ^ (bits >> 16)) * 0x7FEB352D
     bits = (bits ^ (bits >> 15)) * 0x846CA68B
@@ -34,7 +34,7 @@ def _mix(bits):
 def _noise(first, local, weight_key, step_key):
     """`adamw.noise`, uint32. An element's number, of any size, counts modulo 2**32."""
     index = first.to(tl.uint32) + local.to(tl.uint32)
-    return _mix(_mix(index ^ weight_key.to(tl.uint32)) + step_key.to(tl.uint32))
+    return mix(mix(index ^ weight_key.to(tl.uint32)) + step_key.to(tl.uint32))
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def _update(
     )
     noise = _noise(first, local, weight_key, step_key)
     if p.dtype.element_ty == tl.bfloat16:
-        wide_p = _rounded(wide_p, _mix(noise) & 0xFFFF)
+        wide_p = _rounded(wide_p, mix(noise) & 0xFFFF)
     tl.store(p + first + local, wide_p, mask=inside)
     tl.store(m + first + local, _rounded(wide_m, noise & 0xFFFF), mask=inside)
     tl.store(v + first + local, _rounded(wide_v, noise >> 16), mask=inside)

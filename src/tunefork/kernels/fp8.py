@@ -4,7 +4,8 @@ Weights are e4m3 with one scale an output row (Micikevicius et al. 2022,
 https://arxiv.org/abs/2209.05433); activations and their gradients are quantised row by row on the
 way, so a product is `codes_x @ codes_w^T * scale_x * scale_w`, which a Hopper GPU does at twice
 bf16's rate. The input's gradient needs the weight transposed, which is kept as a second copy or
-made on the way; an NF4 base is turned into e4m3 each time.
+made on the way; an NF4 base is turned into e4m3 each time, for the input's gradient by rounding at
+random (`nf4_e4m3.py`).
 
 The delta rides along. Adding `scale * (x A^T) B^T` to y afterwards reads and writes y once more,
 which for 8B-sized layers costs as much as a quarter of the product itself. Instead the operands are
@@ -70,29 +71,45 @@ def _forward_operand(
     return codes_op, rows.scale_1o, balance
 
 
-def _backward_operand(
-    layout: Layout, weights: Sequence[Tensor], a_rd: Tensor | None, features_in: int
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(D, O + P) codes, their (1, D) scale, what dy is multiplied by, and the balance, for dx."""
+def _a_beside(
+    layout: Layout, a_rd: Tensor | None, features_in: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The bytes of A's columns, (D, P), and the balance."""
+    if a_rd is None:
+        return None, None
+    largest = a_rd.abs().amax().float().clamp(min=1e-30)
+    balance = torch.exp2(torch.ceil(torch.log2(largest / LARGEST)))
+    columns = right_columns(a_rd.float().t() / balance)
+    if filling := layout.back_width - 3 * layout.rank:
+        columns.append(a_rd.new_zeros(features_in, filling, dtype=torch.uint8))
+    return joined(columns), balance
+
+
+def _input_gradient(
+    dys: Sequence[Tensor],
+    layout: Layout,
+    weights: Sequence[Tensor],
+    a_rd: Tensor | None,
+    du_sr: Tensor | None,
+    features_in: int,
+) -> Tensor:
+    """dx = sum of dy_i W_i + du A, (S, D) bf16; A and du are None where no layer has a delta."""
     if layout.storage == "fp8_twice":
-        return weights[4], weights[5], None, weights[6]
-    columns, balance = [], None
-    if a_rd is not None:
-        largest = a_rd.abs().amax().float().clamp(min=1e-30)
-        balance = torch.exp2(torch.ceil(torch.log2(largest / LARGEST)))
-        columns = right_columns(a_rd.float().t() / balance)
-        if filling := layout.back_width - 3 * layout.rank:
-            columns.append(a_rd.new_zeros(features_in, filling, dtype=torch.uint8))
+        wide, scale_s1 = quantize_rows(dys, None, du_sr, weights[6], layout.back_width)
+        return scaled_mm(wide, weights[4], scale_s1, weights[5])
+    beside, balance = _a_beside(layout, a_rd, features_in)
+    nf4 = nf4_rows(layout, weights, features_in) if layout.storage == "nf4" else None
     # The scales lie along the dimension that is summed over now: dy takes them.
-    if layout.storage == "nf4":
-        rows = nf4_rows(layout, weights, features_in)
-        codes_dp = rows.codes_turned(joined(columns) if columns else None)
-        scale_1o = rows.scale_1o
-    else:
-        codes_op, scale_1o = weights[:2]
+    scale_1o = weights[1] if nf4 is None else nf4.scale_1o
+    wide, scale_s1 = quantize_rows(dys, scale_1o, du_sr, balance, layout.back_width)
+    if nf4 is None:
+        codes_op = weights[0]
         codes_od = codes_op[:, : codes_op.shape[1] - layout.width]
-        codes_dp = joined([codes_od.view(torch.uint8).t().contiguous(), *columns]).view(E4M3)
-    return codes_dp, scale_1o.new_ones(1, features_in), scale_1o, balance
+        turned = codes_od.view(torch.uint8).t().contiguous()
+        codes_dp = joined([turned, *([] if beside is None else [beside])]).view(E4M3)
+    else:  # no row alone: in the last layer those without a target are zeros in every step
+        codes_dp = nf4.codes_turned(scale_s1.amax(), beside)
+    return scaled_mm(wide, codes_dp, scale_s1, scale_1o.new_ones(1, features_in))
 
 
 class _Fp8Lora(torch.autograd.Function):
@@ -139,11 +156,7 @@ class _Fp8Lora(torch.autograd.Function):
             gradients = (du_sr.t() @ x_sd, *db)
         dx_sd = None
         if ctx.needs_input_grad[2]:
-            codes_dp, scale_1d, fold_1o, balance = _backward_operand(
-                layout, weights, a_rd, ctx.features_in
-            )
-            wide, scale_s1 = quantize_rows(dys, fold_1o, du_sr, balance, layout.back_width)
-            dx_sd = scaled_mm(wide, codes_dp, scale_s1, scale_1d)
+            dx_sd = _input_gradient(dys, layout, weights, a_rd, du_sr, ctx.features_in)
         return None, None, dx_sd, *(None for _ in weights), *gradients
 
 

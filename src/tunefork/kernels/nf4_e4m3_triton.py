@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunefork.kernels.adamw_triton import mix
 from tunefork.kernels.quantized import GROUP
 
 _COLUMNS = 2048
@@ -19,14 +20,25 @@ _TILE = (128, 64)
 
 
 @triton.jit
-def _rounded(byte, largest, inverse, values):
-    """The two weights of a byte beside each other, in units of their row's scale, e4m3."""
+def _units(byte, largest, inverse, values):
+    """The two weights of a byte, fp32 in units of their row's scale."""
     first = tl.load(values + (byte >> 4).to(tl.int32)) * largest
     second = tl.load(values + (byte & 15).to(tl.int32)) * largest
     # Through bf16, which is what the weight is kept for elsewhere.
     first = first.to(tl.bfloat16).to(tl.float32) * inverse
     second = second.to(tl.bfloat16).to(tl.float32) * inverse
-    return tl.interleave(first, second).to(tl.float8e4nv)
+    return first, second
+
+
+@triton.jit
+def _at_random(units, bits):
+    """`nf4_e4m3.rounded_at_random`, fp32, by the lower 16 bits."""
+    noise = (bits & 0xFFFF).to(tl.float32) * 0.0000152587890625  # 2**-16
+    exponent = tl.maximum(units.to(tl.int32, bitcast=True) >> 23 & 0xFF, 121)
+    step = (exponent - 3 << 23).to(tl.float32, bitcast=True)
+    per_step = (257 - exponent << 23).to(tl.float32, bitcast=True)
+    magnitude = tl.minimum(tl.floor(tl.abs(units) * per_step + noise) * step, 448.0)
+    return tl.where(units < 0, -magnitude, magnitude)
 
 
 @triton.jit
@@ -48,14 +60,16 @@ def _codes(
     byte = tl.load(packed + row * (features_in // 2) + pair, mask=inside, other=0)
     place = row * (features_in // block) + pair // (block // 2)
     largest = _largest(maxima, place, outer, table, offset, inside, group)
-    codes = _rounded(byte, largest, tl.load(inverse + row), values)
+    first, second = _units(byte, largest, tl.load(inverse + row), values)
+    codes = tl.interleave(first, second).to(tl.float8e4nv)
     column = start + tl.arange(0, columns)
     tl.store(out + row * stride + column, codes, mask=column < features_in)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def _codes_turned(
-    packed, maxima, outer, table, offset, inverse, values, out, stride, features_out, features_in,
+    packed, maxima, outer, table, offset, inverse, values, seed, out, stride, first_row,
+    features_out, features_in,
     block: tl.constexpr, group: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
@@ -67,7 +81,11 @@ def _codes_turned(
     place = row[:, None] * (features_in // block) + (pair // (block // 2))[None, :]
     largest = _largest(maxima, place, outer, table, offset, inside, group)
     each = tl.load(inverse + row, mask=has_row, other=0.0)
-    codes = tl.trans(_rounded(byte, largest, each[:, None], values))
+    first, second = _units(byte, largest, each[:, None], values)
+    number = (row + first_row)[:, None] * (features_in // 2) + pair[None, :]
+    bits = mix(number.to(tl.uint32) ^ tl.load(seed).to(tl.uint32, bitcast=True))
+    first, second = _at_random(first, bits), _at_random(second, bits >> 16)
+    codes = tl.trans(tl.interleave(first, second).to(tl.float8e4nv))
     column = (start + tl.arange(0, columns)).to(tl.int64)
     kept = (column < features_in)[:, None] & has_row[None, :]
     tl.store(out + column[:, None] * stride + row[None, :], codes, mask=kept)
@@ -102,19 +120,20 @@ def launch_turned(
     tensors: Sequence[Tensor],
     inverse_o: Tensor,
     values: Tensor,
+    seed: Tensor,
     out_dp: Tensor,
     *,
     features_in: int,
     block: int,
 ) -> None:
-    """Fill the first O columns of `out_dp` with the same, transposed."""
+    """Fill the first O columns of `out_dp` with the same transposed, rounded at random."""
     start = 0
     for own in _by_layer(tensors):
         size = 2 * own[0].numel() // features_in
         grid = (triton.cdiv(size, _TILE[0]), triton.cdiv(features_in, _TILE[1]))
         _codes_turned[grid](
-            *own, inverse_o[start:], values, out_dp[:, start:], out_dp.stride(0), size,
-            features_in, block, GROUP, *_TILE, num_warps=4, enable_fp_fusion=False,
+            *own, inverse_o[start:], values, seed, out_dp[:, start:], out_dp.stride(0), start,
+            size, features_in, block, GROUP, *_TILE, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         start += size
 

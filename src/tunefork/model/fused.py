@@ -7,7 +7,6 @@ those are, `model/shared_inputs.py` finds out.
 The layers stay where they are in the model, with their A and B: saving, resuming and the optimiser
 do not know of this. Only their forward pass and the storage of their frozen weights change. One
 delta rides in the product itself; the many of a `BankLinear` (`bank_linear.py`) are added to it.
-
 Shape legend as in `kernels/fp8.py`.
 """
 
@@ -84,10 +83,10 @@ class FusedGroup(nn.Module):
         self.is_calibrated = True
         """False: for the inputs of the next pass the spare columns are filled first."""
 
-    def output(self, index: int, x_d: Tensor) -> Tensor:
+    def output(self, index: int, x_d: Tensor, *, is_trained: bool) -> Tensor:
         """Member `index`'s y for `x_d`; the first member computes everyone's."""
         if index == 0:
-            self.input, self.outputs = x_d, self(x_d)
+            self.input, self.outputs = x_d, self(x_d, is_trained)
         elif self.input is not x_d:
             raise RuntimeError("a fused layer was given another input than its group")
         y_o = self.outputs[index]
@@ -95,7 +94,7 @@ class FusedGroup(nn.Module):
             self.input, self.outputs = None, ()
         return y_o
 
-    def forward(self, x_d: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x_d: Tensor, is_trained: bool = True) -> tuple[Tensor, ...]:
         """(..., D) in the weight's dtype -> each member's (..., O_i), without its bias."""
         if self.own_rows is not None:
             found = self.own_rows.outputs(x_d.reshape(-1, self.features_in))
@@ -104,7 +103,9 @@ class FusedGroup(nn.Module):
             self._correct(x_d.reshape(-1, self.features_in))
         lora_a = [member.lora_a for member in self.deltas]
         lora_b = [member.lora_b for member in self.deltas]
-        product = fp8.fp8_lora if self.layout.products == "fp8" else lora_group
+        # NF4 is evaluated as it is served: its operands are made anew in any case.
+        is_fp8 = self.layout.products == "fp8" and (is_trained or self.layout.storage != "nf4")
+        product = fp8.fp8_lora if is_fp8 else lora_group
         outputs: tuple[Tensor, ...] | None = None
         if self.joint is None or not self.joint.features_out:
             outputs = product(x_d, self.layout, self.weights, lora_a, lora_b)
@@ -188,7 +189,7 @@ class FusedLinear(nn.Module):
 
     def forward(self, x_d: Tensor) -> Tensor:
         """(..., D) -> (..., O), with the delta where there is one."""
-        y_o = self.group.output(self.index, x_d)
+        y_o = self.group.output(self.index, x_d, is_trained=self.training)
         return y_o if self.bias is None else y_o + self.bias
 
 
