@@ -11,9 +11,10 @@ rounded at random, to either code beside it, the nearer one the more often, so t
 steps is the weight (stochastic rounding: Gupta et al. 2015, https://arxiv.org/abs/1502.02551). The
 nearest code's error would be the same in every step, and what A and B learn of it gathers: trained
 so, SmolLM2-135M ended 0.4 % worse (docs/performance.md). The weight is made anew each time, so
-drawing costs a few operations on what lies in registers. The seed is taken of dy, which is never
-the same twice: nothing is to be kept or restored, a replayed CUDA graph draws anew, and the same
-step, run again, draws the same.
+drawing costs a few operations on what lies in registers. The seed is taken of dy, which hardly
+ever has the same one twice: nothing is to be kept or restored, a replayed CUDA graph draws anew,
+and the same step, run again, draws the same. Cut into other micro-batches, or shared with other
+members of a group, a step has another dy: other draws, and a gradient that differs by their noise.
 
 The definition is here, in PyTorch, and runs elsewhere; so it does for rows that are no whole number
 of blocks, where a block lies in two.

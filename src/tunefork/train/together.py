@@ -15,7 +15,8 @@ Nothing of a member reaches another. One that fails (a loss or gradient that is 
 example that cannot be read) is set aside with its reason; its slot is emptied and its tokens go on
 as padding, so that no other member's bits change. `remove` frees a slot, `add` fills a free one
 that is large enough, or else reshapes the group: then sums are cut up otherwise, and others agree
-to float tolerance.
+to float tolerance. Over NF4 in FP8 no bits are kept: how the shared weights are rounded hangs on
+everyone's dy (`kernels/nf4_e4m3.py`).
 
 On a GPU the host does not wait: a step's figures are read when the next one is under way, and what
 is sick has been held back on the device meanwhile. `drain` waits.
