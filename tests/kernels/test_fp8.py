@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from tunefork.kernels import fp8, fp8_weight, reference
+from tunefork.kernels.adamw import mix
 from tunefork.kernels.e4m3 import quantize_rows
 from tunefork.kernels.layout import Layout, Storage
 from tunefork.kernels.quantized import dequantize_nf4, nf4_tensors, quantize_nf4
@@ -124,21 +125,22 @@ def test_a_row_of_zeros_leaves_the_delta_and_the_other_rows_alone(
     assert _error(dx, torch.ones_like(y).double() @ whole) < 0.06
 
 
-def test_an_nf4_weight_is_drawn_anew_for_each_dy_and_the_same_for_the_same() -> None:
+def test_an_nf4_weight_of_the_backward_product_is_drawn_by_its_seed() -> None:
     """Rows of dy with one value each have exact codes, so that dx shows the weights alone."""
     x, weight, a, b = _operands(96, 64, 96, 4).values()
     layout, weights = _stored("nf4", weight, a, b, 2.0)
     truth = dequantize_nf4(*quantize_nf4(weight)).double()
 
-    def drawn(power: int) -> Tensor:
+    def drawn(seed: int, power: int = 0) -> Tensor:
         x.grad = None
-        [y] = fp8.fp8_lora(x, layout, weights, [a], [torch.zeros_like(b)])
+        seeded = fp8_weight.with_seed(weights, layout, mix(torch.tensor([seed], dtype=torch.int32)))
+        [y] = fp8.fp8_lora(x, layout, seeded, [a], [torch.zeros_like(b)])
         y.backward(torch.eye(96).bfloat16() * 2.0**power)
         assert x.grad is not None
         return x.grad.double() / 2.0**power
 
-    draws = [drawn(power) for power in range(-20, 20)]
-    assert torch.equal(drawn(0), draws[20])
+    draws = [drawn(seed) for seed in range(40)]
+    assert torch.equal(drawn(3, power=5), draws[3])  # whatever dy is
     one = sum(_error(draw, truth) for draw in draws) / len(draws)
     assert 0.02 < one < 0.06
     assert _error(torch.stack(draws).mean(0), truth) < 0.25 * one

@@ -41,11 +41,11 @@ def test_the_kernels_are_the_definition(
     scales_2o = nf4_scales(tensors, sizes, features_in)
     assert torch.equal(scales_2o[:1].t(), scale)
 
-    seed = torch.tensor(0.37, device="cuda")
+    seed = torch.tensor([12345, 6, 7, 8], dtype=torch.int32, device="cuda")
 
     def all_three() -> tuple[Tensor, ...]:
-        rows = Nf4Rows(tensors, scales_2o, sizes, features_in)
-        return rows.codes(right), rows.codes_turned(seed, below), rows.codes_turned(seed)
+        rows = Nf4Rows(tensors, scales_2o, seed, sizes, features_in)
+        return rows.codes(right), rows.codes_turned(below), rows.codes_turned()
 
     found = (torch.compile(all_three, fullgraph=True) if is_compiled else all_three)()
     drawn = rounded_at_random(whole.float() * scale.reciprocal(), seed).view(torch.uint8)

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tunefork.kernels.adamw import mix
 from tunefork.kernels.e4m3 import E4M3, as_codes, joined, row_scale, weight_scales
 from tunefork.kernels.nf4_e4m3 import Nf4Rows, nf4_scales, rounded_at_random
 from tunefork.kernels.quantized import dequantize_nf4_tensors, nf4_tensors, quantize_nf4
 
-SEED = torch.tensor(0.37)
+SEED = torch.tensor([12345], dtype=torch.int32)
 
 
 def _stored(sizes: tuple[int, ...], features_in: int) -> tuple[Tensor, ...]:
@@ -20,7 +21,7 @@ def _stored(sizes: tuple[int, ...], features_in: int) -> tuple[Tensor, ...]:
 
 
 def _rows(tensors: tuple[Tensor, ...], sizes: tuple[int, ...], features_in: int) -> Nf4Rows:
-    return Nf4Rows(tensors, nf4_scales(tensors, sizes, features_in), sizes, features_in)
+    return Nf4Rows(tensors, nf4_scales(tensors, sizes, features_in), SEED, sizes, features_in)
 
 
 @pytest.mark.parametrize("features_in", [128, 96], ids=["whole blocks", "blocks over two rows"])
@@ -34,7 +35,7 @@ def test_rows_are_the_weight_over_its_scale(features_in: int) -> None:
     want = as_codes(weight, scale).view(torch.uint8)
     assert torch.equal(rows.codes().view(torch.uint8), want)
     turned = rounded_at_random(weight.float() * scale.reciprocal(), SEED)
-    assert torch.equal(rows.codes_turned(SEED).view(torch.uint8), turned.view(torch.uint8).t())
+    assert torch.equal(rows.codes_turned().view(torch.uint8), turned.view(torch.uint8).t())
 
 
 def _neighbours(units: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,13 +53,18 @@ def test_at_random_a_weight_becomes_a_code_beside_it_and_is_their_mean() -> None
     units = (torch.randn(5, 64) * scales).clamp(-448, 448)
     units[0, :3] = torch.tensor([448.0, -448.0, 0.0])
     below, above = _neighbours(units)
-    draws = [rounded_at_random(units, torch.tensor(0.1 + n)).float() for n in range(4000)]
+    draws = [
+        rounded_at_random(units, mix(torch.tensor([n], dtype=torch.int32))).float()
+        for n in range(4000)
+    ]
     for drawn in draws:
         assert ((drawn == below) | (drawn == above)).all()
     mean, step = torch.stack(draws).mean(0), above - below
     # A draw has a variance of at most a quarter of the step's square.
     assert ((mean - units).abs() <= 5 * step / 2 / 4000**0.5 + 1e-7).all()
-    assert torch.equal(draws[0], rounded_at_random(units, torch.tensor(0.1)).float())
+    assert torch.equal(
+        draws[0], rounded_at_random(units, mix(torch.tensor([0], dtype=torch.int32))).float()
+    )
 
 
 def test_weights_are_rounded_independently() -> None:
@@ -76,5 +82,5 @@ def test_what_stands_beside_them_is_kept() -> None:
     wide = rows.codes(beside).view(torch.uint8)
     assert torch.equal(wide, joined([rows.codes(), beside]))
     beside = torch.arange(128 * 16).remainder(100).to(torch.uint8).view(128, 16)
-    wide = rows.codes_turned(SEED, beside).view(torch.uint8)
-    assert torch.equal(wide, joined([rows.codes_turned(SEED), beside]))
+    wide = rows.codes_turned(beside).view(torch.uint8)
+    assert torch.equal(wide, joined([rows.codes_turned(), beside]))

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 LORA = LoraSection(rank=4)
 
 
-def _fused(
+def fused(
     products: Products, *, calibrates: bool = False, lora: LoraSection = LORA
 ) -> tuple[Any, list[FusedGroup]]:
     model = tiny_model("llama").bfloat16()
@@ -45,7 +45,7 @@ def _step(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 def test_it_is_evaluated_as_it_is_served() -> None:
-    (mixed, _), (exact, _) = _fused("fp8", calibrates=True), _fused("bf16")
+    (mixed, _), (exact, _) = fused("fp8", calibrates=True), fused("bf16")
     with torch.no_grad():
         evaluated = _loss(mixed.eval())
         assert torch.equal(evaluated, _loss(exact.eval()))
@@ -55,7 +55,7 @@ def test_it_is_evaluated_as_it_is_served() -> None:
 
 @pytest.mark.parametrize("is_training", [False, True])
 def test_every_layer_goes_through_the_product_of_its_mode(is_training: bool) -> None:
-    (mixed, _), (exact, _) = _fused("fp8", calibrates=True), _fused("bf16")
+    (mixed, _), (exact, _) = fused("fp8", calibrates=True), fused("bf16")
     block = mixed.model.layers[0], exact.model.layers[0]
     x = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     for model in (mixed, exact):
@@ -77,7 +77,7 @@ def test_loss_and_gradients_are_near_those_of_bf16_products(dropout: float) -> N
     lora = LoraSection(rank=4, dropout=dropout)
     pairs = []
     for products in ("bf16", "fp8"):
-        model = _fused(products, calibrates=True, lora=lora)[0].train()
+        model = fused(products, calibrates=True, lora=lora)[0].train()
         torch.manual_seed(2)
         pairs.append(_step(model))
     (want_loss, want), (loss, found) = pairs
@@ -88,7 +88,7 @@ def test_loss_and_gradients_are_near_those_of_bf16_products(dropout: float) -> N
 
 @pytest.mark.parametrize("checkpointing", ["full", "offload"])
 def test_a_second_run_gives_the_same_gradients(checkpointing: Checkpointing) -> None:
-    (plain, _), (kept, _) = _fused("fp8", calibrates=True), _fused("fp8", calibrates=True)
+    (plain, _), (kept, _) = fused("fp8", calibrates=True), fused("fp8", calibrates=True)
     prepare_layers(kept, checkpointing, compiles=False)
     (loss, want), (again, found) = _step(plain.train()), _step(kept.train())
     assert torch.equal(again, loss)
@@ -103,7 +103,7 @@ def test_a_second_run_gives_the_same_gradients(checkpointing: Checkpointing) -> 
 def test_compiled_layers_are_one_graph_with_the_same_gradients(
     checkpointing: Checkpointing,
 ) -> None:
-    (plain, _), (compiled, _) = _fused("fp8", calibrates=True), _fused("fp8", calibrates=True)
+    (plain, _), (compiled, _) = fused("fp8", calibrates=True), fused("fp8", calibrates=True)
     torch._dynamo.reset()
     compiler = partial(torch.compile, backend="aot_eager_decomp_partition", fullgraph=True)
     prepare_layers(compiled, checkpointing, compiles=True, dynamic=False, compiler=compiler)

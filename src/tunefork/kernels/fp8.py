@@ -107,8 +107,8 @@ def _input_gradient(
         codes_od = codes_op[:, : codes_op.shape[1] - layout.width]
         turned = codes_od.view(torch.uint8).t().contiguous()
         codes_dp = joined([turned, *([] if beside is None else [beside])]).view(E4M3)
-    else:  # no row alone: in the last layer those without a target are zeros in every step
-        codes_dp = nf4.codes_turned(scale_s1.amax(), beside)
+    else:
+        codes_dp = nf4.codes_turned(beside)
     return scaled_mm(wide, codes_dp, scale_s1, scale_1o.new_ones(1, features_in))
 
 

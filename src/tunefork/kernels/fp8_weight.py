@@ -92,12 +92,14 @@ def correct(weight: Fp8Weight, x_sd: Tensor, weights: Sequence[Tensor], layout: 
 
 
 def nf4_weights(tensors: Sequence[Tensor], layout: Layout, features_in: int) -> tuple[Tensor, ...]:
-    """What is kept of an NF4 base: the `nf4_tensors` of each layer, their `nf4_scales`, and of a
-    `Correction` that corrects nothing the directions apart, the columns' bytes, and the probe."""
+    """What is kept of an NF4 base: the `nf4_tensors` of each layer, their `nf4_scales`, a seed, and
+    of a `Correction` that corrects nothing the directions apart, the columns' bytes, and the probe.
+    """
     rows, device = sum(layout.sizes), tensors[0].device
     return (
         *tensors,
         nf4_scales(tensors, layout.sizes, features_in),
+        torch.zeros(1, dtype=torch.int32, device=device),
         torch.zeros(rows, layout.apart, dtype=torch.bfloat16, device=device),
         torch.zeros(rows, layout.spare, dtype=torch.uint8, device=device),
         torch.zeros(layout.apart + layout.spare, features_in, dtype=torch.bfloat16, device=device),
@@ -185,5 +187,12 @@ def right_columns(wide: Tensor) -> list[Tensor]:
 
 
 def nf4_rows(layout: Layout, weights: Sequence[Tensor], features_in: int) -> Nf4Rows:
+    """Of `nf4_weights`."""
     count = 5 * len(layout.sizes)
-    return Nf4Rows(weights[:count], weights[count], layout.sizes, features_in)
+    return Nf4Rows(weights[:count], weights[count], weights[count + 1], layout.sizes, features_in)
+
+
+def with_seed(weights: Sequence[Tensor], layout: Layout, seed: Tensor) -> tuple[Tensor, ...]:
+    """`nf4_weights` that are rounded at random by the first number of `seed`, int32."""
+    at = 5 * len(layout.sizes) + 1
+    return (*weights[:at], seed, *weights[at + 1 :])

@@ -11,10 +11,7 @@ rounded at random, to either code beside it, the nearer one the more often, so t
 steps is the weight (stochastic rounding: Gupta et al. 2015, https://arxiv.org/abs/1502.02551). The
 nearest code's error would be the same in every step, and what A and B learn of it gathers: trained
 so, SmolLM2-135M ended 0.4 % worse (docs/performance.md). The weight is made anew each time, so
-drawing costs a few operations on what lies in registers. The seed is taken of dy, which hardly
-ever has the same one twice: nothing is to be kept or restored, a replayed CUDA graph draws anew,
-and the same step, run again, draws the same. Cut into other micro-batches, or shared with other
-members of a group, a step has another dy: other draws, and a gradient that differs by their noise.
+drawing costs a few operations on what lies in registers.
 
 The definition is here, in PyTorch, and runs elsewhere; so it does for rows that are no whole number
 of blocks, where a block lies in two.
@@ -62,6 +59,8 @@ class Nf4Rows:
     """The `nf4_tensors` of each."""
     scales_2o: Tensor
     """Their `nf4_scales`."""
+    seed: Tensor
+    """int32, on the device; its first number is what `codes_turned` draws by."""
     sizes: Sequence[int]
     features_in: int
 
@@ -77,13 +76,12 @@ class Nf4Rows:
         codes_od = as_codes(self._weight_od(), self.scale_1o.t())
         return codes_od if beside_op is None else joined([codes_od, beside_op]).view(E4M3)
 
-    def codes_turned(self, seed: Tensor, beside_dp: Tensor | None = None) -> Tensor:
-        """(D, O + P) e4m3: weight / scale transposed, rounded at random by `seed`, () fp32 of any
-        value, and `beside` (D, P), bytes."""
+    def codes_turned(self, beside_dp: Tensor | None = None) -> Tensor:
+        """(D, O + P) e4m3: weight / scale transposed, rounded at random, and `beside` (D, P)."""
         if self._has_kernel():
-            return torch.ops.tunefork.nf4_codes_turned(*self._operands(), seed, beside_dp)  # type: ignore[no-any-return]
+            return torch.ops.tunefork.nf4_codes_turned(*self._operands(), self.seed, beside_dp)  # type: ignore[no-any-return]
         units_od = self._weight_od().float() * self.scale_1o.t().reciprocal()
-        codes_do = rounded_at_random(units_od, seed).view(torch.uint8).t().contiguous()
+        codes_do = rounded_at_random(units_od, self.seed).view(torch.uint8).t().contiguous()
         return joined([codes_do, *([] if beside_dp is None else [beside_dp])]).view(E4M3)
 
     def _weight_od(self) -> Tensor:
@@ -100,10 +98,10 @@ def rounded_at_random(units_od: Tensor, seed: Tensor) -> Tensor:
     """`units` (O, D), fp32 within +-448, in e4m3: each is the mean of what it may be rounded to.
 
     A magnitude in steps of e4m3, plus a random number below 1, is cut off to a whole number. Two
-    weights share 32 bits, a hash of their place and the seed.
+    weights share 32 bits, a hash of their place and of the first number of `seed`, int32.
     """
     place = torch.arange(units_od.numel(), dtype=torch.int32, device=units_od.device)
-    bits = mix(place.view_as(units_od) >> 1 ^ seed.view(torch.int32))
+    bits = mix(place.view_as(units_od) >> 1 ^ seed.flatten()[0])
     is_second = (place & 1).bool().view_as(units_od)
     noise = (torch.where(is_second, bits >> 16, bits) & 0xFFFF).float() * 2.0**-16
     # 3 bits of mantissa; below 2**-6 the steps are those that e4m3 has there.

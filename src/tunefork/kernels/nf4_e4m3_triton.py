@@ -34,11 +34,13 @@ def _units(byte, largest, inverse, values):
 def _at_random(units, bits):
     """`nf4_e4m3.rounded_at_random`, fp32, by the lower 16 bits."""
     noise = (bits & 0xFFFF).to(tl.float32) * 0.0000152587890625  # 2**-16
-    exponent = tl.maximum(units.to(tl.int32, bitcast=True) >> 23 & 0xFF, 121)
+    word = units.to(tl.int32, bitcast=True)
+    exponent = tl.maximum(word >> 23 & 0xFF, 121)
     step = (exponent - 3 << 23).to(tl.float32, bitcast=True)
     per_step = (257 - exponent << 23).to(tl.float32, bitcast=True)
     magnitude = tl.minimum(tl.floor(tl.abs(units) * per_step + noise) * step, 448.0)
-    return tl.where(units < 0, -magnitude, magnitude)
+    # With its sign, a zero's too.
+    return (magnitude.to(tl.int32, bitcast=True) | word >> 31 << 31).to(tl.float32, bitcast=True)
 
 
 @triton.jit

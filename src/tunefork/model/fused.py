@@ -7,6 +7,7 @@ those are, `model/shared_inputs.py` finds out.
 The layers stay where they are in the model, with their A and B: saving, resuming and the optimiser
 do not know of this. Only their forward pass and the storage of their frozen weights change. One
 delta rides in the product itself; the many of a `BankLinear` (`bank_linear.py`) are added to it.
+
 Shape legend as in `kernels/fp8.py`.
 """
 
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tunefork.errors import ModelError
 from tunefork.kernels import fp8, fp8_weight
 from tunefork.kernels.layout import Layout, Products, Storage
 from tunefork.kernels.lora_group import is_widened, lora_group, with_room, write_delta
 from tunefork.kernels.quantized import dequantize_nf4_tensors, nf4_tensors
 from tunefork.model.bank_linear import BankLinear, deltas
+from tunefork.model.draws import share_seeds
+from tunefork.model.fused_checks import check_finite, check_sizes
 from tunefork.model.joint_banks import JointBanks
 from tunefork.model.linear import LoraLinear
 from tunefork.model.own_rows import OwnRows
@@ -74,6 +76,8 @@ class FusedGroup(nn.Module):
             else:
                 self.fp8 = fp8_weight.quantize_weight(weights, self.layout)
                 self.weights = self.fp8.tensors()
+        self.seeds_g4: Tensor | None = None
+        """Of all groups, where they draw (`draws.py`)."""
         self.joint: JointBanks | None = None
         """All layers' banks, where they are read token by token (`join_banks`)."""
         self.own_rows: OwnRows | None = None
@@ -216,9 +220,9 @@ def fuse(
     for paths in find_groups(model):
         members = [model.get_submodule(path) for path in paths]
         if products == "fp8":
-            _check_sizes(dict(zip(paths, members, strict=True)))
+            check_sizes({path: _base(m) for path, m in zip(paths, members, strict=True)})
         group = FusedGroup(members, storage, products, device)
-        _check_finite(group, paths)
+        check_finite(group.weights, paths)
         for index, (path, member) in enumerate(zip(paths, members, strict=True)):
             if isinstance(member, LoraLinear | BankLinear):
                 member.base = FusedLinear(group, index, _base(member).bias)
@@ -232,6 +236,8 @@ def fuse(
         if products != "fp8" or calibration_ids is None:
             group.originals = []
     model.to(device)
+    if (storage, products) == ("nf4", "fp8"):
+        share_seeds(groups, device)
     if products == "fp8" and calibration_ids is not None:
         calibrate(model, groups, calibration_ids.to(device))
     return groups
@@ -251,18 +257,6 @@ def calibrate(model: PreTrainedModel, groups: Sequence[FusedGroup], ids: Tensor)
     for group in groups:  # one that the pass did not reach stays as it is
         group.is_calibrated, group.originals = True, []
     model.train(was_training)
-
-
-def _check_finite(group: FusedGroup, paths: Sequence[str]) -> None:
-    """Of the weights, or of their scales, which would not be either. Unlike a parameter's they are
-    out of reach of `train.guard.check_weights` from here on."""
-    for kept in group.weights:
-        is_wide = kept.dtype in (torch.bfloat16, torch.float32) and not kept.is_meta
-        if is_wide and not bool(kept.isfinite().all()):
-            raise ModelError(
-                f"model.id: a weight of {', '.join(paths)} is not finite; the file is damaged, or "
-                "was saved after training diverged. Give another model or revision"
-            )
 
 
 def _owner(model: PreTrainedModel, path: str) -> nn.Module:
@@ -288,13 +282,3 @@ def _base(member: nn.Module) -> Any:
 def _write_delta(group: FusedGroup, *_: Any) -> None:
     group.input, group.outputs = None, ()  # of a pass that was cut short: they hold all of it
     group.write_delta()
-
-
-def _check_sizes(layers: dict[str, nn.Module]) -> None:
-    for path, layer in layers.items():
-        base = _base(layer)
-        if base.in_features % 16 or base.out_features % 16:
-            raise ModelError(
-                f"train.precision: fp8 needs layers whose sizes are multiples of 16, and {path} is "
-                f"{base.in_features} -> {base.out_features}; set bf16"
-            )

@@ -7,8 +7,7 @@ rehearsal are for that.
 
 Smaller micro-batches change no gradient: each one's *summed* loss is divided by the supervised
 tokens of the whole step (`train/loop.py`), so a step may be cut in any way. Sums are then taken in
-another order, which shows in the last bits, and QLoRA's FP8 products draw other roundings
-(`kernels/nf4_e4m3.py`), which show in the gradient's second digit.
+another order, which shows in the last bits.
 """
 
 import errno

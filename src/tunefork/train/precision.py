@@ -44,6 +44,8 @@ class Verdict(BaseModel):
     params: tuple[int, int]
     """Sizes that it is taken to hold for, first and last."""
     passed: bool
+    pays: bool = True
+    """False: it trains as well, and no faster at these sizes."""
     finding: str
     """What was found, for whoever asks why."""
 
@@ -151,7 +153,8 @@ def gate(family: str, method: Method, num_params: int) -> str | None:
     for verdict in verdicts():
         least, most = verdict.params
         if (verdict.family, verdict.method) == (family, method) and least <= num_params <= most:
-            if verdict.passed:
+            if verdict.passed and verdict.pays:
                 return None
-            return f"FP8's gate is not passed for {method} of {family}, {size}: {verdict.finding}"
+            why = "passed, but FP8 is no faster," if verdict.passed else "not passed"
+            return f"FP8's gate is {why} for {method} of {family}, {size}: {verdict.finding}"
     return f"FP8's gate has not been run for {method} of {family}, {size}"

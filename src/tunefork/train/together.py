@@ -15,8 +15,7 @@ Nothing of a member reaches another. One that fails (a loss or gradient that is 
 example that cannot be read) is set aside with its reason; its slot is emptied and its tokens go on
 as padding, so that no other member's bits change. `remove` frees a slot, `add` fills a free one
 that is large enough, or else reshapes the group: then sums are cut up otherwise, and others agree
-to float tolerance. Over NF4 in FP8 no bits are kept: how the shared weights are rounded hangs on
-everyone's dy (`kernels/nf4_e4m3.py`).
+to float tolerance.
 
 On a GPU the host does not wait: a step's figures are read when the next one is under way, and what
 is sick has been held back on the device meanwhile. `drain` waits.
@@ -31,6 +30,7 @@ import torch
 from tunefork.data.example import Encoded
 from tunefork.errors import CheckpointError, TuneforkError
 from tunefork.model.bank import Bank, BankAdapter
+from tunefork.model.draws import draw_for
 from tunefork.model.head import find_head
 from tunefork.train.adamw_bank import BankAdamW
 from tunefork.train.checkpoints import Checkpoints
@@ -153,6 +153,7 @@ class Group:
             counts_g[part.slot] = part.supervised
         if self.bank.device.type == "cuda":
             counts_g = counts_g.pin_memory()
+        draw_for(self.model, max(part.step for part in begun))  # of those that began first
         loss_g = self.cut.gradient(chosen, counts_g)
         updates = {p.slot: self.places[p.slot].update(p, self._under_way(p.slot)) for p in begun}
         norm_g = self.optimizer.step(updates, loss_g)
