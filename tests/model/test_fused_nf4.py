@@ -96,10 +96,9 @@ def test_a_second_run_gives_the_same_gradients(checkpointing: Checkpointing) -> 
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch.compile about itself
-@pytest.mark.parametrize(
-    "checkpointing", ["none", pytest.param("selective", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
 def test_compiled_layers_are_one_graph_with_the_same_gradients(
     checkpointing: Checkpointing,
 ) -> None:

@@ -6,28 +6,18 @@ run again, compiled or captured, changes no rounding; and a step that is taken a
 another process goes on with, draws what it drew.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from tunefork.kernels.adamw import mix
-from tunefork.kernels.fp8_weight import with_seed
-
-if TYPE_CHECKING:
-    from tunefork.model.fused import FusedGroup
 
 _WIDTH = 4
 """Numbers of a seed, of which the first is read: the compiler takes operands to be aligned."""
 
 
-def share_seeds(groups: Sequence["FusedGroup"], device: torch.device) -> None:
-    """Give groups over an NF4 base with FP8 products their seeds, rows of one tensor."""
-    seeds_g4 = torch.zeros(len(groups), _WIDTH, dtype=torch.int32, device=device)
-    for group, seed in zip(groups, seeds_g4, strict=True):
-        group.weights = with_seed(group.weights, group.layout, seed)
-        group.seeds_g4 = seeds_g4
+def new_seeds(count: int, device: torch.device) -> Tensor:
+    """(count, 4) int32: a group's seed is a row."""
+    return torch.zeros(count, _WIDTH, dtype=torch.int32, device=device)
 
 
 def draw_for(model: nn.Module, step: int) -> None:

@@ -25,7 +25,7 @@ from tunefork.kernels.layout import Layout, Products, Storage
 from tunefork.kernels.lora_group import is_widened, lora_group, with_room, write_delta
 from tunefork.kernels.quantized import dequantize_nf4_tensors, nf4_tensors
 from tunefork.model.bank_linear import BankLinear, deltas
-from tunefork.model.draws import share_seeds
+from tunefork.model.draws import new_seeds
 from tunefork.model.fused_checks import check_finite, check_sizes
 from tunefork.model.joint_banks import JointBanks
 from tunefork.model.linear import LoraLinear
@@ -152,6 +152,11 @@ class FusedGroup(nn.Module):
             fp8_weight.correct_nf4(x_sd, self.weights, self.layout)
         self.is_calibrated, self.originals = True, []
 
+    def draw_by(self, seeds_g4: Tensor, number: int) -> None:
+        """Round at random by row `number` of `seeds`, which change from step to step."""
+        self.seeds_g4 = seeds_g4
+        self.weights = fp8_weight.with_seed(self.weights, self.layout, seeds_g4[number])
+
     def write_delta(self) -> None:
         """Take over A and B as they are now; due before a forward pass after a change of theirs."""
         lora_b = [member.lora_b for member in self.deltas]
@@ -237,7 +242,9 @@ def fuse(
             group.originals = []
     model.to(device)
     if (storage, products) == ("nf4", "fp8"):
-        share_seeds(groups, device)
+        seeds_g4 = new_seeds(len(groups), device)
+        for number, group in enumerate(groups):
+            group.draw_by(seeds_g4, number)
     if products == "fp8" and calibration_ids is not None:
         calibrate(model, groups, calibration_ids.to(device))
     return groups
