@@ -7,23 +7,15 @@ another process goes on with, draws what it drew.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tunefork.kernels.adamw import mix
-
-_WIDTH = 4
-"""Numbers of a seed, of which the first is read: the compiler takes operands to be aligned."""
-
-
-def new_seeds(count: int, device: torch.device) -> Tensor:
-    """(count, 4) int32: a group's seed is a row."""
-    return torch.zeros(count, _WIDTH, dtype=torch.int32, device=device)
+from tunefork.model.fused import FusedLinear
 
 
 def draw_for(model: nn.Module, step: int) -> None:
     """Have the passes of optimiser step `step` draw theirs, without waiting for the device."""
-    found = (getattr(module, "group", None) for module in model.modules())
-    seeds_g4: Tensor | None = next((group.seeds_g4 for group in found if group is not None), None)
-    if seeds_g4 is not None:
+    found = (m.group.seeds_g4 for m in model.modules() if isinstance(m, FusedLinear))
+    if (seeds_g4 := next(found, None)) is not None:
         number = torch.arange(seeds_g4.numel(), dtype=torch.int32, device=seeds_g4.device)
         seeds_g4.copy_(mix(mix(number) + step).view_as(seeds_g4))

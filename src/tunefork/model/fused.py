@@ -25,7 +25,6 @@ from tunefork.kernels.layout import Layout, Products, Storage
 from tunefork.kernels.lora_group import is_widened, lora_group, with_room, write_delta
 from tunefork.kernels.quantized import dequantize_nf4_tensors, nf4_tensors
 from tunefork.model.bank_linear import BankLinear, deltas
-from tunefork.model.draws import new_seeds
 from tunefork.model.fused_checks import check_finite, check_sizes
 from tunefork.model.joint_banks import JointBanks
 from tunefork.model.linear import LoraLinear
@@ -242,7 +241,8 @@ def fuse(
             group.originals = []
     model.to(device)
     if (storage, products) == ("nf4", "fp8"):
-        seeds_g4 = new_seeds(len(groups), device)
+        # Of a row the first number is read: the compiler takes operands to be aligned.
+        seeds_g4 = torch.zeros(len(groups), 4, dtype=torch.int32, device=device)
         for number, group in enumerate(groups):
             group.draw_by(seeds_g4, number)
     if products == "fp8" and calibration_ids is not None:
