@@ -233,7 +233,7 @@ def fuse(
 def calibrate(model: PreTrainedModel, groups: Sequence[FusedGroup], ids: Tensor) -> None:
     """Correct each group for the inputs that it is given in a pass over `ids` (rows, length).
 
-    A group sees what the corrected ones before it leave; over NF4, what bf16 products do.
+    A group sees what bf16 products of those before it leave.
     """
     was_training = model.training
     model.eval()
