@@ -131,7 +131,7 @@ def test_a_run_that_goes_on_keeps_its_precision(
 
 
 def test_what_the_gate_has_passed() -> None:
-    """Where this changes, docs/performance.md and the recipe's docstring have to say so."""
+    """Where this changes, docs/fp8.md and the recipe's docstring have to say so."""
     assert gate("llama", Method.LORA, 134_515_008) is None
     assert "passed, but FP8 is no faster, for qlora" in str(
         gate("llama", Method.QLORA, 134_515_008)

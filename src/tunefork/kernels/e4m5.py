@@ -2,7 +2,7 @@
 
 FP8's e4m3 has three bits of mantissa. Rounded to the nearest once, a weight errs the same way in
 every step, and what A and B learn of that gathers: SmolLM2-135M fine-tuned so ended 1 to 2 % worse
-(docs/performance.md). Two bits more of mantissa are kept, and every pass rounds them away at
+(docs/fp8.md). Two bits more of mantissa are kept, and every pass rounds them away at
 random, up or down with the probability that keeps the mean (stochastic rounding: Gupta et al. 2015,
 https://arxiv.org/abs/1502.02551): what one step errs, others take back. The forward pass and the
 input's gradient draw apart from each other; a layer that is run again draws what it drew.

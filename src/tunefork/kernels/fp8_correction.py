@@ -17,7 +17,7 @@ rounded, and multiplied apart, as the delta is: then their part is not lost in x
 Channels are left alone there: what is large of them lies in those directions.
 
 The input's gradient is not corrected: its rounding turns A's and B's gradients by a cosine of 0.998
-(docs/performance.md).
+(docs/fp8.md).
 
 Shape legend as in `fp8.py`; m directions taken out of x, n further ones, k channels, C = n + k.
 """
