@@ -132,6 +132,22 @@ def test_ratios_are_of_one_call_and_of_the_best_setting(
     assert (over["ratio"], over["same_call"]) == (10.0, False)
 
 
+def test_a_newer_run_without_a_peer_is_the_row_and_the_older_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    raw = tmp_path / "raw.jsonl"
+    lines = [_speed("fp8", "1", 300.0), _speed("unsloth", "1", 100.0), _speed("fp8", "2", 250.0)]
+    raw.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rows = json.loads(collect([raw], "table").read_text(encoding="utf-8"))["rows"]
+    by = {row["case"]: row for row in rows if row.get("ours")}
+    assert by["lora_8x2048_fp8"]["tokens_per_s"] == 250.0
+    assert by["lora_8x2048_fp8"]["ratios"] == {"unsloth": 2.5}
+    assert by["lora_8x2048_fp8"]["ratios_to_call"] == "1"
+    before = by["lora_8x2048_fp8_before"]
+    assert before["ratios"] == {"unsloth": 3.0} and "ratios_to_call" not in before
+
+
 @pytest.mark.slow
 def test_the_whole_way_on_a_cpu(tmp_path: Path) -> None:
     """`measure --tiny`: a process for each run, a line for each, and what was run is compared."""

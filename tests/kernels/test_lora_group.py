@@ -107,3 +107,25 @@ def test_of_large_4_bit_layers_one_is_dequantised_at_a_time(
         (first.sum() + second.sum()).backward()
         assert sizes == 2 * expected
         sizes.clear()
+
+
+def test_of_large_layers_in_ten_bits_one_is_made_dense_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[tuple[int, ...]] = []
+    dense = kernel.dense
+
+    def noting(*args: Any) -> Tensor:
+        made.append(args[4:])
+        return dense(*args)
+
+    monkeypatch.setattr(kernel, "dense", noting)
+    layout = Layout("e4m5", "fp8", (64, 48), (0, 0), SCALE)
+    weights = fp8_weight.fp8_weights([torch.randn(size, 32) for size in layout.sizes], layout, 32)
+    x, found = torch.randn(3, 32), []
+    for most, expected in ((2**28, [(0, 2)]), (112 * 32 * 4 - 1, [(0, 1), (1, 2)])):
+        monkeypatch.setattr(kernel, "WHOLE_BYTES", most)
+        found.append(torch.cat(lora_group(x, layout, weights, [], []), dim=1))
+        assert made == expected
+        made.clear()
+    torch.testing.assert_close(*found)

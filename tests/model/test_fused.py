@@ -18,7 +18,7 @@ from transformers import (
 
 from tests.tiny import CONFIGS, tiny_model
 from tunefork.errors import ModelError
-from tunefork.kernels.layout import Storage
+from tunefork.kernels.layout import Products, Storage
 from tunefork.model.build import build
 from tunefork.model.fused import fuse
 from tunefork.model.linear import LoraLinear
@@ -232,3 +232,12 @@ def test_a_weight_that_is_not_finite_is_named(storage: Storage, value: float) ->
     build(model, Method.QLORA if storage == "nf4" else Method.LORA, RANK_4, seed=0)
     with pytest.raises(ModelError, match=r"model\.id: a weight of .*layers\.1\.mlp\.up_proj"):
         fuse(model, storage, "bf16" if storage == "bf16" else "fp8", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("storage", "products"), [("e4m5", "bf16"), ("fp8", "bf16"), ("bf16", "fp8")]
+)
+def test_forms_that_there_are_not_are_refused(storage: Storage, products: Products) -> None:
+    model = _trained()
+    with pytest.raises(ValueError, match=f"a base kept in {storage}"):
+        fuse(model, storage, products, torch.device("cpu"))
