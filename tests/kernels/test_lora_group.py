@@ -113,7 +113,7 @@ def test_of_large_layers_in_ten_bits_one_is_made_dense_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[tuple[int, ...]] = []
-    dense = kernel.dense
+    dense = fp8_weight.dense
 
     def noting(*args: Any) -> Tensor:
         made.append(args[4:])
