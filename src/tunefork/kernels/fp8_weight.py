@@ -1,9 +1,8 @@
 """A frozen weight for FP8 products: how it is kept, and its e4m3 form when it is multiplied.
 
-It is made anew for each product, of what is kept of it: NF4's four bits, rounded to nearest for y
-and at random for the input's gradient (`nf4_e4m3.py`), or ten bits, drawn for both (`e4m5.py`). A
-server's codes are multiplied as they lie (`KeptRows`). Beside them come the delta's columns, and
-what `fp8_correction.py` has for them. What the product does with that is in `fp8.py`; the shape
+It is drawn anew for each product, of what is kept of it: NF4's four bits (`nf4_e4m3.py`), or ten
+(`e4m5.py`). A server's codes are multiplied as they lie (`KeptRows`). Beside them come the delta's
+columns, and those of `directions.py`. What the product does with that is in `fp8.py`; the shape
 legend too.
 """
 
@@ -14,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tunefork.kernels.directions import apart
 from tunefork.kernels.e4m3 import (
     E4M3,
     LARGEST,
@@ -25,7 +25,6 @@ from tunefork.kernels.e4m3 import (
     weight_scales,
 )
 from tunefork.kernels.e4m5 import DrawnRows, e4m5_dense, e4m5_weight
-from tunefork.kernels.fp8_correction import correction
 from tunefork.kernels.layout import Layout
 from tunefork.kernels.nf4_e4m3 import Nf4Rows, nf4_scales
 from tunefork.kernels.quantized import dequantize_nf4_tensors
@@ -69,8 +68,7 @@ class KeptRows:
 @torch.no_grad()
 def fp8_weights(tensors: Sequence[Tensor], layout: Layout, features_in: int) -> tuple[Tensor, ...]:
     """What is kept of frozen weights: `num_kept` tensors of `layout`'s storage, scales and their
-    inverse (2, O), a seed, and of a `Correction` that corrects nothing the directions apart, the
-    columns' bytes, and the probe.
+    inverse (2, O), a seed, and W V and V^T of `directions.py`, zeros until `set_apart`.
 
     `tensors` are the `nf4_tensors` of each layer, or its weight (O_i, D).
     """
@@ -93,8 +91,7 @@ def fp8_weights(tensors: Sequence[Tensor], layout: Layout, features_in: int) -> 
         scales_2o,
         torch.zeros(4, dtype=torch.int32, device=device),
         torch.zeros(rows, layout.apart, dtype=torch.bfloat16, device=device),
-        torch.zeros(rows, layout.filling, dtype=torch.uint8, device=device),
-        torch.zeros(layout.apart + layout.spare, features_in, dtype=torch.bfloat16, device=device),
+        torch.zeros(layout.apart, features_in, dtype=torch.bfloat16, device=device),
     )
 
 
@@ -135,17 +132,14 @@ def dense(
 
 
 @torch.no_grad()
-def correct(x_sd: Tensor, weights: Sequence[Tensor], layout: Layout) -> None:
-    """Fill the last of `fp8_weights` for inputs like `x_sd`."""
-    size = x_sd.shape[1]
-    weight_od = dense(layout, weights, size, torch.bfloat16, 0, len(layout.sizes))
-    rows = rows_of(layout, weights, size)
-    scale_o1 = rows.scale_1o.t()
-    found = correction(x_sd, [weight_od], rows.codes(), scale_o1, layout.spare, layout.apart)
-    apart_om, columns_oc, probe_cd = weights[-3:]
-    apart_om.copy_(found.apart_om)
-    columns_oc[:, : layout.spare] = found.columns_oc.view(torch.uint8)
-    probe_cd.copy_(found.probe_cd)
+def set_apart(x_sd: Tensor, weights: Sequence[Tensor], layout: Layout) -> None:
+    """Have `fp8_weights` multiply the main directions of inputs like `x_sd` apart."""
+    weight_od = dense(layout, weights, x_sd.shape[1], torch.bfloat16, 0, len(layout.sizes))
+    scale_o1 = rows_of(layout, weights, x_sd.shape[1]).scale_1o.t()
+    for kept, found in zip(
+        weights[-2:], apart(x_sd, weight_od, scale_o1, layout.apart), strict=True
+    ):
+        kept.copy_(found)
 
 
 def balance_of(delta: Tensor) -> Tensor:
