@@ -195,8 +195,8 @@ def fuse(
     its groups does beside the quantised rest. Layers that are trained whole stay as they are. Each
     forward pass of the model takes over A and B as they are then.
 
-    FP8 products have the main directions of inputs such as those of `calibration_ids` (rows, length)
-    multiplied apart (`kernels/directions.py`), found in a pass of their own; None: none.
+    FP8 products have the main directions of inputs such as those of `calibration_ids` (rows,
+    length) multiplied apart (`kernels/directions.py`), found in a pass of their own; None: none.
 
     Raises ModelError where a layer's size is none that FP8 products take, or where a weight is not
     finite.
@@ -231,7 +231,7 @@ def fuse(
 
 @torch.no_grad()
 def calibrate(model: PreTrainedModel, groups: Sequence[FusedGroup], ids: Tensor) -> None:
-    """Set each group's directions by the inputs that it is given in a pass over `ids` (rows, length).
+    """Set each group's directions by its inputs in a pass over `ids` (rows, length).
 
     A group sees what bf16 products of those before it leave.
     """
