@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tunefork.kernels import fp8, fp8_weight
-from tunefork.kernels.directions import apart, main_directions
+from tunefork.kernels.directions import along, main_directions
 from tunefork.kernels.layout import Layout, Storage
 from tunefork.kernels.quantized import nf4_tensors, quantize_nf4
 
@@ -95,9 +95,16 @@ def test_directions_are_the_main_ones_first_and_alike_whatever_a_rows_size() -> 
 def test_what_is_taken_out_along_a_direction_is_given_back_along_the_same() -> None:
     """V is read from x in bf16: W V must be of that V, or each token errs the same way."""
     weight, scale = _weight(), torch.full((OUT, 1), 0.5)
-    apart_om, probe_md = apart(_inputs(64, 1), weight, scale, 16)
+    probe_md = main_directions(_inputs(64, 1), 16).t().bfloat16()
     want = weight.float() @ probe_md.t().float() / 0.5
-    assert torch.equal(apart_om, want.bfloat16())
+    assert torch.equal(along(weight, probe_md, scale), want.bfloat16())
+    layout = Layout("e4m5", "fp8", (OUT,), (0,), 1.0)
+    weights = fp8_weight.fp8_weights([weight], layout, D)
+    fp8_weight.set_apart(_inputs(64, 1), weights, layout)
+    of_it = fp8_weight.dense(layout, weights, D, torch.float32, 0, 1) @ weights[-1].t().float()
+    torch.testing.assert_close(
+        weights[-2].float() * weights[2][:1].t(), of_it, rtol=0.02, atol=0.02 * float(of_it.std())
+    )
 
 
 @pytest.mark.parametrize("size", [16, 32])
@@ -105,6 +112,7 @@ def test_fewer_inputs_or_rows_than_directions_are_enough(size: int) -> None:
     weight = torch.randn(OUT, size, generator=torch.Generator().manual_seed(0))
     x = torch.zeros(3, size)
     x[1] = torch.randn(size, generator=torch.Generator().manual_seed(1))
-    apart_om, probe_md = apart(x, weight, torch.full((OUT, 1), 0.01), 64)
-    assert apart_om.shape == (OUT, 64) and probe_md.shape == (64, size)
-    assert bool(apart_om.isfinite().all()) and bool(probe_md.isfinite().all())
+    layout = Layout("e4m5", "fp8", (OUT,), (0,), 1.0)
+    weights = fp8_weight.fp8_weights([weight], layout, size)
+    fp8_weight.set_apart(x, weights, layout)
+    assert all(bool(tensor.isfinite().all()) for tensor in weights[-2:])

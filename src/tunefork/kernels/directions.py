@@ -8,7 +8,7 @@ weighted by the activations: Zhang et al. 2024, LQER, https://arxiv.org/abs/2402
 read through rows that are appended to A, so that costs no further pass over x.
 
 The input's gradient has none of this: dy's main directions are not x's, and its rounding alone
-turns A's and B's gradients by a cosine of 0.999 (docs/performance.md).
+turns A's and B's gradients by a cosine of 0.999 (docs/fp8.md).
 
 Shape legend as in `fp8.py`; m directions.
 """
@@ -37,9 +37,9 @@ def main_directions(x_sd: Tensor, count: int) -> Tensor:
     return padded
 
 
-def apart(x_sd: Tensor, weight_od: Tensor, scale_o1: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """W V (O, m) bf16 in units of the rows' scales, and what reads x for it, V^T (m, D) bf16: of
-    the `count` main directions of inputs like x."""
-    probe_md = main_directions(x_sd, count).t().bfloat16()
-    # Of V as bf16 holds it: what is taken out of x along it is then given back whole.
-    return (weight_od.float() @ probe_md.t().float() / scale_o1).bfloat16(), probe_md
+def along(weight_od: Tensor, probe_md: Tensor, scale_o1: Tensor) -> Tensor:
+    """W V (O, m) bf16 in units of the rows' scales, for V^T (m, D) bf16.
+
+    Of V as bf16 holds it: what is taken out of x along it is then given back whole.
+    """
+    return (weight_od.float() @ probe_md.t().float() / scale_o1).bfloat16()

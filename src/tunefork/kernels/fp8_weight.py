@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tunefork.kernels.directions import apart
+from tunefork.kernels.directions import along, main_directions
 from tunefork.kernels.e4m3 import (
     E4M3,
     LARGEST,
@@ -73,18 +73,21 @@ def fp8_weights(tensors: Sequence[Tensor], layout: Layout, features_in: int) -> 
     `tensors` are the `nf4_tensors` of each layer, or its weight (O_i, D).
     """
     kept: tuple[Tensor, ...]
-    if layout.storage == "nf4":
-        kept, scales_2o = tuple(tensors), nf4_scales(tensors, layout.sizes, features_in)
-    elif layout.storage == "e4m5":
-        *kept_of_it, scales_2o = e4m5_weight(tensors)
-        kept = tuple(kept_of_it)
-    else:
-        scale_o1 = weight_scales([row_scale(weight) for weight in tensors])
-        scales_2o = torch.cat([scale_o1, scale_o1.reciprocal()], dim=1).t().contiguous()
-        scales = torch.split(scale_o1, list(layout.sizes))
-        # One at a time: the fp32 form of a layer is four times its codes.
-        codes = [as_codes(w, own).view(torch.uint8) for w, own in zip(tensors, scales, strict=True)]
-        kept = (torch.cat(codes).view(E4M3),)
+    match layout.storage:
+        case "nf4":
+            kept, scales_2o = tuple(tensors), nf4_scales(tensors, layout.sizes, features_in)
+        case "e4m5":
+            high_od, low_oq, scales_2o = e4m5_weight(tensors)
+            kept = (high_od, low_oq)
+        case "fp8":
+            scale_o1 = weight_scales([row_scale(weight) for weight in tensors])
+            scales_2o = torch.cat([scale_o1, scale_o1.reciprocal()], dim=1).t().contiguous()
+            own = torch.split(scale_o1, list(layout.sizes))
+            # One at a time: the fp32 form of a layer is four times its codes.
+            codes = [as_codes(*both).view(torch.uint8) for both in zip(tensors, own, strict=True)]
+            kept = (torch.cat(codes).view(E4M3),)
+        case _:
+            raise ValueError(f"a base kept in {layout.storage} has no FP8 products")
     rows, device = sum(layout.sizes), scales_2o.device
     return (
         *kept,
@@ -134,12 +137,13 @@ def dense(
 @torch.no_grad()
 def set_apart(x_sd: Tensor, weights: Sequence[Tensor], layout: Layout) -> None:
     """Have `fp8_weights` multiply the main directions of inputs like `x_sd` apart."""
-    weight_od = dense(layout, weights, x_sd.shape[1], torch.bfloat16, 0, len(layout.sizes))
-    scale_o1 = rows_of(layout, weights, x_sd.shape[1]).scale_1o.t()
-    for kept, found in zip(
-        weights[-2:], apart(x_sd, weight_od, scale_o1, layout.apart), strict=True
-    ):
-        kept.copy_(found)
+    probe_md = main_directions(x_sd, layout.apart).t().bfloat16()
+    scales_o1 = rows_of(layout, weights, x_sd.shape[1]).scale_1o.t()
+    apart_om, kept_md = weights[-2:]
+    kept_md.copy_(probe_md)
+    for at, (first, last) in enumerate(layout.bounds):  # a group's fp32 form is large
+        weight_od = dense(layout, weights, x_sd.shape[1], torch.bfloat16, at, at + 1)
+        apart_om[first:last] = along(weight_od, probe_md, scales_o1[first:last])
 
 
 def balance_of(delta: Tensor) -> Tensor:

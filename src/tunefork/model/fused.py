@@ -199,8 +199,10 @@ def fuse(
     length) multiplied apart (`kernels/directions.py`), found in a pass of their own; None: none.
 
     Raises ModelError where a layer's size is none that FP8 products take, or where a weight is not
-    finite.
+    finite, ValueError for bf16 products of a base kept in e4m5 or e4m3.
     """
+    if products == "bf16" and storage in ("e4m5", "fp8"):
+        raise ValueError(f"a base kept in {storage} is trained over with FP8 products")
     groups = []
     for paths in find_groups(model):
         members = [model.get_submodule(path) for path in paths]
@@ -233,7 +235,7 @@ def fuse(
 def calibrate(model: PreTrainedModel, groups: Sequence[FusedGroup], ids: Tensor) -> None:
     """Set each group's directions by its inputs in a pass over `ids` (rows, length).
 
-    A group sees what bf16 products of those before it leave.
+    A group sees what those before it leave as they are evaluated.
     """
     was_training = model.training
     model.eval()
