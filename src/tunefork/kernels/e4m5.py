@@ -41,11 +41,11 @@ def e4m5_weight(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     scale_o1 = weight_scales([row_scale(weight) for weight in weights])
     scales_2o = torch.cat([scale_o1, scale_o1.reciprocal()], dim=1).t().contiguous()
     inverses = torch.split(scales_2o[1], [len(weight) for weight in weights])
-    found = []
+    found = list[tuple[Tensor, Tensor]]()
     for weight, own in zip(weights, inverses, strict=True):
         # Some rows at a time: on the way a weight takes thirty bytes.
         size = max(1, _AT_A_TIME // weight.shape[1])
-        found += map(_ten_bits, weight.split(size), own.split(size))
+        found += map(_ten_bits, torch.split(weight, size), torch.split(own, size))
     high, low = (torch.cat(parts) for parts in zip(*found, strict=True))
     return high, low, scales_2o
 
