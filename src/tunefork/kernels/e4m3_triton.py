@@ -38,7 +38,7 @@ def _store(
 
 
 @triton.jit
-def _saturated(x, most: tl.constexpr):
+def saturated(x, most: tl.constexpr):
     """Within +-most; a NaN, which minimum and maximum would take for a number, stays one."""
     return tl.where(x == x, tl.minimum(tl.maximum(x, -most), most), x)
 
@@ -79,7 +79,7 @@ def _quantize_rows(
         _store(row_codes, x2, inverse, size0 + size1, size2, block2)
     delta = row_codes + (size0 + size1 + size2)
     if rank > 0:
-        v = _saturated(v * inverse, largest_code)
+        v = saturated(v * inverse, largest_code)
         high = v.to(tl.float8e4nv)
         wide = high.to(tl.float32)
         low = ((v - wide) * low_factor).to(tl.float8e4nv)
@@ -92,7 +92,7 @@ def _quantize_rows(
         inside = column < width - 3 * rank
         if is_read:
             r = tl.load(read + row * stride_read + column, mask=inside, other=0.0).to(tl.float32)
-            r = _saturated(r * inverse, largest_code)
+            r = saturated(r * inverse, largest_code)
             rest = (r - r.to(tl.float8e4nv).to(tl.float32)) * low_factor
             rest = tl.where(column < directions, r, rest).to(tl.float8e4nv)
         else:

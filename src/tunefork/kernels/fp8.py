@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from tunefork.kernels.compiled import is_on_gpu
 from tunefork.kernels.e4m3 import LARGEST, joined, quantize_rows
+from tunefork.kernels.e4m3_apart import apart_scale, quantize_apart
 from tunefork.kernels.fp8_weight import Rows, balance_of, diagonal, right_columns, rows_of
 from tunefork.kernels.layout import Layout
 from tunefork.kernels.lora_gradients import lora_gradients
@@ -65,6 +66,28 @@ def _forward_operand(
         beside = torch.cat([b_or, beside], dim=1)
     balance = balance_of(beside)
     return rows.codes(joined([*right_columns(beside / balance), rest_oc])), balance
+
+
+def _quantize_input(
+    layout: Layout,
+    x_sd: Tensor,
+    inner_s: Tensor | None,
+    probe_cd: Tensor,
+    balance: Tensor | None,
+    rest_sc: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(S, D + P) codes and (S, 1) scales. `inner` is what the delta and the directions apart read
+    of x, `rest` what the correction does."""
+    if layout.apart and inner_s is not None and balance is not None:
+        apart_md = probe_cd[: layout.apart]
+        if not layout.spare:
+            scale_s1 = apart_scale(x_sd, inner_s, balance)
+            codes = quantize_apart(
+                x_sd, inner_s, layout.apart, apart_md, balance, scale_s1, layout.width
+            )
+            return codes, scale_s1
+        x_sd = torch.addmm(x_sd, inner_s[:, layout.rank :], apart_md, alpha=-1)
+    return quantize_rows([x_sd], None, inner_s, balance, layout.width, rest_sc)
 
 
 def _a_beside(
@@ -108,18 +131,15 @@ class _Fp8Lora(torch.autograd.Function):
         a_rd = tensors[num_weights] if layout.rank else None
         probe_cd, rows = weights[-1], rows_of(layout, weights, x_sd.shape[1])
         inner = layout.rank + layout.apart
-        whole_sd, inner_s, rest_sc = x_sd, None, None
+        inner_s, rest_sc = None, None
         if inner:
             readers = probe_cd if a_rd is None else torch.cat([a_rd, probe_cd])
             read_s = x_sd @ readers.t()
             inner_s, u_sr = read_s[:, :inner], read_s[:, : layout.rank]
             if layout.spare:
                 rest_sc = read_s[:, inner:]
-            if layout.apart:
-                along_sm = read_s[:, layout.rank : inner]
-                whole_sd = torch.addmm(x_sd, along_sm, probe_cd[: layout.apart], alpha=-1)
         codes_op, balance = _forward_operand(layout, rows, weights[-3:], lora_b)
-        wide, scale_s1 = quantize_rows([whole_sd], None, inner_s, balance, layout.width, rest_sc)
+        wide, scale_s1 = _quantize_input(layout, x_sd, inner_s, probe_cd, balance, rest_sc)
         y_so = scaled_mm(wide, codes_op, scale_s1, rows.scale_1o)
         saved = () if a_rd is None else (x_sd, u_sr, a_rd, *lora_b)
         ctx.save_for_backward(*weights, *saved)
