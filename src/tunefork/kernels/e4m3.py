@@ -57,7 +57,7 @@ def split(wide: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def left_columns(wide: Tensor) -> list[Tensor]:
-    """The left operand's columns of the delta: high | low | high / 16, of fp32 in the rows' units."""
+    """The left operand's columns of the delta, in the rows' units: high | low | high / 16."""
     high, low = split(wide)
     return [high, low, high.float().div(LOW).to(E4M3)]
 

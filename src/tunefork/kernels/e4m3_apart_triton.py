@@ -51,7 +51,11 @@ def _quantize_apart(
     number, across = tl.program_id(0), tl.cdiv(features, block_d * steps) + 1
     # 64 bits to the first row, 32 from there: those are in every thread's registers many times.
     above = (number // across * block_s).to(tl.int64)
-    x, inner, codes = x + above * stride_x, inner + above * stride_inner, codes + above * stride_codes
+    x, inner, codes = (
+        x + above * stride_x,
+        inner + above * stride_inner,
+        codes + above * stride_codes,
+    )
     row = tl.arange(0, block_s)
     has_row = row < num_rows - above
     at = row[:, None]
