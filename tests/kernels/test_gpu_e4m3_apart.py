@@ -24,6 +24,7 @@ pytestmark = [
         (1, 16, 1, 16),
         (7, 1040, 448, 64),
         (300, 96, 3, 32),
+        (100, 96, 16, 48),
     ],
 )
 def test_the_kernel_is_the_definition(

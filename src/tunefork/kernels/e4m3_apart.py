@@ -4,13 +4,14 @@
 multiplied apart. Written to memory, x - z V costs three passes over x (a copy, a product that adds
 to it, and the rounding); here x is read once and its codes are written, as if nothing were taken
 out. For that a row's scale must be known before x - z V is. V is orthonormal, so no number of it
-exceeds x's length, and that is at hand where x is made.
+exceeds x's length (but by bf16's rounding of z and V, and what exceeds the scale saturates), and
+that is at hand where x is made.
 
 A length may be sqrt(D) times the largest number. In a floating format that takes no precision until
-numbers fall under 2**-6 of what a code of 1 stands for, e4m3's last power of two. These are off by
-2**-10 each at most, so a row by sqrt(D) 2**-10 / 224 of its length: 2.8e-4 where D is 4,096, 5.2e-4
-where it is 14,336. Beside the 2.6 % of the rest of x that three bits of mantissa take anyway, this
-shows where the rest is under 2 % of x.
+numbers fall under 2**-6 of the scale, e4m3's last power of two. These are off by 2**-10 of it each
+at most, and it is at most a 224th of the length; so a row is off by sqrt(D) 2**-10 / 224 of its
+length: 2.8e-4 where D is 4,096, 5.2e-4 where it is 14,336. Beside the 2.6 % of the rest of x that
+three bits of mantissa take anyway, this shows where the rest is under 2 % of x.
 
 The scale is a power of two, which is as precise. So where sums in another order move numbers of x
 by a bit of bf16, the codes of those move and no others: with a scale of the largest number, or the

@@ -30,21 +30,22 @@ class Tile(NamedTuple):
 
 
 TILE = Tile(rows=128, columns=64, steps=8, warps=8, stages=2)
-"""Compiled for an H200: 80 registers and 56 KiB of shared memory, so that three programs share a
+"""Compiled for an H200: 78 registers and 56 KiB of shared memory, so that three programs share a
 processor; what the cache gives is 1.6 times x."""
-_DELTA = 32
-"""Columns of the delta that are written at once: few, whatever the rank, so that they take no more
-registers than the others."""
+_DELTA = 16
+"""Columns of the delta that are written at once: few, whatever the rank, so that these programs
+need no more registers than the others; 16 more where a rank is odd."""
 _PROGRAMS = 256
 """At least, where there are so many tiles: a GPU's processors are fewer."""
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _quantize_apart(
-    x, stride_x, inner, stride_inner, probe, stride_probe, balance, scale, codes, stride_codes,
-    num_rows, features, rank, count, width,
-    apart: tl.constexpr, block_s: tl.constexpr, block_d: tl.constexpr, steps: tl.constexpr,
-    stages: tl.constexpr, block_r: tl.constexpr,
+    x, stride_x, inner, probe, stride_probe, balance, scale, codes, stride_codes,
+    num_rows, features, width,
+    stride_inner: tl.constexpr, count: tl.constexpr, apart: tl.constexpr,
+    block_m: tl.constexpr, block_s: tl.constexpr, block_d: tl.constexpr,
+    steps: tl.constexpr, stages: tl.constexpr, block_r: tl.constexpr,
     largest_code: tl.constexpr, low_factor: tl.constexpr,
 ):  # fmt: skip
     # One number for both: a grid's second one ends at 65,535.
@@ -60,20 +61,20 @@ def _quantize_apart(
     has_row = row < num_rows - above
     at = row[:, None]
     inverse = (1.0 / tl.load(scale + above + row, mask=has_row, other=1.0))[:, None]
-    first = number % across * (block_d * steps)
-    if first < features:
-        m = tl.arange(0, apart)
-        z = tl.load(
-            inner + at * stride_inner + (rank + m)[None, :], mask=has_row[:, None], other=0.0
-        )
+    # The delta's program is a row's first: it may take longer, and the last would be waited for.
+    first = (number % across - 1) * (block_d * steps)
+    if first >= 0:
+        m = tl.arange(0, block_m)
+        has_m = m < apart
+        z_at = inner + at * stride_inner + (count - apart + m)[None, :]
+        z = tl.load(z_at, mask=has_row[:, None] & has_m[None, :], other=0.0)
         for step in tl.range(steps, num_stages=stages):
             column = first + step * block_d + tl.arange(0, block_d)
             has_column = (column < features)[None, :]
             inside = has_row[:, None] & has_column
             whole = tl.load(x + at * stride_x + column[None, :], mask=inside, other=0.0)
-            v = tl.load(
-                probe + m[:, None] * stride_probe + column[None, :], mask=has_column, other=0.0
-            )
+            v_at = probe + m[:, None] * stride_probe + column[None, :]
+            v = tl.load(v_at, mask=has_m[:, None] & has_column, other=0.0)
             # Summed onto -x, where the product's sums are: x - zV would need it beside them.
             rest = tl.dot(z, v, -whole.to(tl.float32)) * -inverse
             place = at * stride_codes + column[None, :]
@@ -117,6 +118,8 @@ def launch(
 
     `largest_code` and `low_factor` are `e4m3.py`'s LARGEST and LOW.
     """
+    # The kernel takes sizes of `inner` for constants: what they are multiples of says how many
+    # numbers are read at once.
     x, inner, probe = (t if t.stride(1) == 1 else t.contiguous() for t in (x, inner, probe))
     (tokens, features), count = x.shape, inner.shape[1]
     num_rows, steps = triton.cdiv(tokens, tile.rows), tile.steps
@@ -126,7 +129,6 @@ def launch(
         x,
         x.stride(0),
         inner,
-        inner.stride(0),
         probe,
         probe.stride(0),
         balance,
@@ -135,10 +137,11 @@ def launch(
         codes.stride(0),
         tokens,
         features,
-        count - apart,
-        count,
         codes.shape[1] - features,
+        inner.stride(0),
+        count,
         apart,
+        triton.next_power_of_2(apart),
         tile.rows,
         tile.columns,
         steps,

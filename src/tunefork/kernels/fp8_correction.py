@@ -11,10 +11,11 @@ what the filling costs is paid already. Two things go there.
 - **Channels.** What x's own rounding takes from its few largest channels is put beside x as a low
   part, against a copy of their columns of the weight.
 
-Both read x through rows that are appended to A, so they cost no further pass over it. Where a pass
-more is affordable (an NF4 base), the first m directions are taken out of x altogether before it is
-rounded, and multiplied apart, as the delta is: then their part is not lost in x's rounding either.
-Channels are left alone there: what is large of them lies in those directions.
+Both read x through rows that are appended to A, so they cost no further pass over it. Of a base
+that is trained over, the first m directions are taken out of x altogether when it is rounded (in
+the same pass where there are no spare columns, `e4m3_apart.py`), and multiplied apart, as the delta
+is: then their part is not lost in x's rounding either. Channels are left alone there: what is large
+of them lies in those directions.
 
 The input's gradient is not corrected: its rounding turns A's and B's gradients by a cosine of 0.998
 (docs/performance.md).
