@@ -56,6 +56,12 @@ def split(wide: Tensor) -> tuple[Tensor, Tensor]:
     return high, ((wide - high.float()) * LOW).to(E4M3)
 
 
+def left_columns(wide: Tensor) -> list[Tensor]:
+    """The left operand's columns of the delta, in the rows' units: high | low | high / 16."""
+    high, low = split(wide)
+    return [high, low, high.float().div(LOW).to(E4M3)]
+
+
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """`parts` beside each other, as bytes: PyTorch does not concatenate e4m3 everywhere."""
     return torch.cat([part.view(torch.uint8) for part in parts], dim=1)
@@ -97,8 +103,7 @@ def quantize_rows_reference(
         scale_s1 = torch.maximum(scale_s1, row_scale(u_sr))
     columns = [as_codes(part, scale_s1) for part in parts]
     if u_sr is not None:
-        high, low = split(u_sr * scale_s1.reciprocal())
-        columns += [high, low, high.float().div(LOW).to(E4M3)]
+        columns += left_columns(u_sr * scale_s1.reciprocal())
         if filling := width - 3 * u_sr.shape[1]:
             columns.append(u_sr.new_zeros(len(u_sr), filling, dtype=torch.uint8))
     return (joined(columns) if len(columns) > 1 else columns[0]).view(E4M3), scale_s1

@@ -38,7 +38,7 @@ def _store(
 
 
 @triton.jit
-def _saturated(x, most: tl.constexpr):
+def saturated(x, most: tl.constexpr):
     """Within +-most; a NaN, which minimum and maximum would take for a number, stays one."""
     return tl.where(x == x, tl.minimum(tl.maximum(x, -most), most), x)
 
@@ -78,7 +78,7 @@ def _quantize_rows(
         _store(row_codes, x2, inverse, size0 + size1, size2, block2)
     delta = row_codes + (size0 + size1 + size2)
     if rank > 0:
-        v = _saturated(v * inverse, largest_code)
+        v = saturated(v * inverse, largest_code)
         high = v.to(tl.float8e4nv)
         wide = high.to(tl.float32)
         low = ((v - wide) * low_factor).to(tl.float8e4nv)

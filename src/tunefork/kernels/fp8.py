@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from tunefork.kernels.compiled import is_on_gpu
 from tunefork.kernels.e4m3 import LARGEST, joined, quantize_rows
+from tunefork.kernels.e4m3_apart import apart_scale, quantize_apart
 from tunefork.kernels.fp8_weight import Rows, balance_of, diagonal, right_columns, rows_of
 from tunefork.kernels.layout import Layout
 from tunefork.kernels.lora_gradients import lora_gradients
@@ -67,6 +68,22 @@ def _forward_operand(
     if layout.filling:
         columns.append(beside.new_zeros(len(beside), layout.filling, dtype=torch.uint8))
     return rows.codes(joined(columns)), balance
+
+
+def _quantize_input(
+    layout: Layout,
+    x_sd: Tensor,
+    inner_s: Tensor | None,
+    probe_md: Tensor,
+    balance: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(S, D + P) codes and (S, 1) scales. `inner` is what the delta and the directions apart read
+    of x."""
+    if not layout.apart or inner_s is None or balance is None:
+        return quantize_rows([x_sd], None, inner_s, balance, layout.width)
+    scale_s1 = apart_scale(x_sd, inner_s, balance)
+    apart, width = layout.apart, layout.width
+    return quantize_apart(x_sd, inner_s, apart, probe_md, balance, scale_s1, width), scale_s1
 
 
 def _a_beside(
@@ -109,16 +126,12 @@ class _Fp8Lora(torch.autograd.Function):
         weights, lora_b = tensors[:num_weights], tensors[num_weights + 1 :]
         a_rd = tensors[num_weights] if layout.rank else None
         apart_om, probe_md = weights[-2:]
-        rows = rows_of(layout, weights, x_sd.shape[1])
-        whole_sd, inner_s = x_sd, None
+        rows, inner_s = rows_of(layout, weights, x_sd.shape[1]), None
         if layout.width:
-            readers = probe_md if a_rd is None else torch.cat([a_rd, probe_md])
-            inner_s = x_sd @ readers.t()
-            u_sr, along_sm = inner_s[:, : layout.rank], inner_s[:, layout.rank :]
-            if layout.apart:
-                whole_sd = torch.addmm(x_sd, along_sm, probe_md, alpha=-1)
+            inner_s = x_sd @ (probe_md if a_rd is None else torch.cat([a_rd, probe_md])).t()
+            u_sr = inner_s[:, : layout.rank]
         codes_op, balance = _forward_operand(layout, rows, apart_om, lora_b)
-        wide, scale_s1 = quantize_rows([whole_sd], None, inner_s, balance, layout.width)
+        wide, scale_s1 = _quantize_input(layout, x_sd, inner_s, probe_md, balance)
         y_so = scaled_mm(wide, codes_op, scale_s1, rows.scale_1o)
         saved = () if a_rd is None else (x_sd, u_sr, a_rd, *lora_b)
         ctx.save_for_backward(*weights, *saved)
