@@ -6,7 +6,7 @@ M and DATA are those of fp8_gate.py. The inputs of every group of layers (q, k a
 up; down) on examples of the evaluation are kept from a pass of the plain model. Each group's FP8
 product of them, through the kernels that training takes (on a CPU: their definitions), is compared
 with the product of the same frozen weights in float64: as quantised, and corrected for the inputs
-of training examples (`kernels/fp8_correction.py`). The error is the root of the mean over tokens of
+of training examples (`kernels/directions.py`). The error is the root of the mean over tokens of
 |y - exact|^2 / |exact|^2, so that each token counts alike; a row is its mean over the model's
 layers.
 """

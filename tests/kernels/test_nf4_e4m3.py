@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from tunefork.kernels.adamw import mix
-from tunefork.kernels.e4m3 import E4M3, as_codes, joined, row_scale, weight_scales
+from tunefork.kernels.e4m3 import E4M3, joined, row_scale, weight_scales
 from tunefork.kernels.nf4_e4m3 import Nf4Rows, nf4_scales, rounded_at_random
 from tunefork.kernels.quantized import dequantize_nf4_tensors, nf4_tensors, quantize_nf4
 
-SEED = torch.tensor([12345], dtype=torch.int32)
+SEED = torch.tensor([12345, 6, 7, 8], dtype=torch.int32)
 
 
 def _stored(sizes: tuple[int, ...], features_in: int) -> tuple[Tensor, ...]:
@@ -32,10 +32,11 @@ def test_rows_are_the_weight_over_its_scale(features_in: int) -> None:
     rows = _rows(tensors, sizes, features_in)
     scale = weight_scales([row_scale(weight)])
     assert torch.equal(rows.scale_1o.t(), scale)
-    want = as_codes(weight, scale).view(torch.uint8)
-    assert torch.equal(rows.codes().view(torch.uint8), want)
-    turned = rounded_at_random(weight.float() * scale.reciprocal(), SEED)
-    assert torch.equal(rows.codes_turned().view(torch.uint8), turned.view(torch.uint8).t())
+    units = weight.float() * scale.reciprocal()
+    straight, turned = (rounded_at_random(units, SEED[at]).view(torch.uint8) for at in (1, 0))
+    assert torch.equal(rows.codes().view(torch.uint8), straight)
+    assert torch.equal(rows.codes_turned().view(torch.uint8), turned.t())
+    assert 0.1 < float((straight != turned).float().mean()) < 0.5
 
 
 def _neighbours(units: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +55,7 @@ def test_at_random_a_weight_becomes_a_code_beside_it_and_is_their_mean() -> None
     units[0, :3] = torch.tensor([448.0, -448.0, 0.0])
     below, above = _neighbours(units)
     draws = [
-        rounded_at_random(units, mix(torch.tensor([n], dtype=torch.int32))).float()
+        rounded_at_random(units, mix(torch.tensor(n, dtype=torch.int32))).float()
         for n in range(4000)
     ]
     for drawn in draws:
@@ -63,14 +64,14 @@ def test_at_random_a_weight_becomes_a_code_beside_it_and_is_their_mean() -> None
     # A draw has a variance of at most a quarter of the step's square.
     assert ((mean - units).abs() <= 5 * step / 2 / 4000**0.5 + 1e-7).all()
     assert torch.equal(
-        draws[0], rounded_at_random(units, mix(torch.tensor([0], dtype=torch.int32))).float()
+        draws[0], rounded_at_random(units, mix(torch.tensor(0, dtype=torch.int32))).float()
     )
 
 
 def test_weights_are_rounded_independently() -> None:
     """Of one that lies between two codes as many others, rows and columns apart, go up as down."""
     units = torch.full((256, 256), 1.0625)
-    up = (rounded_at_random(units, SEED).float() > 1.1).float()
+    up = (rounded_at_random(units, SEED[0]).float() > 1.1).float()
     assert abs(float(up.mean()) - 0.5) < 0.02
     for shifted in (up.roll(1, 0), up.roll(1, 1), up.roll(2, 1), up.t()):
         assert abs(float((up * shifted).mean()) - 0.25) < 0.02

@@ -56,15 +56,15 @@ def split(wide: Tensor) -> tuple[Tensor, Tensor]:
     return high, ((wide - high.float()) * LOW).to(E4M3)
 
 
+def left_columns(wide: Tensor) -> list[Tensor]:
+    """The left operand's columns of the delta, in the rows' units: high | low | high / 16."""
+    high, low = split(wide)
+    return [high, low, high.float().div(LOW).to(E4M3)]
+
+
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """`parts` beside each other, as bytes: PyTorch does not concatenate e4m3 everywhere."""
     return torch.cat([part.view(torch.uint8) for part in parts], dim=1)
-
-
-def num_directions(spare: int) -> int:
-    """Of the columns that `fp8_correction.py` has, those for directions, which come first; the rest
-    are for channels."""
-    return spare // 2
 
 
 def quantize_rows(
@@ -73,22 +73,17 @@ def quantize_rows(
     u_sr: Tensor | None,
     balance: Tensor | None,
     width: int,
-    read_sc: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Codes [parts * fold | u high | u low | u high / 16 | rest], (S, D + P), and scales (S, 1).
+    """Codes [parts * fold | u high | u low | u high / 16 | zeros], (S, D + P), and scales (S, 1).
 
     `parts` (S, D_i) and u are bf16; u is multiplied by `balance` () first. `fold` is fp32. P is
-    `width` where there is a u or a `read`, else 0. One scale holds for the whole row.
-
-    The rest is what `fp8_correction.py` reads of x, C = P - 3R columns of bf16: of the first
-    `num_directions` the codes, of the others the low part, which is all that matters there. Without
-    it, zeros.
+    `width` where there is a u, else 0. One scale holds for the whole row.
     """
     if is_on_gpu(parts[0]):
         return torch.ops.tunefork.quantize_rows(  # type: ignore[no-any-return]
-            list(parts), fold_1d, u_sr, balance, width, read_sc
+            list(parts), fold_1d, u_sr, balance, width
         )
-    return quantize_rows_reference(parts, fold_1d, u_sr, balance, width, read_sc)
+    return quantize_rows_reference(parts, fold_1d, u_sr, balance, width)
 
 
 def quantize_rows_reference(
@@ -97,7 +92,6 @@ def quantize_rows_reference(
     u_sr: Tensor | None,
     balance: Tensor | None,
     width: int,
-    read_sc: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition of `quantize_rows`."""
     if fold_1d is not None:
@@ -109,14 +103,9 @@ def quantize_rows_reference(
         scale_s1 = torch.maximum(scale_s1, row_scale(u_sr))
     columns = [as_codes(part, scale_s1) for part in parts]
     if u_sr is not None:
-        high, low = split(u_sr * scale_s1.reciprocal())
-        columns += [high, low, high.float().div(LOW).to(E4M3)]
-    if read_sc is not None:
-        count = num_directions(read_sc.shape[1])
-        high, low = split(read_sc.float() * scale_s1.reciprocal())
-        columns += [high[:, :count], low[:, count:]]
-    elif u_sr is not None and (spare := width - 3 * u_sr.shape[1]):
-        columns.append(u_sr.new_zeros(len(u_sr), spare, dtype=torch.uint8))
+        columns += left_columns(u_sr * scale_s1.reciprocal())
+        if filling := width - 3 * u_sr.shape[1]:
+            columns.append(u_sr.new_zeros(len(u_sr), filling, dtype=torch.uint8))
     return (joined(columns) if len(columns) > 1 else columns[0]).view(E4M3), scale_s1
 
 
@@ -127,7 +116,6 @@ def _quantize_rows(
     u: Tensor | None,
     balance: Tensor | None,
     width: int,
-    read: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     from tunefork.kernels.e4m3_triton import launch  # needs Triton, which comes with CUDA
 
@@ -136,9 +124,7 @@ def _quantize_rows(
         fold,
         u,
         balance,
-        read,
-        *_empty(parts, u, width, read),
-        num_directions=0 if read is None else num_directions(read.shape[1]),
+        *_empty(parts, u, width),
         least=LEAST,
         largest_code=LARGEST,
         low_factor=LOW,
@@ -152,16 +138,13 @@ def _(
     u: Tensor | None,
     balance: Tensor | None,
     width: int,
-    read: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return _empty(parts, u, width, read)
+    return _empty(parts, u, width)
 
 
-def _empty(
-    parts: Sequence[Tensor], u: Tensor | None, width: int, read: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _empty(parts: Sequence[Tensor], u: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
     rows, columns = parts[0].shape[0], sum(part.shape[1] for part in parts)
-    columns += 0 if u is None and read is None else width
+    columns += 0 if u is None else width
     return (
         parts[0].new_empty(rows, columns, dtype=E4M3),
         parts[0].new_empty(rows, 1, dtype=torch.float32),

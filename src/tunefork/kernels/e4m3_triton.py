@@ -38,19 +38,18 @@ def _store(
 
 
 @triton.jit
-def _saturated(x, most: tl.constexpr):
+def saturated(x, most: tl.constexpr):
     """Within +-most; a NaN, which minimum and maximum would take for a number, stays one."""
     return tl.where(x == x, tl.minimum(tl.maximum(x, -most), most), x)
 
 
 @triton.jit
 def _quantize_rows(
-    p0, p1, p2, stride0, stride1, stride2, fold, u, stride_u, balance, read, stride_read,
+    p0, p1, p2, stride0, stride1, stride2, fold, u, stride_u, balance,
     codes, scales,
     size0: tl.constexpr, size1: tl.constexpr, size2: tl.constexpr,
     block0: tl.constexpr, block1: tl.constexpr, block2: tl.constexpr,
     rank: tl.constexpr, block_rank: tl.constexpr, width: tl.constexpr, block_width: tl.constexpr,
-    is_read: tl.constexpr, directions: tl.constexpr,
     least: tl.constexpr, largest_code: tl.constexpr, low_factor: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -79,7 +78,7 @@ def _quantize_rows(
         _store(row_codes, x2, inverse, size0 + size1, size2, block2)
     delta = row_codes + (size0 + size1 + size2)
     if rank > 0:
-        v = _saturated(v * inverse, largest_code)
+        v = saturated(v * inverse, largest_code)
         high = v.to(tl.float8e4nv)
         wide = high.to(tl.float32)
         low = ((v - wide) * low_factor).to(tl.float8e4nv)
@@ -90,13 +89,7 @@ def _quantize_rows(
     if width > 3 * rank:
         column = tl.arange(0, block_width)
         inside = column < width - 3 * rank
-        if is_read:
-            r = tl.load(read + row * stride_read + column, mask=inside, other=0.0).to(tl.float32)
-            r = _saturated(r * inverse, largest_code)
-            rest = (r - r.to(tl.float8e4nv).to(tl.float32)) * low_factor
-            rest = tl.where(column < directions, r, rest).to(tl.float8e4nv)
-        else:
-            rest = tl.zeros([block_width], tl.float32).to(tl.float8e4nv)
+        rest = tl.zeros([block_width], tl.float32).to(tl.float8e4nv)
         tl.store(delta + 3 * rank + column, rest, mask=inside)
 
 
@@ -105,19 +98,16 @@ def launch(
     fold: Tensor | None,
     u: Tensor | None,
     balance: Tensor | None,
-    read: Tensor | None,
     codes: Tensor,
     scales: Tensor,
     *,
-    num_directions: int,
     least: float,
     largest_code: float,
     low_factor: float,
 ) -> tuple[Tensor, Tensor]:
     """Fill `codes` (S, D + P) and `scales` (S, 1) as `e4m3.quantize_rows` says, and return them.
 
-    `num_directions` is of the columns of `read`; `least`, `largest_code` and `low_factor` are
-    `e4m3.py`'s LEAST, LARGEST and LOW.
+    `least`, `largest_code` and `low_factor` are `e4m3.py`'s LEAST, LARGEST and LOW.
     """
     if len(parts) > _MOST_PARTS:
         # More layers with one input than any architecture has: side by side they are one part.
@@ -125,8 +115,6 @@ def launch(
     rows = [part if part.stride(1) == 1 else part.contiguous() for part in parts]
     if u is not None and u.stride(1) != 1:
         u = u.contiguous()
-    if read is not None and read.stride(1) != 1:
-        read = read.contiguous()
     sizes = [row.shape[1] for row in rows] + [0] * (_MOST_PARTS - len(rows))
     strides = [row.stride(0) for row in rows] + [0] * (_MOST_PARTS - len(rows))
     pointers = [*rows, *[rows[0]] * (_MOST_PARTS - len(rows))]
@@ -139,8 +127,6 @@ def launch(
         rows[0] if u is None else u,
         0 if u is None else u.stride(0),
         scales if balance is None else balance,
-        rows[0] if read is None else read,
-        0 if read is None else read.stride(0),
         codes,
         scales,
         *sizes,
@@ -149,8 +135,6 @@ def launch(
         triton.next_power_of_2(max(rank, 1)),
         width,
         triton.next_power_of_2(max(width - 3 * rank, 1)),
-        read is not None,
-        num_directions,
         least,
         largest_code,
         low_factor,

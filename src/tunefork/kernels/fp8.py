@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from tunefork.kernels.compiled import is_on_gpu
 from tunefork.kernels.e4m3 import LARGEST, joined, quantize_rows
+from tunefork.kernels.e4m3_apart import apart_scale, quantize_apart
 from tunefork.kernels.fp8_weight import Rows, balance_of, diagonal, right_columns, rows_of
 from tunefork.kernels.layout import Layout
 from tunefork.kernels.lora_gradients import lora_gradients
@@ -53,18 +54,36 @@ def scaled_mm(a_mk: Tensor, b_nk: Tensor, scale_m1: Tensor, scale_1n: Tensor) ->
 
 
 def _forward_operand(
-    layout: Layout, rows: Rows, corrections: Sequence[Tensor], lora_b: Sequence[Tensor]
+    layout: Layout, rows: Rows, apart_om: Tensor, lora_b: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor | None]:
-    """(O, D + P) codes for y, and the balance. `corrections` are the last of `fp8_weights`."""
+    """(O, D + P) codes for y, and the balance."""
     if not layout.width:
         return rows.codes(), None
-    apart_om, rest_oc, _ = corrections
     beside = apart_om.float()
     if layout.rank:
         b_or = diagonal(lora_b, layout) * layout.scale / rows.scale_1o.t()
         beside = torch.cat([b_or, beside], dim=1)
     balance = balance_of(beside)
-    return rows.codes(joined([*right_columns(beside / balance), rest_oc])), balance
+    columns = right_columns(beside / balance)
+    if layout.filling:
+        columns.append(beside.new_zeros(len(beside), layout.filling, dtype=torch.uint8))
+    return rows.codes(joined(columns)), balance
+
+
+def _quantize_input(
+    layout: Layout,
+    x_sd: Tensor,
+    inner_s: Tensor | None,
+    probe_md: Tensor,
+    balance: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(S, D + P) codes and (S, 1) scales. `inner` is what the delta and the directions apart read
+    of x."""
+    if not layout.apart or inner_s is None or balance is None:
+        return quantize_rows([x_sd], None, inner_s, balance, layout.width)
+    scale_s1 = apart_scale(x_sd, inner_s, balance)
+    apart, width = layout.apart, layout.width
+    return quantize_apart(x_sd, inner_s, apart, probe_md, balance, scale_s1, width), scale_s1
 
 
 def _a_beside(
@@ -106,20 +125,13 @@ class _Fp8Lora(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights, lora_b = tensors[:num_weights], tensors[num_weights + 1 :]
         a_rd = tensors[num_weights] if layout.rank else None
-        probe_cd, rows = weights[-1], rows_of(layout, weights, x_sd.shape[1])
-        inner = layout.rank + layout.apart
-        whole_sd, inner_s, rest_sc = x_sd, None, None
-        if inner:
-            readers = probe_cd if a_rd is None else torch.cat([a_rd, probe_cd])
-            read_s = x_sd @ readers.t()
-            inner_s, u_sr = read_s[:, :inner], read_s[:, : layout.rank]
-            if layout.spare:
-                rest_sc = read_s[:, inner:]
-            if layout.apart:
-                along_sm = read_s[:, layout.rank : inner]
-                whole_sd = torch.addmm(x_sd, along_sm, probe_cd[: layout.apart], alpha=-1)
-        codes_op, balance = _forward_operand(layout, rows, weights[-3:], lora_b)
-        wide, scale_s1 = quantize_rows([whole_sd], None, inner_s, balance, layout.width, rest_sc)
+        apart_om, probe_md = weights[-2:]
+        rows, inner_s = rows_of(layout, weights, x_sd.shape[1]), None
+        if layout.width:
+            inner_s = x_sd @ (probe_md if a_rd is None else torch.cat([a_rd, probe_md])).t()
+            u_sr = inner_s[:, : layout.rank]
+        codes_op, balance = _forward_operand(layout, rows, apart_om, lora_b)
+        wide, scale_s1 = _quantize_input(layout, x_sd, inner_s, probe_md, balance)
         y_so = scaled_mm(wide, codes_op, scale_s1, rows.scale_1o)
         saved = () if a_rd is None else (x_sd, u_sr, a_rd, *lora_b)
         ctx.save_for_backward(*weights, *saved)

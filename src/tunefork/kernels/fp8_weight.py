@@ -1,9 +1,8 @@
 """A frozen weight for FP8 products: how it is kept, and its e4m3 form when it is multiplied.
 
-It is made anew for each product, of what is kept of it: NF4's four bits, rounded to nearest for y
-and at random for the input's gradient (`nf4_e4m3.py`), or ten bits, drawn for both (`e4m5.py`). A
-server's codes are multiplied as they lie (`KeptRows`). Beside them come the delta's columns, and
-what `fp8_correction.py` has for them. What the product does with that is in `fp8.py`; the shape
+It is drawn anew for each product, of what is kept of it: NF4's four bits (`nf4_e4m3.py`), or ten
+(`e4m5.py`). A server's codes are multiplied as they lie (`KeptRows`). Beside them come the delta's
+columns, and those of `directions.py`. What the product does with that is in `fp8.py`; the shape
 legend too.
 """
 
@@ -14,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tunefork.kernels.directions import along, main_directions
 from tunefork.kernels.e4m3 import (
     E4M3,
     LARGEST,
@@ -25,7 +25,6 @@ from tunefork.kernels.e4m3 import (
     weight_scales,
 )
 from tunefork.kernels.e4m5 import DrawnRows, e4m5_dense, e4m5_weight
-from tunefork.kernels.fp8_correction import correction
 from tunefork.kernels.layout import Layout
 from tunefork.kernels.nf4_e4m3 import Nf4Rows, nf4_scales
 from tunefork.kernels.quantized import dequantize_nf4_tensors
@@ -69,8 +68,7 @@ class KeptRows:
 @torch.no_grad()
 def fp8_weights(tensors: Sequence[Tensor], layout: Layout, features_in: int) -> tuple[Tensor, ...]:
     """What is kept of frozen weights: `num_kept` tensors of `layout`'s storage, scales and their
-    inverse (2, O), a seed, and of a `Correction` that corrects nothing the directions apart, the
-    columns' bytes, and the probe.
+    inverse (2, O), a seed, and W V and V^T of `directions.py`, zeros until `set_apart`.
 
     `tensors` are the `nf4_tensors` of each layer, or its weight (O_i, D).
     """
@@ -96,8 +94,7 @@ def fp8_weights(tensors: Sequence[Tensor], layout: Layout, features_in: int) -> 
         scales_2o,
         torch.zeros(4, dtype=torch.int32, device=device),
         torch.zeros(rows, layout.apart, dtype=torch.bfloat16, device=device),
-        torch.zeros(rows, layout.filling, dtype=torch.uint8, device=device),
-        torch.zeros(layout.apart + layout.spare, features_in, dtype=torch.bfloat16, device=device),
+        torch.zeros(layout.apart, features_in, dtype=torch.bfloat16, device=device),
     )
 
 
@@ -138,18 +135,15 @@ def dense(
 
 
 @torch.no_grad()
-def correct(x_sd: Tensor, weights: Sequence[Tensor], layout: Layout) -> None:
-    """Fill the last of `fp8_weights` for inputs like `x_sd`."""
-    size, count = x_sd.shape[1], len(layout.sizes)
-    # Layer by layer: the fp32 form of a group is sixteen times what NF4 keeps of it.
-    each = (dense(layout, weights, size, torch.bfloat16, at, at + 1) for at in range(count))
-    rows = rows_of(layout, weights, size)
-    codes_od = rows.codes() if layout.spare else None
-    found = correction(x_sd, each, codes_od, rows.scale_1o.t(), layout.spare, layout.apart)
-    apart_om, columns_oc, probe_cd = weights[-3:]
-    apart_om.copy_(found.apart_om)
-    columns_oc[:, : layout.spare] = found.columns_oc.view(torch.uint8)
-    probe_cd.copy_(found.probe_cd)
+def set_apart(x_sd: Tensor, weights: Sequence[Tensor], layout: Layout) -> None:
+    """Have `fp8_weights` multiply the main directions of inputs like `x_sd` apart."""
+    probe_md = main_directions(x_sd, layout.apart).t().bfloat16()
+    scales_o1 = rows_of(layout, weights, x_sd.shape[1]).scale_1o.t()
+    apart_om, kept_md = weights[-2:]
+    kept_md.copy_(probe_md)
+    for at, (first, last) in enumerate(layout.bounds):  # a group's fp32 form is large
+        weight_od = dense(layout, weights, x_sd.shape[1], torch.bfloat16, at, at + 1)
+        apart_om[first:last] = along(weight_od, probe_md, scales_o1[first:last])
 
 
 def balance_of(delta: Tensor) -> Tensor:

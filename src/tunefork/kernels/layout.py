@@ -18,8 +18,6 @@ _STEP = 64
 """The widened part is filled up to a multiple of this. A GEMM on Hopper takes the inner dimension
 in such pieces, and is slower than without the part where it ends inside one (measured on an H200:
 K + 48 costs 13 to 29 %, K + 64 at most 5 %)."""
-_LEAST_SPARE = 16
-"""Columns that `fp8_correction.py` has at least: rank 16 alone leaves it these without more."""
 _APART = 64
 """Directions that are multiplied apart. 16, 32, 48 and 64 leave 1.46, 1.24, 1.14 and 1.08 % of
 error in SmolLM2-135M's products over NF4; 64 cost 128 columns more than 16 do, by
@@ -53,23 +51,16 @@ class Layout(NamedTuple):
     @property
     def width(self) -> int:
         """P, the columns by which an FP8 product is widened for the delta (`kernels/fp8.py`)."""
-        least = 3 * (self.rank + self.apart) + (_LEAST_SPARE if self.storage == "nf4" else 0)
-        return -(-least // _STEP) * _STEP
+        return -(-3 * (self.rank + self.apart) // _STEP) * _STEP
 
     @property
     def filling(self) -> int:
-        """Of the `width`, the columns that all else leaves."""
+        """Of the `width`, the columns that nothing needs."""
         return self.width - 3 * (self.rank + self.apart)
 
     @property
-    def spare(self) -> int:
-        """Of the `filling`, the columns that `kernels/fp8_correction.py` has: what a weight that is
-        drawn anew loses, no column could know."""
-        return self.filling if self.storage == "nf4" else 0
-
-    @property
     def back_width(self) -> int:
-        """P of the product for the input's gradient, which is not corrected."""
+        """P of the product for the input's gradient."""
         return -(-3 * self.rank // _STEP) * _STEP
 
     @property

@@ -6,12 +6,11 @@ parameter, three times a step where layers are recomputed. One kernel (`nf4_e4m3
 half a byte and writes one. What rounds the rows is made once: a block's absolute maximum is one of
 its values, so a row's largest magnitude is the largest of its blocks'.
 
-As it lies, for y, a weight is rounded to the nearest code. Turned, for the input's gradient, it is
-rounded at random, to either code beside it, the nearer one the more often, so that the mean over
-steps is the weight (stochastic rounding: Gupta et al. 2015, https://arxiv.org/abs/1502.02551). The
-nearest code's error would be the same in every step, and what A and B learn of it gathers: trained
-so, SmolLM2-135M ended 0.4 % worse (docs/fp8.md). The weight is made anew each time, so
-drawing costs a few operations on what lies in registers.
+A weight is rounded at random, to either code beside it, the nearer one the more often, so that the
+mean over passes is the weight (stochastic rounding: Gupta et al. 2015,
+https://arxiv.org/abs/1502.02551). The nearest code's error would be the same in every step, and
+what A and B learn of it gathers: trained so, SmolLM2-135M ended 0.4 % worse (docs/fp8.md).
+The weight is made anew each time, so drawing costs a few operations on what lies in registers.
 
 The definition is here, in PyTorch, and runs elsewhere; so it does for rows that are no whole number
 of blocks, where a block lies in two.
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from tunefork.kernels.adamw import mix
 from tunefork.kernels.compiled import is_on_gpu
-from tunefork.kernels.e4m3 import E4M3, LARGEST, LEAST, as_codes, joined, row_scale, weight_scales
+from tunefork.kernels.e4m3 import E4M3, LARGEST, LEAST, joined, row_scale, weight_scales
 from tunefork.kernels.quantized import BLOCK, dequantize_nf4_tensors, nf4_maxima, nf4_values
 
 
@@ -60,7 +59,8 @@ class Nf4Rows:
     scales_2o: Tensor
     """Their `nf4_scales`."""
     seed: Tensor
-    """int32, on the device; its first number is what `codes_turned` draws by."""
+    """(4,) int32, on the device: the first is drawn by for the input's gradient, the second for
+    y."""
     sizes: Sequence[int]
     features_in: int
 
@@ -70,22 +70,24 @@ class Nf4Rows:
         return self.scales_2o[:1]
 
     def codes(self, beside_op: Tensor | None = None) -> Tensor:
-        """(O, D + P) e4m3: weight / scale, and `beside` (O, P), bytes, to its right."""
+        """(O, D + P) e4m3: a draw of weight / scale, and `beside` (O, P), bytes, to its right."""
         if self._has_kernel():
-            return torch.ops.tunefork.nf4_codes(*self._operands(), beside_op)  # type: ignore[no-any-return]
-        codes_od = as_codes(self._weight_od(), self.scale_1o.t())
+            return torch.ops.tunefork.nf4_codes(*self._operands(), self.seed, beside_op)  # type: ignore[no-any-return]
+        codes_od = rounded_at_random(self._units_od(), self.seed[1])
         return codes_od if beside_op is None else joined([codes_od, beside_op]).view(E4M3)
 
     def codes_turned(self, beside_dp: Tensor | None = None) -> Tensor:
-        """(D, O + P) e4m3: weight / scale transposed, rounded at random, and `beside` (D, P)."""
+        """(D, O + P) e4m3: another draw, transposed, and `beside` (D, P)."""
         if self._has_kernel():
             return torch.ops.tunefork.nf4_codes_turned(*self._operands(), self.seed, beside_dp)  # type: ignore[no-any-return]
-        units_od = self._weight_od().float() * self.scale_1o.t().reciprocal()
-        codes_do = rounded_at_random(units_od, self.seed).view(torch.uint8).t().contiguous()
+        codes_od = rounded_at_random(self._units_od(), self.seed[0])
+        codes_do = codes_od.view(torch.uint8).t().contiguous()
         return joined([codes_do, *([] if beside_dp is None else [beside_dp])]).view(E4M3)
 
-    def _weight_od(self) -> Tensor:
-        return dequantize_nf4_tensors(self.tensors, self.sizes, self.features_in, torch.bfloat16)
+    def _units_od(self) -> Tensor:
+        sizes, size = self.sizes, self.features_in
+        weight_od = dequantize_nf4_tensors(self.tensors, sizes, size, torch.bfloat16)
+        return weight_od.float() * self.scale_1o.t().reciprocal()
 
     def _has_kernel(self) -> bool:
         return is_on_gpu(self.scales_2o) and self.features_in % BLOCK == 0
@@ -98,10 +100,10 @@ def rounded_at_random(units_od: Tensor, seed: Tensor) -> Tensor:
     """`units` (O, D), fp32 within +-448, in e4m3: each is the mean of what it may be rounded to.
 
     A magnitude in steps of e4m3, plus a random number below 1, is cut off to a whole number. Two
-    weights share 32 bits, a hash of their place and of the first number of `seed`, int32.
+    weights share 32 bits, a hash of their place and of `seed` () int32.
     """
     place = torch.arange(units_od.numel(), dtype=torch.int32, device=units_od.device)
-    bits = mix(place.view_as(units_od) >> 1 ^ seed.flatten()[0])
+    bits = mix(place.view_as(units_od) >> 1 ^ seed)
     is_second = (place & 1).bool().view_as(units_od)
     noise = (torch.where(is_second, bits >> 16, bits) & 0xFFFF).float() * 2.0**-16
     # 3 bits of mantissa; below 2**-6 the steps are those that e4m3 has there.
@@ -118,12 +120,17 @@ def _values(device: torch.device) -> Tensor:
 
 @torch.library.custom_op("tunefork::nf4_codes", mutates_args=(), device_types="cuda")
 def _codes(
-    tensors: Sequence[Tensor], inverse: Tensor, features_in: int, beside: Tensor | None
+    tensors: Sequence[Tensor],
+    inverse: Tensor,
+    features_in: int,
+    seed: Tensor,
+    beside: Tensor | None,
 ) -> Tensor:
     from tunefork.kernels.nf4_e4m3_triton import launch  # needs Triton, which comes with CUDA
 
     out = _empty(inverse, features_in, beside)
-    launch(tensors, inverse, _values(inverse.device), out, features_in=features_in, block=BLOCK)
+    values = _values(inverse.device)
+    launch(tensors, inverse, values, seed, out, features_in=features_in, block=BLOCK)
     if beside is not None:
         out.view(torch.uint8)[:, features_in:] = beside
     return out
@@ -131,7 +138,11 @@ def _codes(
 
 @_codes.register_fake
 def _(
-    tensors: Sequence[Tensor], inverse: Tensor, features_in: int, beside: Tensor | None
+    tensors: Sequence[Tensor],
+    inverse: Tensor,
+    features_in: int,
+    seed: Tensor,
+    beside: Tensor | None,
 ) -> Tensor:
     return _empty(inverse, features_in, beside)
 

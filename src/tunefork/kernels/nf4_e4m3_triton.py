@@ -51,9 +51,10 @@ def _largest(maxima, place, outer, table, offset, mask, group: tl.constexpr):
     return tl.load(table + code) * unit + tl.load(offset)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def _codes(
-    packed, maxima, outer, table, offset, inverse, values, out, stride, features_in,
+    packed, maxima, outer, table, offset, inverse, values, seed, out, stride, first_row,
+    features_in,
     block: tl.constexpr, group: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * columns
@@ -63,6 +64,9 @@ def _codes(
     place = row * (features_in // block) + pair // (block // 2)
     largest = _largest(maxima, place, outer, table, offset, inside, group)
     first, second = _units(byte, largest, tl.load(inverse + row), values)
+    number = (row + first_row) * (features_in // 2) + pair
+    bits = mix(number.to(tl.uint32) ^ tl.load(seed + 1).to(tl.uint32, bitcast=True))
+    first, second = _at_random(first, bits), _at_random(second, bits >> 16)
     codes = tl.interleave(first, second).to(tl.float8e4nv)
     column = start + tl.arange(0, columns)
     tl.store(out + row * stride + column, codes, mask=column < features_in)
@@ -97,6 +101,7 @@ def launch(
     tensors: Sequence[Tensor],
     inverse_o: Tensor,
     values: Tensor,
+    seed: Tensor,
     out_op: Tensor,
     *,
     features_in: int,
@@ -105,15 +110,15 @@ def launch(
     """Fill the first D columns of `out_op` with the layers of `tensors`, one below the other.
 
     `tensors` are the `quantized.nf4_tensors` of each layer, `values` are NF4's 16, fp32, `inverse`
-    that of the rows' scales. D is a multiple of `block`.
+    that of the rows' scales, `seed` as of `Nf4Rows`. D is a multiple of `block`.
     """
     start = 0
     for own in _by_layer(tensors):
         size = 2 * own[0].numel() // features_in
         grid = (size, triton.cdiv(features_in, _COLUMNS))
         _codes[grid](
-            *own, inverse_o[start:], values, out_op[start:], out_op.stride(0), features_in,
-            block, GROUP, _COLUMNS, num_warps=4, enable_fp_fusion=False,
+            *own, inverse_o[start:], values, seed, out_op[start:], out_op.stride(0), start,
+            features_in, block, GROUP, _COLUMNS, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         start += size
 
@@ -128,7 +133,7 @@ def launch_turned(
     features_in: int,
     block: int,
 ) -> None:
-    """Fill the first O columns of `out_dp` with the same transposed, rounded at random."""
+    """Fill the first O columns of `out_dp` with another draw, transposed."""
     start = 0
     for own in _by_layer(tensors):
         size = 2 * own[0].numel() // features_in

@@ -77,7 +77,7 @@ class FusedGroup(nn.Module):
         self.input: Tensor | None = None
         self.outputs: tuple[Tensor, ...] = ()
         self.is_calibrated = True
-        """False: what `kernels/fp8_correction.py` makes of the next pass's inputs is made first."""
+        """False: the main directions of the next pass's inputs are set apart first."""
 
     def output(self, index: int, x_d: Tensor, *, is_trained: bool) -> Tensor:
         """Member `index`'s y for `x_d`; the first member computes everyone's."""
@@ -96,7 +96,7 @@ class FusedGroup(nn.Module):
             found = self.own_rows.outputs(x_d.reshape(-1, self.features_in))
             return tuple(y.view(*x_d.shape[:-1], y.shape[-1]) for y in found)
         if not self.is_calibrated:
-            self._correct(x_d.reshape(-1, self.features_in))
+            self._set_apart(x_d.reshape(-1, self.features_in))
         lora_a = [member.lora_a for member in self.deltas]
         lora_b = [member.lora_b for member in self.deltas]
         # What is made anew in any case is evaluated as it is served.
@@ -137,8 +137,8 @@ class FusedGroup(nn.Module):
         """As `join_banks`, on a CPU over a dense weight (`own_rows.py`)."""
         self.own_rows = OwnRows([*self.banks.values()], self.weights[0])
 
-    def _correct(self, x_sd: Tensor) -> None:
-        fp8_weight.correct(x_sd, self.weights, self.layout)
+    def _set_apart(self, x_sd: Tensor) -> None:
+        fp8_weight.set_apart(x_sd, self.weights, self.layout)
         self.is_calibrated = True
 
     def draw_by(self, seeds_g4: Tensor, number: int) -> None:
@@ -195,8 +195,8 @@ def fuse(
     its groups does beside the quantised rest. Layers that are trained whole stay as they are. Each
     forward pass of the model takes over A and B as they are then.
 
-    FP8 products are corrected for inputs such as those of `calibration_ids` (rows, length), in a
-    pass of their own; None: not.
+    FP8 products have the main directions of inputs such as those of `calibration_ids` (rows,
+    length) multiplied apart (`kernels/directions.py`), found in a pass of their own; None: none.
 
     Raises ModelError where a layer's size is none that FP8 products take, or where a weight is not
     finite, ValueError for bf16 products of a base kept in e4m5 or e4m3.
@@ -233,7 +233,7 @@ def fuse(
 
 @torch.no_grad()
 def calibrate(model: PreTrainedModel, groups: Sequence[FusedGroup], ids: Tensor) -> None:
-    """Correct each group for the inputs that it is given in a pass over `ids` (rows, length).
+    """Set each group's directions by its inputs in a pass over `ids` (rows, length).
 
     A group sees what those before it leave as they are evaluated.
     """

@@ -33,7 +33,7 @@ from tunefork.train.state import Optimizer
 from tunefork.train.validation import Validation
 
 _CALIBRATION_ROWS, _CALIBRATION_LENGTH = 8, 256
-"""Of the pass whose inputs an FP8 base is corrected for."""
+"""Of the pass whose inputs an FP8 base is made for."""
 
 
 def load_for_training(
@@ -47,7 +47,7 @@ def load_for_training(
 ) -> PreTrainedModel:
     """The recipe's base, built for `method`. Raises ModelError where it cannot be.
 
-    FP8 products are corrected for inputs such as the first of `examples` (`model.fused`).
+    FP8 products are made for inputs such as the first of `examples` (`model.fused`).
     """
 
     def put(model: PreTrainedModel, at: torch.device) -> None:

@@ -1,9 +1,9 @@
-"""Corrected FP8 products on a GPU: what holds on a CPU holds there."""
+"""Directions apart on a GPU: what holds on a CPU holds there."""
 
 import pytest
 import torch
 
-from tests.kernels.test_fp8_correction import check
+from tests.kernels.test_directions import check
 from tunefork.kernels.layout import Storage
 
 pytestmark = [

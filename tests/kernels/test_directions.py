@@ -1,11 +1,11 @@
-"""What the spare columns give back: along the inputs' main directions, of the largest channels."""
+"""Products whose inputs' main directions are multiplied apart."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from tunefork.kernels import fp8, fp8_weight
-from tunefork.kernels.fp8_correction import correction, main_directions
+from tunefork.kernels.directions import along, main_directions
 from tunefork.kernels.layout import Layout, Storage
 from tunefork.kernels.quantized import nf4_tensors, quantize_nf4
 
@@ -39,7 +39,7 @@ def test_products_of_inputs_like_those_are_closer(storage: Storage, rank: int) -
 
 
 def check(storage: Storage, rank: int, device: torch.device) -> None:
-    """A product on `device` before and after it is corrected, against float64."""
+    """A product on `device` with no directions apart, and with them, against float64."""
     weight = _weight().to(device)
     layout = Layout(storage, "fp8", (OUT // 2, OUT // 2), (rank, 0), 2.0)
     generator = torch.Generator().manual_seed(1)
@@ -60,14 +60,14 @@ def check(storage: Storage, rank: int, device: torch.device) -> None:
         return torch.cat(fp8.fp8_lora(x, layout, weights, a, b), dim=1)
 
     before = _error(product(), truth)
-    fp8_weight.correct(like_it, weights, layout)
+    fp8_weight.set_apart(like_it, weights, layout)
     after = _error(product(), truth)
     assert before > 0.012
     # 0.11 of it: what is left is the rounding of the rest of x, and of y to bf16.
     assert after < 0.2 * before
 
 
-def test_the_input_gradient_is_that_of_an_uncorrected_base() -> None:
+def test_the_input_gradient_has_no_directions_apart() -> None:
     layout = Layout("e4m5", "fp8", (OUT,), (0,), 1.0)
     weights = fp8_weight.fp8_weights([_weight()], layout, D)
     x = _inputs(8, seed=3).requires_grad_()
@@ -76,7 +76,7 @@ def test_the_input_gradient_is_that_of_an_uncorrected_base() -> None:
     for _ in range(2):
         [y] = fp8.fp8_lora(x, layout, weights, [], [])
         gradients += torch.autograd.grad(y, x, upstream)
-        fp8_weight.correct(x.detach(), weights, layout)
+        fp8_weight.set_apart(x.detach(), weights, layout)
     assert torch.equal(*gradients)
 
 
@@ -95,19 +95,24 @@ def test_directions_are_the_main_ones_first_and_alike_whatever_a_rows_size() -> 
 def test_what_is_taken_out_along_a_direction_is_given_back_along_the_same() -> None:
     """V is read from x in bf16: W V must be of that V, or each token errs the same way."""
     weight, scale = _weight(), torch.full((OUT, 1), 0.5)
-    found = correction(_inputs(64, 1), [weight], weight.to(torch.float8_e4m3fn), scale, 64, 16)
-    want = weight.float() @ found.probe_cd[:16].t().float() / 0.5
-    assert torch.equal(found.apart_om, want.bfloat16())
+    probe_md = main_directions(_inputs(64, 1), 16).t().bfloat16()
+    want = weight.float() @ probe_md.t().float() / 0.5
+    assert torch.equal(along(weight, probe_md, scale), want.bfloat16())
+    layout = Layout("e4m5", "fp8", (OUT,), (0,), 1.0)
+    weights = fp8_weight.fp8_weights([weight], layout, D)
+    fp8_weight.set_apart(_inputs(64, 1), weights, layout)
+    of_it = fp8_weight.dense(layout, weights, D, torch.float32, 0, 1) @ weights[-1].t().float()
+    torch.testing.assert_close(
+        weights[-2].float() * weights[2][:1].t(), of_it, rtol=0.02, atol=0.02 * float(of_it.std())
+    )
 
 
 @pytest.mark.parametrize("size", [16, 32])
-def test_fewer_inputs_or_rows_than_columns_are_enough(size: int) -> None:
+def test_fewer_inputs_or_rows_than_directions_are_enough(size: int) -> None:
     weight = torch.randn(OUT, size, generator=torch.Generator().manual_seed(0))
-    codes = (weight * 100).to(torch.float8_e4m3fn)
     x = torch.zeros(3, size)
     x[1] = torch.randn(size, generator=torch.Generator().manual_seed(1))
-    for apart in (0, 16):
-        found = correction(x, [weight], codes, torch.full((OUT, 1), 0.01), 64, apart)
-        assert found.columns_oc.shape == (OUT, 64) and found.probe_cd.shape == (apart + 64, size)
-        for tensor in (found.apart_om, found.columns_oc.float(), found.probe_cd):
-            assert bool(tensor.isfinite().all())
+    layout = Layout("e4m5", "fp8", (OUT,), (0,), 1.0)
+    weights = fp8_weight.fp8_weights([weight], layout, size)
+    fp8_weight.set_apart(x, weights, layout)
+    assert all(bool(tensor.isfinite().all()) for tensor in weights[-2:])
