@@ -27,8 +27,8 @@ def has_kernels(tensor: Tensor, rank: int) -> bool:
 def gated_down(gate_sd: Tensor, up_sd: Tensor, a_rd: Tensor) -> tuple[Tensor, Tensor]:
     """h = silu(gate) * up, (S, D), and u = h A^T, (S, R).
 
-    All of one dtype. h is computed in fp32 at least and rounded once, u made of what is rounded, and
-    summed in fp32; the kernels' bits are the same each time.
+    All of one dtype. h is computed in fp32 at least and rounded once; u is made of what is rounded,
+    and summed in fp32. The kernels' bits are the same each time.
     """
     if has_kernels(gate_sd, a_rd.shape[0]):
         h_sd, u_sr = torch.ops.tunefork.gated_down(gate_sd, up_sd, a_rd)

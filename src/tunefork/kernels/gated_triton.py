@@ -230,7 +230,8 @@ def _in_rows(tensor: Tensor) -> Tensor:
 
 def _each(tiles: int, others: int, blocks: Blocks) -> int:
     """Of so many tiles in a row how many are one program's, with `others` such rows."""
-    return triton.cdiv(tiles, min(tiles, triton.cdiv(blocks.programs, others)))
+    programs = min(tiles, -(-blocks.programs // others))
+    return -(-tiles // programs)
 
 
 def _stages(rank: int, blocks: Blocks) -> int:

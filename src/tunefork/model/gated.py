@@ -7,7 +7,6 @@ another forward pass, one for all modules of the class, so that they share one c
 """
 
 import copy
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -36,37 +35,39 @@ class Gated(nn.Module):
 
     def forward(self, x_d: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., D) -> (..., D)"""
-        gate, up, down = (getattr(self, name) for name in self.gated_names)
-        if args or kwargs or not (self.training and has_kernels(x_d, down.lora_a.shape[0])):
-            as_written: Tensor = super().forward(x_d, *args, **kwargs)  # type: ignore[misc]
-            return as_written
-        group, bias_o = down.base.group, down.base.bias
-        gate_d, up_d = gate(x_d), up(x_d)
-        y_d = gated_lora(gate_d, up_d, group.layout, group.weights, down.lora_a, down.lora_b)
-        return y_d if bias_o is None else y_d + bias_o
+        if self.training and not (args or kwargs):
+            gate, up, down = (getattr(self, name) for name in self.gated_names)
+            # After training its layers may have been replaced by others.
+            is_as_found = isinstance(down, LoraLinear) and _group(down) is not None
+            if is_as_found and has_kernels(x_d, down.lora_a.shape[0]):
+                group, bias_o = down.base.group, down.base.bias
+                gate_d, up_d = gate(x_d), up(x_d)
+                a_rd, b_or = down.lora_a, down.lora_b
+                y_d = gated_lora(gate_d, up_d, group.layout, group.weights, a_rd, b_or)
+                return y_d if bias_o is None else y_d + bias_o
+        as_written: Tensor = super().forward(x_d, *args, **kwargs)
+        return as_written
 
 
 def prepare_gated(model: nn.Module) -> list[nn.Module]:
     """Have `model`'s MLPs run so while they are trained, in place; returns those that do."""
-    found = list(_gated(model))
-    for module, names in found:
-        if not isinstance(module, Gated):
+    for module in model.modules():
+        if not isinstance(module, Gated) and (names := _find(module)) is not None:
             module.__class__ = _with_gate(type(module))
             module.gated_names = names  # type: ignore[assignment]
-    return [module for module, _ in found]
+    return [module for module in model.modules() if isinstance(module, Gated)]
 
 
 @cache
-def _with_gate(kind: type[nn.Module]) -> type[nn.Module]:
+def _with_gate(kind: Any) -> Any:
     return type(kind.__name__, (Gated, kind), {"__module__": kind.__module__})
 
 
-def _gated(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, str, str]]]:
-    """Modules, and what their gate, up and down are called."""
-    for module in model.modules():
-        linear = {n: c for n, c in module.named_children() if _group(c) is not None}
-        if len(linear) == 3 and (names := _names(linear)) and _computes(module, names):
-            yield module, names
+def _find(module: nn.Module) -> tuple[str, str, str] | None:
+    """What its gate, up and down are called, of a module that is one."""
+    linear = {n: child for n, child in module.named_children() if _group(child) is not None}
+    names = _names(linear) if len(linear) == 3 else None
+    return names if names is not None and _computes(module, names) else None
 
 
 def _group(module: nn.Module) -> Any:
