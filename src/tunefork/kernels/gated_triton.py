@@ -56,6 +56,13 @@ def _rounded(x):
     )
 
 
+@triton.jit
+def _silu(gate):
+    """sigmoid(gate), and gate times that."""
+    share = 1.0 / (1.0 + tl.exp(-gate))
+    return share, gate * share
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _forward(
     gate, stride_gate, up, stride_up, a, stride_a, h, shares, num_rows, features, columns_each,
@@ -84,7 +91,8 @@ def _forward(
         up_at = up + row[:, None] * stride_up + at[None, :]
         up_so = tl.load(up_at, mask=mask_so, other=0.0).to(tl.float32)
         a_or = tl.load(a + place[None, :] * stride_a + at[:, None], mask=mask_or, other=0.0)
-        h_so = _rounded(gate_so / (1.0 + tl.exp(-gate_so)) * up_so)
+        _, silu_so = _silu(gate_so)
+        h_so = _rounded(silu_so * up_so)
         tl.store(h + row[:, None] * features + at[None, :], h_so, mask=mask_so)
         u_sr = tl.dot(h_so, a_or, u_sr)
     shares += (tl.program_id(0).to(tl.int64) * num_rows + start) * rank
@@ -124,8 +132,7 @@ def _backward(
         dh_so = tl.load(dh_at, mask=mask_so, other=0.0).to(tl.float32)
         du_at = du + row[:, None] * stride_du + place[None, :]
         du_sr = tl.load(du_at, mask=mask_s & mask_r[None, :], other=0.0)
-        share_so = 1.0 / (1.0 + tl.exp(-gate_so))
-        silu_so = gate_so * share_so
+        share_so, silu_so = _silu(gate_so)
         h_so = _rounded(silu_so * up_so)
         dgate_so = dh_so * up_so * (share_so + silu_so * (1.0 - share_so))
         to = row[:, None] * features + at[None, :]

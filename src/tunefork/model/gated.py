@@ -53,7 +53,8 @@ def prepare_gated(model: nn.Module) -> list[nn.Module]:
     """Have `model`'s MLPs run so while they are trained, in place; returns those that do."""
     for module in model.modules():
         if not isinstance(module, Gated) and (names := _find(module)) is not None:
-            module.__class__ = _with_gate(type(module))
+            kind: Any = type(module)
+            module.__class__ = _with_gate(kind)
             module.gated_names = names  # type: ignore[assignment]
     return [module for module in model.modules() if isinstance(module, Gated)]
 
