@@ -6,9 +6,9 @@ lora_gradients   du and dB from one reading of dy, beside two cuBLAS products; d
                  Every call of a CUDA graph reads another dy, a GiB of them: none is in the cache.
 delta_order      a base's product and a delta of rank 16: added to it by `addmm_`, or written first
                  (`lora_deltas`, and by cuBLAS) and the product added to that; replayed in turn
-gated            an MLP's h = silu(gate) * up and u = h A^T; backward the gradients of gate, up and A;
-                 beside the compiler's SwiGLU and a cuBLAS product that reads h once more (backward
-                 an h that was kept); replayed in turn
+gated            an MLP's h = silu(gate) * up and u = h A^T; backward the gradients of gate, up and
+                 A; beside the compiler's SwiGLU and a cuBLAS product that reads h once more
+                 (backward an h that was kept); replayed in turn
 adamw_bf16       the update of all weights of a 1.7B and an 8B model: from the call to the GPU's
                  last kernel, and until the call returns
 adamw_fp32_moments  the same update of bf16 weights with fp32 moments, beside PyTorch's fused AdamW
