@@ -138,11 +138,11 @@ def gated(features: int, rank: int) -> dict[str, Any]:
     du, a = _draw(TOKENS, rank), _draw(rank, features)
     h, _ = forward(gate, up, a)
 
-    @torch.compile
+    @torch.compile(dynamic=False)
     def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         return torch.nn.functional.silu(gate) * up
 
-    @torch.compile
+    @torch.compile(dynamic=False)
     def swiglu_backward(gate: Tensor, up: Tensor, dh: Tensor) -> tuple[Tensor, ...]:
         gate, up, dh = gate.float(), up.float(), dh.float()
         share = torch.sigmoid(gate)

@@ -76,7 +76,7 @@ def gated_lora(
     `weights` are those of `lora_group.lora_group`.
     """
     apply: Callable[..., Tensor] = _GatedLora.apply
-    gate_sd, up_sd = (x.reshape(-1, x.shape[-1]) for x in (gate_d, up_d))
+    gate_sd, up_sd = gate_d.reshape(-1, gate_d.shape[-1]), up_d.reshape(-1, up_d.shape[-1])
     a_rd, b_or = lora_a_rd.to(gate_d.dtype), lora_b_or.to(gate_d.dtype)
     y_so = apply(layout, gate_sd, up_sd, a_rd, b_or, *weights)
     return y_so.view(*gate_d.shape[:-1], y_so.shape[1])

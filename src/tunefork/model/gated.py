@@ -19,6 +19,8 @@ from tunefork.kernels.gated_lora import gated_lora, takes
 from tunefork.model.fused import FusedLinear
 from tunefork.model.linear import LoraLinear
 
+_LEAST_CAPABILITY = (8, 0)
+"""Of a GPU: older ones have no bf16."""
 _TOKENS, _FEATURES, _INNER = 5, 8, 12
 """Of a twin."""
 _SCALES = (1.0, 100.0)
@@ -36,12 +38,14 @@ class Gated(nn.Module):
     def forward(self, x_d: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., D) -> (..., D)"""
         if self.training and not (args or kwargs):
-            gate, up, down = (getattr(self, name) for name in self.gated_names)
+            name_of_gate, name_of_up, name_of_down = self.gated_names
+            down = getattr(self, name_of_down)
             # After training its layers may have been replaced by others.
             is_as_found = isinstance(down, LoraLinear) and _group(down) is not None
             if is_as_found and has_kernels(x_d, down.lora_a.shape[0]):
                 group, bias_o = down.base.group, down.base.bias
-                gate_d, up_d = gate(x_d), up(x_d)
+                gate_d = getattr(self, name_of_gate)(x_d)  # in this order, as in their group
+                up_d = getattr(self, name_of_up)(x_d)
                 a_rd, b_or = down.lora_a, down.lora_b
                 y_d = gated_lora(gate_d, up_d, group.layout, group.weights, a_rd, b_or)
                 return y_d if bias_o is None else y_d + bias_o
@@ -51,6 +55,9 @@ class Gated(nn.Module):
 
 def prepare_gated(model: nn.Module) -> list[nn.Module]:
     """Have `model`'s MLPs run so while they are trained, in place; returns those that do."""
+    device = next(model.parameters()).device
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+        return []
     for module in model.modules():
         if not isinstance(module, Gated) and (names := _find(module)) is not None:
             kind: Any = type(module)
