@@ -6,7 +6,6 @@ from torch import Tensor
 
 from tunefork.kernels import fp8, fp8_weight, reference
 from tunefork.kernels.adamw import mix
-from tunefork.kernels.e4m3 import quantize_rows
 from tunefork.kernels.layout import Layout, Storage
 from tunefork.kernels.quantized import dequantize_nf4, nf4_tensors, quantize_nf4
 
@@ -31,18 +30,14 @@ def _error(actual: Tensor, truth: Tensor) -> float:
 
 
 def _stored(
-    storage: Storage, weight: Tensor, a: Tensor, b: Tensor, scale: float
+    storage: Storage, weight: Tensor, a: Tensor, scale: float
 ) -> tuple[Layout, tuple[Tensor, ...]]:
     layout = Layout(storage, "fp8", (weight.shape[0],), (a.shape[0],), scale)
-    if storage == "nf4":
-        own = nf4_tensors(*quantize_nf4(weight))
-        return layout, fp8_weight.nf4_weights(own, layout, weight.shape[1])
-    quantized = fp8_weight.quantize_weight([weight], layout)
-    fp8_weight.write_delta(quantized, [a], [b], layout)
-    return layout, quantized.tensors()
+    own = nf4_tensors(*quantize_nf4(weight)) if storage == "nf4" else [weight]
+    return layout, fp8_weight.fp8_weights(own, layout, weight.shape[1])
 
 
-@pytest.mark.parametrize("storage", ["fp8_twice", "fp8", "nf4"])
+@pytest.mark.parametrize("storage", ["e4m5", "fp8", "nf4"])
 @pytest.mark.parametrize("size", [0.01, 1.0])
 @pytest.mark.parametrize(
     ("tokens", "d", "o", "r"), [(33, 64, 96, 4), (1, 128, 64, 1), (70, 96, 32, 16)]
@@ -56,7 +51,7 @@ def test_values_and_gradients_are_within_e4m3s_rounding(
     weight = weight * size
     if storage == "nf4":
         weight = dequantize_nf4(*quantize_nf4(weight))
-    layout, weights = _stored(storage, weight, a, b, 2.0)
+    layout, weights = _stored(storage, weight, a, 2.0)
     [actual] = fp8.fp8_lora(x, layout, weights, [a], [b])
     truth_inputs = [t.detach().double().requires_grad_() for t in (x, a, b)]
     truth = reference.lora_linear(
@@ -79,15 +74,11 @@ def test_the_delta_keeps_about_bf16s_precision_at_every_size(size: float) -> Non
     operands = _operands(64, 128, 96, 8)
     x, weight, a, b = operands.values()
     b = b.detach() * (size / 1e-2)
-    layout = Layout("fp8_twice", "fp8", (96,), (8,), 2.0)
-    quantized = fp8_weight.quantize_weight([weight], layout)
-    fp8_weight.write_delta(quantized, [a], [b], layout)
-    # What a delta adds to the product, seen in fp32, for the product's bf16 result hides it.
-    u = (x @ a.bfloat16().t()).detach()
-    none = u.new_zeros(len(u), layout.spare)
-    wide, scale = quantize_rows([x.detach()], None, u, quantized.balance, layout.width, none)
-    beside = wide[:, 128:].float() @ quantized.codes_op[:, 128:].float().t()
-    delta = beside * scale * quantized.scale_1o
+    layout = Layout("e4m5", "fp8", (96,), (8,), 2.0)
+    weights = fp8_weight.fp8_weights([torch.zeros_like(weight)], layout, 128)
+    weights[2].fill_(weight.abs().max() / 448.0)  # the scales that the weight would have
+    # A weight of zeros leaves the delta, which it would hide in the product's bf16 result.
+    [delta] = fp8.fp8_lora(x, layout, weights, [a], [b])
     truth = 2.0 * (x.double() @ a.double().t()) @ b.double().t()
     # 2**-8 for each of two factors, and bf16's rounding of A and u; tiny ones are subnormal.
     assert _error(delta, truth) < (0.02 if size >= 1e-4 else 0.2)
@@ -96,7 +87,7 @@ def test_the_delta_keeps_about_bf16s_precision_at_every_size(size: float) -> Non
 def test_one_rows_outlier_leaves_the_others_alone() -> None:
     operands = _operands(8, 64, 32, 4)
     x, weight, a, b = operands.values()
-    layout, weights = _stored("fp8_twice", weight, a, b, 1.0)
+    layout, weights = _stored("e4m5", weight, a, 1.0)
     [before] = fp8.fp8_lora(x, layout, weights, [a], [b])
     spoilt = x.detach().clone()
     spoilt[3] = float("nan")
@@ -106,7 +97,7 @@ def test_one_rows_outlier_leaves_the_others_alone() -> None:
     assert after[3].isnan().all()
 
 
-@pytest.mark.parametrize("storage", ["fp8_twice", "fp8", "nf4"])
+@pytest.mark.parametrize("storage", ["e4m5", "fp8", "nf4"])
 @pytest.mark.parametrize("zero", ["row", "column"])
 def test_a_row_of_zeros_leaves_the_delta_and_the_other_rows_alone(
     storage: Storage, zero: str
@@ -115,7 +106,7 @@ def test_a_row_of_zeros_leaves_the_delta_and_the_other_rows_alone(
     given = _operands(33, 64, 96, 4)
     weight = given["weight"].clone()
     (weight if zero == "row" else weight.t())[5] = 0
-    layout, weights = _stored(storage, weight, given["a"], given["b"], 2.0)
+    layout, weights = _stored(storage, weight, given["a"], 2.0)
     dense = dequantize_nf4(*quantize_nf4(weight)) if storage == "nf4" else weight
     x, a, b = given["x"], given["a"], given["b"]
     [y] = fp8.fp8_lora(x, layout, weights, [a], [b])
@@ -125,15 +116,17 @@ def test_a_row_of_zeros_leaves_the_delta_and_the_other_rows_alone(
     assert _error(dx, torch.ones_like(y).double() @ whole) < 0.06
 
 
-def test_an_nf4_weight_of_the_backward_product_is_drawn_by_its_seed() -> None:
+@pytest.mark.parametrize("storage", ["e4m5", "nf4"])
+def test_a_weight_of_the_backward_product_is_drawn_by_its_seed(storage: Storage) -> None:
     """Rows of dy with one value each have exact codes, so that dx shows the weights alone."""
     x, weight, a, b = _operands(96, 64, 96, 4).values()
-    layout, weights = _stored("nf4", weight, a, b, 2.0)
-    truth = dequantize_nf4(*quantize_nf4(weight)).double()
+    layout, weights = _stored(storage, weight, a, 2.0)
+    truth = fp8_weight.dense(layout, weights, 64, torch.float32, 0, 1).double()
 
     def drawn(seed: int, power: int = 0) -> Tensor:
         x.grad = None
-        seeded = fp8_weight.with_seed(weights, layout, mix(torch.tensor([seed], dtype=torch.int32)))
+        numbers = torch.tensor([seed, seed + 1000], dtype=torch.int32)
+        seeded = fp8_weight.with_seed(weights, layout, mix(numbers))
         [y] = fp8.fp8_lora(x, layout, seeded, [a], [torch.zeros_like(b)])
         y.backward(torch.eye(96).bfloat16() * 2.0**power)
         assert x.grad is not None

@@ -7,7 +7,7 @@ from torch import Tensor
 from tunefork.kernels import fp8, fp8_weight
 from tunefork.kernels.fp8_correction import correction, main_directions
 from tunefork.kernels.layout import Layout, Storage
-from tunefork.kernels.quantized import dequantize_nf4, nf4_tensors, quantize_nf4
+from tunefork.kernels.quantized import nf4_tensors, quantize_nf4
 
 D, OUT = 256, 96
 
@@ -33,7 +33,7 @@ def _error(actual: Tensor, truth: Tensor) -> float:
 
 
 @pytest.mark.parametrize("rank", [0, 4, 64])
-@pytest.mark.parametrize("storage", ["fp8_twice", "fp8", "nf4"])
+@pytest.mark.parametrize("storage", ["e4m5", "nf4"])
 def test_products_of_inputs_like_those_are_closer(storage: Storage, rank: int) -> None:
     check(storage, rank, torch.device("cpu"))
 
@@ -46,17 +46,11 @@ def check(storage: Storage, rank: int, device: torch.device) -> None:
     a = [(torch.randn(rank, D, generator=generator) * D**-0.5).to(device)] if rank else []
     b = [(torch.randn(OUT // 2, rank, generator=generator) * 0.01).to(device)] if rank else []
     halves = list(weight.split(OUT // 2))
-    quantized = None
+    own = halves
     if storage == "nf4":
-        stored = [quantize_nf4(half) for half in halves]
-        weight = torch.cat([dequantize_nf4(*one) for one in stored])
-        own = [tensor for one in stored for tensor in nf4_tensors(*one)]
-        weights = fp8_weight.nf4_weights(own, layout, D)
-    else:
-        quantized = fp8_weight.quantize_weight(halves, layout)
-        weights = quantized.tensors()
-        if rank:
-            fp8_weight.write_delta(quantized, a, b, layout)
+        own = [tensor for half in halves for tensor in nf4_tensors(*quantize_nf4(half))]
+    weights = fp8_weight.fp8_weights(own, layout, D)
+    weight = fp8_weight.dense(layout, weights, D, torch.float32, 0, 2)
     x, like_it = _inputs(64, seed=3).to(device), _inputs(200, seed=2).to(device)
     truth = x.double() @ weight.double().t()
     if rank:
@@ -66,31 +60,23 @@ def check(storage: Storage, rank: int, device: torch.device) -> None:
         return torch.cat(fp8.fp8_lora(x, layout, weights, a, b), dim=1)
 
     before = _error(product(), truth)
-    if quantized is None:
-        fp8_weight.correct_nf4(like_it, weights, layout)
-    else:
-        fp8_weight.correct(quantized, like_it, halves, layout)
+    fp8_weight.correct(like_it, weights, layout)
     after = _error(product(), truth)
     assert before > 0.012
-    # 0.46 of it, and 0.11 where directions are taken out of x: what is left is the rounding of the
-    # rest of x, and of y to bf16.
-    assert after < (0.2 if storage == "nf4" else 0.5) * before
-    if quantized is not None and rank:  # a later delta leaves the columns alone
-        kept = quantized.codes_op.view(torch.uint8)[:, D + 3 * rank :].clone()
-        fp8_weight.write_delta(quantized, a, [2 * b[0]], layout)
-        assert torch.equal(quantized.codes_op.view(torch.uint8)[:, D + 3 * rank :], kept)
+    # 0.11 of it: what is left is the rounding of the rest of x, and of y to bf16.
+    assert after < 0.2 * before
 
 
 def test_the_input_gradient_is_that_of_an_uncorrected_base() -> None:
-    layout = Layout("fp8_twice", "fp8", (OUT,), (0,), 1.0)
-    quantized = fp8_weight.quantize_weight([_weight()], layout)
+    layout = Layout("e4m5", "fp8", (OUT,), (0,), 1.0)
+    weights = fp8_weight.fp8_weights([_weight()], layout, D)
     x = _inputs(8, seed=3).requires_grad_()
     upstream = torch.randn(8, OUT, generator=torch.Generator().manual_seed(4)).bfloat16()
     gradients = list[Tensor]()
     for _ in range(2):
-        [y] = fp8.fp8_lora(x, layout, quantized.tensors(), [], [])
+        [y] = fp8.fp8_lora(x, layout, weights, [], [])
         gradients += torch.autograd.grad(y, x, upstream)
-        fp8_weight.correct(quantized, x.detach(), [_weight()], layout)
+        fp8_weight.correct(x.detach(), weights, layout)
     assert torch.equal(*gradients)
 
 

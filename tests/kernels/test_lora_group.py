@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tunefork.kernels import fp8_weight, reference
 from tunefork.kernels import lora_group as kernel
-from tunefork.kernels import reference
 from tunefork.kernels.layout import Layout, Storage
 from tunefork.kernels.lora_group import is_widened, lora_group, with_room, write_delta
 from tunefork.kernels.quantized import (
@@ -95,7 +95,7 @@ def test_of_large_4_bit_layers_one_is_dequantised_at_a_time(
         sizes.append(tuple(of))
         return dequantize_nf4_tensors(tensors, of, *more)
 
-    monkeypatch.setattr(kernel, "dequantize_nf4_tensors", noting)
+    monkeypatch.setattr(fp8_weight, "dequantize_nf4_tensors", noting)
     layout = Layout("nf4", "bf16", (64, 48), (4, 0), SCALE)
     quantized = [quantize_nf4(torch.randn(size, 32)) for size in layout.sizes]
     operands: tuple[Tensor, ...] = sum((nf4_tensors(*q) for q in quantized), ())

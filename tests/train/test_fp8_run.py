@@ -27,14 +27,7 @@ def _run(
 ) -> tuple[Any, list[float]]:
     model = tiny_model("llama").bfloat16()
     build(model, method, LORA, seed=0)
-    form = form_of(
-        method,
-        kind="cpu",
-        dtype=torch.bfloat16,
-        wants_fp8=True,
-        is_dora=False,
-        checkpointing="none",
-    )
+    form = form_of(method, kind="cpu", dtype=torch.bfloat16, wants_fp8=True, is_dora=False)
     assert form is not None
     fuse(model, form.storage, form.products, torch.device("cpu"))
     losses: list[float] = []

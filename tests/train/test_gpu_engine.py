@@ -36,8 +36,7 @@ CONFIG = LlamaConfig(
 FORMS: list[tuple[Storage, Products]] = [
     ("bf16", "bf16"),
     ("nf4", "bf16"),
-    ("fp8_twice", "fp8"),
-    ("fp8", "fp8"),
+    ("e4m5", "fp8"),
     ("nf4", "fp8"),
 ]
 

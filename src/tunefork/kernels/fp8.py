@@ -3,9 +3,8 @@
 Weights are e4m3 with one scale an output row (Micikevicius et al. 2022,
 https://arxiv.org/abs/2209.05433); activations and their gradients are quantised row by row on the
 way, so a product is `codes_x @ codes_w^T * scale_x * scale_w`, which a Hopper GPU does at twice
-bf16's rate. The input's gradient needs the weight transposed, which is kept as a second copy or
-made on the way; an NF4 base is turned into e4m3 each time, for the input's gradient by rounding at
-random (`nf4_e4m3.py`).
+bf16's rate. Weights are made e4m3 for each product from what is kept of them (`fp8_weight.py`), as
+they lie for y and transposed for the input's gradient.
 
 The delta rides along. Adding `scale * (x A^T) B^T` to y afterwards reads and writes y once more,
 which for 8B-sized layers costs as much as a quarter of the product itself. Instead the operands are
@@ -29,8 +28,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tunefork.kernels.compiled import is_on_gpu
-from tunefork.kernels.e4m3 import E4M3, LARGEST, joined, quantize_rows
-from tunefork.kernels.fp8_weight import balance_of, diagonal, nf4_rows, right_columns
+from tunefork.kernels.e4m3 import LARGEST, joined, quantize_rows
+from tunefork.kernels.fp8_weight import Rows, balance_of, diagonal, right_columns, rows_of
 from tunefork.kernels.layout import Layout
 from tunefork.kernels.lora_gradients import lora_gradients
 
@@ -54,21 +53,18 @@ def scaled_mm(a_mk: Tensor, b_nk: Tensor, scale_m1: Tensor, scale_1n: Tensor) ->
 
 
 def _forward_operand(
-    layout: Layout, weights: Sequence[Tensor], lora_b: Sequence[Tensor], features_in: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(O, D + P) codes, their (1, O) scale and the balance, for y."""
-    if layout.storage != "nf4":
-        codes_op, scale_1o, balance = weights[:3]
-        return codes_op, scale_1o, balance
-    rows = nf4_rows(layout, weights, features_in)
-    apart_om, rest_oc, _ = weights[-3:]
+    layout: Layout, rows: Rows, corrections: Sequence[Tensor], lora_b: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """(O, D + P) codes for y, and the balance. `corrections` are the last of `fp8_weights`."""
+    if not layout.width:
+        return rows.codes(), None
+    apart_om, rest_oc, _ = corrections
     beside = apart_om.float()
     if layout.rank:
         b_or = diagonal(lora_b, layout) * layout.scale / rows.scale_1o.t()
         beside = torch.cat([b_or, beside], dim=1)
     balance = balance_of(beside)
-    codes_op = rows.codes(joined([*right_columns(beside / balance), rest_oc]))
-    return codes_op, rows.scale_1o, balance
+    return rows.codes(joined([*right_columns(beside / balance), rest_oc])), balance
 
 
 def _a_beside(
@@ -94,22 +90,12 @@ def _input_gradient(
     features_in: int,
 ) -> Tensor:
     """dx = sum of dy_i W_i + du A, (S, D) bf16; A and du are None where no layer has a delta."""
-    if layout.storage == "fp8_twice":
-        wide, scale_s1 = quantize_rows(dys, None, du_sr, weights[6], layout.back_width)
-        return scaled_mm(wide, weights[4], scale_s1, weights[5])
     beside, balance = _a_beside(layout, a_rd, features_in)
-    nf4 = nf4_rows(layout, weights, features_in) if layout.storage == "nf4" else None
+    rows = rows_of(layout, weights, features_in)
     # The scales lie along the dimension that is summed over now: dy takes them.
-    scale_1o = weights[1] if nf4 is None else nf4.scale_1o
-    wide, scale_s1 = quantize_rows(dys, scale_1o, du_sr, balance, layout.back_width)
-    if nf4 is None:
-        codes_op = weights[0]
-        codes_od = codes_op[:, : codes_op.shape[1] - layout.width]
-        turned = codes_od.view(torch.uint8).t().contiguous()
-        codes_dp = joined([turned, *([] if beside is None else [beside])]).view(E4M3)
-    else:
-        codes_dp = nf4.codes_turned(beside)
-    return scaled_mm(wide, codes_dp, scale_s1, scale_1o.new_ones(1, features_in))
+    wide, scale_s1 = quantize_rows(dys, rows.scale_1o, du_sr, balance, layout.back_width)
+    codes_dp = rows.codes_turned(beside)
+    return scaled_mm(wide, codes_dp, scale_s1, scale_s1.new_ones(1, features_in))
 
 
 class _Fp8Lora(torch.autograd.Function):
@@ -120,23 +106,21 @@ class _Fp8Lora(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights, lora_b = tensors[:num_weights], tensors[num_weights + 1 :]
         a_rd = tensors[num_weights] if layout.rank else None
-        probe_cd = weights[-1] if layout.storage == "nf4" else weights[3]
-        readers = probe_cd if a_rd is None else torch.cat([a_rd, probe_cd])
-        read_s, inner = x_sd @ readers.t(), layout.rank + layout.apart
-        u_sr, whole_sd = read_s[:, : layout.rank], x_sd
-        if layout.apart:
-            along_sm = read_s[:, layout.rank : inner]
-            whole_sd = torch.addmm(x_sd, along_sm, probe_cd[: layout.apart], alpha=-1)
-        codes_op, scale_1o, balance = _forward_operand(layout, weights, lora_b, x_sd.shape[1])
-        wide, scale_s1 = quantize_rows(
-            [whole_sd],
-            None,
-            read_s[:, :inner] if inner else None,
-            balance,
-            layout.width,
-            read_s[:, inner:],
-        )
-        y_so = scaled_mm(wide, codes_op, scale_s1, scale_1o)
+        probe_cd, rows = weights[-1], rows_of(layout, weights, x_sd.shape[1])
+        inner = layout.rank + layout.apart
+        whole_sd, inner_s, rest_sc = x_sd, None, None
+        if inner:
+            readers = probe_cd if a_rd is None else torch.cat([a_rd, probe_cd])
+            read_s = x_sd @ readers.t()
+            inner_s, u_sr = read_s[:, :inner], read_s[:, : layout.rank]
+            if layout.spare:
+                rest_sc = read_s[:, inner:]
+            if layout.apart:
+                along_sm = read_s[:, layout.rank : inner]
+                whole_sd = torch.addmm(x_sd, along_sm, probe_cd[: layout.apart], alpha=-1)
+        codes_op, balance = _forward_operand(layout, rows, weights[-3:], lora_b)
+        wide, scale_s1 = quantize_rows([whole_sd], None, inner_s, balance, layout.width, rest_sc)
+        y_so = scaled_mm(wide, codes_op, scale_s1, rows.scale_1o)
         saved = () if a_rd is None else (x_sd, u_sr, a_rd, *lora_b)
         ctx.save_for_backward(*weights, *saved)
         ctx.layout, ctx.num_weights, ctx.features_in = layout, num_weights, x_sd.shape[1]
@@ -167,12 +151,11 @@ def fp8_lora(
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """y_i = W_i x + scale * B_i A_i x of each layer, for frozen W in e4m3 or NF4.
+    """y_i = W_i x + scale * B_i A_i x of each layer, for frozen W.
 
     x_d (..., D) and the results (..., O_i) are bf16. A (R_i, D) and B (O_i, R_i) are those of the
     layers that have a delta, and get gradients in their own dtype. `weights` are those of
-    `Fp8Weight.tensors` (then `write_delta` must have been told of A and B: their values here serve
-    the gradients only), or for storage "nf4" those of `nf4_weights`.
+    `fp8_weights`.
     """
     apply: Callable[..., tuple[Tensor, ...]] = _Fp8Lora.apply
     a_rd = [torch.cat([a.to(x_d.dtype) for a in lora_a])] if lora_a else []

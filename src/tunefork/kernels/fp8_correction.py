@@ -86,7 +86,7 @@ def correction(
 ) -> Correction:
     """For `weights` (O_i, D), whose e4m3 form is `codes_od` * `scale_o1`, and inputs like x.
 
-    `spare` is C, `apart` m. Weights may lie in host memory; each is brought to x's device alone.
+    `spare` is C, `apart` m.
     """
     device, size = x_sd.device, x_sd.shape[1]
     wanted = num_directions(spare)

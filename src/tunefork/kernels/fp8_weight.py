@@ -1,16 +1,19 @@
-"""A frozen weight for FP8 products: its e4m3 form, and what stands beside it for the delta.
+"""A frozen weight for FP8 products: how it is kept, and its e4m3 form when it is multiplied.
 
-What the product does with them is in `fp8.py`; the shape legend too.
+It is made anew for each product, of what is kept of it: NF4's four bits, rounded to nearest for y
+and at random for the input's gradient (`nf4_e4m3.py`), or ten bits, drawn for both (`e4m5.py`). A
+server's codes are multiplied as they lie (`KeptRows`). Beside them come the delta's columns, and
+what `fp8_correction.py` has for them. What the product does with that is in `fp8.py`; the shape
+legend too.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tunefork.kernels.compiled import compiled_on_cuda
 from tunefork.kernels.e4m3 import (
     E4M3,
     LARGEST,
@@ -21,147 +24,133 @@ from tunefork.kernels.e4m3 import (
     split,
     weight_scales,
 )
+from tunefork.kernels.e4m5 import DrawnRows, e4m5_dense, e4m5_weight
 from tunefork.kernels.fp8_correction import correction
 from tunefork.kernels.layout import Layout
 from tunefork.kernels.nf4_e4m3 import Nf4Rows, nf4_scales
 from tunefork.kernels.quantized import dequantize_nf4_tensors
 
 
+class Rows(Protocol):
+    """A weight (O, D) as an operand."""
+
+    @property
+    def scale_1o(self) -> Tensor:
+        """(1, O) fp32"""
+
+    def codes(self, beside_op: Tensor | None = None) -> Tensor:
+        """(O, D + P) e4m3: weight / scale, and `beside` (O, P), bytes, to its right."""
+
+    def codes_turned(self, beside_dp: Tensor | None = None) -> Tensor:
+        """(D, O + P) e4m3: weight / scale transposed, and `beside` (D, P)."""
+
+
 @dataclass(frozen=True, slots=True)
-class Fp8Weight:
-    """A frozen (O, D) weight in e4m3, widened by P columns for a delta."""
+class KeptRows:
+    """Codes that are kept."""
 
-    codes_op: Tensor
-    """(O, D + P): the weight, then what `write_delta` puts there for the forward product."""
-    scale_1o: Tensor
-    balance: Tensor
-    """() fp32, a power of two, at least 1: taken from B and given to u where B would overflow."""
-    probe_cd: Tensor
-    """(C, D) bf16: what reads x for the spare columns (`fp8_correction.py`); zeros until then."""
-    codes_dp: Tensor | None
-    """(D, O + P): the same weight transposed and quantised along its columns, for the input's
-    gradient. None where it is made from the first copy each time."""
-    scale_1d: Tensor | None
-    balance_d: Tensor | None
-    """The same for A and du."""
+    codes_od: Tensor
+    scales_2o: Tensor
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All that there are, in order."""
-        forward = (self.codes_op, self.scale_1o, self.balance, self.probe_cd)
-        kept = (*forward, self.codes_dp, self.scale_1d, self.balance_d)
-        return tuple(tensor for tensor in kept if tensor is not None)
+    @property
+    def scale_1o(self) -> Tensor:
+        return self.scales_2o[:1]
+
+    def codes(self, beside_op: Tensor | None = None) -> Tensor:
+        if beside_op is None:
+            return self.codes_od
+        return joined([self.codes_od, beside_op]).view(E4M3)
+
+    def codes_turned(self, beside_dp: Tensor | None = None) -> Tensor:
+        turned = self.codes_od.view(torch.uint8).t().contiguous()
+        return joined([turned, *([] if beside_dp is None else [beside_dp])]).view(E4M3)
 
 
 @torch.no_grad()
-def quantize_weight(weights: Sequence[Tensor], layout: Layout) -> Fp8Weight:
-    """`weights` (O_i, D), one a layer, in e4m3, with room for their deltas, zero until written."""
+def fp8_weights(tensors: Sequence[Tensor], layout: Layout, features_in: int) -> tuple[Tensor, ...]:
+    """What is kept of frozen weights: `num_kept` tensors of `layout`'s storage, scales and their
+    inverse (2, O), a seed, and of a `Correction` that corrects nothing the directions apart, the
+    columns' bytes, and the probe.
 
-    def widened(parts: Sequence[Tensor], width: int) -> tuple[Tensor, Tensor]:
-        first = parts[0]
-        rows, columns = sum(part.shape[0] for part in parts), first.shape[1]
-        room = torch.zeros(rows, columns + width, dtype=torch.uint8, device=first.device)
-        scale_o1, start = weight_scales([row_scale(part) for part in parts]), 0
-        for part in parts:  # one at a time: the fp32 form of a layer is four times its codes
-            end = start + len(part)
-            codes = as_codes(part, scale_o1[start:end])
-            room[start:end, :columns] = codes.view(torch.uint8)
-            start = end
-        return room.view(E4M3), scale_o1.t().contiguous()
-
-    codes_op, scale_1o = widened(weights, layout.width)
-    balance = torch.ones((), device=codes_op.device)
-    probe_cd = torch.zeros(
-        layout.spare, weights[0].shape[1], dtype=torch.bfloat16, device=codes_op.device
-    )
-    forward = (codes_op, scale_1o, balance, probe_cd)
-    if layout.storage == "fp8":
-        return Fp8Weight(*forward, None, None, None)
-    turned = [torch.cat([w.t() for w in weights], dim=1)]
-    codes_dp, scale_1d = widened(turned, layout.back_width)
-    return Fp8Weight(*forward, codes_dp, scale_1d, balance.clone())
-
-
-@torch.no_grad()
-def correct(weight: Fp8Weight, x_sd: Tensor, weights: Sequence[Tensor], layout: Layout) -> None:
-    """Fill the spare columns for inputs like `x_sd`; `weights` are what was quantised."""
-    size = x_sd.shape[1]
-    found = correction(x_sd, weights, weight.codes_op[:, :size], weight.scale_1o.t(), layout.spare)
-    bytes_op = weight.codes_op.view(torch.uint8)
-    bytes_op[:, size + 3 * layout.rank :] = found.columns_oc.view(torch.uint8)
-    weight.probe_cd.copy_(found.probe_cd)
-
-
-def nf4_weights(tensors: Sequence[Tensor], layout: Layout, features_in: int) -> tuple[Tensor, ...]:
-    """What is kept of an NF4 base: the `nf4_tensors` of each layer, their `nf4_scales`, a seed, and
-    of a `Correction` that corrects nothing the directions apart, the columns' bytes, and the probe.
+    `tensors` are the `nf4_tensors` of each layer, or its weight (O_i, D).
     """
-    rows, device = sum(layout.sizes), tensors[0].device
+    kept: tuple[Tensor, ...]
+    if layout.storage == "nf4":
+        kept, scales_2o = tuple(tensors), nf4_scales(tensors, layout.sizes, features_in)
+    elif layout.storage == "e4m5":
+        *kept_of_it, scales_2o = e4m5_weight(tensors)
+        kept = tuple(kept_of_it)
+    else:
+        scale_o1 = weight_scales([row_scale(weight) for weight in tensors])
+        scales_2o = torch.cat([scale_o1, scale_o1.reciprocal()], dim=1).t().contiguous()
+        scales = torch.split(scale_o1, list(layout.sizes))
+        # One at a time: the fp32 form of a layer is four times its codes.
+        codes = [as_codes(w, own).view(torch.uint8) for w, own in zip(tensors, scales, strict=True)]
+        kept = (torch.cat(codes).view(E4M3),)
+    rows, device = sum(layout.sizes), scales_2o.device
     return (
-        *tensors,
-        nf4_scales(tensors, layout.sizes, features_in),
-        torch.zeros(1, dtype=torch.int32, device=device),
+        *kept,
+        scales_2o,
+        torch.zeros(4, dtype=torch.int32, device=device),
         torch.zeros(rows, layout.apart, dtype=torch.bfloat16, device=device),
-        torch.zeros(rows, layout.spare, dtype=torch.uint8, device=device),
+        torch.zeros(rows, layout.filling, dtype=torch.uint8, device=device),
         torch.zeros(layout.apart + layout.spare, features_in, dtype=torch.bfloat16, device=device),
     )
 
 
+def num_kept(layout: Layout) -> int:
+    """Of the tensors of `fp8_weights`, those that hold the weight."""
+    return {"nf4": 5 * len(layout.sizes), "e4m5": 2, "fp8": 1}[layout.storage]
+
+
+def rows_of(layout: Layout, weights: Sequence[Tensor], features_in: int) -> Rows:
+    """Of `fp8_weights`."""
+    count = num_kept(layout)
+    kept, scales_2o, seed = weights[:count], weights[count], weights[count + 1]
+    if layout.storage == "nf4":
+        return Nf4Rows(kept, scales_2o, seed, layout.sizes, features_in)
+    if layout.storage == "e4m5":
+        return DrawnRows(kept[0], kept[1], scales_2o, seed)
+    return KeptRows(kept[0], scales_2o)
+
+
+def dense(
+    layout: Layout,
+    weights: Sequence[Tensor],
+    features_in: int,
+    dtype: torch.dtype,
+    first: int,
+    last: int,
+) -> Tensor:
+    """The weights of layers `first` to `last` (exclusive), one below the other, in `dtype`; of
+    `fp8_weights`, or of an NF4 base's `nf4_tensors`."""
+    if layout.storage == "nf4":
+        own = weights[5 * first : 5 * last]
+        return dequantize_nf4_tensors(own, layout.sizes[first:last], features_in, dtype)
+    rows = slice(layout.bounds[first][0], layout.bounds[last - 1][1])
+    scale_o = weights[num_kept(layout)][0, rows]
+    if layout.storage == "e4m5":
+        return e4m5_dense(weights[0][rows], weights[1][rows], scale_o, dtype)
+    return (weights[0][rows].float() * scale_o[:, None]).to(dtype)
+
+
 @torch.no_grad()
-def correct_nf4(x_sd: Tensor, weights: Sequence[Tensor], layout: Layout) -> None:
-    """`correct` for an NF4 base, whose e4m3 form is made anew each time: `weights` are those of
-    `nf4_weights`, and the last of them are filled."""
+def correct(x_sd: Tensor, weights: Sequence[Tensor], layout: Layout) -> None:
+    """Fill the last of `fp8_weights` for inputs like `x_sd`."""
     size = x_sd.shape[1]
-    weight_od = dequantize_nf4_tensors(weights, layout.sizes, size, torch.bfloat16)
-    rows = nf4_rows(layout, weights, size)
+    weight_od = dense(layout, weights, size, torch.bfloat16, 0, len(layout.sizes))
+    rows = rows_of(layout, weights, size)
     scale_o1 = rows.scale_1o.t()
     found = correction(x_sd, [weight_od], rows.codes(), scale_o1, layout.spare, layout.apart)
     apart_om, columns_oc, probe_cd = weights[-3:]
     apart_om.copy_(found.apart_om)
-    columns_oc.copy_(found.columns_oc.view(torch.uint8))
+    columns_oc[:, : layout.spare] = found.columns_oc.view(torch.uint8)
     probe_cd.copy_(found.probe_cd)
 
 
-@torch.no_grad()
-def write_delta(
-    weight: Fp8Weight, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], layout: Layout
-) -> None:
-    """Put scale * B beside the weight and A beside its transpose, after each change of theirs.
-
-    `lora_a` (R_i, D) and `lora_b` (O_i, R_i) are those of the layers that have a delta, in order.
-    """
-    found = _b_columns(tuple(lora_b), weight.scale_1o, layout)
-    _put(found, weight.codes_op, weight.balance, layout.width)
-    if weight.codes_dp is not None and weight.scale_1d is not None:
-        found = _a_columns(tuple(lora_a), weight.scale_1d)
-        _put(found, weight.codes_dp, weight.balance_d, layout.back_width)
-
-
-def _put(found: tuple[Tensor, Tensor], codes: Tensor, balance: Any, width: int) -> None:
-    columns, new_balance = found
-    balance.copy_(new_balance)
-    start = codes.shape[1] - width
-    codes.view(torch.uint8)[:, start : start + columns.shape[1]] = columns
-
-
-@compiled_on_cuda(dynamic=False)
-def _b_columns(
-    lora_b: tuple[Tensor, ...], scale_1o: Tensor, layout: Layout
-) -> tuple[Tensor, Tensor]:
-    """The bytes of B's columns (O, 3R), and the balance."""
-    b_or = diagonal(lora_b, layout) * layout.scale / scale_1o.t()
-    balance = balance_of(b_or)
-    return joined(right_columns(b_or / balance)), balance
-
-
-@compiled_on_cuda(dynamic=False)
-def _a_columns(lora_a: tuple[Tensor, ...], scale_1d: Tensor) -> tuple[Tensor, Tensor]:
-    """The bytes of A's columns (D, 3R), and the balance."""
-    a_dr = torch.cat(lora_a).float().t() / scale_1d.t()
-    balance = balance_of(a_dr)
-    return joined(right_columns(a_dr / balance)), balance
-
-
 def balance_of(delta: Tensor) -> Tensor:
+    """() fp32, a power of two, at least 1: taken from a delta and given to u where it would
+    overflow."""
     excess = (delta.abs().amax() / LARGEST).clamp(min=1.0)
     return torch.exp2(torch.ceil(torch.log2(excess)))
 
@@ -186,13 +175,7 @@ def right_columns(wide: Tensor) -> list[Tensor]:
     return [high, high.float().div(LOW).to(E4M3), low]
 
 
-def nf4_rows(layout: Layout, weights: Sequence[Tensor], features_in: int) -> Nf4Rows:
-    """Of `nf4_weights`."""
-    count = 5 * len(layout.sizes)
-    return Nf4Rows(weights[:count], weights[count], weights[count + 1], layout.sizes, features_in)
-
-
 def with_seed(weights: Sequence[Tensor], layout: Layout, seed: Tensor) -> tuple[Tensor, ...]:
-    """`nf4_weights` that are rounded at random by the first number of `seed`, int32."""
-    at = 5 * len(layout.sizes) + 1
+    """`fp8_weights` that are drawn by `seed`, (4,) int32."""
+    at = num_kept(layout) + 1
     return (*weights[:at], seed, *weights[at + 1 :])

@@ -8,8 +8,9 @@ Shape legend: O features out (of all layers), R rank (their sum), P columns of t
 
 from typing import Literal, NamedTuple
 
-Storage = Literal["bf16", "fp8_twice", "fp8", "nf4"]
-"""How the frozen weight is kept: bf16, e4m3 in both directions, e4m3 once, 4-bit NormalFloat."""
+Storage = Literal["bf16", "e4m5", "fp8", "nf4"]
+"""How the frozen weight is kept: bf16, ten bits for e4m3 to be drawn of (`e4m5.py`), e4m3, 4-bit
+NormalFloat."""
 Products = Literal["bf16", "fp8"]
 """What is multiplied: bf16, or e4m3 with bf16 results."""
 
@@ -21,8 +22,9 @@ _LEAST_SPARE = 16
 """Columns that `fp8_correction.py` has at least: rank 16 alone leaves it these without more."""
 _APART = 64
 """Directions that are multiplied apart. 16, 32, 48 and 64 leave 1.46, 1.24, 1.14 and 1.08 % of
-error in SmolLM2-135M's products; 64 cost 128 columns more than 16 do, by
-count 1 % of an 8B model's step. 128 (0.91 %) brought training no nearer to bf16."""
+error in SmolLM2-135M's products over NF4; 64 cost 128 columns more than 16 do, by
+count 1 % of an 8B model's step. 128 (0.91 %) brought training no nearer to bf16; over e4m5, 16 left
+it 0.7 % away, none 1.6 % (docs/performance.md)."""
 
 
 class Layout(NamedTuple):
@@ -44,19 +46,26 @@ class Layout(NamedTuple):
 
     @property
     def apart(self) -> int:
-        """Directions of x that are taken out of it and multiplied apart, as the delta's R are: of
-        an NF4 base, which is dequantised each time, so that one more pass over x is little."""
-        return _APART if self.storage == "nf4" else 0
+        """Directions of x that are taken out of it and multiplied apart, as the delta's R are: of a
+        base that is trained over."""
+        return _APART if self.storage in ("e4m5", "nf4") else 0
 
     @property
     def width(self) -> int:
         """P, the columns by which an FP8 product is widened for the delta (`kernels/fp8.py`)."""
-        return -(-(3 * (self.rank + self.apart) + _LEAST_SPARE) // _STEP) * _STEP
+        least = 3 * (self.rank + self.apart) + (_LEAST_SPARE if self.storage == "nf4" else 0)
+        return -(-least // _STEP) * _STEP
+
+    @property
+    def filling(self) -> int:
+        """Of the `width`, the columns that all else leaves."""
+        return self.width - 3 * (self.rank + self.apart)
 
     @property
     def spare(self) -> int:
-        """Of the `width`, the columns that all else leaves to `kernels/fp8_correction.py`."""
-        return self.width - 3 * (self.rank + self.apart)
+        """Of the `filling`, the columns that `kernels/fp8_correction.py` has: what a weight that is
+        drawn anew loses, no column could know."""
+        return self.filling if self.storage == "nf4" else 0
 
     @property
     def back_width(self) -> int:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tunefork.kernels.fp8_weight import dense
 from tunefork.kernels.layout import Layout
 from tunefork.kernels.lora_deltas import lora_deltas
 from tunefork.kernels.lora_gradients import lora_gradients
-from tunefork.kernels.quantized import dequantize_nf4_tensors
 
 
 @torch.library.custom_op("tunefork::add_product_", mutates_args=("y_mn",))
@@ -43,7 +43,7 @@ def product_onto(y_mn: Tensor | None, a_mk: Tensor, b_kn: Tensor) -> Tensor:
 def is_widened(layout: Layout, features_in: int) -> bool:
     """Whether the product is: where y is more than twice as wide as x."""
     large = sum(layout.sizes) > 2 * features_in
-    return large and layout.storage == "bf16" and layout.rank > 0
+    return large and layout.storage == layout.products == "bf16" and layout.rank > 0
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def _pieces(layout: Layout, features_in: int, dtype: torch.dtype) -> list[tuple[
     """First and last layer (exclusive) of those that are multiplied at one time."""
     count = len(layout.sizes)
     is_large = sum(layout.sizes) * features_in * dtype.itemsize > WHOLE_BYTES
-    if layout.storage == "nf4" and is_large:
+    if layout.storage != "bf16" and is_large:
         return [(at, at + 1) for at in range(count)]
     return [(0, count)]
 
@@ -89,11 +89,9 @@ def dense(
     piece: tuple[int, int],
 ) -> Tensor:
     """The weights of a piece's layers, one below the other."""
-    if layout.storage == "nf4":
-        first, last = piece
-        tensors = weights[5 * first : 5 * last]
-        return dequantize_nf4_tensors(tensors, layout.sizes[first:last], features_in, dtype)
-    return weights[0]
+    if layout.storage == "bf16":
+        return weights[0]
+    return dense(layout, weights, features_in, dtype, *piece)
 
 
 class _LoraGroup(torch.autograd.Function):
@@ -168,7 +166,7 @@ def lora_group(
     x_d (..., D) and the results (..., O_i) have W's dtype. A (R_i, D) and B (O_i, R_i) are those of
     the layers that have a delta, may be fp32, and get gradients in their own dtype. `weights` is
     (W,) of `with_room`, where B must be up to date (`write_delta`), or for storage "nf4" those of
-    `quantized.nf4_tensors`.
+    `quantized.nf4_tensors`, for another those of `fp8_weights`.
     """
     apply: Callable[..., tuple[Tensor, ...]] = _LoraGroup.apply
     a_rd = [torch.cat([a.to(x_d.dtype) for a in lora_a])] if lora_a else []

@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tunefork.kernels import fp8, fp8_weight
 from tunefork.kernels.layout import Layout, Products, Storage
 from tunefork.kernels.lora_group import is_widened, lora_group, with_room, write_delta
-from tunefork.kernels.quantized import dequantize_nf4_tensors, nf4_tensors
+from tunefork.kernels.quantized import nf4_tensors
 from tunefork.model.bank_linear import BankLinear, deltas
 from tunefork.model.fused_checks import check_finite, check_sizes
 from tunefork.model.joint_banks import JointBanks
@@ -60,21 +60,14 @@ class FusedGroup(nn.Module):
             tuple(m.lora_a.shape[0] if m in self.deltas else 0 for m in members),
             self.deltas[0].scale if self.deltas else 1.0,
         )
-        self.fp8: fp8_weight.Fp8Weight | None = None
-        self.originals: list[Tensor] = []
-        """What was quantised, until `calibrate` has corrected for it."""
         if storage == "nf4":
             self.weights = tuple(t for base in bases for t in nf4_tensors(base.codes, base.state))
-            if products == "fp8":
-                self.weights = fp8_weight.nf4_weights(self.weights, self.layout, self.features_in)
         else:
-            self.originals = [base.weight.detach() for base in bases]
-            weights = [weight.to(device) for weight in self.originals]
-            if storage == "bf16":
-                self.weights = (with_room(weights, self.layout),)
-            else:
-                self.fp8 = fp8_weight.quantize_weight(weights, self.layout)
-                self.weights = self.fp8.tensors()
+            self.weights = tuple(base.weight.detach().to(device) for base in bases)
+        if products == "fp8":
+            self.weights = fp8_weight.fp8_weights(self.weights, self.layout, self.features_in)
+        elif storage == "bf16":
+            self.weights = (with_room(self.weights, self.layout),)
         self.seeds_g4: Tensor | None = None
         """Of all groups, where they draw (`draws.py`)."""
         self.joint: JointBanks | None = None
@@ -106,8 +99,8 @@ class FusedGroup(nn.Module):
             self._correct(x_d.reshape(-1, self.features_in))
         lora_a = [member.lora_a for member in self.deltas]
         lora_b = [member.lora_b for member in self.deltas]
-        # NF4 is evaluated as it is served: its operands are made anew in any case.
-        is_fp8 = self.layout.products == "fp8" and (is_trained or self.layout.storage != "nf4")
+        # What is made anew in any case is evaluated as it is served.
+        is_fp8 = self.layout.products == "fp8" and (is_trained or self.layout.storage == "fp8")
         product = fp8.fp8_lora if is_fp8 else lora_group
         outputs: tuple[Tensor, ...] | None = None
         if self.joint is None or not self.joint.features_out:
@@ -145,11 +138,8 @@ class FusedGroup(nn.Module):
         self.own_rows = OwnRows([*self.banks.values()], self.weights[0])
 
     def _correct(self, x_sd: Tensor) -> None:
-        if self.fp8 is not None:
-            fp8_weight.correct(self.fp8, x_sd, self.originals, self.layout)
-        else:
-            fp8_weight.correct_nf4(x_sd, self.weights, self.layout)
-        self.is_calibrated, self.originals = True, []
+        fp8_weight.correct(x_sd, self.weights, self.layout)
+        self.is_calibrated = True
 
     def draw_by(self, seeds_g4: Tensor, number: int) -> None:
         """Round at random by row `number` of `seeds`, which change from step to step."""
@@ -158,25 +148,16 @@ class FusedGroup(nn.Module):
 
     def write_delta(self) -> None:
         """Take over A and B as they are now; due before a forward pass after a change of theirs."""
-        lora_b = [member.lora_b for member in self.deltas]
-        if self.fp8 is not None and self.deltas:
-            lora_a = [member.lora_a for member in self.deltas]
-            fp8_weight.write_delta(self.fp8, lora_a, lora_b, self.layout)
-        elif is_widened(self.layout, self.features_in):
-            write_delta(self.weights[0], lora_b, self.layout)
+        if is_widened(self.layout, self.features_in):
+            write_delta(self.weights[0], [member.lora_b for member in self.deltas], self.layout)
 
     @torch.no_grad()
     def materialize(self, index: int) -> Tensor:
         """Member `index`'s frozen weight, (O_i, D), in bf16 or as it came."""
-        rows = slice(*self.layout.bounds[index])
         if self.layout.storage == "bf16":
-            return self.weights[0][rows, : self.features_in]
-        if self.fp8 is not None:
-            codes_od = self.fp8.codes_op[rows, : self.features_in]
-            return (codes_od.float() * self.fp8.scale_1o.t()[rows]).bfloat16()
-        own = self.weights[5 * index : 5 * index + 5]
-        sizes = self.layout.sizes[index : index + 1]
-        return dequantize_nf4_tensors(own, sizes, self.features_in, torch.bfloat16)
+            return self.weights[0][slice(*self.layout.bounds[index]), : self.features_in]
+        args = self.layout, self.weights, self.features_in, torch.bfloat16
+        return fp8_weight.dense(*args, index, index + 1)
 
 
 class FusedLinear(nn.Module):
@@ -237,10 +218,8 @@ def fuse(
                 setattr(model.get_submodule(parent), name, fused)
         groups.append(group)
         _owner(model, paths[0]).register_forward_pre_hook(partial(_write_delta, group))
-        if products != "fp8" or calibration_ids is None:
-            group.originals = []
     model.to(device)
-    if (storage, products) == ("nf4", "fp8"):
+    if products == "fp8" and storage != "fp8":
         # Of a row the first number is read: the compiler takes operands to be aligned.
         seeds_g4 = torch.zeros(len(groups), 4, dtype=torch.int32, device=device)
         for number, group in enumerate(groups):
@@ -254,7 +233,7 @@ def fuse(
 def calibrate(model: PreTrainedModel, groups: Sequence[FusedGroup], ids: Tensor) -> None:
     """Correct each group for the inputs that it is given in a pass over `ids` (rows, length).
 
-    A group sees what the corrected ones before it leave; over NF4, what bf16 products do.
+    A group sees what bf16 products of those before it leave.
     """
     was_training = model.training
     model.eval()
@@ -262,7 +241,7 @@ def calibrate(model: PreTrainedModel, groups: Sequence[FusedGroup], ids: Tensor)
         group.is_calibrated = False
     model(input_ids=ids, use_cache=False)
     for group in groups:  # one that the pass did not reach stays as it is
-        group.is_calibrated, group.originals = True, []
+        group.is_calibrated = True
     model.train(was_training)
 
 

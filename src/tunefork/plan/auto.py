@@ -50,7 +50,7 @@ def fastest_that_fits(case: Case, shape: Shape) -> Case:
             return tried
         least = tried
         # Where not even the weights fit, what lies between here and the last kind need no tracing.
-        is_hopeless = made.form == kinds[-1].form and not fits_without_passes(tried, shape)
+        is_hopeless = not fits_without_passes(tried, shape)
     return least
 
 

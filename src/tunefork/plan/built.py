@@ -54,8 +54,7 @@ class Build:
     @property
     def modules(self) -> "Build":
         """The same for all builds whose modules are alike, however these run."""
-        twice = self.form is not None and self.form.storage == "fp8_twice"
-        return replace(self, checkpointing="none" if twice else "full", is_compiled=False)
+        return replace(self, checkpointing="full", is_compiled=False)
 
     @property
     def releases(self) -> bool:
@@ -71,7 +70,6 @@ class Build:
             dtype=self.dtype,
             wants_fp8=self.wants_fp8,
             is_dora=self.lora.dora,
-            checkpointing=self.checkpointing,
         )
 
 

@@ -61,7 +61,7 @@ def _further(made: Build) -> Sequence[Checkpointing]:
 
 
 def _gains_by_fp8(case: Case) -> bool:
-    """Whether the base could be kept in e4m3: one byte a weight where layers are run again."""
+    """Whether the base could be kept in ten bits a weight, for FP8 products."""
     made, rates = case.made, case.target.rates
     is_lora = made.method is Method.LORA and made.dtype == torch.bfloat16 and not made.lora.dora
     is_even = case.config.get_text_config().hidden_size % 16 == 0
@@ -79,9 +79,7 @@ def changes(case: Case, *, is_one_pass: bool) -> Iterator[tuple[str, Case]]:
     if _gains_by_fp8(case):
         made = replace(made, wants_fp8=True)
         words.append("train.precision: fp8")
-        # Where no layer is run again its base is kept twice, in as many bytes as in bf16.
-        if made.checkpointing != "none":
-            yield " and ".join(words), replace(case, made=made)
+        yield " and ".join(words), replace(case, made=made)
     for checkpointing in _further(made):
         made = replace(made, checkpointing=checkpointing)
         words = [word for word in words if "checkpointing" not in word]

@@ -66,6 +66,8 @@ class _Recorder(TorchDispatchMode):
         """By identity; the tensor is kept, for no other to have it."""
         self.wholes: dict[int, Tensor] = {}
         """Storage -> the tensor that it was made for."""
+        self.constants: set[int] = set()
+        """Storages of `held` tensors, of which several may be views of one, while none changes."""
 
     def place(self, name: str, tensor: Tensor) -> None:
         """Make `tensor` an input."""
@@ -77,8 +79,10 @@ class _Recorder(TorchDispatchMode):
         """What gives `tensor`; one that was not seen is a constant."""
         if id(tensor) in self.nodes:
             return self.nodes[id(tensor)][1]
-        if tensor.untyped_storage()._cdata in self.wholes:
+        storage = tensor.untyped_storage()._cdata
+        if storage in self.wholes and storage not in self.constants:
             raise UnknownOperationError("a view from before its tensor was changed in place")
+        self.constants.add(storage)
         name = f"_tensor_constant{len(self.held)}"
         self.held[name] = tensor
         node = self.graph.get_attr(name)
@@ -107,6 +111,7 @@ class _Recorder(TorchDispatchMode):
     def _change(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
         """The first argument, changed in place: the tensor that it is a view of is another then."""
         func(*args, **kwargs)
+        self.constants.discard(args[0].untyped_storage()._cdata)
         whole = self.wholes[args[0].untyped_storage()._cdata]
         names = [argument.name for argument in func._schema.arguments[1:]]
         given = dict(zip(names, tree_map_only(Tensor, self.node, args[1:]), strict=True))

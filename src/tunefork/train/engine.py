@@ -16,7 +16,7 @@ from tunefork.model.bank import Bank
 from tunefork.model.device import has_fp8
 from tunefork.model.head import find_head
 from tunefork.model.layers import draws, prepare_layers
-from tunefork.recipe import Checkpointing, Compile, Method, Recipe
+from tunefork.recipe import Compile, Method, Recipe
 from tunefork.train.out_of_memory import Remedies
 from tunefork.train.runner import Runner
 
@@ -63,7 +63,6 @@ def base_form(
         dtype=dtype,
         wants_fp8=wants_fp8,
         is_dora=recipe.lora.dora,
-        checkpointing=recipe.train.checkpointing,
     )
 
 
@@ -74,7 +73,6 @@ def form_of(
     dtype: torch.dtype,
     wants_fp8: bool,
     is_dora: bool,
-    checkpointing: Checkpointing,
 ) -> BaseForm | None:
     """`base_form` on a device of `kind` ("cuda" or "cpu") that can do what is wanted of it."""
     is_full = method is Method.FULL
@@ -83,10 +81,7 @@ def form_of(
     products: Products = "fp8" if wants_fp8 else "bf16"
     if method is Method.QLORA:
         return BaseForm("nf4", products)
-    if not wants_fp8:
-        return BaseForm("bf16", products)
-    # A second copy saves turning the weights in each backward pass, and takes a byte a parameter.
-    return BaseForm("fp8_twice" if checkpointing == "none" else "fp8", products)
+    return BaseForm("e4m5" if wants_fp8 else "bf16", products)
 
 
 def compiles(wanted: Compile, kind: str, num_steps: int) -> bool:

@@ -1,0 +1,89 @@
+"""The kernels of `kernels/e4m5.py`: ten bits drawn as e4m3, as they lie and transposed.
+
+Four codes are a word, and so are the pairs of bits of sixteen weights, four of each quarter of a
+row: a draw takes eight instructions for four weights, and memory does the rest.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tunefork.kernels.adamw_triton import mix
+
+_WORDS = 1024
+"""Of a program, of one quarter of its row."""
+_TILE = (128, 16)
+"""Rows and words of each quarter that a program turns."""
+
+
+@triton.jit
+def _carries(low, bits, part: tl.constexpr):
+    """1 in each byte whose code goes up."""
+    pair = (low >> 2 * part) & 0x03030303
+    drawn = (bits >> 2 * part) & 0x03030303
+    return ((pair + drawn) >> 2) & 0x01010101
+
+
+@triton.jit
+def _codes(high, low, seed, out, stride, words, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    word = tl.program_id(1) * block + tl.arange(0, block)
+    inside = word < words
+    number = (row * words + word).to(tl.uint32)
+    bits = mix(number ^ tl.load(seed + 1).to(tl.uint32, bitcast=True)).to(tl.int32, bitcast=True)
+    pairs = tl.load(low + row * words + word, mask=inside, other=0)
+    for part in tl.static_range(4):
+        place = part * words + word
+        codes = tl.load(high + row * 4 * words + place, mask=inside, other=0)
+        codes += _carries(pairs, bits, part)
+        tl.store(out + row * stride + place, codes, mask=inside)
+
+
+@triton.jit
+def _codes_turned(
+    high, low, seed, out, stride, words, features_out, rows: tl.constexpr, block: tl.constexpr
+):  # fmt: skip
+    row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
+    start = tl.program_id(1) * block
+    word = start + tl.arange(0, block)
+    has_row = row < features_out
+    inside = has_row[:, None] & (word < words)[None, :]
+    number = row[:, None] * words + word[None, :]
+    key = tl.load(seed).to(tl.uint32, bitcast=True)
+    bits = mix(number.to(tl.uint32) ^ key).to(tl.int32, bitcast=True)
+    pairs = tl.load(low + number, mask=inside, other=0)
+    byte = (4 * start + tl.arange(0, 4 * block)).to(tl.int64)
+    kept = (byte < 4 * words)[:, None] & has_row[None, :]
+    for part in tl.static_range(4):
+        place = (row * 4 * words)[:, None] + (part * words + word)[None, :]
+        codes = tl.load(high + place, mask=inside, other=0) + _carries(pairs, bits, part)
+        first, second = codes.to(tl.uint8), (codes >> 8).to(tl.uint8)
+        third, fourth = (codes >> 16).to(tl.uint8), (codes >> 24).to(tl.uint8)
+        turned = tl.trans(tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth)))
+        column = part * 4 * words + byte
+        tl.store(out + column[:, None] * stride + row[None, :], turned, mask=kept)
+
+
+def launch(high_od: Tensor, low_oq: Tensor, seed: Tensor, out_op: Tensor) -> None:
+    """Fill the first D columns of `out_op`, e4m3."""
+    rows, words = high_od.shape[0], high_od.shape[1] // 16
+    block = min(_WORDS, triton.next_power_of_2(words))
+    _codes[rows, triton.cdiv(words, block)](
+        *_as_words(high_od, low_oq), seed, _as_words(out_op)[0], out_op.stride(0) // 4, words,
+        block, num_warps=max(1, min(4, block // 128)),
+    )  # fmt: skip
+
+
+def launch_turned(high_od: Tensor, low_oq: Tensor, seed: Tensor, out_dp: Tensor) -> None:
+    """Fill the first O columns of `out_dp`, e4m3, with the transposed weight."""
+    rows, words = high_od.shape[0], high_od.shape[1] // 16
+    grid = (triton.cdiv(rows, _TILE[0]), triton.cdiv(words, _TILE[1]))
+    _codes_turned[grid](
+        *_as_words(high_od, low_oq), seed, out_dp.view(torch.uint8), out_dp.stride(0), words,
+        rows, *_TILE, num_warps=4,
+    )  # fmt: skip
+
+
+def _as_words(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.view(torch.int32) for tensor in tensors]
