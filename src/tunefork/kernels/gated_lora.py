@@ -18,7 +18,7 @@ from tunefork.kernels.gated import LARGEST_RANK, gated_down, gated_gradients
 from tunefork.kernels.layout import Layout
 from tunefork.kernels.lora_deltas import lora_deltas
 from tunefork.kernels.lora_gradients import lora_gradients
-from tunefork.kernels.lora_group import dense, is_widened, product_onto
+from tunefork.kernels.lora_group import base_of, is_widened, product_onto
 
 
 def takes(layout: Layout, features_in: int) -> bool:
@@ -58,7 +58,7 @@ class _GatedLora(torch.autograd.Function):
 
 def _weight(layout: Layout, weights: Sequence[Tensor], gate_sd: Tensor) -> Tensor:
     """W (O, D)"""
-    return dense(layout, weights, gate_sd.shape[1], gate_sd.dtype, (0, 1))
+    return base_of(layout, weights, gate_sd.shape[1], gate_sd.dtype, (0, 1))
 
 
 def gated_lora(
