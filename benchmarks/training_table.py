@@ -38,16 +38,24 @@ def collect(files: list[Path], name: str) -> Path:
 
 
 def case_rows(name: str, case: Case, by_call: dict[str, dict[str, _Row]]) -> list[_Row]:
-    """Our row with its ratios, the plain path's losses, the peers' rows, all of one call."""
+    """Our row with its ratios, the plain path's losses, the peers' rows, all of one call; or, where
+    a newer one of ours has no peer beside it, that with the ratios of two calls, and the older."""
     calls = [call for call in sorted(by_call) if case.ours in by_call[call]]
     if not calls:
         return []
-    runs = by_call[_best_call(case, calls, by_call)]
+    best, found = _best_call(case, calls, by_call), list[_Row]()
+    runs = by_call[best]
     peers = [_row(name, runs[peer]) for peer in case.peers if peer in runs]
-    ours = _row(name, runs[case.ours])
-    ours["ratios"] = _ratios(ours, peers)
-    ours["asked"] = _asked(ours, case)
-    found = [ours, *peers]
+    newest = next((c for c in reversed(calls) if "error" not in by_call[c][case.ours]), best)
+    for call in dict.fromkeys((newest, best)):
+        ours = _row(name if call == newest else f"{name}_before", by_call[call][case.ours])
+        ours["ratios"] = _ratios(ours, peers)
+        if call != best:
+            ours["ratios_to_call"] = best
+        ours["asked"] = _asked(ours, case)
+        found.append(ours)
+    ours = found[0]
+    found += peers
     plain = runs.get(case.plain) or _newest(case.plain, by_call)
     if plain is not None:
         row = _row(f"{name}_plain_losses", plain)

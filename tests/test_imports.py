@@ -34,6 +34,7 @@ ORDER = [
     "advise",
     "serve",
     "cli",
+    "__main__",
 ]
 ASIDE = {"__init__", "documentation"}
 """The Python API, and what writes the reference pages: nothing of the chain may import them."""

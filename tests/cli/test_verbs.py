@@ -194,7 +194,7 @@ def test_gpu_memory_grows_by_segments_unless_the_user_says_otherwise(
 def test_the_installed_program(tmp_path: Path) -> None:
     """The real entry point in a process of its own: bad input, no traceback, status 2."""
     script = Path(sysconfig.get_path("scripts")) / "tunefork"
-    called = [sys.executable, "-c", "from tunefork.cli.main import main; main()"]
+    called = [sys.executable, "-m", "tunefork"]
     for command in ([str(script)] if script.exists() else called, called):
         done = subprocess.run(
             [*command, "train", "gone.yaml"], capture_output=True, text=True, cwd=tmp_path

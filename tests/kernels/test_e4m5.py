@@ -93,4 +93,7 @@ def test_rows_of_any_size_are_kept(kind: str) -> None:
     high, low, scales = e4m5_weight([weight])
     dense = e4m5_dense(high, low, scales[0], torch.float32)
     assert bool(dense.isfinite().all())
-    assert float((dense[2] - weight[2]).norm()) <= 0.01 * float(weight[2].norm())
+    for found, row in zip(dense, weight, strict=True):
+        # A row of next to nothing has the scale of one 256 times as large.
+        most = 0.01 * float(row.norm()) + 32**0.5 * 2.0**-12 * float(scales[0].min())
+        assert float((found - row).norm()) <= most

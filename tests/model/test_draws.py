@@ -1,4 +1,4 @@
-"""A step over NF4 in FP8 draws its roundings by its number and its group's, and by nothing else."""
+"""A step in FP8 draws its roundings by its number and its group's, and by nothing else."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,6 +11,8 @@ from torch import Tensor
 from tests.model.test_fused_nf4 import fused
 from tests.train.groups import base, member, run
 from tunefork.data.example import Encoded
+from tunefork.kernels.fp8_weight import num_kept
+from tunefork.kernels.layout import Storage
 from tunefork.model.add_bank import add_bank
 from tunefork.model.bank import BankAdapter
 from tunefork.model.build import quantize_nf4
@@ -19,17 +21,19 @@ from tunefork.model.fused import FusedGroup, fuse
 from tunefork.model.head import find_head
 from tunefork.recipe import LoraSection
 from tunefork.train.accumulate import Accumulator
-from tunefork.train.member import MemberFailed
+from tunefork.train.member import Member, MemberFailed
 from tunefork.train.runner import Runner
+from tunefork.train.state import State
 from tunefork.train.together import Group, GroupSettings
 
 
 def _seeds(groups: list[FusedGroup]) -> list[int]:
-    return [int(group.weights[5 * len(group.layout.sizes) + 1][0]) for group in groups]
+    return [int(group.weights[num_kept(group.layout) + 1][0]) for group in groups]
 
 
-def test_each_group_and_each_step_has_its_own() -> None:
-    model, groups = fused("fp8")
+@pytest.mark.parametrize("storage", ["e4m5", "nf4"])
+def test_each_group_and_each_step_has_its_own(storage: Storage) -> None:
+    model, groups = fused("fp8", storage=storage)
     found = []
     for step in (1, 2, 3):
         draw_for(model, step)
@@ -56,9 +60,10 @@ def _gradient(model: Any, step: int, limit: int) -> Tensor:
 
 
 @pytest.mark.parametrize("step", [1, 7])
-def test_how_a_step_is_cut_changes_no_rounding(step: int) -> None:
+@pytest.mark.parametrize("storage", ["e4m5", "nf4"])
+def test_how_a_step_is_cut_changes_no_rounding(step: int, storage: Storage) -> None:
     """Sums alone are taken in another order; another step's roundings are further off."""
-    model, _ = fused("fp8", calibrates=True)
+    model, _ = fused("fp8", calibrates=True, storage=storage)
     whole, cut = _gradient(model, step, limit=128), _gradient(model, step, limit=16)
     other = _gradient(model, step + 1, limit=128)
     assert torch.equal(_gradient(model, step, limit=128), whole)
@@ -66,23 +71,60 @@ def test_how_a_step_is_cut_changes_no_rounding(step: int) -> None:
     assert (other - whole).norm() > 0.02 * whole.norm()
 
 
-def test_a_member_that_diverges_changes_no_bit_of_the_others() -> None:
+@pytest.mark.parametrize("storage", ["e4m5", "nf4"])
+def test_a_member_that_diverges_changes_no_bit_of_the_others(storage: Storage) -> None:
     """The base's roundings are shared; what they are drawn by is not."""
-    groups = []
-    for worst_rate in (1e-3, 1e38):
-        model = base().bfloat16()
-        quantize_nf4(model)
-        bank = add_bank(model, [BankAdapter(LoraSection(rank=4), seed) for seed in range(3)])
-        fuse(model, "nf4", "fp8", torch.device("cpu"))
-        members = [replace(member(at, 4), lora=LoraSection(rank=4)) for at in range(3)]
-        rates = [1e-3, worst_rate, 1e-3, 1e-3]
-        members[1] = replace(members[1], learning_rates=rates)
-        groups.append(Group(bank, members, GroupSettings(4096)))
+    groups = [_group(storage, 3, {1: rate}) for rate in (1e-3, 1e38)]
     told = [run(group) for group in groups]
     assert not any(isinstance(event, MemberFailed) for event in told[0])
     [failed] = [event for event in told[1] if isinstance(event, MemberFailed)]
     assert failed.step == 3
-    for at in (0, 2):
-        one, other = (group.state(members[at].name) for group in groups)
-        for key, value in one.tensors.items():
-            assert key.startswith("random/") or torch.equal(value, other.tensors[key]), key
+    for name in ("m0", "m2"):
+        _assert_same(*(group.state(name) for group in groups))
+
+
+@pytest.mark.parametrize("storage", ["e4m5", "nf4"])
+def test_one_that_joined_later_draws_on_as_before_when_the_first_fails(storage: Storage) -> None:
+    states = []
+    for rate in (1e-3, 1e38):
+        group = _group(storage, 1, {0: rate}, announced=2, steps=8)
+        told = run(group, 1)
+        group.add(_member(1, 8, {}))
+        told += run(group)
+        assert sum(isinstance(event, MemberFailed) for event in told) == (rate > 1)
+        states.append(group.state("m1"))
+    _assert_same(*states)
+
+
+def _member(at: int, steps: int, rates: dict[int, float]) -> Member:
+    """Its second learning rate may be another."""
+    found = replace(member(at, steps), lora=LoraSection(rank=4), name=f"m{at}")
+    each = [1e-3] * steps
+    each[1] = rates.get(at, 1e-3)
+    return replace(found, learning_rates=each)
+
+
+def _group(
+    storage: Storage,
+    count: int,
+    rates: dict[int, float],
+    announced: int | None = None,
+    steps: int = 4,
+) -> Group:
+    model = base().bfloat16()
+    if storage == "nf4":
+        quantize_nf4(model)
+    lora = LoraSection(rank=4)
+    bank = add_bank(
+        model,
+        [BankAdapter(lora, seed) for seed in range(count)],
+        announced=[lora] * (announced or count),
+    )
+    fuse(model, storage, "fp8", torch.device("cpu"))
+    members = [_member(at, steps, rates) for at in range(count)]
+    return Group(bank, members, GroupSettings(4096))
+
+
+def _assert_same(one: State, other: State) -> None:
+    for key, value in one.tensors.items():
+        assert key.startswith("random/") or torch.equal(value, other.tensors[key]), key

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.tiny import tiny_model
-from tunefork.kernels.layout import Products
+from tunefork.kernels.layout import Products, Storage
 from tunefork.model.build import build
 from tunefork.model.fused import FusedGroup, fuse
 from tunefork.model.layers import prepare_layers
@@ -21,15 +21,19 @@ LORA = LoraSection(rank=4)
 
 
 def fused(
-    products: Products, *, calibrates: bool = False, lora: LoraSection = LORA
+    products: Products,
+    *,
+    calibrates: bool = False,
+    lora: LoraSection = LORA,
+    storage: Storage = "nf4",
 ) -> tuple[Any, list[FusedGroup]]:
     model = tiny_model("llama").bfloat16()
-    build(model, Method.QLORA, lora, seed=0)
+    build(model, Method.QLORA if storage == "nf4" else Method.LORA, lora, seed=0)
     torch.manual_seed(1)
     for layer in model.modules():
         if isinstance(layer, LoraLinear):
             torch.nn.init.normal_(layer.lora_b, std=0.05)
-    return model, fuse(model, "nf4", products, CPU, IDS if calibrates else None)
+    return model, fuse(model, storage, products, CPU, IDS if calibrates else None)
 
 
 def _loss(model: Any) -> torch.Tensor:

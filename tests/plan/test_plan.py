@@ -13,6 +13,7 @@ from tunefork.plan.measured import Measurement, correction, recall, remember
 from tunefork.plan.plan import plan_numbers
 from tunefork.plan.schema import MethodPlan, Plan
 from tunefork.recipe import CheckpointingChoice, FullSection, LoraSection, Method
+from tunefork.train import precision
 
 GB = 1e9
 
@@ -124,7 +125,12 @@ def test_shorter_rows_or_one_larger_gpu_are_proposed_where_whole_rows_do_not_fit
 @pytest.mark.parametrize(
     ("gpu", "steps", "num_told"), [("l4", 100, 1), ("l4", 99, 0), ("a10g", 100, 0)]
 )
-def test_a_plan_in_bf16_says_that_auto_will_try_fp8(gpu: str, steps: int, num_told: int) -> None:
+def test_a_plan_in_bf16_says_that_auto_will_try_fp8(
+    gpu: str, steps: int, num_told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pays = [verdict.model_copy(update={"pays": True}) for verdict in precision.verdicts()]
+    lora_pays = tuple(verdict for verdict in pays if verdict.method is Method.LORA)
+    monkeypatch.setattr(precision, "verdicts", lambda: lora_pays)
     plan = plan_numbers(
         model=0.1345e9,
         work=Work(8 * steps, 80 * steps, 80 * steps, 1.0, 10, 8),

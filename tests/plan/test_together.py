@@ -157,7 +157,7 @@ def test_64_adapters_beside_an_8b_base(monkeypatch: pytest.MonkeyPatch) -> None:
     ("adapters", "params", "tensors", "reserved"),
     [(16, 1_258_291_200, 64.96, 67.18), (64, 5_033_164_800, 121.26, 123.25)],
 )
-def test_a_group_takes_what_it_took_on_an_h200(
+def test_a_group_takes_what_it_took_on_an_h200_less_what_its_base_has_shrunk(
     adapters: int, params: int, tensors: float, reserved: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """8,192 tokens, ranks 8 to 64, FP8 base, captured: peak tensors and reserved memory (to which

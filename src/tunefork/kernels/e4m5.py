@@ -2,7 +2,7 @@
 
 FP8's e4m3 has three bits of mantissa. Rounded to the nearest once, a weight errs the same way in
 every step, and what A and B learn of that gathers: SmolLM2-135M fine-tuned so ended 1 to 2 % worse
-(docs/performance.md). Two bits more of mantissa are kept, and every pass rounds them away at
+(docs/fp8.md). Two bits more of mantissa are kept, and every pass rounds them away at
 random, up or down with the probability that keeps the mean (stochastic rounding: Gupta et al. 2015,
 https://arxiv.org/abs/1502.02551): what one step errs, others take back. The forward pass and the
 input's gradient draw apart from each other; a layer that is run again draws what it drew.
@@ -29,6 +29,8 @@ from tunefork.kernels.e4m3 import E4M3, joined, row_scale, weight_scales
 
 _PARTS = 4
 """Quarters of a row, whose two bits share a byte."""
+_AT_A_TIME = 2**24
+"""Weights that are made ten bits."""
 _LARGEST = 126 << 2
 """e4m3's largest magnitude, 448, in ten bits."""
 
@@ -39,8 +41,11 @@ def e4m5_weight(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     scale_o1 = weight_scales([row_scale(weight) for weight in weights])
     scales_2o = torch.cat([scale_o1, scale_o1.reciprocal()], dim=1).t().contiguous()
     inverses = torch.split(scales_2o[1], [len(weight) for weight in weights])
-    # One at a time: the fp32 form of a layer is four times its codes.
-    found = [_ten_bits(weight, own) for weight, own in zip(weights, inverses, strict=True)]
+    found = list[tuple[Tensor, Tensor]]()
+    for weight, own in zip(weights, inverses, strict=True):
+        # Some rows at a time: on the way a weight takes thirty bytes.
+        size = max(1, _AT_A_TIME // weight.shape[1])
+        found += map(_ten_bits, torch.split(weight, size), torch.split(own, size))
     high, low = (torch.cat(parts) for parts in zip(*found, strict=True))
     return high, low, scales_2o
 

@@ -1,35 +1,31 @@
-"""What rounding a frozen weight to e4m3 takes from its products, given back in columns to spare.
+"""Directions of a layer's inputs that an FP8 product multiplies apart, or is mended along.
 
-The forward product of `fp8.py` is widened for the delta, and filled up to a multiple of 64 columns:
-what the filling costs is paid already. Two things go there.
+Inputs of a layer lie mostly along few directions (their mean, massive activations: Sun et al. 2024,
+https://arxiv.org/abs/2402.17762). With V (D, m) an orthonormal basis of those, V^T x is taken out
+of x before it is rounded, and multiplied with W V, as the delta's u is with B, in about bf16's
+precision: neither x's rounding nor the weight's then loses anything of it. (A low-rank correction
+weighted by the activations: Zhang et al. 2024, LQER, https://arxiv.org/abs/2402.02446.)
 
-- **Directions.** Inputs of a layer lie mostly along few directions (their mean, massive
-  activations: Sun et al. 2024, https://arxiv.org/abs/2402.17762). With E = W - rounded W and V
-  (D, n) an orthonormal basis of those, E V stands beside the weight and V^T x beside x, so that
-  along V the product is W's own. (A low-rank correction weighted by the activations: Zhang et al.
-  2024, LQER, https://arxiv.org/abs/2402.02446.)
-- **Channels.** What x's own rounding takes from its few largest channels is put beside x as a low
-  part, against a copy of their columns of the weight.
+An NF4 base's forward weight is rounded to nearest, and its product is filled up to a multiple of 64
+columns: in half of those, E V of n further directions, E = W - rounded W, stands beside the weight
+and V^T x beside x, so that along V the product is W's own. (The other half had the low parts of x's
+largest channels, where directions were not taken apart; it is empty.)
 
-Both read x through rows that are appended to A, so they cost no further pass over it. Where a pass
-more is affordable (an NF4 base), the first m directions are taken out of x altogether before it is
-rounded, and multiplied apart, as the delta is: then their part is not lost in x's rounding either.
-Channels are left alone there: what is large of them lies in those directions.
+All is read through rows that are appended to A, so it costs no further pass over x. The input's
+gradient has none of this: its rounding turns A's and B's gradients by a cosine of 0.999
+(docs/fp8.md).
 
-The input's gradient is not corrected: its rounding turns A's and B's gradients by a cosine of 0.998
-(docs/performance.md).
-
-Shape legend as in `fp8.py`; m directions taken out of x, n further ones, k channels, C = n + k.
+Shape legend as in `fp8.py`; m directions taken out of x, n further ones, C spare columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunefork.kernels.e4m3 import E4M3, LOW, num_directions
+from tunefork.kernels.e4m3 import E4M3, num_directions
 
 _MOST = 224.0
 """Of E V's codes, half of what e4m3 holds: V^T x is kept small in turn, as it has x's scale."""
@@ -45,8 +41,7 @@ class Correction:
     columns_oc: Tensor
     """(O, C) e4m3."""
     probe_cd: Tensor
-    """(m + C, D) bf16: V^T of those, V^T of the n, scaled, and a row with a single one for each
-    channel."""
+    """(m + C, D) bf16: V^T of those, V^T of the n, scaled, and zeros."""
 
 
 def main_directions(x_sd: Tensor, count: int) -> Tensor:
@@ -66,51 +61,39 @@ def main_directions(x_sd: Tensor, count: int) -> Tensor:
     return padded
 
 
-def main_channels(x_sd: Tensor, energy_d: Tensor, count: int) -> Tensor:
-    """(k,): the inputs whose rounding weighs most; `energy_d` are their columns' sums of squares. k
-    is `count`, or D if that is less."""
-    share_sd = x_sd.float() / x_sd.float().norm(dim=1, keepdim=True).clamp(min=1e-30)
-    weighed_d = energy_d * share_sd.square().sum(0)
-    index_k: Tensor = weighed_d.topk(min(count, len(energy_d))).indices
-    return index_k
-
-
 @torch.no_grad()
 def correction(
     x_sd: Tensor,
-    weights: Sequence[Tensor],
-    codes_od: Tensor,
+    weights: Iterable[Tensor],
+    codes_od: Tensor | None,
     scale_o1: Tensor,
     spare: int,
-    apart: int = 0,
+    apart: int,
 ) -> Correction:
     """For `weights` (O_i, D), whose e4m3 form is `codes_od` * `scale_o1`, and inputs like x.
 
-    `spare` is C, `apart` m.
+    `spare` is C, `apart` m; without spare columns there need be no codes.
     """
     device, size = x_sd.device, x_sd.shape[1]
     wanted = num_directions(spare)
     v_dn = main_directions(x_sd, apart + wanted)
     probe = torch.zeros(apart + spare, size, dtype=torch.bfloat16, device=device)
     probe[:apart] = v_dn[:, :apart].t()
-    out_om, lost_on, energy_d, start = [], [], torch.zeros(size, device=device), 0
+    out_om, lost_on, start = [], [], 0
     for part in weights:
         own = part.to(device).float()
         rows = slice(start, start + len(part))
-        lost = own - codes_od[rows].float() * scale_o1[rows]
         # Of V as bf16 holds it: what is taken out of x along it is then given back whole.
-        out_om.append(own @ probe[:apart].t().float() / scale_o1[rows])
-        lost_on.append(lost @ v_dn[:, apart:] / scale_o1[rows])
-        energy_d += own.square().sum(0)
+        out_om.append((own @ probe[:apart].t().float() / scale_o1[rows]).bfloat16())
+        if codes_od is not None:
+            lost = own - codes_od[rows].float() * scale_o1[rows]
+            lost_on.append(lost @ v_dn[:, apart:] / scale_o1[rows])
         start += len(part)
-    beside = torch.cat(lost_on)
-    gain_n = torch.exp2(torch.floor(torch.log2(_MOST / beside.abs().amax(0).clamp(min=1e-30))))
-    columns = torch.zeros(len(codes_od), spare, device=device)
-    columns[:, :wanted] = beside * gain_n
-    probe[apart : apart + wanted] = (v_dn[:, apart:] / gain_n).t()
-    if not apart:
-        index_k = main_channels(x_sd, energy_d, spare - wanted)
-        count = len(index_k)
-        columns[:, wanted : wanted + count] = codes_od.float()[:, index_k] / LOW
-        probe[wanted + torch.arange(count, device=device), index_k] = 1.0
-    return Correction(torch.cat(out_om).bfloat16(), columns.to(E4M3), probe)
+    columns = torch.zeros(start, spare, device=device)
+    if codes_od is not None:
+        beside = torch.cat(lost_on)
+        largest_n = beside.abs().amax(0).clamp(min=1e-30)
+        gain_n = torch.exp2(torch.floor(torch.log2(_MOST / largest_n)))
+        columns[:, :wanted] = beside * gain_n
+        probe[apart : apart + wanted] = (v_dn[:, apart:] / gain_n).t()
+    return Correction(torch.cat(out_om), columns.to(E4M3), probe)

@@ -75,18 +75,21 @@ def fp8_weights(tensors: Sequence[Tensor], layout: Layout, features_in: int) -> 
     `tensors` are the `nf4_tensors` of each layer, or its weight (O_i, D).
     """
     kept: tuple[Tensor, ...]
-    if layout.storage == "nf4":
-        kept, scales_2o = tuple(tensors), nf4_scales(tensors, layout.sizes, features_in)
-    elif layout.storage == "e4m5":
-        *kept_of_it, scales_2o = e4m5_weight(tensors)
-        kept = tuple(kept_of_it)
-    else:
-        scale_o1 = weight_scales([row_scale(weight) for weight in tensors])
-        scales_2o = torch.cat([scale_o1, scale_o1.reciprocal()], dim=1).t().contiguous()
-        scales = torch.split(scale_o1, list(layout.sizes))
-        # One at a time: the fp32 form of a layer is four times its codes.
-        codes = [as_codes(w, own).view(torch.uint8) for w, own in zip(tensors, scales, strict=True)]
-        kept = (torch.cat(codes).view(E4M3),)
+    match layout.storage:
+        case "nf4":
+            kept, scales_2o = tuple(tensors), nf4_scales(tensors, layout.sizes, features_in)
+        case "e4m5":
+            high_od, low_oq, scales_2o = e4m5_weight(tensors)
+            kept = (high_od, low_oq)
+        case "fp8":
+            scale_o1 = weight_scales([row_scale(weight) for weight in tensors])
+            scales_2o = torch.cat([scale_o1, scale_o1.reciprocal()], dim=1).t().contiguous()
+            own = torch.split(scale_o1, list(layout.sizes))
+            # One at a time: the fp32 form of a layer is four times its codes.
+            codes = [as_codes(*both).view(torch.uint8) for both in zip(tensors, own, strict=True)]
+            kept = (torch.cat(codes).view(E4M3),)
+        case _:
+            raise ValueError(f"a base kept in {layout.storage} has no FP8 products")
     rows, device = sum(layout.sizes), scales_2o.device
     return (
         *kept,
@@ -137,11 +140,12 @@ def dense(
 @torch.no_grad()
 def correct(x_sd: Tensor, weights: Sequence[Tensor], layout: Layout) -> None:
     """Fill the last of `fp8_weights` for inputs like `x_sd`."""
-    size = x_sd.shape[1]
-    weight_od = dense(layout, weights, size, torch.bfloat16, 0, len(layout.sizes))
+    size, count = x_sd.shape[1], len(layout.sizes)
+    # Layer by layer: the fp32 form of a group is sixteen times what NF4 keeps of it.
+    each = (dense(layout, weights, size, torch.bfloat16, at, at + 1) for at in range(count))
     rows = rows_of(layout, weights, size)
-    scale_o1 = rows.scale_1o.t()
-    found = correction(x_sd, [weight_od], rows.codes(), scale_o1, layout.spare, layout.apart)
+    codes_od = rows.codes() if layout.spare else None
+    found = correction(x_sd, each, codes_od, rows.scale_1o.t(), layout.spare, layout.apart)
     apart_om, columns_oc, probe_cd = weights[-3:]
     apart_om.copy_(found.apart_om)
     columns_oc[:, : layout.spare] = found.columns_oc.view(torch.uint8)

@@ -24,7 +24,7 @@ _APART = 64
 """Directions that are multiplied apart. 16, 32, 48 and 64 leave 1.46, 1.24, 1.14 and 1.08 % of
 error in SmolLM2-135M's products over NF4; 64 cost 128 columns more than 16 do, by
 count 1 % of an 8B model's step. 128 (0.91 %) brought training no nearer to bf16; over e4m5, 16 left
-it 0.7 % away, none 1.6 % (docs/performance.md)."""
+it 0.7 % away, none 1.6 % (docs/fp8.md)."""
 
 
 class Layout(NamedTuple):

@@ -10,7 +10,7 @@ As it lies, for y, a weight is rounded to the nearest code. Turned, for the inpu
 rounded at random, to either code beside it, the nearer one the more often, so that the mean over
 steps is the weight (stochastic rounding: Gupta et al. 2015, https://arxiv.org/abs/1502.02551). The
 nearest code's error would be the same in every step, and what A and B learn of it gathers: trained
-so, SmolLM2-135M ended 0.4 % worse (docs/performance.md). The weight is made anew each time, so
+so, SmolLM2-135M ended 0.4 % worse (docs/fp8.md). The weight is made anew each time, so
 drawing costs a few operations on what lies in registers.
 
 The definition is here, in PyTorch, and runs elsewhere; so it does for rows that are no whole number

@@ -1,9 +1,11 @@
-"""Which draw of its NF4 weights the backward pass of a step in FP8 takes (`kernels/nf4_e4m3.py`).
+"""Which draws of its weights a step in FP8 takes (`kernels/e4m5.py`, `nf4_e4m3.py`).
 
 Each group of layers has a seed on the device, made of its number and the optimiser step's. So all
-passes of a step draw the same: how it is cut into micro-batches, who shares it, and whether layers
-run again, compiled or captured, changes no rounding; and a step that is taken again, or that
-another process goes on with, draws what it drew.
+passes of a step draw the same: how it is cut into micro-batches, whose tokens share it, and whether
+layers run again, compiled or captured, changes no rounding; and a step that is taken again, or that
+another process goes on with, draws what it drew. Adapters that are trained together draw by the
+steps of those that began first, whether these fail or not: one that joins later has other draws
+than alone.
 """
 
 import torch

@@ -77,7 +77,7 @@ class FusedGroup(nn.Module):
         self.input: Tensor | None = None
         self.outputs: tuple[Tensor, ...] = ()
         self.is_calibrated = True
-        """False: for the inputs of the next pass the spare columns are filled first."""
+        """False: what `kernels/fp8_correction.py` makes of the next pass's inputs is made first."""
 
     def output(self, index: int, x_d: Tensor, *, is_trained: bool) -> Tensor:
         """Member `index`'s y for `x_d`; the first member computes everyone's."""
@@ -199,8 +199,10 @@ def fuse(
     pass of their own; None: not.
 
     Raises ModelError where a layer's size is none that FP8 products take, or where a weight is not
-    finite.
+    finite, ValueError for bf16 products of a base kept in e4m5 or e4m3.
     """
+    if products == "bf16" and storage in ("e4m5", "fp8"):
+        raise ValueError(f"a base kept in {storage} is trained over with FP8 products")
     groups = []
     for paths in find_groups(model):
         members = [model.get_submodule(path) for path in paths]
@@ -233,7 +235,7 @@ def fuse(
 def calibrate(model: PreTrainedModel, groups: Sequence[FusedGroup], ids: Tensor) -> None:
     """Correct each group for the inputs that it is given in a pass over `ids` (rows, length).
 
-    A group sees what bf16 products of those before it leave.
+    A group sees what those before it leave as they are evaluated.
     """
     was_training = model.training
     model.eval()

@@ -59,7 +59,7 @@ class Remedies:
     releases: bool = False
     """Full fine-tuning updates in the backward pass, so that a step is one micro-batch."""
     may_be_fp8: bool = False
-    """LoRA's frozen base could be kept in e4m3, and is not."""
+    """LoRA's frozen base could be kept in ten bits a weight, and is not."""
 
     @classmethod
     def of(cls, recipe: Recipe, method: Method, device: torch.device | None = None) -> "Remedies":
@@ -88,7 +88,7 @@ class Remedies:
         if phase in ("forward", "backward") and self.checkpointing in _LESS:
             return f"train.activation_checkpointing: {_LESS[self.checkpointing]}"
         if self.may_be_fp8 and phase in ("load", "forward", "backward", "optimiser step"):
-            return "train.precision: fp8 (the frozen base takes half the memory)"
+            return "train.precision: fp8 (the frozen base takes two thirds of the memory)"
         if phase in ("forward", "backward") and self.on_gpu and self.checkpointing == "full":
             return "train.activation_checkpointing: offload (what is kept waits in host memory)"
         if phase in ("forward", "backward", "optimiser step") and self.method is Method.FULL:

@@ -138,9 +138,12 @@ class Group:
 
     def _launch(self) -> None:
         chosen: list[Sequence[Encoded]] = [()] * self.bank.num_slots
-        begun = []
+        begun, moved = [], []
         for slot, place in sorted(self.places.items()):
+            before = place.launched
             part = self._next(slot, place)
+            if place.launched > before:
+                moved.append(place.launched)
             if part is not None:
                 chosen[slot] = part.chosen
                 begun.append(part)
@@ -153,7 +156,8 @@ class Group:
             counts_g[part.slot] = part.supervised
         if self.bank.device.type == "cuda":
             counts_g = counts_g.pin_memory()
-        draw_for(self.model, max(part.step for part in begun))  # of those that began first
+        # Of those that began first; a failed one counts on, so that the others draw as with it.
+        draw_for(self.model, max(moved))
         loss_g = self.cut.gradient(chosen, counts_g)
         updates = {p.slot: self.places[p.slot].update(p, self._under_way(p.slot)) for p in begun}
         norm_g = self.optimizer.step(updates, loss_g)
