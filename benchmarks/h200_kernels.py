@@ -6,6 +6,9 @@ lora_gradients   du and dB from one reading of dy, beside two cuBLAS products; d
                  Every call of a CUDA graph reads another dy, a GiB of them: none is in the cache.
 delta_order      a base's product and a delta of rank 16: added to it by `addmm_`, or written first
                  (`lora_deltas`, and by cuBLAS) and the product added to that; replayed in turn
+gated            an MLP's h = silu(gate) * up and u = h A^T; backward the gradients of gate, up and
+                 A; beside the compiler's SwiGLU and a cuBLAS product that reads h once more
+                 (backward an h that was kept); replayed in turn
 adamw_bf16       the update of all weights of a 1.7B and an 8B model: from the call to the GPU's
                  last kernel, and until the call returns
 adamw_fp32_moments  the same update of bf16 weights with fp32 moments, beside PyTorch's fused AdamW
@@ -31,6 +34,8 @@ ORDERS = ((4096, 6144), (4096, 4096), (14_336, 4096), (4096, 14_336))
 pass has it."""
 PRODUCTS = ((1024, 16), (4096, 16), (14_336, 16), (4096, 32), (4096, 64))
 """Features out and rank."""
+GATED = ((14_336, 16), (14_336, 32), (14_336, 64), (6144, 16))
+"""Features of an MLP, and rank."""
 _TURNS, _STEPS = 8, 12
 
 
@@ -40,6 +45,7 @@ def main() -> None:
         raise SystemExit("needs a CUDA device")
     rows = [_print(gradients(features, rank)) for features, rank in PRODUCTS]
     rows += [_print(delta_order(*sizes)) for sizes in ORDERS]
+    rows += [_print(gated(features, rank)) for features, rank in GATED]
     rows += [_print(row) for name, shapes in SHAPES.items() for row in updates(name, shapes)]
     print(write("h200_kernels", rows, device=torch.cuda.get_device_name()))
 
@@ -119,6 +125,56 @@ def delta_order(features_in: int, features_out: int) -> dict[str, Any]:
                 [lambda y=y: torch.addmm(y, u, b.t(), beta=0, alpha=SCALE, out=y) for y in ys]
             ),
         },
+    }
+
+
+def gated(features: int, rank: int) -> dict[str, Any]:
+    """Forward and backward, in turn."""
+    from tunefork.kernels import gated as definition
+    from tunefork.kernels.gated_triton import backward, forward
+
+    torch.manual_seed(0)
+    gate, up, dh = (_draw(TOKENS, features) for _ in range(3))
+    du, a = _draw(TOKENS, rank), _draw(rank, features)
+    h, _ = forward(gate, up, a)
+
+    @torch.compile(dynamic=False)
+    def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+        return torch.nn.functional.silu(gate) * up
+
+    @torch.compile(dynamic=False)
+    def swiglu_backward(gate: Tensor, up: Tensor, dh: Tensor) -> tuple[Tensor, ...]:
+        gate, up, dh = gate.float(), up.float(), dh.float()
+        share = torch.sigmoid(gate)
+        dgate = dh * up * share * (1 + gate * (1 - share))
+        return dgate.bfloat16(), (dh * gate * share).bfloat16()
+
+    forms: dict[str, Callable[[], Any]] = {
+        "forward": lambda: forward(gate, up, a),
+        "forward_swiglu_and_product": lambda: swiglu(gate, up) @ a.t(),
+        "backward": lambda: backward(gate, up, dh, du),
+        "backward_swiglu_and_product": lambda: (swiglu_backward(gate, up, dh), du.t() @ h),
+    }
+    graphs = [_graph([form] * 3) for form in forms.values()]
+    times: list[list[float]] = [[] for _ in forms]
+    for _ in range(_TURNS):
+        for found, graph in zip(times, graphs, strict=True):
+            found.append(_replay_ms(graph) / 3)
+    few = slice(0, 2048)  # float64 of all would take 10 GB
+    exact = definition.gated_down_reference(gate[few].double(), up[few].double(), a.double())
+    ours = forward(gate[few], up[few], a)
+    operands = gate[few], up[few], dh[few], du[few]
+    exact += definition.gated_gradients_reference(*(x.double() for x in operands))
+    ours += backward(*operands)
+    return {
+        "case": "gated",
+        "features": features,
+        "rank": rank,
+        "ms": {
+            name: round(statistics.median(found[1:]), 4)
+            for name, found in zip(forms, times, strict=True)
+        },
+        "error": max(map(_error, ours, exact)),
     }
 
 

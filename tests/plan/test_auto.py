@@ -76,7 +76,8 @@ def test_the_first_kind_that_fits_at_its_high_end_is_taken(compiled: bool) -> No
     case = _case(compiled=compiled).launched
     kinds = ["none", "selective", "full", "offload"] if compiled else ["none", "full", "offload"]
     highs = {kind: _high(case, kind) for kind in kinds}
-    assert highs["none"] > 1.5 * highs["full"] > 1.5 * highs["offload"]
+    # It was 1.5 while SwiGLU's result was kept.
+    assert highs["none"] > 1.4 * highs["full"] > 1.4 * highs["offload"]
     for high in highs.values():
         wanted = next(kind for kind, takes in highs.items() if takes <= high + 1)
         assert _fitting(case, high + 1) == wanted

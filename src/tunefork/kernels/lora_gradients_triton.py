@@ -83,7 +83,9 @@ def _shares(
 
 
 @triton.jit
-def _sum(shares, num_shares, size, begin, scale, block_n: tl.constexpr, block_k: tl.constexpr):
+def sum_shares(
+    shares, num_shares, size, begin, scale, block_n: tl.constexpr, block_k: tl.constexpr
+):
     """`scale` times the sum of the shares, `size` values each, of those from `begin` on."""
     at, share = begin + tl.arange(0, block_n), tl.arange(0, block_k)
     total = tl.zeros([block_n], tl.float32)
@@ -104,14 +106,14 @@ def _add(
     at = tl.arange(0, block_n)
     if block < du_blocks:
         begin, size = block.to(tl.int64) * block_n, num_rows.to(tl.int64) * rank
-        total = _sum(du_shares, num_du, size, begin, scale, block_n, block_du)
+        total = sum_shares(du_shares, num_du, size, begin, scale, block_n, block_du)
         row, place = (begin + at) // rank, (begin + at) % rank
         tl.store(
             du + row * stride_du + place, total.to(du.dtype.element_ty), mask=begin + at < size
         )
     else:
         begin, size = (block - du_blocks).to(tl.int64) * block_n, features.to(tl.int64) * rank
-        total = _sum(db_shares, num_db, size, begin, scale, block_n, block_db)
+        total = sum_shares(db_shares, num_db, size, begin, scale, block_n, block_db)
         tl.store(db + begin + at, total.to(db.dtype.element_ty), mask=begin + at < size)
 
 

@@ -32,7 +32,7 @@ def _add_product(y_mn: Tensor, a_mk: Tensor, b_kn: Tensor) -> None:
     y_mn.addmm_(a_mk, b_kn)
 
 
-def _product(y_mn: Tensor | None, a_mk: Tensor, b_kn: Tensor) -> Tensor:
+def product_onto(y_mn: Tensor | None, a_mk: Tensor, b_kn: Tensor) -> Tensor:
     """a @ b, added to y in place if there is one."""
     if y_mn is None:
         return a_mk @ b_kn
@@ -81,7 +81,7 @@ def _pieces(layout: Layout, features_in: int, dtype: torch.dtype) -> list[tuple[
     return [(0, count)]
 
 
-def _dense(
+def base_of(
     layout: Layout,
     weights: Sequence[Tensor],
     features_in: int,
@@ -122,8 +122,8 @@ class _LoraGroup(torch.autograd.Function):
                     ]
                     y_so = lora_deltas(u_sr[:, start : start + sum(ranks)], own, layout.scale)
                 start += sum(ranks)
-                weight_od = _dense(layout, weights, x_sd.shape[1], x_sd.dtype, piece)
-                y_so = _product(y_so, x_sd, weight_od.t())
+                weight_od = base_of(layout, weights, x_sd.shape[1], x_sd.dtype, piece)
+                y_so = product_onto(y_so, x_sd, weight_od.t())
                 ys += (y_so,) if len(sizes) == 1 else tuple(torch.split(y_so, sizes, dim=1))
         ctx.save_for_backward(*weights, *saved)
         ctx.layout, ctx.num_weights, ctx.features_in = layout, num_weights, x_sd.shape[1]
@@ -146,10 +146,10 @@ class _LoraGroup(torch.autograd.Function):
             if layout.rank:
                 dx_sd = lora_deltas(du_sr, [a_rd.t()], 1.0)
             for first, last in _pieces(layout, ctx.features_in, dys[0].dtype):
-                weight_od = _dense(layout, weights, ctx.features_in, dys[0].dtype, (first, last))
+                weight_od = base_of(layout, weights, ctx.features_in, dys[0].dtype, (first, last))
                 weight_od, row = weight_od[:, : ctx.features_in], 0
                 for dy, size in zip(dys[first:last], layout.sizes[first:last], strict=True):
-                    dx_sd = _product(dx_sd, dy, weight_od[row : row + size])
+                    dx_sd = product_onto(dx_sd, dy, weight_od[row : row + size])
                     row += size
         return None, None, dx_sd, *(None for _ in weights), *gradients
 

@@ -27,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tunefork.errors import ModelError
 from tunefork.model.bank_linear import BankLinear
 from tunefork.model.fused import FusedLinear
+from tunefork.model.gated import prepare_gated
 from tunefork.model.kept_attention import has_cudnn
 from tunefork.model.rerun import (
     may_hand_on,
@@ -65,6 +66,7 @@ def prepare_layers(
     the two compiled runs of a layer (`rerun.sparingly`, told whether to keep attention's result).
     Raises ModelError for checkpointing that the model has no layers for.
     """
+    prepare_gated(model)
     is_random = draws(model)
     run: Callable[..., Any] = _as_written
     if checkpointing == "selective":

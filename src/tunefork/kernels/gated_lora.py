@@ -1,0 +1,82 @@
+"""An MLP's `down` layer with a LoRA, over a frozen bf16 or NF4 base, from gate and up on.
+
+What `kernels/lora_group.py` is for a layer of its input, for h = silu(gate) * up, which is that
+layer's input: between the passes gate, up and u are kept, and h is not (`kernels/gated.py`). Made
+to be compiled, with its deltas first, as that file has them.
+
+Shape legend as in `gated.py`; O features out.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tunefork.kernels.gated import LARGEST_RANK, gated_down, gated_gradients
+from tunefork.kernels.layout import Layout
+from tunefork.kernels.lora_deltas import lora_deltas
+from tunefork.kernels.lora_gradients import lora_gradients
+from tunefork.kernels.lora_group import base_of, is_widened, product_onto
+
+
+def takes(layout: Layout, features_in: int) -> bool:
+    """Whether `gated_lora` can do a product: one layer's, in bf16, as it is."""
+    is_one = len(layout.sizes) == 1 and 0 < layout.rank <= LARGEST_RANK
+    return is_one and layout.products == "bf16" and not is_widened(layout, features_in)
+
+
+class _GatedLora(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layout: Layout,
+        gate_sd: Tensor,
+        up_sd: Tensor,
+        a_rd: Tensor,
+        b_or: Tensor,
+        *weights: Tensor,
+    ) -> Tensor:
+        h_sd, u_sr = gated_down(gate_sd, up_sd, a_rd)
+        y_so = lora_deltas(u_sr, [b_or], layout.scale)
+        y_so = product_onto(y_so, h_sd, _weight(layout, weights, gate_sd).t())
+        ctx.save_for_backward(gate_sd, up_sd, u_sr, a_rd, b_or, *weights)
+        ctx.layout = layout
+        return y_so
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_so: Tensor) -> tuple[Tensor | None, ...]:
+        gate_sd, up_sd, u_sr, a_rd, b_or, *weights = ctx.saved_tensors
+        du_sr, [db_or] = lora_gradients([dy_so], u_sr, [b_or], ctx.layout.scale)
+        dh_sd = lora_deltas(du_sr, [a_rd.t()], 1.0)
+        dh_sd = product_onto(dh_sd, dy_so, _weight(ctx.layout, weights, gate_sd))
+        dgate_sd, dup_sd, da_rd = gated_gradients(gate_sd, up_sd, dh_sd, du_sr)
+        return None, dgate_sd, dup_sd, da_rd, db_or, *(None for _ in weights)
+
+
+def _weight(layout: Layout, weights: Sequence[Tensor], gate_sd: Tensor) -> Tensor:
+    """W (O, D)"""
+    return base_of(layout, weights, gate_sd.shape[1], gate_sd.dtype, (0, 1))
+
+
+def gated_lora(
+    gate_d: Tensor,
+    up_d: Tensor,
+    layout: Layout,
+    weights: Sequence[Tensor],
+    lora_a_rd: Tensor,
+    lora_b_or: Tensor,
+) -> Tensor:
+    """y = W h + scale * B A h with h = silu(gate) * up, for frozen W.
+
+    gate_d and up_d (..., D) and the result (..., O) have W's dtype, in which h is rounded once. A
+    and B may be fp32, and get gradients in their own dtype. `layout`, which `takes` has taken, and
+    `weights` are those of `lora_group.lora_group`.
+    """
+    apply: Callable[..., Tensor] = _GatedLora.apply
+    gate_sd, up_sd = gate_d.reshape(-1, gate_d.shape[-1]), up_d.reshape(-1, up_d.shape[-1])
+    a_rd, b_or = lora_a_rd.to(gate_d.dtype), lora_b_or.to(gate_d.dtype)
+    y_so = apply(layout, gate_sd, up_sd, a_rd, b_or, *weights)
+    return y_so.view(*gate_d.shape[:-1], y_so.shape[1])

@@ -1,0 +1,104 @@
+"""SwiGLU beside `down`'s u and A's gradient, as a plan counts it: h is made, and not kept."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from transformers import LlamaConfig
+
+from tunefork.kernels.compiled import standing_for_gpu
+from tunefork.kernels.gated import gated_down, gated_gradients
+from tunefork.model import layers
+from tunefork.plan.attention import Setting, install
+from tunefork.plan.built import Build, built
+from tunefork.plan.capture import capture
+from tunefork.plan.graph import TOKENS, program_of
+from tunefork.plan.one_pass import trace_pass
+from tunefork.plan.passes import Shape
+from tunefork.plan.trace import Trace
+from tunefork.recipe import FullSection, LoraSection, Method
+
+INNER, RANK, LAYERS = 160, 4, 2
+CONFIG = LlamaConfig(
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=INNER,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+
+
+def _build(is_compiled: bool, method: Method = Method.LORA) -> Build:
+    return Build(
+        method=method,
+        lora=LoraSection(rank=RANK),
+        full=FullSection(),
+        dtype=torch.bfloat16,
+        checkpointing="none",
+        device="cuda",
+        is_compiled=is_compiled,
+    )
+
+
+def _operands(tokens: int) -> list[torch.Tensor]:
+    shapes = [*[(tokens, INNER)] * 3, (tokens, RANK), (RANK, INNER)]
+    return [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
+
+
+def _both(gate: Any, up: Any, dh: Any, du: Any, a: Any) -> tuple[torch.Tensor, ...]:
+    with standing_for_gpu(lambda *_: None):
+        return *gated_down(gate, up, a), *gated_gradients(gate, up, dh, du)
+
+
+def _bytes(tokens: int) -> int:
+    """Three tensors there, five back; u and du; A and its gradient; two bytes a number."""
+    return 2 * (8 * tokens * INNER + 2 * tokens * RANK + 2 * RANK * INNER)
+
+
+def test_launched_each_reads_and_writes_once() -> None:
+    operands = _operands(100)
+    with Trace() as trace:
+        _both(*operands)
+    work = trace.work.pop("memory")
+    assert not trace.work
+    assert (work.count, work.num_bytes) == (2, _bytes(100))
+
+
+def test_compiled_they_are_two_operations() -> None:
+    kernels = program_of(make_fx(_both)(*_operands(TOKENS))).kernels
+    assert [(kernel.kind, len(kernel.makes)) for kernel in kernels] == [("fused", 2), ("fused", 3)]
+    assert sum(kernel.moved(100) for kernel in kernels) == _bytes(100)
+
+
+@pytest.mark.parametrize("method", [Method.LORA, Method.QLORA])
+def test_a_compiled_layer_does_not_keep_h(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate and up are kept; before, a third tensor of their size was."""
+    install(Setting("cuda", is_masked=False), Trace())
+    kept = []
+    for is_gated in (True, False):
+        if not is_gated:
+            monkeypatch.setattr(layers, "prepare_gated", lambda _: [])
+        # A model of its own: the other's MLPs have been prepared.
+        monkeypatch.setattr("tunefork.plan.built._BUILT", {})
+        found = capture(built(CONFIG, _build(True, method)).model, "none")
+        assert found is not None and len(found) == LAYERS
+        program, results = found[0].forward, found[0].num_results
+        sizes = [program.sizes[name].per_token for name in program.outputs[results:] if name]
+        kept.append(sum(size == 2 * INNER for size in sizes))
+    # NF4's gate and up are views of one product.
+    assert kept == ([2, 3] if method is Method.LORA else [0, 1])
+
+
+def test_nor_does_one_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(4, 1024, 4000, is_masked=False)
+    made, peaks = _build(False), []
+    for is_gated in (True, False):
+        if not is_gated:
+            monkeypatch.setattr(layers, "prepare_gated", lambda _: [])
+        monkeypatch.setattr("tunefork.plan.built._BUILT", {})
+        step = trace_pass(CONFIG, made, shape, None)
+        peaks.append(step.peaks["forward: head"].total)
+    # As written silu of the gate is kept too.
+    assert peaks[1] - peaks[0] == pytest.approx(2 * LAYERS * 4 * 1024 * INNER * 2, rel=0.02)
