@@ -30,8 +30,8 @@ class Tile(NamedTuple):
 
 
 TILE = Tile(rows=64, columns=64, steps=8, warps=4, stages=3)
-"""The quickest of fifteen on an H200, with few tokens too: 5 to 8 % quicker than twice the rows, which
-read V half as often."""
+"""The quickest of fifteen on an H200, with few tokens too: 5 to 8 % quicker than twice the rows,
+which read V half as often."""
 _DELTA = 16
 """Columns of the delta that are written at once: few, whatever the rank, so that these programs
 need no more registers than the others; 16 more where a rank is odd."""
