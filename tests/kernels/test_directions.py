@@ -107,6 +107,19 @@ def test_what_is_taken_out_along_a_direction_is_given_back_along_the_same() -> N
     )
 
 
+def test_what_is_multiplied_apart_is_of_the_weights_that_ten_bits_were_made_of() -> None:
+    """Along the main directions a product over them has no error of being kept in ten bits."""
+    weight, x = _weight(), _inputs(64, seed=3)
+    layout = Layout("e4m5", "fp8", (OUT // 2, OUT // 2), (0, 0), 1.0)
+    halves = list(weight.split(OUT // 2))
+    weights = fp8_weight.fp8_weights(halves, layout, D)
+    truth, errors = x.double() @ weight.double().t(), []
+    for exact in ([], halves):
+        fp8_weight.set_apart(_inputs(200, seed=2), weights, layout, exact)
+        errors.append(_error(torch.cat(fp8.fp8_lora(x, layout, weights, [], []), dim=1), truth))
+    assert errors[1] < 0.6 * errors[0]
+
+
 @pytest.mark.parametrize("size", [16, 32])
 def test_fewer_inputs_or_rows_than_directions_are_enough(size: int) -> None:
     weight = torch.randn(OUT, size, generator=torch.Generator().manual_seed(0))

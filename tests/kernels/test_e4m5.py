@@ -52,13 +52,26 @@ def test_a_draw_is_one_of_the_two_codes_beside_it_and_its_mean_is_the_weight() -
     under, over = values[place], values[(place + 1).clamp(max=126)]
     number, total = 4000, torch.zeros_like(weight)
     for seed in mix(torch.arange(number, dtype=torch.int32)):
-        codes = drawn(high, low, seed).view(torch.float8_e4m3fn).float()
+        codes = drawn(high, low, seed, torch.tensor(0)).view(torch.float8_e4m3fn).float()
         is_beside = (codes.abs() == under) | ((codes.abs() == over) & (under != weight.abs()))
         assert bool(is_beside.all()) and bool((codes * weight >= 0).all())
         total += codes
     # The share of draws that go up is off by five of its standard errors at most.
     spread = (over - under) * 0.5 / number**0.5
     assert bool(((total / number - weight).abs() <= 5 * spread).all())
+
+
+def test_four_turns_of_one_seed_have_the_weight_for_their_mean() -> None:
+    """Not nearly: of a weight with k quarters k of the four draws go up."""
+    weight = _exact(GRID)
+    high, low, _ = e4m5_weight([weight])
+    seed = mix(torch.tensor(7, dtype=torch.int32))
+    codes = [
+        drawn(high, low, seed, torch.tensor(turn, dtype=torch.int32)).view(torch.float8_e4m3fn)
+        for turn in range(4)
+    ]
+    assert torch.equal(torch.stack([code.float() for code in codes]).mean(0), weight)
+    assert len({tuple(code.float().flatten().tolist()) for code in codes}) == 4
 
 
 def test_both_passes_draw_apart_and_a_seed_draws_the_same_again() -> None:

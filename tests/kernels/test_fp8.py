@@ -125,7 +125,7 @@ def test_a_weight_of_the_backward_product_is_drawn_by_its_seed(storage: Storage)
 
     def drawn(seed: int, power: int = 0) -> Tensor:
         x.grad = None
-        numbers = torch.tensor([seed, seed + 1000], dtype=torch.int32)
+        numbers = torch.tensor([seed, seed + 1000, 2000, 3000], dtype=torch.int32)
         seeded = fp8_weight.with_seed(weights, layout, mix(numbers))
         [y] = fp8.fp8_lora(x, layout, seeded, [a], [torch.zeros_like(b)])
         y.backward(torch.eye(96).bfloat16() * 2.0**power)

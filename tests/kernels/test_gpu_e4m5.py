@@ -34,7 +34,7 @@ def test_the_kernels_are_the_definition(
     dense = e4m5_dense(high_od, low_oq, scales_2o[0], torch.bfloat16).float()
     assert (dense - whole).norm() < 0.01 * whole.norm()
 
-    seed = torch.tensor([12345, 6, 7, 8], dtype=torch.int32, device="cuda")
+    seed = torch.tensor([12345, 6, 3, 8], dtype=torch.int32, device="cuda")
     width = 64 if len(high_od) % 4 == 0 else 61  # rows of words begin at one
     right = torch.randint(0, 100, (len(high_od), 64), dtype=torch.uint8, device="cuda")
     below = torch.randint(0, 100, (features_in, width), dtype=torch.uint8, device="cuda")
@@ -44,7 +44,8 @@ def test_the_kernels_are_the_definition(
         return rows.codes(right), rows.codes(), rows.codes_turned(below), rows.codes_turned()
 
     found = (torch.compile(all_four, fullgraph=True) if is_compiled else all_four)()
-    straight, turned = drawn(high_od, low_oq, seed[1]), drawn(high_od, low_oq, seed[0]).t()
+    straight, turned = (drawn(high_od, low_oq, seed[at], seed[2]) for at in (1, 0))
+    turned = turned.t()
     assert 0.1 < (straight != turned.t()).float().mean() < 0.5
     wanted = (joined([straight, right]), straight, joined([turned, below]), turned)
     for codes, want in zip(found, wanted, strict=True):

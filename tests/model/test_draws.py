@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.model.test_fused_nf4 import fused
 from tests.train.groups import base, member, run
 from tunefork.data.example import Encoded
-from tunefork.kernels.fp8_weight import num_kept
+from tunefork.kernels.fp8_weight import num_kept, rows_of
 from tunefork.kernels.layout import Storage
 from tunefork.model.add_bank import add_bank
 from tunefork.model.bank import BankAdapter
@@ -27,20 +27,48 @@ from tunefork.train.state import State
 from tunefork.train.together import Group, GroupSettings
 
 
-def _seeds(groups: list[FusedGroup]) -> list[int]:
-    return [int(group.weights[num_kept(group.layout) + 1][0]) for group in groups]
+def _seeds(groups: list[FusedGroup]) -> list[tuple[int, int]]:
+    """Seed and turn."""
+    found = [group.weights[num_kept(group.layout) + 1].tolist() for group in groups]
+    return [(seed, turn) for seed, _, turn, _ in found]
 
 
 @pytest.mark.parametrize("storage", ["e4m5", "nf4"])
 def test_each_group_and_each_step_has_its_own(storage: Storage) -> None:
     model, groups = fused("fp8", storage=storage)
     found = []
-    for step in (1, 2, 3):
+    for step in range(8):
         draw_for(model, step)
         found += _seeds(groups)
-    assert len(set(found)) == len(found) == 3 * len(groups)
+    assert len(set(found)) == len(found) == 8 * len(groups)
+    assert len({seed for seed, _ in found}) == 2 * len(groups)
     draw_for(model, 2)
-    assert _seeds(groups) == found[len(groups) : 2 * len(groups)]
+    assert _seeds(groups) == found[2 * len(groups) : 3 * len(groups)]
+
+
+@pytest.mark.parametrize("storage", ["e4m5", "nf4"])
+def test_of_four_steps_the_errors_of_a_product_take_each_other_back(storage: Storage) -> None:
+    """What four steps with other seeds would leave is half of one's error; these leave less."""
+    _, groups = fused("fp8", storage=storage)
+    group = groups[0]
+    seeds = group.weights[num_kept(group.layout) + 1]
+    exact = torch.cat([group.materialize(at) for at in range(len(group.layout.sizes))]).float()
+
+    def errors(numbers: list[tuple[int, int]]) -> list[Tensor]:
+        found = []
+        for seed, turn in numbers:
+            seeds.copy_(torch.tensor([seed, seed, turn, 0]))
+            rows = rows_of(group.layout, group.weights, group.features_in)
+            codes = (rows.codes_turned().float().t(), rows.codes().float())
+            found.append(torch.cat([each * rows.scale_1o.t() - exact for each in codes]))
+        return found
+
+    one_seed, others = errors([(5, turn) for turn in range(4)]), errors([(n, 0) for n in range(4)])
+    single, whole = one_seed[0].norm(), torch.stack(one_seed).mean(0).norm()
+    assert (
+        whole < (0.05 if storage == "e4m5" else 0.3) * single
+    )  # e4m5: `materialize` rounds to bf16
+    assert 0.4 < torch.stack(others).mean(0).norm() / single < 0.6
 
 
 def test_nothing_is_drawn_where_nothing_is_rounded_at_random() -> None:

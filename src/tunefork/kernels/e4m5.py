@@ -5,8 +5,10 @@ every step, and what A and B learn of that gathers: of what SmolLM2-135M lost by
 so, 1.3 %, directions apart gave back 1 % and this the rest (docs/fp8.md). Two bits more of mantissa
 are kept, and every pass rounds them away at random, up or down with the probability that keeps the
 mean (stochastic rounding: Gupta et al. 2015, https://arxiv.org/abs/1502.02551): what one step errs,
-others take back. The forward pass and the input's gradient draw apart from each other; a layer that
-is run again draws what it drew.
+others take back. Four steps do so exactly: they share a random number r of 0 to 3 and draw by
+r + turn, modulo 4, each with another turn (a Cranley-Patterson rotation, SIAM J. Numer. Anal. 13,
+1976), so that a weight with k quarters goes up in k of the four. The forward pass and the input's
+gradient draw apart from each other; a layer that is run again draws what it drew.
 
 Magnitudes of a float format are ordered as their bits are, so a ten-bit weight is its e4m3 code,
 cut off, and two bits of how far it is to the next; drawing adds 1 to the code where they and two
@@ -87,7 +89,7 @@ class DrawnRows:
     """As of `e4m5_weight`."""
     seed: Tensor
     """(4,) int32, on the device: the first is drawn by for the input's gradient, the second for
-    y."""
+    y; the third's last two bits are the turn of both."""
 
     @property
     def scale_1o(self) -> Tensor:
@@ -98,7 +100,7 @@ class DrawnRows:
         """(O, D + P) e4m3: a draw of weight / scale, and `beside` (O, P), bytes, to its right."""
         if is_on_gpu(self.high_od):
             return torch.ops.tunefork.e4m5_codes(self.high_od, self.low_oq, self.seed, beside_op)  # type: ignore[no-any-return]
-        codes_od = drawn(self.high_od, self.low_oq, self.seed[1])
+        codes_od = drawn(self.high_od, self.low_oq, self.seed[1], self.seed[2])
         return joined([codes_od, *([] if beside_op is None else [beside_op])]).view(E4M3)
 
     def codes_turned(self, beside_dp: Tensor | None = None) -> Tensor:
@@ -107,17 +109,20 @@ class DrawnRows:
             return torch.ops.tunefork.e4m5_codes_turned(  # type: ignore[no-any-return]
                 self.high_od, self.low_oq, self.seed, beside_dp
             )
-        codes_do = drawn(self.high_od, self.low_oq, self.seed[0]).t().contiguous()
+        codes_do = drawn(self.high_od, self.low_oq, self.seed[0], self.seed[2]).t().contiguous()
         return joined([codes_do, *([] if beside_dp is None else [beside_dp])]).view(E4M3)
 
 
-def drawn(high_od: Tensor, low_oq: Tensor, seed: Tensor) -> Tensor:
-    """e4m3 codes (O, D), bytes; `seed` () int32. Sixteen weights share a hash of their place."""
+def drawn(high_od: Tensor, low_oq: Tensor, seed: Tensor, turn: Tensor) -> Tensor:
+    """e4m3 codes (O, D), bytes; `seed` and `turn` () int32. Sixteen weights share a hash of their
+    place."""
     rows, quarter = low_oq.shape
     place = torch.arange(rows * quarter // 4, dtype=torch.int32, device=high_od.device)
     bits_oq = mix(place ^ seed).view(rows, -1).view(torch.uint8)
+    turn = turn.to(torch.uint8)
     carries = [
-        ((low_oq >> 2 * part & 3) + (bits_oq >> 2 * part & 3)) >> 2 for part in range(_PARTS)
+        ((low_oq >> 2 * part & 3) + ((bits_oq >> 2 * part) + turn & 3)) >> 2
+        for part in range(_PARTS)
     ]
     return high_od + torch.cat(carries, dim=1)
 

@@ -135,14 +135,20 @@ def dense(
 
 
 @torch.no_grad()
-def set_apart(x_sd: Tensor, weights: Sequence[Tensor], layout: Layout) -> None:
-    """Have `fp8_weights` multiply the main directions of inputs like `x_sd` apart."""
+def set_apart(
+    x_sd: Tensor, weights: Sequence[Tensor], layout: Layout, exact: Sequence[Tensor] = ()
+) -> None:
+    """Have `fp8_weights` multiply the main directions of inputs like `x_sd` apart: with `exact`,
+    the weights (O_i, D) that were made ten bits, wherever they are; without, with what is kept."""
     probe_md = main_directions(x_sd, layout.apart).t().bfloat16()
     scales_o1 = rows_of(layout, weights, x_sd.shape[1]).scale_1o.t()
     apart_om, kept_md = weights[-2:]
     kept_md.copy_(probe_md)
     for at, (first, last) in enumerate(layout.bounds):  # a group's fp32 form is large
-        weight_od = dense(layout, weights, x_sd.shape[1], torch.bfloat16, at, at + 1)
+        if exact:
+            weight_od = exact[at].to(x_sd.device)
+        else:
+            weight_od = dense(layout, weights, x_sd.shape[1], torch.bfloat16, at, at + 1)
         apart_om[first:last] = along(weight_od, probe_md, scales_o1[first:last])
 
 
