@@ -162,7 +162,7 @@ def test_a_group_takes_what_it_took_on_an_h200_less_what_its_base_has_shrunk(
 ) -> None:
     """8,192 tokens, ranks 8 to 64, FP8 base, captured: peak tensors and reserved memory (to which
     the context comes), 2026-11-26 (benchmarks/results/h200_together.json), less the 4.49 GiB that
-    one adapter's run has taken less since the base is kept in ten bits (h200_training); what the
+    one adapter's run has taken less since the base is kept in fewer bits (h200_training); what the
     allocator holds beside was not measured since."""
     monkeypatch.setattr(together, "config_for", lambda model: config_for(8.03e9))
     recipe = _recipe(micro_batch_tokens=8192, compile="always", precision="fp8")

@@ -9,7 +9,7 @@ its values, so a row's largest magnitude is the largest of its blocks'.
 A weight is rounded at random, to either code beside it, the nearer one the more often, so that the
 mean over passes is the weight (stochastic rounding: Gupta et al. 2015,
 https://arxiv.org/abs/1502.02551). Four steps share a random number and add quarters of the whole to
-it (`e4m5.py` has the source): their mean is off by half as much as that of four draws. The nearest
+it (`e4m7.py` has the source): their mean is off by half as much as that of four draws. The nearest
 code's error would be the same in every step, and what A and B learn of it gathers: trained so,
 SmolLM2-135M ended 0.4 % worse (docs/fp8.md). The weight is made anew each time, so drawing costs a
 few operations on what lies in registers.

@@ -1,4 +1,4 @@
-"""Which draws of its weights a step in FP8 takes (`kernels/e4m5.py`, `nf4_e4m3.py`).
+"""Which draws of its weights a step in FP8 takes (`kernels/e4m7.py`, `nf4_e4m3.py`).
 
 Each group of layers has a seed on the device, made of its number and of the optimiser step's over
 four, and a turn, the rest: of four steps every weight goes up in as many as the mean asks for. What
