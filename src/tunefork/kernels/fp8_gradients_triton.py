@@ -64,24 +64,26 @@ def _gradients(
     # Said to be multiples of no more than `at_once`, codes have dy's own layout of threads.
     codes_at = tl.multiple_of(row[:, None] * stride_codes + column[None, :], [1, at_once])
     inverse_s = tl.load(inverse + row, mask=first + row < last, other=0.0)
+    inverse += block_s
     for begin in range(first, last, block_s):
         mask_s = (begin + row < last)[:, None]
         mask_so, mask_sr = mask_s, mask_s & mask_r[None, :]
         if not is_whole:
             mask_so = mask_so & mask_o[None, :]
+        # No product's operand, so a loop does not fetch it ahead.
+        after_s = tl.load(inverse + row, mask=begin + block_s + row < last, other=0.0)
         dy_so = tl.load(dy + dy_at, mask=mask_so, other=0.0)
         u_sr = tl.load(u + u_at, mask=mask_sr, other=0.0)
         # In this order both are in flight at once; in the other ptxas has each wait (C7515).
         db_or = tl.dot(tl.trans(dy_so), u_sr, db_or)
         du_sr = tl.dot(dy_so, b_or)
         scaled = dy_so.to(tl.float32) * fold_o[None, :] * inverse_s[:, None]
-        # The next tile's, here: a loop fetches ahead only what it multiplies.
-        inverse += block_s
-        inverse_s = tl.load(inverse + row, mask=begin + block_s + row < last, other=0.0)
         tl.store(codes + codes_at, scaled.to(tl.float8e4nv), mask=mask_so)
         tl.store(du_shares + du_at, du_sr, mask=mask_sr)
         dy += block_s * stride_dy
         u += block_s * stride_u
+        inverse += block_s
+        inverse_s = after_s
         codes += block_s * stride_codes
         du_shares += block_s * rank
     db_shares += tl.program_id(1).to(tl.int64) * features * rank
