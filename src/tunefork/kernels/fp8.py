@@ -105,17 +105,13 @@ def product(
     return y_so, None if a_rd is None or inner_s is None else inner_s[:, : layout.rank]
 
 
-def a_beside(
-    layout: Layout, a_rd: Tensor | None, features_in: int
-) -> tuple[Tensor | None, Tensor | None]:
+def a_beside(layout: Layout, a_rd: Tensor) -> tuple[Tensor, Tensor]:
     """The bytes of A's columns, (D, P), for the input's gradient, and the balance."""
-    if a_rd is None:
-        return None, None
     largest = a_rd.abs().amax().float().clamp(min=1e-30)
     balance = torch.exp2(torch.ceil(torch.log2(largest / LARGEST)))
     columns = right_columns(a_rd.float().t() / balance)
     if filling := layout.back_width - 3 * layout.rank:
-        columns.append(a_rd.new_zeros(features_in, filling, dtype=torch.uint8))
+        columns.append(a_rd.new_zeros(a_rd.shape[1], filling, dtype=torch.uint8))
     return joined(columns), balance
 
 
@@ -136,7 +132,7 @@ def input_gradient(
     features_in: int,
 ) -> Tensor:
     """dx = sum of dy_i W_i + du A, (S, D) bf16; A and du are None where no layer has a delta."""
-    beside, balance = a_beside(layout, a_rd, features_in)
+    beside, balance = (None, None) if a_rd is None else a_beside(layout, a_rd)
     rows = rows_of(layout, weights, features_in)
     # The scales lie along the dimension that is summed over now: dy takes them.
     wide, scale_s1 = quantize_rows(dys, rows.scale_1o, du_sr, balance, layout.back_width)

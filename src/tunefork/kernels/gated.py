@@ -53,10 +53,10 @@ def gated_gradients(
 def gated_gradients_and_squares(
     gate_sd: Tensor, up_sd: Tensor, dh_sd: Tensor, du_sr: Tensor, fold_1o: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `gated_gradients` gives, bit for bit, and the sum of squares of each row of [dgate | dup]
-    times `fold`, (S, 1).
+    """What `gated_gradients` gives, bit for bit, and the sum of each row's squares, (S, 1): of
+    [dgate | dup], as they are rounded, times `fold`.
 
-    `fold` (1, 2 D) and the sums are fp32. What is squared is rounded as dgate and dup are.
+    `fold` (1, 2 D) and the sums are fp32.
     """
     if has_kernels(gate_sd, du_sr.shape[1]):
         return torch.ops.tunefork.gated_gradients_and_squares(  # type: ignore[no-any-return]
