@@ -49,15 +49,15 @@ def operands(
     device: str = "cpu",
 ) -> Operands:
     """dy as columns of one tensor from `first` on, u as the first columns of a wider one."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def draw(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, generator=generator).to(device)
+        return torch.randn(rows, columns, generator=generator, device=device)
 
     wide = draw(tokens, first + sum(sizes)).bfloat16()
     read = draw(tokens, sum(ranks) + 24).bfloat16()
     lora_b = [draw(o, r).bfloat16() / 16 for o, r in zip(sizes, ranks, strict=True)]
-    fold = (torch.rand(1, sum(sizes), generator=generator) + 0.01).to(device)
+    fold = torch.rand(1, sum(sizes), generator=generator, device=device) + 0.01
     return Operands(
         list(torch.split(wide[:, first:], list(sizes), dim=1)),
         read[:, : sum(ranks)],

@@ -103,8 +103,8 @@ def test_the_kernel_is_for_many_aligned_rows_on_a_hopper_gpu(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     dy = torch.empty(tokens, stride, dtype=torch.bfloat16)[:, slice(*columns)]
-    assert kernel._pays([dy]) == pays
-    assert kernel._pays([torch.empty(tokens, 16, dtype=torch.bfloat16), dy]) == pays
+    assert kernel.is_worth_a_kernel([dy]) == pays
+    assert kernel.is_worth_a_kernel([torch.empty(tokens, 16, dtype=torch.bfloat16), dy]) == pays
 
 
 def test_the_operators_shapes_serve_strided_operands() -> None:

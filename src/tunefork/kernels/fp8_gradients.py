@@ -20,12 +20,18 @@ import torch
 from torch import Tensor
 
 from tunefork.kernels.compiled import compiled_on_cuda, is_on_gpu
-from tunefork.kernels.e4m3 import E4M3, LARGEST, joined, left_columns
+from tunefork.kernels.e4m3 import E4M3, LARGEST, LOW, joined, left_columns
 from tunefork.kernels.e4m3_apart import LEAST_LENGTH
-from tunefork.kernels.lora_gradients import lora_gradients_reference
+from tunefork.kernels.lora_gradients import (
+    LARGEST_RANK,
+    is_worth_a_kernel,
+    lora_gradients_reference,
+)
 
 _ROUNDED = 1 + 2.0**-6
 """What du, rounded to bf16 twice and summed in fp32, may exceed its bound by: more than enough."""
+_STEP = 16
+"""Codes are written 8 or 16 at a time where their rows are multiples of this apart."""
 
 
 @compiled_on_cuda()
@@ -115,9 +121,20 @@ def _gradient_codes(
     balance: Tensor,
     width: int,
 ) -> list[Tensor]:
-    codes, du_sr, db = gradient_codes_reference(
-        dys, u, lora_b, lora_scale, fold, scale, balance, width
-    )
+    # Needs Triton, which comes with CUDA.
+    from tunefork.kernels.fp8_gradients_triton import delta_columns, launch, simple_codes
+
+    codes = u.new_empty(u.shape[0], fold.shape[1] + width, dtype=E4M3)
+    inverse = scale.reciprocal().contiguous()
+    # Asked in here, where it is no question of torch.compile's: one form serves all lengths.
+    is_narrow = max(b.shape[1] for b in lora_b) <= LARGEST_RANK
+    if is_narrow and codes.shape[1] % _STEP == 0 and is_worth_a_kernel(dys):
+        du_sr, *db = launch(dys, u, lora_b, lora_scale, fold, inverse, codes)
+    else:
+        du_sr, db = lora_gradients_reference(dys, u, lora_b, lora_scale)
+        simple_codes(dys, fold, inverse, codes)
+    delta = codes[:, fold.shape[1] :]
+    delta_columns(du_sr, inverse, balance, delta, largest_code=LARGEST, low_factor=LOW)
     return [codes, du_sr, *db]
 
 

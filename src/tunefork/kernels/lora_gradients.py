@@ -55,7 +55,8 @@ def _has_kernel(dtype: torch.dtype, lora_b: Sequence[Tensor]) -> bool:
     return dtype == torch.bfloat16 and max(b.shape[1] for b in lora_b) <= LARGEST_RANK
 
 
-def _pays(dys: Sequence[Tensor]) -> bool:
+def is_worth_a_kernel(dys: Sequence[Tensor]) -> bool:
+    """Whether the kernel is quicker on gradients of these sizes, strides and addresses."""
     numbers = ((dy.shape[1], dy.stride(0), dy.data_ptr()) for dy in dys)
     is_aligned = all(number % _STEP == 0 for each in numbers for number in each)
     is_hopper = torch.cuda.get_device_capability(dys[0].device)[0] == _HOPPER
@@ -67,7 +68,7 @@ def _lora_gradients(
     dys: Sequence[Tensor], u: Tensor, lora_b: Sequence[Tensor], scale: float
 ) -> list[Tensor]:
     # Asked in here, where it is no question of torch.compile's: one form serves all lengths.
-    if not _pays(dys):
+    if not is_worth_a_kernel(dys):
         du_sr, db = lora_gradients_reference(dys, u, lora_b, scale)
         return [du_sr, *db]
     from tunefork.kernels.lora_gradients_triton import launch  # needs Triton: it comes with CUDA

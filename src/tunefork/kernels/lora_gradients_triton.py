@@ -145,14 +145,9 @@ def _launch_one(
     (tokens, features), rank = dy_so.shape, b_or.shape[1]
     block_r = max(16, triton.next_power_of_2(rank))
     blocks = blocks or _BLOCKS[block_r]
-    across = triton.cdiv(features, blocks.columns)
-    rows_each = triton.cdiv(tokens, max(1, blocks.programs // across))
-    rows_each = triton.cdiv(rows_each, blocks.rows) * blocks.rows
-    down = triton.cdiv(tokens, rows_each)
-    du_shares = dy_so.new_empty(across, tokens, rank, dtype=torch.float32)
-    db_shares = dy_so.new_empty(down, features, rank, dtype=torch.float32)
+    du_shares, db_shares, rows_each = new_shares(dy_so, rank, blocks)
     db_or = torch.empty(features, rank, dtype=b_or.dtype, device=b_or.device)
-    _shares[(across, down)](
+    _shares[(len(du_shares), len(db_shares))](
         dy_so,
         dy_so.stride(0),
         u_sr,
@@ -172,6 +167,30 @@ def _launch_one(
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )
+    add_shares(du_shares, db_shares, du_sr, db_or, scale)
+    return db_or
+
+
+def new_shares(dy_so: Tensor, rank: int, blocks: Blocks) -> tuple[Tensor, Tensor, int]:
+    """Room for the shares of du, (blocks across, S, R) fp32, and of dB, (blocks down, O, R), and
+    the rows of a block: a multiple of a tile's."""
+    tokens, features = dy_so.shape
+    across = triton.cdiv(features, blocks.columns)
+    rows_each = triton.cdiv(tokens, max(1, blocks.programs // across))
+    rows_each = triton.cdiv(rows_each, blocks.rows) * blocks.rows
+    down = triton.cdiv(tokens, rows_each)
+    return (
+        dy_so.new_empty(across, tokens, rank, dtype=torch.float32),
+        dy_so.new_empty(down, features, rank, dtype=torch.float32),
+        rows_each,
+    )
+
+
+def add_shares(
+    du_shares: Tensor, db_shares: Tensor, du_sr: Tensor, db_or: Tensor, scale: float
+) -> None:
+    """Fill `du` and `db`, which is contiguous, with `scale` times the sums of their shares."""
+    (across, tokens, rank), (down, features, _) = du_shares.shape, db_shares.shape
     du_blocks = triton.cdiv(tokens * rank, _SUM_VALUES)
     _add[(du_blocks + triton.cdiv(features * rank, _SUM_VALUES),)](
         du_shares,
@@ -190,4 +209,3 @@ def _launch_one(
         min(_SUM_SHARES, triton.next_power_of_2(across)),
         min(_SUM_SHARES, triton.next_power_of_2(down)),
     )
-    return db_or

@@ -1,0 +1,219 @@
+"""The Triton kernels that make codes, du and B's gradient from one reading of dy, on a GPU.
+
+Codes of dy are the definition's bit for bit: one product is rounded on the way, the other is with a
+power of two. So are du's columns of a du; that, and B's gradient, are bound as in
+`test_gpu_lora_gradients.py`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.test_fp8_gradients import Operands, operands
+from tunefork.kernels import fp8_gradients as dispatch
+from tunefork.kernels.e4m3 import LARGEST, LOW, left_columns
+from tunefork.kernels.fp8_gradients import gradient_codes, gradient_codes_reference
+from tunefork.kernels.lora_gradients import LEAST_TOKENS, lora_gradients_reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+        reason="needs a Hopper GPU",
+    ),
+]
+Found = tuple[Tensor, Tensor, list[Tensor]]
+CASES = [
+    (16_384, (14_336, 14_336), (16, 16), 0),  # gate and up
+    (16_384, (4096, 1024, 1024), (16, 16, 16), 0),  # q, k and v
+    (16_384, (4096,), (32,), 0),
+    (300, (4096, 1024, 1024), (4, 16, 32), 16),  # columns of a wider tensor
+    (LEAST_TOKENS, (1040, 528, 16), (1, 24, 32), 16),  # blocks that are not full
+    (3001, (1040,), (4,), 0),
+]
+
+
+def _not_asked(*_: Any) -> Any:
+    raise AssertionError("this way was not to be taken")
+
+
+def _bits(codes: Tensor) -> Tensor:
+    return codes.contiguous().view(torch.uint8)
+
+
+def _assert_codes(found: Found, given: Operands) -> None:
+    """Those of the definition, of the du that was found."""
+    codes, du, _ = found
+    features = given.fold.shape[1]
+    assert codes.shape == (len(du), features + given.width)
+    want = gradient_codes_reference(*given)[0]
+    assert torch.equal(_bits(codes[:, :features]), _bits(want[:, :features]))
+    columns = left_columns(du.float() * given.balance * given.scale.reciprocal())
+    rank = du.shape[1]
+    for at, column in enumerate(columns):
+        first = features + at * rank
+        assert torch.equal(_bits(codes[:, first : first + rank]), _bits(column))
+    assert bool((codes[:, features + 3 * rank :].float() == 0).all())
+
+
+def _assert_exact(found: Found, given: Operands) -> None:
+    """Within one rounding to bf16 of float64's."""
+    exact = [dy.double() for dy in given.dys], given.u.double(), [b.double() for b in given.lora_b]
+    want_du, want_db = lora_gradients_reference(*exact, given.lora_scale)
+    for ours, truth in zip([found[1], *found[2]], [want_du, *want_db], strict=True):
+        assert ours.shape == truth.shape and ours.dtype == torch.bfloat16
+        cancelled = 1e-4 * truth.abs().max()
+        assert bool(((ours.double() - truth).abs() <= 2**-8 * truth.abs() + cancelled).all())
+
+
+def _assert_equal(a: Found, b: Found) -> None:
+    """Bit for bit."""
+    assert torch.equal(_bits(a[0]), _bits(b[0])) and torch.equal(a[1], b[1])
+    assert all(torch.equal(x, y) for x, y in zip(a[2], b[2], strict=True))
+
+
+@pytest.mark.parametrize(("tokens", "sizes", "ranks", "first"), CASES)
+def test_the_kernel_is_the_definition(
+    tokens: int,
+    sizes: Sequence[int],
+    ranks: Sequence[int],
+    first: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = operands(tokens, sizes, ranks, first=first, device="cuda")
+    given.dys[0][1] = 0
+    given.dys[-1][2] *= 1e4
+    given.dys[0][3, 5] = 3e3
+    given = given.rescaled()
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "lora_gradients_reference", _not_asked)
+        found = gradient_codes(*given)
+        _assert_equal(found, gradient_codes(*given))
+    _assert_codes(found, given)
+    _assert_exact(found, given)
+
+
+@pytest.mark.parametrize("tiling", [(64, 256, 4, 3, 8), (64, 512, 8, 3, 16), (128, 256, 8, 3, 8)])
+@pytest.mark.parametrize(("tokens", "sizes", "ranks", "first"), CASES[1:4])
+def test_so_it_is_with_other_tilings(
+    tokens: int,
+    sizes: Sequence[int],
+    ranks: Sequence[int],
+    first: int,
+    tiling: tuple[int, int, int, int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tunefork.kernels import fp8_gradients_triton as triton_code
+    from tunefork.kernels.lora_gradients_triton import Blocks
+
+    rows, columns, warps, stages, at_once = tiling
+    blocks = Blocks(rows=rows, columns=columns, warps=warps, stages=stages)
+    cut = triton_code.Tiling(blocks, at_once)
+    monkeypatch.setattr(triton_code, "_TILINGS", {16: cut, 32: cut})
+    given = operands(tokens, sizes, ranks, first=first, device="cuda")
+    found = gradient_codes(*given)
+    _assert_codes(found, given)
+    _assert_exact(found, given)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "ranks", "first", "width"),
+    [
+        (300, (1000, 513, 7), (16, 8, 32), 0, 192),  # rows are not aligned,
+        (300, (1024, 512), (16, 16), 8, 128),  # in the wider tensor,
+        (300, (1024, 512), (16, 16), 0, 100),  # of codes,
+        (LEAST_TOKENS - 1, (1024, 512), (16, 16), 0, 128),  # or few,
+        (300, (1024, 512), (16, 64), 0, 256),  # or a rank is large
+        (0, (1024, 512), (16, 16), 0, 128),
+    ],
+)
+def test_what_is_not_worth_a_kernel_takes_two_products(
+    tokens: int,
+    sizes: Sequence[int],
+    ranks: Sequence[int],
+    first: int,
+    width: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tunefork.kernels import fp8_gradients_triton as triton_code
+
+    given = operands(tokens, sizes, ranks, first=first, device="cuda")._replace(width=width)
+    monkeypatch.setattr(triton_code, "launch", _not_asked)
+    found = gradient_codes(*given)
+    _assert_codes(found, given)
+    want_du, want_db = lora_gradients_reference(*given[:4])
+    assert torch.equal(found[1], want_du)
+    assert all(torch.equal(a, b) for a, b in zip(found[2], want_db, strict=True))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_seen_in_its_row_and_column(value: float) -> None:
+    given = operands(LEAST_TOKENS, (1024, 512), (16, 8), device="cuda")
+    before, before_du, before_db = gradient_codes(*given)
+    given.dys[0][77, 33] = value
+    given = given.rescaled()
+    codes, du, db = gradient_codes(*given)
+    rows = torch.arange(LEAST_TOKENS, device="cuda") != 77
+    columns = torch.arange(1024, device="cuda") != 33
+    assert bool((codes[77].float() * given.scale[77]).isnan().all())
+    assert not bool(du[77, :16].isfinite().any() | db[0][33].isfinite().any())
+    assert torch.equal(_bits(codes)[rows], _bits(before)[rows])
+    assert torch.equal(du[rows], before_du[rows]) and torch.equal(db[1], before_db[1])
+    assert torch.equal(db[0][columns], before_db[0][columns])
+
+
+def test_what_exceeds_the_scale_saturates() -> None:
+    given = operands(LEAST_TOKENS, (1024,), (16,), device="cuda")
+    small = given._replace(scale=given.scale * 2**-20)
+    found = gradient_codes(*small)
+    _assert_codes(found, small)
+    assert float(found[0].float().abs().max()) == LARGEST > LOW
+
+
+def test_of_more_numbers_than_32_bits_count() -> None:
+    given = operands(2**17, (16384 + 512,), (16,), device="cuda")
+    codes, du, _ = gradient_codes(*given)
+    last = given._replace(dys=[given.dys[0][-4096:]], u=given.u[-4096:], scale=given.scale[-4096:])
+    _assert_codes((codes[-4096:], du[-4096:], []), last)
+
+
+def test_the_operator_is_one_to_the_compiler() -> None:
+    for tokens in (100, LEAST_TOKENS):  # the definition's products, the kernel
+        given = operands(tokens, (256, 96), (16, 8), first=16, device="cuda")
+        torch.library.opcheck(torch.ops.tunefork.gradient_codes.default, tuple(given))
+
+
+def test_compiled_once_it_serves_all_lengths() -> None:
+    def everything(given: Operands) -> tuple[Tensor, ...]:
+        codes, du, db = gradient_codes(*given._replace(dys=[dy * 2 for dy in given.dys]))
+        return codes, du, *db
+
+    def run(dys: list[Tensor], u: Tensor, lora_b: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
+        return everything(Operands(dys, u, lora_b, *rest))
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens in (LEAST_TOKENS + 40, 96, 16384):
+            given = operands(tokens, (1024, 512), (16, 8), device="cuda")
+            given = given._replace(dys=[dy.contiguous() for dy in given.dys], u=given.u.clone())
+            for a, b in zip(compiled(*given), run(*given), strict=True):
+                assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    torch._dynamo.reset()
+
+
+def test_captured_it_reads_what_is_there_at_each_replay() -> None:
+    given = operands(4096, (1024, 512), (16, 16), device="cuda")
+    gradient_codes(*given)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = gradient_codes(*given)
+    for _ in range(3):
+        for dy in given.dys:
+            dy.normal_()
+        given.scale.copy_(given.rescaled().scale)
+        graph.replay()
+        _assert_equal(found, gradient_codes(*given))
