@@ -19,38 +19,41 @@ STORAGES: list[Storage] = ["e4m5", "nf4"]
 D, E = 64, 96
 
 
-def _weights(layout: Layout, features_in: int) -> tuple[Tensor, ...]:
+def _weights(layout: Layout, features_in: int, device: str) -> tuple[Tensor, ...]:
     drawn = [torch.randn(o, features_in).div(features_in**0.5).bfloat16() for o in layout.sizes]
+    drawn = [weight.to(device) for weight in drawn]
     if layout.storage == "nf4":
         drawn = [part for weight in drawn for part in nf4_tensors(*quantize_nf4(weight))]
     return fp8_weights(drawn, layout, features_in)
 
 
-def _operands(
+def operands(
     storage: Storage,
     tokens: int = 40,
     ranks: tuple[int, int, int] = (4, 4, 6),
-    scales: tuple[float, float] = (2.0, 0.5),
+    sizes: tuple[int, int] = (D, E),
+    device: str = "cpu",
 ) -> tuple[Operands, list[Tensor]]:
     """The two groups; x, then A and B of gate, up and down."""
     torch.manual_seed(0)
-    pair = Layout(storage, "fp8", (E, E), ranks[:2], scales[0])
-    last = Layout(storage, "fp8", (D,), ranks[2:], scales[1])
-    groups = (pair, _weights(pair, D), last, _weights(last, E))
-    inputs: list[Tensor] = [torch.randn(2, tokens // 2, D).bfloat16()]
-    for size_in, size_out, rank in zip((D, D, E), (E, E, D), ranks, strict=True):
+    d, e = sizes
+    pair = Layout(storage, "fp8", (e, e), ranks[:2], 2.0)
+    last = Layout(storage, "fp8", (d,), ranks[2:], 0.5)
+    groups = (pair, _weights(pair, d, device), last, _weights(last, e, device))
+    inputs: list[Tensor] = [torch.randn(2, tokens // 2, d).bfloat16()]
+    for size_in, size_out, rank in zip((d, d, e), (e, e, d), ranks, strict=True):
         inputs += [torch.randn(rank, size_in) / size_in**0.5, torch.randn(size_out, rank) / 20]
-    return groups, [x.requires_grad_() for x in inputs]
+    return groups, [x.to(device).requires_grad_() for x in inputs]
 
 
-def _gated(groups: Operands, x: Tensor, *trained: Tensor) -> Tensor:
+def gated(groups: Operands, x: Tensor, *trained: Tensor) -> Tensor:
     pair, pair_weights, last, last_weights = groups
     gate_a, gate_b, up_a, up_b, a, b = trained
     lora_a, lora_b = [gate_a, up_a], [gate_b, up_b]
     return fp8_gated(x, pair, pair_weights, lora_a, lora_b, last, last_weights, a, b)
 
 
-def _of_groups(groups: Operands, x: Tensor, *trained: Tensor) -> Tensor:
+def of_groups(groups: Operands, x: Tensor, *trained: Tensor) -> Tensor:
     pair, pair_weights, last, last_weights = groups
     gate_a, gate_b, up_a, up_b, a, b = trained
     gate, up = fp8_lora(x, pair, pair_weights, [gate_a, up_a], [gate_b, up_b])
@@ -83,7 +86,7 @@ def _gradients(y: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
 def test_equals_the_groups(
     storage: Storage, has_directions: bool, ranks: tuple[int, int, int]
 ) -> None:
-    groups, inputs = _operands(storage, ranks=ranks)
+    groups, inputs = operands(storage, ranks=ranks)
     pair, pair_weights, last, last_weights = groups
     assert takes(pair, last)
     if has_directions:
@@ -91,7 +94,7 @@ def test_equals_the_groups(
         gate, up = fp8_lora(x, pair, pair_weights, trained[::2][:2], trained[1::2][:2])
         set_apart(x.detach().view(-1, D), pair_weights, pair)
         set_apart(swiglu(gate, up).detach().view(-1, E), last_weights, last)
-    ours, theirs = _gated(groups, *inputs), _of_groups(groups, *inputs)
+    ours, theirs = gated(groups, *inputs), of_groups(groups, *inputs)
     assert ours.dtype == torch.bfloat16 and torch.equal(ours, theirs)
     (dx, *found), (dx_want, *want) = (_gradients(y, inputs) for y in (ours, theirs))
     # Of h's gradient all is the same; of gate's and up's what autograd rounds on the way.
@@ -105,9 +108,9 @@ def test_equals_the_groups(
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_gradients_are_as_near_to_float64s_as_the_groups(storage: Storage) -> None:
-    groups, inputs = _operands(storage, tokens=400)
+    groups, inputs = operands(storage, tokens=400)
     truth = _gradients(_exact(groups, *inputs), inputs)
-    ours, theirs = (_gradients(run(groups, *inputs), inputs) for run in (_gated, _of_groups))
+    ours, theirs = (_gradients(run(groups, *inputs), inputs) for run in (gated, of_groups))
     for found, other, exact in zip(ours, theirs, truth, strict=True):
         # Two products stand before dx: of drawn weights, 3.6 % each, and of rounded rows.
         assert _error(found, exact) < 0.12
@@ -116,25 +119,25 @@ def test_gradients_are_as_near_to_float64s_as_the_groups(storage: Storage) -> No
 
 def test_it_is_the_weight_of_now_that_is_drawn() -> None:
     """Of a seed that changes in its place, as a step's does."""
-    groups, inputs = _operands("e4m5")
-    before = _gated(groups, *inputs)
+    groups, inputs = operands("e4m5")
+    before = gated(groups, *inputs)
     for weights in (groups[1], groups[3]):
         weights[3].add_(1)
-    after = _gated(groups, *inputs)
-    assert not torch.equal(before, after) and torch.equal(after, _of_groups(groups, *inputs))
+    after = gated(groups, *inputs)
+    assert not torch.equal(before, after) and torch.equal(after, of_groups(groups, *inputs))
 
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_an_input_that_needs_no_gradient(storage: Storage) -> None:
-    groups, (x, *trained) = _operands(storage)
-    want = _gradients(_gated(groups, x, *trained), trained)
-    found = _gradients(_gated(groups, x.detach(), *trained), trained)
+    groups, (x, *trained) = operands(storage)
+    want = _gradients(gated(groups, x, *trained), trained)
+    found = _gradients(gated(groups, x.detach(), *trained), trained)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, want, strict=True))
 
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_h_is_not_kept(storage: Storage) -> None:
-    groups, inputs = _operands(storage)
+    groups, inputs = operands(storage)
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -142,7 +145,7 @@ def test_h_is_not_kept(storage: Storage) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        _gated(groups, *inputs)
+        gated(groups, *inputs)
     weights = {w.data_ptr() for w in (*groups[1], *groups[3])}
     own = [x for x in kept if x.data_ptr() not in weights and x.shape[:1] == (40,)]
     rows = [x.shape[1] for x in own]
@@ -152,10 +155,10 @@ def test_h_is_not_kept(storage: Storage) -> None:
 @pytest.mark.filterwarnings("ignore")  # of torch.compile about itself
 @pytest.mark.parametrize("storage", STORAGES)
 def test_compiled_equals_launched(storage: Storage) -> None:
-    groups, inputs = _operands(storage)
+    groups, inputs = operands(storage)
     torch._dynamo.reset()
-    run: Any = torch.compile(_gated, backend="aot_eager_decomp_partition", fullgraph=True)
-    found, want = run(groups, *inputs), _gated(groups, *inputs)
+    run: Any = torch.compile(gated, backend="aot_eager_decomp_partition", fullgraph=True)
+    found, want = run(groups, *inputs), gated(groups, *inputs)
     of_found, of_want = (_gradients(y, inputs) for y in (found, want))
     for ours, theirs in zip([found, *of_found], [want, *of_want], strict=True):
         assert _error(ours, theirs) <= 2**-8
@@ -163,20 +166,20 @@ def test_compiled_equals_launched(storage: Storage) -> None:
 
 
 def test_the_tokens_may_be_none() -> None:
-    groups, inputs = _operands("e4m5", tokens=0)
-    y = _gated(groups, *inputs)
+    groups, inputs = operands("e4m5", tokens=0)
+    y = gated(groups, *inputs)
     assert y.shape == (2, 0, D)
     for gradient in torch.autograd.grad(y.sum(), inputs[1:]):
         assert not gradient.any()
 
 
 def test_what_is_not_finite_stays_in_its_row() -> None:
-    groups, inputs = _operands("e4m5")
-    before = _gated(groups, *inputs)
+    groups, inputs = operands("e4m5")
+    before = gated(groups, *inputs)
     spoilt = inputs[0].detach().clone()
     spoilt[1, 3, 5] = torch.nan
     spoilt.requires_grad_()
-    after = _gated(groups, spoilt, *inputs[1:])
+    after = gated(groups, spoilt, *inputs[1:])
     is_row = torch.zeros(2, 20, dtype=torch.bool)
     is_row[1, 3] = True
     pairs = [(before, after)]
