@@ -248,7 +248,7 @@ def test_in_fp8_layers_with_hooks_or_that_were_replaced_are_called(
     _step(hooked)
     assert called == [hooked.model.layers[0].mlp.gate_proj]
     later = _model(**FP8)
-    mlp = prepare_gated(later)[0]
+    mlp: Any = prepare_gated(later)[0]
     mlp.up_proj.register_forward_hook(lambda m, *_: called.append(m))
     _step(later)
     assert called[1:] == [mlp.up_proj]

@@ -89,7 +89,7 @@ class _Fp8Gated(torch.autograd.Function):
             *dys, da_qe = gated_gradients(*gated)
             du_sr, db = lora_gradients(dys, u_sr, lora_b, pair.scale)
         gradients = (du_sr.t() @ x_sd, *db, da_qe, db_oq)
-        of_pair, of_last = (None for _ in pair_weights), (None for _ in last_weights)
+        of_pair, of_last = [None] * len(pair_weights), [None] * len(last_weights)
         return None, None, None, dx_sd, *of_pair, *gradients, *of_last
 
 

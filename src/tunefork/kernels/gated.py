@@ -122,7 +122,8 @@ def _gated_gradients(
         return gated_gradients_reference(gate, up, dh, du)
     from tunefork.kernels.gated_triton import backward
 
-    return backward(gate, up, dh, du)
+    dgate, dup, da = backward(gate, up, dh, du)
+    return dgate, dup, da
 
 
 @_gated_gradients.register_fake
@@ -141,7 +142,8 @@ def _gated_gradients_and_squares(
         return gated_gradients_and_squares_reference(gate, up, dh, du, fold)
     from tunefork.kernels.gated_triton import backward
 
-    return backward(gate, up, dh, du, fold_1o=fold.contiguous())
+    dgate, dup, da, squares = backward(gate, up, dh, du, fold_1o=fold.contiguous())
+    return dgate, dup, da, squares
 
 
 @_gated_gradients_and_squares.register_fake
