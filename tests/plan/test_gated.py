@@ -1,5 +1,6 @@
 """SwiGLU beside `down`'s u and A's gradient, as a plan counts it: h is made, and not kept."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -137,10 +138,14 @@ def test_nor_does_one_as_written(wants_fp8: bool, monkeypatch: pytest.MonkeyPatc
     shape = Shape(4, 1024, 4000, is_masked=False)
     made, peaks = _build(False, wants_fp8=wants_fp8), []
     for is_gated in (True, False):
-        if not is_gated:
-            monkeypatch.setattr(layers, "prepare_gated", lambda _: [])
-        monkeypatch.setattr("tunefork.plan.built._BUILT", {})
-        step = trace_pass(CONFIG, made, shape, None)
+        with monkeypatch.context() as patch:
+            if not is_gated:
+                patch.setattr(layers, "prepare_gated", lambda _: [])
+            patch.setattr("tunefork.plan.built._BUILT", {})
+            step = trace_pass(CONFIG, made, shape, None)
         peaks.append(step.peaks["forward: head"].total)
+    joint = trace_pass(CONFIG, replace(made, is_joint=True), shape, None)
+    # Nor are adapters that train together built so.
+    assert joint.peaks["forward: head"].total == peaks[1]
     # As written silu of the gate is kept too.
     assert peaks[1] - peaks[0] == pytest.approx(2 * LAYERS * 4 * 1024 * INNER * 2, rel=0.02)
