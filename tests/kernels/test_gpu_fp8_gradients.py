@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.test_fp8_gradients import Operands, operands
+from tests.kernels.test_fp8_gradients import SCALE, Operands, operands
 from tunefork.kernels import fp8_gradients as dispatch
 from tunefork.kernels.e4m3 import LARGEST, LOW, left_columns
 from tunefork.kernels.fp8_gradients import gradient_codes, gradient_codes_reference
@@ -96,6 +96,7 @@ def test_the_kernel_is_the_definition(
     _assert_exact(found, given)
 
 
+@pytest.mark.parametrize("is_bulk", [False, True])
 @pytest.mark.parametrize("tiling", [(64, 256, 4, 3, 8), (64, 512, 8, 3, 16), (128, 256, 8, 3, 8)])
 @pytest.mark.parametrize(("tokens", "sizes", "ranks", "first"), CASES[1:4])
 def test_so_it_is_with_other_tilings(
@@ -104,6 +105,7 @@ def test_so_it_is_with_other_tilings(
     ranks: Sequence[int],
     first: int,
     tiling: tuple[int, int, int, int, int],
+    is_bulk: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from tunefork.kernels import fp8_gradients_triton as triton_code
@@ -111,7 +113,7 @@ def test_so_it_is_with_other_tilings(
 
     rows, columns, warps, stages, at_once = tiling
     blocks = Blocks(rows=rows, columns=columns, warps=warps, stages=stages)
-    cut = triton_code.Tiling(blocks, at_once)
+    cut = triton_code.Tiling(blocks, at_once, is_bulk)
     monkeypatch.setattr(triton_code, "_TILINGS", {16: cut, 32: cut})
     given = operands(tokens, sizes, ranks, first=first, device="cuda")
     found = gradient_codes(*given)
@@ -187,19 +189,21 @@ def test_the_operator_is_one_to_the_compiler() -> None:
 
 
 def test_compiled_once_it_serves_all_lengths() -> None:
-    def everything(given: Operands) -> tuple[Tensor, ...]:
-        codes, du, db = gradient_codes(*given._replace(dys=[dy * 2 for dy in given.dys]))
+    def run(
+        dys: list[Tensor], u: Tensor, lora_b: list[Tensor], fold: Tensor, scale: Tensor
+    ) -> tuple[Tensor, ...]:
+        balance = torch.full((), 4.0, device="cuda")
+        doubled = [dy * 2 for dy in dys]
+        codes, du, db = gradient_codes(doubled, u, lora_b, SCALE, fold, scale, balance, 128)
         return codes, du, *db
-
-    def run(dys: list[Tensor], u: Tensor, lora_b: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
-        return everything(Operands(dys, u, lora_b, *rest))
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for tokens in (LEAST_TOKENS + 40, 96, 16384):
             given = operands(tokens, (1024, 512), (16, 8), device="cuda")
-            given = given._replace(dys=[dy.contiguous() for dy in given.dys], u=given.u.clone())
-            for a, b in zip(compiled(*given), run(*given), strict=True):
+            dys = [dy.contiguous() for dy in given.dys]
+            inputs = dys, given.u.contiguous(), given.lora_b, given.fold, given.scale
+            for a, b in zip(compiled(*inputs), run(*inputs), strict=True):
                 assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
     torch._dynamo.reset()
 

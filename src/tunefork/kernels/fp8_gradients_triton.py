@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tunefork.kernels.e4m3_triton import saturated
 from tunefork.kernels.lora_gradients_triton import Blocks, add_shares, new_shares
@@ -23,11 +24,14 @@ class Tiling:
 
     blocks: Blocks
     codes: int = 8
-    """That a thread writes at once. It fetches as many numbers: 16 bytes with 8, and with 16 twice
-    as many, in two halves."""
+    """That a thread writes at once. It reads as many numbers of a tile: 16 bytes with 8, and with
+    16 twice as many, in two halves."""
+    is_bulk: bool = True
+    """Whether the hardware's copies fetch a tile, which one thread asks for, or each thread its
+    part, which takes a third more instructions in all."""
 
 
-_TILINGS = {16: Tiling(Blocks(stages=4)), 32: Tiling(Blocks(columns=256, warps=4, programs=264))}
+_TILINGS = {16: Tiling(Blocks(stages=4)), 32: Tiling(Blocks())}
 """By the rank as the kernel has it, a power of two: no more than what registers (no spills) and
 shared memory (227 KiB) hold."""
 _SIMPLE = 8, 1024
@@ -42,6 +46,7 @@ def _gradients(
     num_rows, rows_each, features,
     stride_u: tl.constexpr, stride_b: tl.constexpr, rank: tl.constexpr, block_r: tl.constexpr,
     block_s: tl.constexpr, block_o: tl.constexpr, is_whole: tl.constexpr, at_once: tl.constexpr,
+    is_bulk: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(1) * rows_each
     last = tl.minimum(first + rows_each, num_rows)
@@ -53,35 +58,39 @@ def _gradients(
     fold_o = tl.load(fold + column, mask=mask_o, other=0.0)
     db_or = tl.zeros([block_o, block_r], tl.float32)
     start = first.to(tl.int64)
-    dy += start * stride_dy
+    if not is_bulk:
+        dy += start * stride_dy
+        dy_at = row[:, None] * stride_dy + column[None, :]
     u += start * stride_u
     inverse += start
     codes += start * stride_codes
     du_shares += (tl.program_id(0).to(tl.int64) * num_rows + start) * rank
-    dy_at = row[:, None] * stride_dy + column[None, :]
     u_at = row[:, None] * stride_u + place[None, :]
     du_at = row[:, None] * rank + place[None, :]
     # Said to be multiples of no more than `at_once`, codes have dy's own layout of threads.
     codes_at = tl.multiple_of(row[:, None] * stride_codes + column[None, :], [1, at_once])
-    inverse_s = tl.load(inverse + row, mask=first + row < last, other=0.0)
     for begin in range(first, last, block_s):
         mask_s = (begin + row < last)[:, None]
         mask_so, mask_sr = mask_s, mask_s & mask_r[None, :]
         if not is_whole:
             mask_so = mask_so & mask_o[None, :]
-        dy_so = tl.load(dy + dy_at, mask=mask_so, other=0.0)
+        # No product's operand, so not fetched ahead: it comes while the tile is waited for.
+        inverse_s = tl.load(inverse + row, mask=begin + row < last, other=0.0)
+        if is_bulk:
+            dy_so = dy.load([begin, tl.program_id(0) * block_o])
+        else:
+            dy_so = tl.load(dy + dy_at, mask=mask_so, other=0.0)
         u_sr = tl.load(u + u_at, mask=mask_sr, other=0.0)
         # In this order both are in flight at once; in the other ptxas has each wait (C7515).
         db_or = tl.dot(tl.trans(dy_so), u_sr, db_or)
         du_sr = tl.dot(dy_so, b_or)
         scaled = dy_so.to(tl.float32) * fold_o[None, :] * inverse_s[:, None]
-        # The next tile's, here: a loop fetches ahead only what it multiplies.
-        inverse += block_s
-        inverse_s = tl.load(inverse + row, mask=begin + block_s + row < last, other=0.0)
         tl.store(codes + codes_at, scaled.to(tl.float8e4nv), mask=mask_so)
         tl.store(du_shares + du_at, du_sr, mask=mask_sr)
-        dy += block_s * stride_dy
+        if not is_bulk:
+            dy += block_s * stride_dy
         u += block_s * stride_u
+        inverse += block_s
         codes += block_s * stride_codes
         du_shares += block_s * rank
     db_shares += tl.program_id(1).to(tl.int64) * features * rank
@@ -178,7 +187,9 @@ def _launch_one(
     du_shares, db_shares, rows_each = new_shares(dy_so, rank, blocks)
     db_or = torch.empty(features, rank, dtype=b_or.dtype, device=b_or.device)
     _gradients[(len(du_shares), len(db_shares))](
-        dy_so,
+        TensorDescriptor.from_tensor(dy_so, [blocks.rows, blocks.columns])
+        if tiling.is_bulk
+        else dy_so,
         dy_so.stride(0),
         u_sr,
         b_or,
@@ -199,6 +210,7 @@ def _launch_one(
         blocks.columns,
         features % blocks.columns == 0,
         tiling.codes,
+        tiling.is_bulk,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )
