@@ -8,7 +8,8 @@ delta_order      a base's product and a delta of rank 16: added to it by `addmm_
                  (`lora_deltas`, and by cuBLAS) and the product added to that; replayed in turn
 gated            an MLP's h = silu(gate) * up and u = h A^T; backward the gradients of gate, up and
                  A; beside the compiler's SwiGLU and a cuBLAS product that reads h once more
-                 (backward an h that was kept); replayed in turn
+                 (backward an h that was kept); with the squares of the gradients' rows too;
+                 replayed in turn
 adamw_bf16       the update of all weights of a 1.7B and an 8B model: from the call to the GPU's
                  last kernel, and until the call returns
 adamw_fp32_moments  the same update of bf16 weights with fp32 moments, beside PyTorch's fused AdamW
@@ -136,6 +137,7 @@ def gated(features: int, rank: int) -> dict[str, Any]:
     torch.manual_seed(0)
     gate, up, dh = (_draw(TOKENS, features) for _ in range(3))
     du, a = _draw(TOKENS, rank), _draw(rank, features)
+    fold = torch.rand(1, 2 * features, device="cuda")
     h, _ = forward(gate, up, a)
 
     @torch.compile(dynamic=False)
@@ -153,6 +155,7 @@ def gated(features: int, rank: int) -> dict[str, Any]:
         "forward": lambda: forward(gate, up, a),
         "forward_swiglu_and_product": lambda: swiglu(gate, up) @ a.t(),
         "backward": lambda: backward(gate, up, dh, du),
+        "backward_and_squares": lambda: backward(gate, up, dh, du, fold_1o=fold),
         "backward_swiglu_and_product": lambda: (swiglu_backward(gate, up, dh), du.t() @ h),
     }
     graphs = [_graph([form] * 3) for form in forms.values()]

@@ -7,7 +7,12 @@ from torch import Tensor
 
 from tunefork.kernels import gated as kernel
 from tunefork.kernels.compiled import standing_for_gpu
-from tunefork.kernels.gated import LARGEST_RANK, gated_down, gated_gradients
+from tunefork.kernels.gated import (
+    LARGEST_RANK,
+    gated_down,
+    gated_gradients,
+    gated_gradients_and_squares,
+)
 
 
 def _draw(rank: int, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
@@ -42,6 +47,18 @@ def test_h_is_rounded_once_and_products_are_made_of_that() -> None:
     assert torch.equal(gated_gradients(gate, up, dh, du)[2], du.t() @ h)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_squares_are_of_the_gradients_that_it_gives(dtype: torch.dtype) -> None:
+    gate, up, dh, du, _ = _draw(3, dtype)
+    fold = torch.rand(1, 20)
+    *found, squares = gated_gradients_and_squares(gate, up, dh, du, fold)
+    plain = gated_gradients(gate, up, dh, du)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, plain, strict=True))
+    wide = torch.cat(found[:2], dim=1).double() * fold.double()
+    assert squares.dtype == torch.float32
+    torch.testing.assert_close(squares.double(), wide.square().sum(1, True), rtol=1e-6, atol=0)
+
+
 def test_gates_that_are_very_negative_or_positive_give_numbers() -> None:
     gate = torch.tensor([[-300.0, -90.0, 0.0, 90.0, 300.0]])
     up, one = torch.full((1, 5), 2.0), torch.ones(1, 5)
@@ -65,7 +82,8 @@ def test_a_gpu_asks_the_operators_for_what_their_kernels_can(
     dtype: torch.dtype, rank: int, is_kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    for name in ("gated_down_reference", "gated_gradients_reference"):
+    names = "gated_down", "gated_gradients", "gated_gradients_and_squares"
+    for name in (f"{name}_reference" for name in names):
 
         def noting(*args: Tensor, own: object = getattr(kernel, name)) -> object:
             asked.append(args)
@@ -73,11 +91,17 @@ def test_a_gpu_asks_the_operators_for_what_their_kernels_can(
 
         monkeypatch.setattr(kernel, name, noting)
     gate, up, dh, du, a = _draw(rank, dtype, "meta")
-    want = [*gated_down(gate, up, a), *gated_gradients(gate, up, dh, du)]
-    assert len(asked) == 2  # nothing stands for a GPU
+    fold = torch.empty(1, 20, device="meta")
+
+    def all_three() -> list[Tensor]:
+        squared = gated_gradients_and_squares(gate, up, dh, du, fold)
+        return [*gated_down(gate, up, a), *gated_gradients(gate, up, dh, du), *squared]
+
+    want = all_three()
+    assert len(asked) == 4  # nothing stands for a GPU; one definition asks another
     with standing_for_gpu(lambda *_: None):
-        found = [*gated_down(gate, up, a), *gated_gradients(gate, up, dh, du)]
-    assert len(asked) == (2 if is_kernel else 4)
+        found = all_three()
+    assert len(asked) == (4 if is_kernel else 8)
     for ours, theirs in zip(found, want, strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
         assert ours.is_contiguous()
@@ -88,9 +112,13 @@ def test_the_operators_shapes_serve_strided_operands() -> None:
     wide = torch.empty(6, 40, dtype=torch.bfloat16, device="meta")
     gate, up, dh = (wide[:, at : at + 10] for at in (0, 10, 25))
     a, du = wide.t()[:10, :3].t(), wide[:, 5:8]
+    fold = torch.empty(20, 1, device="meta").t()
     found = [
         *torch.ops.tunefork.gated_down(gate, up, a),
         *torch.ops.tunefork.gated_gradients(gate, up, dh, du),
+        *torch.ops.tunefork.gated_gradients_and_squares(gate, up, dh, du, fold),
     ]
-    assert [tuple(x.shape) for x in found] == [(6, 10), (6, 3), (6, 10), (6, 10), (3, 10)]
+    gradients = [(6, 10), (6, 10), (3, 10)]
+    wanted = [(6, 10), (6, 3), *gradients, *gradients, (6, 1)]
+    assert [tuple(x.shape) for x in found] == wanted and found[-1].dtype == torch.float32
     assert all(x.is_contiguous() for x in found)

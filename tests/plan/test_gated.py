@@ -1,5 +1,6 @@
 """SwiGLU beside `down`'s u and A's gradient, as a plan counts it: h is made, and not kept."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import LlamaConfig
 
 from tunefork.kernels.compiled import standing_for_gpu
-from tunefork.kernels.gated import gated_down, gated_gradients
+from tunefork.kernels.fp8_gradients import gradient_codes
+from tunefork.kernels.gated import gated_down, gated_gradients, gated_gradients_and_squares
 from tunefork.model import layers
 from tunefork.plan.attention import Setting, install
 from tunefork.plan.built import Build, built
@@ -20,6 +22,7 @@ from tunefork.plan.trace import Trace
 from tunefork.recipe import FullSection, LoraSection, Method
 
 INNER, RANK, LAYERS = 160, 4, 2
+WIDTH = 64
 CONFIG = LlamaConfig(
     vocab_size=256,
     hidden_size=64,
@@ -30,7 +33,7 @@ CONFIG = LlamaConfig(
 )
 
 
-def _build(is_compiled: bool, method: Method = Method.LORA) -> Build:
+def _build(is_compiled: bool, method: Method = Method.LORA, wants_fp8: bool = False) -> Build:
     return Build(
         method=method,
         lora=LoraSection(rank=RANK),
@@ -39,6 +42,7 @@ def _build(is_compiled: bool, method: Method = Method.LORA) -> Build:
         checkpointing="none",
         device="cuda",
         is_compiled=is_compiled,
+        wants_fp8=wants_fp8,
     )
 
 
@@ -72,8 +76,46 @@ def test_compiled_they_are_two_operations() -> None:
     assert sum(kernel.moved(100) for kernel in kernels) == _bytes(100)
 
 
+def _in_fp8(gate: Any, up: Any, dh: Any, du: Any, b: Any, *more: Any) -> tuple[Any, ...]:
+    fold, scale, balance = more
+    with standing_for_gpu(lambda *_: None):
+        *dys, da, squares = gated_gradients_and_squares(gate, up, dh, du, fold)
+        u, lora_b = torch.empty_like(du).repeat(1, 2), [b, b]
+        codes, du, db = gradient_codes(dys, u, lora_b, 0.5, fold, scale, balance, WIDTH)
+        return da, squares, codes, du, *db
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_in_fp8_each_too(is_compiled: bool) -> None:
+    tokens = TOKENS if is_compiled else 100
+    operands = [*_operands(tokens)[:4], torch.empty(INNER, RANK, dtype=torch.bfloat16)]
+    operands += [torch.empty(shape) for shape in [(1, 2 * INNER), (tokens, 1), ()]]
+    operands = [x.to("meta") for x in operands]
+    fold, column = 4 * 2 * INNER, 4 * tokens
+    gated = 2 * (5 * tokens * INNER + tokens * RANK + RANK * INNER) + fold + column
+    # dgate and dup; u and du of both; one B twice, and two gradients; scale, balance; codes.
+    skinny = 2 * (2 * tokens * INNER + 4 * tokens * RANK + 3 * INNER * RANK)
+    skinny += fold + column + 4 + tokens * (2 * INNER + WIDTH)
+    flops = 2 * 4.0 * tokens * INNER * RANK
+    if is_compiled:
+        kernels = program_of(make_fx(_in_fp8)(*operands)).kernels
+        first, *_, last = kernels
+        assert (first.kind, len(first.makes), first.moved(tokens)) == ("fused", 4, gated)
+        assert (last.kind, last.launches) == ("skinny", 6)
+        assert (last.flops(tokens), last.moved(tokens)) == (flops, skinny)
+    else:
+        with Trace() as trace:
+            _in_fp8(*operands)
+        work, repeats = trace.work["skinny"], 2 * 3 * tokens * RANK
+        assert (work.flops, work.num_bytes, work.count) == (flops, skinny, 6)
+        assert trace.work["memory"].num_bytes == pytest.approx(gated + repeats, rel=0.01)
+
+
+@pytest.mark.parametrize("wants_fp8", [False, True])
 @pytest.mark.parametrize("method", [Method.LORA, Method.QLORA])
-def test_a_compiled_layer_does_not_keep_h(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_layer_does_not_keep_h(
+    method: Method, wants_fp8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Gate and up are kept; before, a third tensor of their size was."""
     install(Setting("cuda", is_masked=False), Trace())
     kept = []
@@ -82,23 +124,28 @@ def test_a_compiled_layer_does_not_keep_h(method: Method, monkeypatch: pytest.Mo
             monkeypatch.setattr(layers, "prepare_gated", lambda _: [])
         # A model of its own: the other's MLPs have been prepared.
         monkeypatch.setattr("tunefork.plan.built._BUILT", {})
-        found = capture(built(CONFIG, _build(True, method)).model, "none")
+        found = capture(built(CONFIG, _build(True, method, wants_fp8)).model, "none")
         assert found is not None and len(found) == LAYERS
         program, results = found[0].forward, found[0].num_results
         sizes = [program.sizes[name].per_token for name in program.outputs[results:] if name]
         kept.append(sum(size == 2 * INNER for size in sizes))
-    # NF4's gate and up are views of one product.
-    assert kept == ([2, 3] if method is Method.LORA else [0, 1])
+    # NF4's and FP8's gate and up are views of one product.
+    assert kept == ([2, 3] if method is Method.LORA and not wants_fp8 else [0, 1])
 
 
-def test_nor_does_one_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wants_fp8", [False, True])
+def test_nor_does_one_as_written(wants_fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(4, 1024, 4000, is_masked=False)
-    made, peaks = _build(False), []
+    made, peaks = _build(False, wants_fp8=wants_fp8), []
     for is_gated in (True, False):
-        if not is_gated:
-            monkeypatch.setattr(layers, "prepare_gated", lambda _: [])
-        monkeypatch.setattr("tunefork.plan.built._BUILT", {})
-        step = trace_pass(CONFIG, made, shape, None)
+        with monkeypatch.context() as patch:
+            if not is_gated:
+                patch.setattr(layers, "prepare_gated", lambda _: [])
+            patch.setattr("tunefork.plan.built._BUILT", {})
+            step = trace_pass(CONFIG, made, shape, None)
         peaks.append(step.peaks["forward: head"].total)
+    joint = trace_pass(CONFIG, replace(made, is_joint=True), shape, None)
+    # Nor are adapters that train together built so.
+    assert joint.peaks["forward: head"].total == peaks[1]
     # As written silu of the gate is kept too.
     assert peaks[1] - peaks[0] == pytest.approx(2 * LAYERS * 4 * 1024 * INNER * 2, rel=0.02)

@@ -86,21 +86,44 @@ def _quantize_input(
     return quantize_apart(x_sd, inner_s, apart, probe_md, balance, scale_s1, width), scale_s1
 
 
-def _a_beside(
-    layout: Layout, a_rd: Tensor | None, features_in: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """The bytes of A's columns, (D, P), and the balance."""
-    if a_rd is None:
-        return None, None
+def product(
+    x_sd: Tensor,
+    layout: Layout,
+    weights: Sequence[Tensor],
+    a_rd: Tensor | None,
+    lora_b: Sequence[Tensor],
+) -> tuple[Tensor, Tensor | None]:
+    """y (S, O) of all layers, and u = x A^T (S, R), bf16; where no layer has a delta A and u are
+    None."""
+    apart_om, probe_md = weights[-2:]
+    rows, inner_s = rows_of(layout, weights, x_sd.shape[1]), None
+    if layout.width:
+        inner_s = x_sd @ (probe_md if a_rd is None else torch.cat([a_rd, probe_md])).t()
+    codes_op, balance = _forward_operand(layout, rows, apart_om, lora_b)
+    wide, scale_s1 = _quantize_input(layout, x_sd, inner_s, probe_md, balance)
+    y_so = scaled_mm(wide, codes_op, scale_s1, rows.scale_1o)
+    return y_so, None if a_rd is None or inner_s is None else inner_s[:, : layout.rank]
+
+
+def a_beside(layout: Layout, a_rd: Tensor) -> tuple[Tensor, Tensor]:
+    """The bytes of A's columns, (D, P), for the input's gradient, and the balance."""
     largest = a_rd.abs().amax().float().clamp(min=1e-30)
     balance = torch.exp2(torch.ceil(torch.log2(largest / LARGEST)))
     columns = right_columns(a_rd.float().t() / balance)
     if filling := layout.back_width - 3 * layout.rank:
-        columns.append(a_rd.new_zeros(features_in, filling, dtype=torch.uint8))
+        columns.append(a_rd.new_zeros(a_rd.shape[1], filling, dtype=torch.uint8))
     return joined(columns), balance
 
 
-def _input_gradient(
+def turned_product(
+    codes_sp: Tensor, scale_s1: Tensor, rows: Rows, beside_dp: Tensor | None
+) -> Tensor:
+    """dx (S, D), bf16, of gradients times `rows`' scales, as codes (S, O + P) over `scale`."""
+    codes_dp = rows.codes_turned(beside_dp)
+    return scaled_mm(codes_sp, codes_dp, scale_s1, scale_s1.new_ones(1, codes_dp.shape[0]))
+
+
+def input_gradient(
     dys: Sequence[Tensor],
     layout: Layout,
     weights: Sequence[Tensor],
@@ -109,12 +132,11 @@ def _input_gradient(
     features_in: int,
 ) -> Tensor:
     """dx = sum of dy_i W_i + du A, (S, D) bf16; A and du are None where no layer has a delta."""
-    beside, balance = _a_beside(layout, a_rd, features_in)
+    beside, balance = (None, None) if a_rd is None else a_beside(layout, a_rd)
     rows = rows_of(layout, weights, features_in)
     # The scales lie along the dimension that is summed over now: dy takes them.
     wide, scale_s1 = quantize_rows(dys, rows.scale_1o, du_sr, balance, layout.back_width)
-    codes_dp = rows.codes_turned(beside)
-    return scaled_mm(wide, codes_dp, scale_s1, scale_s1.new_ones(1, features_in))
+    return turned_product(wide, scale_s1, rows, beside)
 
 
 class _Fp8Lora(torch.autograd.Function):
@@ -125,14 +147,7 @@ class _Fp8Lora(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights, lora_b = tensors[:num_weights], tensors[num_weights + 1 :]
         a_rd = tensors[num_weights] if layout.rank else None
-        apart_om, probe_md = weights[-2:]
-        rows, inner_s = rows_of(layout, weights, x_sd.shape[1]), None
-        if layout.width:
-            inner_s = x_sd @ (probe_md if a_rd is None else torch.cat([a_rd, probe_md])).t()
-            u_sr = inner_s[:, : layout.rank]
-        codes_op, balance = _forward_operand(layout, rows, apart_om, lora_b)
-        wide, scale_s1 = _quantize_input(layout, x_sd, inner_s, probe_md, balance)
-        y_so = scaled_mm(wide, codes_op, scale_s1, rows.scale_1o)
+        y_so, u_sr = product(x_sd, layout, weights, a_rd, lora_b)
         saved = () if a_rd is None else (x_sd, u_sr, a_rd, *lora_b)
         ctx.save_for_backward(*weights, *saved)
         ctx.layout, ctx.num_weights, ctx.features_in = layout, num_weights, x_sd.shape[1]
@@ -152,7 +167,7 @@ class _Fp8Lora(torch.autograd.Function):
             gradients = (du_sr.t() @ x_sd, *db)
         dx_sd = None
         if ctx.needs_input_grad[2]:
-            dx_sd = _input_gradient(dys, layout, weights, a_rd, du_sr, ctx.features_in)
+            dx_sd = input_gradient(dys, layout, weights, a_rd, du_sr, ctx.features_in)
         return None, None, dx_sd, *(None for _ in weights), *gradients
 
 

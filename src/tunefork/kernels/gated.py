@@ -50,9 +50,29 @@ def gated_gradients(
     return gated_gradients_reference(gate_sd, up_sd, dh_sd, du_sr)
 
 
+def gated_gradients_and_squares(
+    gate_sd: Tensor, up_sd: Tensor, dh_sd: Tensor, du_sr: Tensor, fold_1o: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `gated_gradients` gives, bit for bit, and the sum of each row's squares, (S, 1): of
+    [dgate | dup], as they are rounded, times `fold`.
+
+    `fold` (1, 2 D) and the sums are fp32.
+    """
+    if has_kernels(gate_sd, du_sr.shape[1]):
+        return torch.ops.tunefork.gated_gradients_and_squares(  # type: ignore[no-any-return]
+            gate_sd, up_sd, dh_sd, du_sr, fold_1o
+        )
+    return gated_gradients_and_squares_reference(gate_sd, up_sd, dh_sd, du_sr, fold_1o)
+
+
+def swiglu(gate_sd: Tensor, up_sd: Tensor) -> Tensor:
+    """h = silu(gate) * up, computed in fp32 at least and rounded once."""
+    return (F.silu(_wide(gate_sd)) * _wide(up_sd)).to(gate_sd.dtype)
+
+
 def gated_down_reference(gate_sd: Tensor, up_sd: Tensor, a_rd: Tensor) -> tuple[Tensor, Tensor]:
     """The definition of `gated_down`."""
-    h_sd = (F.silu(_wide(gate_sd)) * _wide(up_sd)).to(gate_sd.dtype)
+    h_sd = swiglu(gate_sd, up_sd)
     return h_sd, h_sd @ a_rd.t()
 
 
@@ -65,6 +85,15 @@ def gated_gradients_reference(
     silu = gate * share
     dgate_sd = (dh * up * (share + silu * (1 - share))).to(dtype)
     return dgate_sd, (dh * silu).to(dtype), du_sr.t() @ (silu * up).to(dtype)
+
+
+def gated_gradients_and_squares_reference(
+    gate_sd: Tensor, up_sd: Tensor, dh_sd: Tensor, du_sr: Tensor, fold_1o: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The definition of `gated_gradients_and_squares`."""
+    dgate_sd, dup_sd, da_rd = gated_gradients_reference(gate_sd, up_sd, dh_sd, du_sr)
+    folded = torch.cat([dgate_sd, dup_sd], dim=1).float() * fold_1o
+    return dgate_sd, dup_sd, da_rd, folded.square().sum(1, keepdim=True)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -93,10 +122,37 @@ def _gated_gradients(
         return gated_gradients_reference(gate, up, dh, du)
     from tunefork.kernels.gated_triton import backward
 
-    return backward(gate, up, dh, du)
+    dgate, dup, da = backward(gate, up, dh, du)
+    return dgate, dup, da
 
 
 @_gated_gradients.register_fake
 def _(gate: Tensor, up: Tensor, dh: Tensor, du: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     like_gate = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
     return *like_gate, gate.new_empty(du.shape[1], gate.shape[1])
+
+
+@torch.library.custom_op(
+    "tunefork::gated_gradients_and_squares", mutates_args=(), device_types="cuda"
+)
+def _gated_gradients_and_squares(
+    gate: Tensor, up: Tensor, dh: Tensor, du: Tensor, fold: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if gate.numel() == 0:
+        return gated_gradients_and_squares_reference(gate, up, dh, du, fold)
+    from tunefork.kernels.gated_triton import backward
+
+    dgate, dup, da, squares = backward(gate, up, dh, du, fold_1o=fold.contiguous())
+    return dgate, dup, da, squares
+
+
+@_gated_gradients_and_squares.register_fake
+def _(
+    gate: Tensor, up: Tensor, dh: Tensor, du: Tensor, fold: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gradients = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+    return (
+        *gradients,
+        gate.new_empty(du.shape[1], gate.shape[1]),
+        fold.new_empty(gate.shape[0], 1),
+    )

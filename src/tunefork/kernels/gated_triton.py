@@ -6,7 +6,8 @@ columns by a stretch of rows, and it is the share of dA that stays. A last kerne
 a fixed order, so that the same bits come each time. At 16,384 x 14,336 and rank 16 shares, written
 and read, are 1 % of what else is moved.
 
-Both kernels are bound by memory: 6 bytes a value forward, 10 backward.
+Both kernels are bound by memory: 6 bytes a value forward, 10 backward. The rows' sums of squares
+cost the backward kernel 4 bytes a row and column block, and arithmetic that memory leaves room for.
 """
 
 from dataclasses import dataclass
@@ -43,6 +44,10 @@ BACKWARD = Blocks(rows=32, columns=128, programs=784, warps=8, stages=3)
 """By count, not measured: without spills two programs share a Hopper GPU's multiprocessor and have
 up to 144 and 104 KB on their way there, and an 8B model's 16,384 tokens are four and three turns of
 132 of them."""
+
+_REGISTERS = 128
+"""A thread of the backward kernel has so many at most where it sums squares too: with more, as it
+would take, a multiprocessor has no room for two programs of the blocks above."""
 
 
 @triton.jit
@@ -103,7 +108,7 @@ def _forward(
 @triton.jit(do_not_specialize=["num_rows", "rows_each"])
 def _backward(
     gate, stride_gate, up, stride_up, dh, stride_dh, du, stride_du, dgate, dup, shares,
-    num_rows, rows_each, features,
+    fold, squares, num_rows, rows_each, features,
     rank: tl.constexpr, block_r: tl.constexpr, block_s: tl.constexpr, block_d: tl.constexpr,
     is_whole: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
@@ -119,6 +124,8 @@ def _backward(
     du += start * stride_du
     dgate += start * features
     dup += start * features
+    if fold is not None:
+        squares += tl.program_id(0).to(tl.int64) * num_rows
     da_or = tl.zeros([block_d, block_r], tl.float32)
     for begin in tl.range(first, last, block_s, num_stages=stages):
         mask_s = (begin + row < last)[:, None]
@@ -136,9 +143,19 @@ def _backward(
         share_so, silu_so = _silu(gate_so)
         h_so = _rounded(silu_so * up_so)
         dgate_so = dh_so * up_so * (share_so + silu_so * (1.0 - share_so))
+        dgate_so = dgate_so.to(dgate.dtype.element_ty)
+        dup_so = (dh_so * silu_so).to(dup.dtype.element_ty)
         to = row[:, None] * features + at[None, :]
-        tl.store(dgate + to, dgate_so.to(dgate.dtype.element_ty), mask=mask_so)
-        tl.store(dup + to, (dh_so * silu_so).to(dup.dtype.element_ty), mask=mask_so)
+        tl.store(dgate + to, dgate_so, mask=mask_so)
+        tl.store(dup + to, dup_so, mask=mask_so)
+        if fold is not None:
+            # Read anew for each tile: kept, they would take the registers of a second program.
+            fold_gate = tl.load(fold + at, mask=mask_o, other=0.0)[None, :]
+            fold_up = tl.load(fold + features + at, mask=mask_o, other=0.0)[None, :]
+            gate_so = dgate_so.to(tl.float32) * fold_gate  # of what is rounded, as it is read then
+            up_so = dup_so.to(tl.float32) * fold_up
+            squares_s = tl.sum(gate_so * gate_so + up_so * up_so, axis=1)
+            tl.store(squares + begin + row, squares_s, mask=begin + row < last)
         da_or = tl.dot(tl.trans(h_so), du_sr, da_or)
         gate += block_s * stride_gate
         up += block_s * stride_up
@@ -194,9 +211,15 @@ def forward(
 
 
 def backward(
-    gate_sd: Tensor, up_sd: Tensor, dh_sd: Tensor, du_sr: Tensor, blocks: Blocks = BACKWARD
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dgate and dup (S, D) and dA (R, D), as `gated.gated_gradients` says."""
+    gate_sd: Tensor,
+    up_sd: Tensor,
+    dh_sd: Tensor,
+    du_sr: Tensor,
+    blocks: Blocks = BACKWARD,
+    fold_1o: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """dgate and dup (S, D) and dA (R, D), as `gated.gated_gradients` says; with `fold` the rows'
+    squares (S, 1) too, as `gated.gated_gradients_and_squares` does."""
     gate_sd, up_sd, dh_sd, du_sr = map(_in_rows, (gate_sd, up_sd, dh_sd, du_sr))
     (tokens, features), rank = gate_sd.shape, du_sr.shape[1]
     down, across = triton.cdiv(tokens, blocks.rows), triton.cdiv(features, blocks.columns)
@@ -205,6 +228,7 @@ def backward(
     dgate_sd, dup_sd = gate_sd.new_empty(gate_sd.shape), gate_sd.new_empty(gate_sd.shape)
     da_rd = gate_sd.new_empty(rank, features)
     shares = gate_sd.new_empty(stretches, rank, features, dtype=torch.float32)
+    squares = None if fold_1o is None else shares.new_empty(across, tokens, 1)
     _backward[(across, stretches)](
         gate_sd,
         gate_sd.stride(0),
@@ -217,6 +241,8 @@ def backward(
         dgate_sd,
         dup_sd,
         shares,
+        fold_1o,
+        squares,
         tokens,
         each,
         features,
@@ -227,8 +253,12 @@ def backward(
         features % blocks.columns == 0,
         _stages(rank, blocks),
         num_warps=blocks.warps,
+        maxnreg=None if fold_1o is None else _REGISTERS,
     )
-    return dgate_sd, dup_sd, _summed(shares, da_rd)
+    da_rd = _summed(shares, da_rd)
+    if squares is None:
+        return dgate_sd, dup_sd, da_rd
+    return dgate_sd, dup_sd, da_rd, _summed(squares, squares.new_empty(tokens, 1))
 
 
 def _in_rows(tensor: Tensor) -> Tensor:

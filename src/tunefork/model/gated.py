@@ -1,4 +1,7 @@
-"""MLPs whose `down` layer makes its LoRA's u and A's gradient beside SwiGLU (`kernels/gated.py`).
+"""MLPs that do not keep h, what their `down` layer reads, between the passes (`kernels/gated.py`).
+
+With bf16 products `down` is one function of gate and up (`kernels/gated_lora.py`), with FP8
+products the whole MLP one of x (`kernels/fp8_gated.py`).
 
 That is for a module that computes exactly down(silu(gate(x)) * up(x)) while it is trained. Which do
 is not told by names: a twin of the module, with small random layers in the place of its three, has
@@ -14,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunefork.kernels.fp8_gated import fp8_gated
+from tunefork.kernels.fp8_gated import takes as takes_fp8
 from tunefork.kernels.gated import has_kernels
 from tunefork.kernels.gated_lora import gated_lora, takes
 from tunefork.model.fused import FusedLinear
@@ -38,19 +43,44 @@ class Gated(nn.Module):
     def forward(self, x_d: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., D) -> (..., D)"""
         if self.training and not (args or kwargs):
-            name_of_gate, name_of_up, name_of_down = self.gated_names
-            down = getattr(self, name_of_down)
+            gate, up, down = (getattr(self, name) for name in self.gated_names)
             # After training its layers may have been replaced by others.
             is_as_found = isinstance(down, LoraLinear) and _group(down) is not None
             if is_as_found and has_kernels(x_d, down.lora_a.shape[0]):
-                group, bias_o = down.base.group, down.base.bias
-                gate_d = getattr(self, name_of_gate)(x_d)  # in this order, as in their group
-                up_d = getattr(self, name_of_up)(x_d)
-                a_rd, b_or = down.lora_a, down.lora_b
-                y_d = gated_lora(gate_d, up_d, group.layout, group.weights, a_rd, b_or)
-                return y_d if bias_o is None else y_d + bias_o
+                if _group(down).layout.products == "bf16":
+                    return _with_bias(down, _in_bf16(gate, up, down, x_d))
+                if _are_fp8(gate, up):
+                    return _with_bias(down, _in_fp8(gate, up, down, x_d))
         as_written: Tensor = super().forward(x_d, *args, **kwargs)
         return as_written
+
+
+def _in_bf16(gate: nn.Module, up: nn.Module, down: LoraLinear, x_d: Tensor) -> Tensor:
+    gate_d, up_d = gate(x_d), up(x_d)  # in this order, as in their group
+    group = _group(down)
+    return gated_lora(gate_d, up_d, group.layout, group.weights, down.lora_a, down.lora_b)
+
+
+def _in_fp8(gate: LoraLinear, up: LoraLinear, down: LoraLinear, x_d: Tensor) -> Tensor:
+    pair, last = _group(gate), _group(down)
+    lora_a, lora_b = [gate.lora_a, up.lora_a], [gate.lora_b, up.lora_b]
+    of_pair = pair.layout, pair.weights, lora_a, lora_b
+    return fp8_gated(x_d, *of_pair, last.layout, last.weights, down.lora_a, down.lora_b)
+
+
+def _with_bias(down: LoraLinear, y_d: Tensor) -> Tensor:
+    bias_o = down.base.bias
+    return y_d if bias_o is None else y_d + bias_o
+
+
+def _are_fp8(*layers: Any) -> bool:
+    """Whether `fp8_gated` can have gate and up: it calls neither, and adds no bias to them."""
+    return all(
+        isinstance(layer, LoraLinear)
+        and _group(layer) is not None
+        and not (layer.base.bias is not None or _has_hooks(layer))
+        for layer in layers
+    )
 
 
 def prepare_gated(model: nn.Module) -> list[nn.Module]:
@@ -95,9 +125,16 @@ def _names(linear: dict[str, nn.Module]) -> tuple[str, str, str] | None:
     first, second = sorted((n for n in linear if n != down), key=lambda n: _index(linear[n]))
     is_pair = groups[first] is groups[second] and len(groups[first].layout.sizes) == 2
     is_plain = isinstance(layer, LoraLinear) and not _has_hooks(layer)
-    if is_pair and is_plain and takes(groups[down].layout, groups[down].features_in):
+    if is_pair and is_plain and _takes(groups[first], groups[down], linear[first], linear[second]):
         return first, second, down
     return None
+
+
+def _takes(pair: Any, last: Any, gate: nn.Module, up: nn.Module) -> bool:
+    """Whether one of the two functions can do an MLP of these groups."""
+    if last.layout.products == "bf16":
+        return takes(last.layout, last.features_in)
+    return takes_fp8(pair.layout, last.layout) and _are_fp8(gate, up)
 
 
 def _index(layer: nn.Module) -> int:

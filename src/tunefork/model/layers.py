@@ -55,18 +55,21 @@ def prepare_layers(
     *,
     compiles: bool,
     dynamic: bool | None = None,
+    gates: bool = True,
     compiler: Callable[..., Any] = torch.compile,
     shelf: Any = None,
     two_runs: _TwoRuns | None = None,
 ) -> None:
     """Have `model`'s layers run so while they are trained, in place.
 
-    `dynamic` is torch.compile's: whether one compiled form serves every number of tokens. A plan,
-    which computes nothing, has its own in the place of the `compiler`, the `shelf` (`shelf.py`) and
+    `dynamic` is torch.compile's: whether one compiled form serves every number of tokens. Without
+    `gates` MLPs run as written (`gated.py`), as those of many adapters do. A plan, which computes
+    nothing, has its own in the place of the `compiler`, the `shelf` (`shelf.py`) and
     the two compiled runs of a layer (`rerun.sparingly`, told whether to keep attention's result).
     Raises ModelError for checkpointing that the model has no layers for.
     """
-    prepare_gated(model)
+    if gates:
+        prepare_gated(model)
     is_random = draws(model)
     run: Callable[..., Any] = _as_written
     if checkpointing == "selective":

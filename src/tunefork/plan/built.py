@@ -50,6 +50,8 @@ class Build:
     wants_fp8: bool = False
     """`train.precision: fp8`."""
     is_compiled: bool = False
+    is_joint: bool = False
+    """Its adapter stands for several that train together, whose MLPs run as written."""
 
     @property
     def modules(self) -> "Build":

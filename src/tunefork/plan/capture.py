@@ -78,16 +78,19 @@ def _unfused() -> AbstractContextManager[None]:
     return standing_for_gpu(lambda function, args, kwargs: function(*args, **kwargs))
 
 
-def capture(model: PreTrainedModel, checkpointing: Checkpointing) -> list[Layer] | None:
+def capture(
+    model: PreTrainedModel, checkpointing: Checkpointing, *, gates: bool = True
+) -> list[Layer] | None:
     """Each decoder layer of a built `model` on the meta device, compiled, where that can be had.
 
     None where a layer is not one graph or holds what the programs do not know: it is planned as
-    written then, which takes more. The model is as before afterwards.
+    written then, which takes more. `gates` is that of `prepare_layers`. But for what that does to
+    MLPs the model is as before afterwards.
     """
     if checkpointing == "selective" or torch.cuda.is_available():
-        return _compiled(model, checkpointing)
-    found = _traced(model)
-    return _compiled(model, checkpointing) if found is None else found
+        return _compiled(model, checkpointing, gates)
+    found = _traced(model, gates)
+    return _compiled(model, checkpointing, gates) if found is None else found
 
 
 @dataclass(slots=True)
@@ -138,15 +141,16 @@ def _empty(value: Any) -> Any:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
-def _compiled(model: PreTrainedModel, checkpointing: Checkpointing) -> list[Layer] | None:
+def _compiled(
+    model: PreTrainedModel, checkpointing: Checkpointing, gates: bool = True
+) -> list[Layer] | None:
     """By torch.compile."""
     found = _Backend()
     # Beside the layers' own graphs, checkpointing and offloading run as they are.
     inner: Checkpointing = "selective" if checkpointing == "selective" else "none"
     layers = decoder_layers(model)
-    prepare_layers(
-        model, inner, compiles=True, dynamic=False, compiler=partial(torch.compile, backend=found)
-    )
+    compiler = partial(torch.compile, backend=found)
+    prepare_layers(model, inner, compiles=True, dynamic=False, gates=gates, compiler=compiler)
     for at, layer in enumerate(layers):
         layer.forward = partial(_noting, found, at, layer.forward)
     try:
@@ -196,10 +200,10 @@ def _noting(found: _Backend, at: int, forward: Callable[..., Any], *args: Any, *
     return forward(*args, **more)
 
 
-def _traced(model: PreTrainedModel) -> list[Layer] | None:
+def _traced(model: PreTrainedModel, gates: bool = True) -> list[Layer] | None:
     """By the partitioner alone."""
     found = _Tracer()
-    prepare_layers(model, "none", compiles=True, compiler=found.compiler)
+    prepare_layers(model, "none", compiles=True, gates=gates, compiler=found.compiler)
     try:
         _pass(model)
     except Exception:  # any model's code, which Dynamo may read where it cannot be recorded

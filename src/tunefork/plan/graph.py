@@ -202,10 +202,11 @@ def _work(node: Node) -> dict[str, Any]:
         shapes = [_shape(n) for n in arguments[PRODUCTS[target] :][:2]]
         kind, flops = product(shapes[0], shapes[1], is_fp8=target in FP8_PRODUCTS)
         return {"kind": kind, "flops": _size(flops)}
-    if target is LORA_GRADIENTS:
+    if target in LORA_GRADIENTS:
         dys, lora_b = ([_shape(n) for n in arguments[at]] for at in (0, 2))
         work = _size(lora_gradients_flops(dys, lora_b))
-        return {"kind": "skinny", "flops": work, "launches": 2 * len(dys)}
+        launches = 2 * len(dys) + LORA_GRADIENTS[target]
+        return {"kind": "skinny", "flops": work, "launches": launches}
     if target is LORA_DELTAS:
         lora_b = [_shape(n) for n in arguments[1]]
         work = _size(lora_deltas_flops(_shape(arguments[0])[0], lora_b))

@@ -123,10 +123,11 @@ def _prepare(
 ) -> None:
     """Have the layers run as `made` says."""
     checkpointing: Checkpointing = made.checkpointing
+    gates = not made.is_joint
     if programs is None:
         if checkpointing == "selective" or (checkpointing == "offload" and made.device == "cpu"):
             checkpointing = "full"  # what it is without compilation, or where memory is the host's
-        prepare_layers(model, checkpointing, compiles=False, shelf=EmptyShelf())
+        prepare_layers(model, checkpointing, compiles=False, gates=gates, shelf=EmptyShelf())
         return
     # The shallower of the two models is like the beginning of the other.
     replay = Replay(dict(zip(decoder_layers(model), programs, strict=False)), trace, segments)
@@ -136,6 +137,7 @@ def _prepare(
         model,
         checkpointing,
         compiles=True,
+        gates=gates,
         compiler=replay.compiler,
         shelf=EmptyShelf(),
         two_runs=replay.two_runs,

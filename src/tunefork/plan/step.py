@@ -167,7 +167,9 @@ def _captured(config: Any, made: Build) -> list[Layer] | None:
         install(Setting("cuda", is_masked=False), Trace())
         there = built(config, made)
         if there.head.takes_segments:
-            _CAPTURED[key] = remembered(config, made, lambda: capture(there.model, within))
+            _CAPTURED[key] = remembered(
+                config, made, lambda: capture(there.model, within, gates=not made.is_joint)
+            )
         else:
             _CAPTURED[key] = None
     return _CAPTURED.get(key)

@@ -174,6 +174,7 @@ def _groups(
         device=target.kind,
         wants_fp8=recipe.train.precision == "fp8",
         is_compiled=compiles(recipe.train.compile, target.kind, _MANY_STEPS),
+        is_joint=True,
     )
     is_everywhere = all(lora.targets == "all-linear" for lora in variants)
     is_left = recipe.train.activation_checkpointing == "auto"

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import tunefork.kernels.fp8_gradients  # registers gradient_codes
 import tunefork.kernels.lora_group  # noqa: F401  registers add_product_, lora_deltas, lora_gradients
 from tunefork.plan import meta_results
 from tunefork.plan.schema import Part
@@ -41,10 +42,15 @@ PRODUCTS = {
 }
 """Matrix products -> where their left operand stands; the right one follows it."""
 FP8_PRODUCTS = {torch.ops.aten._scaled_mm.default}
-LORA_GRADIENTS = torch.ops.tunefork.lora_gradients.default
-"""Two skinny products with each of several tensors, read once, by two kernels each. What the first
-leaves for the second (`kernels/lora_gradients_triton.py`) makes no moment higher: it is gone before
-the input's gradient comes, which is larger (up to O = 16 D at rank 16, 4 D at 32)."""
+LORA_GRADIENTS = {
+    torch.ops.tunefork.lora_gradients.default: 0,
+    torch.ops.tunefork.gradient_codes.default: 2,
+}
+"""Two skinny products with each of several tensors, read once, by two kernels each -> what kernels
+there are beside these. What the first leaves for the second (`kernels/lora_gradients_triton.py`)
+makes no moment higher: it is gone before the input's gradient comes, which is larger (up to O = 16
+D at rank 16, 4 D at 32), or, of an MLP's gate and up, comes after what was larger: their gradients
+beside what these are made of."""
 LORA_DELTAS = torch.ops.tunefork.lora_deltas.default
 """Skinny products side by side, each by a kernel."""
 FLASH = {
@@ -215,10 +221,10 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 left = PRODUCTS[func]
                 is_fp8 = func in FP8_PRODUCTS
                 self.count(*product(args[left].shape, args[left + 1].shape, is_fp8=is_fp8), moved)
-            elif func is LORA_GRADIENTS:
+            elif func in LORA_GRADIENTS:
                 shapes = [[tensor.shape for tensor in args[at]] for at in (0, 2)]
-                flops, kernels = lora_gradients_flops(*shapes), 2 * len(args[0])
-                self.count("skinny", flops, moved, kernels)
+                kernels = 2 * len(args[0]) + LORA_GRADIENTS[func]
+                self.count("skinny", lora_gradients_flops(*shapes), moved, kernels)
             elif func is LORA_DELTAS:
                 flops = lora_deltas_flops(args[0].shape[0], [b.shape for b in args[1]])
                 self.count("skinny", flops, moved, len(args[1]))
