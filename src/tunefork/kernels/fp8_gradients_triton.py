@@ -31,7 +31,7 @@ class Tiling:
     part, which takes a third more instructions in all."""
 
 
-_TILINGS = {16: Tiling(Blocks(stages=4)), 32: Tiling(Blocks())}
+_TILINGS = {16: Tiling(Blocks(stages=4), codes=16), 32: Tiling(Blocks())}
 """By the rank as the kernel has it, a power of two: no more than what registers (no spills) and
 shared memory (227 KiB) hold."""
 _SIMPLE = 8, 1024
