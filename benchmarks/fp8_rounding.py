@@ -31,7 +31,7 @@ from tunefork.recipe import LoraSection, Method
 from tunefork.train.method import calibration_ids
 
 CPU = torch.device("cpu")
-STORAGES: dict[Storage, Method] = {"e4m7": Method.LORA, "nf4": Method.QLORA}
+STORAGES: dict[Storage, Method] = {"e4m5": Method.LORA, "nf4": Method.QLORA}
 _EXAMPLES = 16
 
 

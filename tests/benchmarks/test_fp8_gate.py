@@ -94,7 +94,7 @@ def test_what_is_measured_is_judged_and_not_measured_twice(
 
 
 @pytest.mark.usefixtures("fp8_is_fp32")
-def test_older_lines_are_judged_as_trained_too(
+def test_lines_may_tell_what_was_trained_over_too(
     arguments: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(results, "FOLDER", tmp_path)
@@ -110,6 +110,7 @@ def test_older_lines_are_judged_as_trained_too(
     )
     assert "as_trained" not in before and before["as_served"] == after["as_served"]
     assert after["as_trained"]["loss_relative_difference"] == 0.0
+    assert after["holds"] == before["holds"]
 
 
 def lines_of(raw: Path, run: str) -> dict[str, Any]:

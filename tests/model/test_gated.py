@@ -22,7 +22,7 @@ from tunefork.model.layers import prepare_layers
 from tunefork.model.linear import LoraLinear
 from tunefork.recipe import Checkpointing, LoraSection, Method
 
-FP8: dict[str, Any] = {"storage": "e4m7", "products": "fp8"}
+FP8: dict[str, Any] = {"storage": "e4m5", "products": "fp8"}
 IDS = torch.arange(3, 67).view(2, 32)
 
 
@@ -82,7 +82,7 @@ def test_those_that_multiply_by_silu_of_a_layer_do(name: str) -> None:
         ({"lora": LoraSection(rank=4, targets="attention", modules_to_save=("up_proj",))}, False),
         ({"storage": "fp8", "products": "fp8"}, False),
         ({"storage": "nf4", "products": "fp8", "method": Method.QLORA}, True),
-        ({"storage": "e4m7", "products": "fp8"}, True),
+        ({"storage": "e4m5", "products": "fp8"}, True),
         ({**FP8, "lora": LoraSection(rank=4, targets=("down_proj",))}, False),
         ({**FP8, "lora": LoraSection(rank=4, targets=("gate_proj", "down_proj"))}, False),
         ({**FP8, "lora": LoraSection(rank=4, targets=("gate_proj", "up_proj"))}, False),
@@ -196,7 +196,7 @@ def test_biases_are_added(on_gpu: None) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-@pytest.mark.parametrize("storage", ["e4m7", "nf4"])
+@pytest.mark.parametrize("storage", ["e4m5", "nf4"])
 def test_the_step_in_fp8_is_that_of_the_groups(
     name: str, storage: Storage, on_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,7 +254,7 @@ def test_in_fp8_layers_with_hooks_or_that_were_replaced_are_called(
     assert called[1:] == [mlp.up_proj]
 
 
-@pytest.mark.parametrize("storage", ["e4m7", "nf4"])
+@pytest.mark.parametrize("storage", ["e4m5", "nf4"])
 def test_directions_are_set_as_in_a_model_that_is_not_prepared(
     storage: Storage, on_gpu: None
 ) -> None:

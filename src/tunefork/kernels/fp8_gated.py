@@ -35,7 +35,7 @@ from tunefork.kernels.gated import (
 from tunefork.kernels.layout import Layout
 from tunefork.kernels.lora_gradients import lora_gradients
 
-_STORAGES = ("e4m7", "nf4")
+_STORAGES = ("e4m5", "nf4")
 """Of bases that are trained over in FP8."""
 
 
