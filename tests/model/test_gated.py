@@ -291,10 +291,20 @@ def test_evaluation_and_a_cpu_take_what_is_written(
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile about itself
 @pytest.mark.parametrize(
-    "checkpointing",
-    ["none", "full", "offload", pytest.param("selective", marks=pytest.mark.slow)],
+    ("checkpointing", "compiles"),
+    [
+        *(("none", False), ("full", False), ("offload", False), ("none", True)),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (
+                ("selective", False),
+                ("full", True),
+                ("offload", True),
+                ("selective", True),
+            )
+        ),
+    ],
 )
-@pytest.mark.parametrize("compiles", [False, True])
 @pytest.mark.parametrize("more", [{}, FP8], ids=["bf16", "fp8"])
 def test_however_layers_are_run(
     checkpointing: Checkpointing, compiles: bool, more: Any, on_gpu: None
