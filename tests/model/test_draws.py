@@ -37,13 +37,13 @@ def _seeds(groups: list[FusedGroup]) -> list[tuple[int, int]]:
 def test_each_group_and_each_step_has_its_own(storage: Storage) -> None:
     model, groups = fused("fp8", storage=storage)
     found = []
-    for step in range(8):
+    for step in range(1, 9):
         draw_for(model, step)
         found += _seeds(groups)
     assert len(set(found)) == len(found) == 8 * len(groups)
     assert len({seed for seed, _ in found}) == (2 if storage == "e4m5" else 8) * len(groups)
     draw_for(model, 2)
-    assert _seeds(groups) == found[2 * len(groups) : 3 * len(groups)]
+    assert _seeds(groups) == found[len(groups) : 2 * len(groups)]
 
 
 def test_of_four_steps_the_errors_of_a_weight_take_each_other_back() -> None:
@@ -61,7 +61,7 @@ def test_of_four_steps_the_errors_of_a_weight_take_each_other_back() -> None:
             found.append(torch.cat([each * rows.scale_1o.t() - exact for each in codes]))
         return found
 
-    together, apart = errors(range(4, 8)), errors(range(0, 16, 4))
+    together, apart = errors(range(1, 5)), errors(range(1, 17, 4))
     single = together[0].norm()
     # `materialize` rounds to bf16.
     assert torch.stack(together).mean(0).norm() < 0.05 * single

@@ -143,7 +143,7 @@ def launch(
     """du (S, R) and each layer's gradient of B; fills dy's columns of `codes` (S, O + P).
 
     As `fp8_gradients.gradient_codes` says, with the inverse of its scale, contiguous. All but that
-    and fold are in bf16, ranks up to 64; O_i and the stride of `codes` are multiples of 16.
+    and fold are in bf16, ranks up to 32; O_i and the stride of `codes` are multiples of 16.
     """
     du_sr, db = torch.empty(u_sr.shape, dtype=u_sr.dtype, device=u_sr.device), []
     fold_1o = fold_1o.contiguous()

@@ -9,7 +9,7 @@ than alone.
 
 Over ten bits (`e4m5.py`) four steps share a seed, and each has another turn: what a draw moves in
 all of a step's tokens at once, which no number of them averages out, the next steps move back; of
-a half in two, as turns that follow each other are two apart.
+half a step in each two, as their turns are two apart.
 """
 
 import torch
@@ -30,7 +30,7 @@ def draw_for(model: nn.Module, step: int) -> None:
     assert group.seeds_g4 is not None
     seeds_g4, turn = group.seeds_g4, 0
     if group.layout.storage == "e4m5":
-        step, at = divmod(step, len(_TURNS))
+        step, at = divmod(step - 1, len(_TURNS))  # a run's first step is 1
         turn = _TURNS[at]
     number = torch.arange(seeds_g4.numel(), dtype=torch.int32, device=seeds_g4.device)
     seeds_g4.copy_(mix(mix(number) + step).view_as(seeds_g4))

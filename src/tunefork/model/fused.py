@@ -65,7 +65,7 @@ class FusedGroup(nn.Module):
         else:
             self.weights = tuple(base.weight.detach().to(device) for base in bases)
         self.exact: tuple[Tensor, ...] = ()
-        """The members' weights where they were, if fewer bits are kept of them, until the main
+        """The members' weights where they were, if ten bits are kept of them, until the main
         directions are set apart: along these a product is as exact as what it is told of them."""
         if products == "fp8":
             self.weights = fp8_weight.fp8_weights(self.weights, self.layout, self.features_in)
@@ -214,6 +214,8 @@ def fuse(
         if products == "fp8":
             check_sizes({path: _base(m) for path, m in zip(paths, members, strict=True)})
         group = FusedGroup(members, storage, products, device)
+        if calibration_ids is None:
+            group.exact = ()
         check_finite(group.weights, paths)
         for index, (path, member) in enumerate(zip(paths, members, strict=True)):
             if isinstance(member, LoraLinear | BankLinear):
@@ -233,8 +235,6 @@ def fuse(
             group.draw_by(seeds_g4, number)
     if products == "fp8" and calibration_ids is not None:
         calibrate(model, groups, calibration_ids.to(device))
-    for group in groups:
-        group.exact = ()
     return groups
 
 
@@ -242,16 +242,19 @@ def fuse(
 def calibrate(model: PreTrainedModel, groups: Sequence[FusedGroup], ids: Tensor) -> None:
     """Set each group's directions by its inputs in a pass over `ids` (rows, length).
 
-    A group sees what those before it leave as they are evaluated.
+    A group sees what those before it leave as they are evaluated. A second time ten bits are all
+    that is known of a weight.
     """
     was_training = model.training
     model.eval()
     for group in groups:
         group.is_calibrated = False
-    model(input_ids=ids, use_cache=False)
-    for group in groups:  # one that the pass did not reach stays as it is
-        group.is_calibrated = True
-    model.train(was_training)
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for group in groups:  # one that the pass did not reach stays as it is
+            group.is_calibrated, group.exact = True, ()
+        model.train(was_training)
 
 
 def _owner(model: PreTrainedModel, path: str) -> nn.Module:
