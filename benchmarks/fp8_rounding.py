@@ -6,9 +6,9 @@ M and DATA are those of fp8_gate.py. The inputs of every group of layers (q, k a
 up; down) on examples of the evaluation are kept from a pass of the plain model. Each group's FP8
 product of them, through the kernels that training takes (on a CPU: their definitions), is compared
 with the product of the same frozen weights in float64: as one draw of them has it, and with the
-main directions of training examples' inputs apart (`kernels/directions.py`). The error is the root of the mean over tokens of
-|y - exact|^2 / |exact|^2, so that each token counts alike; a row is its mean over the model's
-layers.
+main directions of training examples' inputs apart (`kernels/directions.py`). The error is the root
+of the mean over tokens of |y - exact|^2 / |exact|^2, so that each token counts alike; a row is its
+mean over the model's layers.
 """
 
 import argparse

@@ -17,7 +17,7 @@ from tunefork.model.add_bank import add_bank
 from tunefork.model.bank import BankAdapter
 from tunefork.model.build import quantize_nf4
 from tunefork.model.draws import draw_for
-from tunefork.model.fused import FusedGroup, fuse
+from tunefork.model.fused import FusedGroup, calibrate, fuse
 from tunefork.model.head import find_head
 from tunefork.recipe import LoraSection
 from tunefork.train.accumulate import Accumulator
@@ -67,6 +67,18 @@ def test_of_four_steps_the_errors_of_a_weight_take_each_other_back() -> None:
     assert torch.stack(together).mean(0).norm() < 0.05 * single
     assert torch.stack(together[:2]).mean(0).norm() < 0.6 * single
     assert 0.4 < torch.stack(apart).mean(0).norm() / single < 0.6
+
+
+def test_ten_bits_forget_the_weights_once_directions_are_set_or_setting_them_failed() -> None:
+    for calibrates in (False, True):
+        model, groups = fused("fp8", storage="e4m5", calibrates=calibrates)
+        assert not any(group.exact for group in groups)
+    for group in groups:
+        group.exact = (torch.ones(1),)
+    with pytest.raises(IndexError):
+        calibrate(model.train(), groups, torch.full((1, 4), 10**6))
+    assert model.training
+    assert all(group.is_calibrated and not group.exact for group in groups)
 
 
 def test_nothing_is_drawn_where_nothing_is_rounded_at_random() -> None:

@@ -133,7 +133,15 @@ class _Pair(_Mlp):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)), None
 
 
-@pytest.mark.parametrize("kind", [_Swapped, _Limited, _Dropping, _Scaled, _OfItsSize, _Pair])
+class _Asserting(_Mlp):
+    def forward(self, x: Tensor) -> Any:
+        assert x.shape[-1] == 32
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize(
+    "kind", [_Swapped, _Limited, _Dropping, _Scaled, _OfItsSize, _Pair, _Asserting]
+)
 def test_a_module_that_computes_something_else_does_not(kind: type[nn.Module]) -> None:
     model = _model().eval()  # as a model may be when it is prepared
     changed = model.model.layers[1].mlp
@@ -236,6 +244,15 @@ def test_in_fp8_a_bias_of_gate_or_up_takes_what_is_written(on_gpu: None) -> None
     with_bias = mlp(x)
     mlp.down_proj.base.bias = None
     assert torch.equal(with_bias, mlp(x) + bias)
+
+
+@pytest.mark.parametrize("more", [{}, FP8], ids=["bf16", "fp8"])
+def test_a_hook_that_down_is_given_later_is_called(on_gpu: None, more: Any) -> None:
+    model, called = _model(**more), list[nn.Module]()
+    down: Any = prepare_gated(model)[0].down_proj
+    down.register_forward_hook(lambda m, *_: called.append(m))
+    _step(model)
+    assert called == [down]
 
 
 def test_in_fp8_layers_with_hooks_or_that_were_replaced_are_called(
