@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tunefork.kernels import fp8, fp8_weight
 from tunefork.kernels import fp8_gradients as kernel
 from tunefork.kernels.compiled import standing_for_gpu
 from tunefork.kernels.e4m3 import E4M3, LARGEST, quantize_rows_reference
 from tunefork.kernels.fp8_gradients import gradient_codes, gradient_scale
+from tunefork.kernels.layout import Layout
 from tunefork.kernels.lora_gradients import lora_gradients_reference
 
 SCALE = 0.7
@@ -181,3 +183,40 @@ def test_a_gpu_is_given_the_same_shapes(monkeypatch: pytest.MonkeyPatch) -> None
             theirs.stride(),
             theirs.dtype,
         )
+
+
+@pytest.mark.parametrize(("dead", "std"), [(0.0, 0.003), (0.0, 0.3), (0.01, 0.01), (0.1, 0.01)])
+def test_the_bound_costs_the_input_gradient_little(dead: float, std: float) -> None:
+    """Large deltas and rows of next to nothing raise all scales; dx is hardly further off than over
+    scales of the largest numbers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    size, features, rank = 1024, 512, 16
+    layout = Layout("e4m5", "fp8", (size, size), (rank, rank), 2.0)
+    weights = [draw(size, features) * 0.02 for _ in range(2)]
+    for weight in weights:
+        weight[: int(dead * size)] *= 1e-3
+    kept = fp8_weight.fp8_weights([weight.bfloat16() for weight in weights], layout, features)
+    rows = fp8_weight.rows_of(layout, kept, features)
+    a = (draw(2 * rank, features) * features**-0.5).bfloat16()
+    lora_b = [(draw(size, rank) * std).bfloat16() for _ in range(2)]
+    dys = [(draw(64, size) * 1e-4).bfloat16() for _ in range(2)]
+    beside, balance = fp8.a_beside(layout, a)
+    assert balance is not None
+    length = (torch.cat(dys, dim=1).float() * rows.scale_1o).norm(dim=1, keepdim=True)
+    of_delta = (lora_b, layout.scale, rows.scale_1o)
+    scale = gradient_scale(length, *of_delta, balance)
+    u = draw(64, 2 * rank).bfloat16()
+    codes, du, _ = gradient_codes(dys, u, *of_delta, scale, balance, layout.back_width)
+    found = fp8.turned_product(codes, scale, rows, beside).double()
+    before = fp8.input_gradient(dys, layout, kept, a, du, features).double()
+    dense = [fp8_weight.dense(layout, kept, features, torch.float32, at, at + 1) for at in (0, 1)]
+    exact = sum(
+        dy.double() @ (weight.double() + layout.scale * b.double() @ own.double())
+        for dy, weight, b, own in zip(dys, dense, lora_b, a.split(rank), strict=True)
+    )
+    errors = [float((dx - exact).norm() / exact.norm()) for dx in (found, before)]
+    assert errors[0] < 1.2 * errors[1] < 0.06
