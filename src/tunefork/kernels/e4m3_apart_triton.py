@@ -25,8 +25,6 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     """Tiles of columns in shared memory."""
-    registers: int | None = None
-    """Of a thread at most."""
 
 
 TILE = Tile(rows=64, columns=64, steps=8, warps=4, stages=3)
@@ -150,6 +148,5 @@ def launch(
         largest_code,
         low_factor,
         num_warps=tile.warps,
-        maxnreg=tile.registers,
     )
     return codes

@@ -1,10 +1,10 @@
 """A frozen weight in ten bits, of which each pass draws eight: e4m5 kept, e4m3 multiplied.
 
 FP8's e4m3 has three bits of mantissa. Rounded to the nearest once, a weight errs the same way in
-every step, and what A and B learn of that gathers: of what SmolLM2-135M lost by being fine-tuned
-so, 1.3 %, directions apart gave back 1 % and this the rest (docs/fp8.md). Two bits more of mantissa
-are kept, and every pass rounds them away at random, up or down with the probability that keeps the
-mean (stochastic rounding: Gupta et al. 2015, https://arxiv.org/abs/1502.02551): what one step errs,
+every step, and what A and B learn of that gathers: SmolLM2-135M lost 1.3 % by being fine-tuned so;
+with this and directions apart it is about 0.2 % (docs/fp8.md). Two bits more of mantissa are kept,
+and every pass rounds them away at random, up or down with the probability that keeps the mean
+(stochastic rounding: Gupta et al. 2015, https://arxiv.org/abs/1502.02551): what one step errs,
 others take back. Four steps do so exactly: they share a random number r of 0 to 3 and draw by
 r + turn, modulo 4, each with another turn (a Cranley-Patterson rotation, SIAM J. Numer. Anal. 13,
 1976), so that a weight with k quarters goes up in k of the four. The forward pass and the input's

@@ -68,9 +68,8 @@ class TrainSection(Section):
     e4m3, for methods that have one (lora, qlora; `full` then computes in bf16), with everything
     else in bf16. Made for Hopper GPUs and later; a CPU computes it slowly. `auto`: fp8 on such a
     GPU where its gate was passed for the model's family, method and size and FP8 is faster
-    (train/fp8_gate.yaml; so far passed by lora and qlora of a llama of 0.1B, and no faster there),
-    the run has at least 100 steps, and two
-    batches of its own agree in both (run.json has the figures); else bf16 on a GPU and on a CPU
+    (train/fp8_gate.yaml; so far nowhere), the run has at least 100 steps, and two batches of its
+    own agree in both (run.json has the figures); else bf16 on a GPU and on a CPU
     with bf16 instructions; else fp32. `train` and the final runs of `compare` choose so; searches,
     sweeps and groups take bf16. Over an NF4 base (qlora) fp8 is for training alone: what is
     evaluated or generated is computed in bf16, as a server does."""
