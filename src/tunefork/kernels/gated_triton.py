@@ -41,8 +41,8 @@ class Blocks:
 
 FORWARD = Blocks(rows=64, columns=128, programs=1024, warps=8, stages=3)
 BACKWARD = Blocks(rows=32, columns=128, programs=784, warps=8, stages=3)
-"""For an H200: 0.36 and 0.59 ms at 16,384 x 14,336 and rank 16; of twelve forms that were tried this
-is the quickest backward, with squares. Without spills two programs share a Hopper GPU's
+"""For an H200: 0.36 and 0.59 ms at 16,384 x 14,336 and rank 16; of twelve forms that were tried
+this is the quickest backward, with squares. Without spills two programs share a Hopper GPU's
 multiprocessor and have up to 144 and 104 KB on their way there, and an 8B model's 16,384 tokens are
 four and three turns of 132 of them."""
 
