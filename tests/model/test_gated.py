@@ -307,22 +307,18 @@ def test_evaluation_and_a_cpu_take_what_is_written(
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile about itself
+@pytest.mark.parametrize("checkpointing", ["none", "full", "offload", "selective"])
 @pytest.mark.parametrize(
-    ("checkpointing", "compiles"),
+    ("more", "compiles"),
     [
-        *(("none", False), ("full", False), ("offload", False), ("none", True)),
-        *(
-            pytest.param(*each, marks=pytest.mark.slow)
-            for each in (
-                ("selective", False),
-                ("full", True),
-                ("offload", True),
-                ("selective", True),
-            )
-        ),
+        ({}, False),
+        (FP8, False),
+        pytest.param({}, True, marks=pytest.mark.slow),
+        # `test_fp8_gated.py` compiles the function alone.
+        pytest.param(FP8, True, marks=pytest.mark.slow),
     ],
+    ids=["bf16", "fp8", "bf16-compiled", "fp8-compiled"],
 )
-@pytest.mark.parametrize("more", [{}, FP8], ids=["bf16", "fp8"])
 def test_however_layers_are_run(
     checkpointing: Checkpointing, compiles: bool, more: Any, on_gpu: None
 ) -> None:
