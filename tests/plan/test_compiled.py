@@ -172,7 +172,8 @@ def test_a_compiled_pass_is_filled_up_as_the_run_fills_it(
         # These were measured while h was kept, 32 x 448 MiB, in bf16 on 2026-11-27.
         (Method.LORA, "none", False, 8, 2048, 90.4 - 14.0, 0.01),
         (Method.LORA, "none", True, 8, 2048, 86.14 - 14.0, 0.01),
-        (Method.QLORA, "offload", True, 8, 2048, 9.91, 0.02),
+        # This one before the MLP was one function that writes up's gradient over h's: 448 MiB.
+        (Method.QLORA, "offload", True, 8, 2048, 9.91 - 0.44, 0.02),
     ],
 )
 def test_an_8b_shape_takes_what_it_took_on_an_h200(
