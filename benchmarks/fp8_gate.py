@@ -8,9 +8,8 @@
 
 The same seeds, examples, order and recipe with `train.precision` bf16 and fp8, for LoRA and QLoRA.
 What is judged is in `fp8_verdict.py`: the evaluation's loss, the paired interval of the accuracy,
-and the gradients against float64 (`fp8_gradients.py`). A model trained in FP8 is evaluated with its
-adapter over the base in bf16, as a server would have it; what tunefork keeps of a base for FP8 is
-the same base, so that its own evaluation is of the same products.
+and the gradients against float64 (`fp8_gradients.py`). A model trained in FP8 is evaluated twice:
+as it was trained, and with its adapter over the base in bf16, as a server would have it.
 `--precisions fp32 bf16_cut` adds yardsticks: how far from bf16 a run on the same seed ends that
 computes in fp32, or cuts its steps into other micro-batches. Less than that is chance.
 

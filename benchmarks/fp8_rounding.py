@@ -5,10 +5,10 @@
 M and DATA are those of fp8_gate.py. The inputs of every group of layers (q, k and v; o; gate and
 up; down) on examples of the evaluation are kept from a pass of the plain model. Each group's FP8
 product of them, through the kernels that training takes (on a CPU: their definitions), is compared
-with the product of the same frozen weights in float64: as quantised, and corrected for the inputs
-of training examples (`kernels/directions.py`). The error is the root of the mean over tokens of
-|y - exact|^2 / |exact|^2, so that each token counts alike; a row is its mean over the model's
-layers.
+with the product of the same frozen weights in float64: as one draw of them has it, and with the
+main directions of training examples' inputs apart (`kernels/directions.py`). The error is the root
+of the mean over tokens of |y - exact|^2 / |exact|^2, so that each token counts alike; a row is its
+mean over the model's layers.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from tunefork.recipe import LoraSection, Method
 from tunefork.train.method import calibration_ids
 
 CPU = torch.device("cpu")
-STORAGES: dict[Storage, Method] = {"e4m7": Method.LORA, "nf4": Method.QLORA}
+STORAGES: dict[Storage, Method] = {"e4m5": Method.LORA, "nf4": Method.QLORA}
 _EXAMPLES = 16
 
 
@@ -81,13 +81,13 @@ def measure(storage: Storage, recipe: Any, data: Any) -> list[dict[str, Any]]:
             found[kind].append(pair)
     rows = []
     for kind, pairs in found.items():
-        uncorrected, corrected = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
+        as_drawn, apart = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
         rows.append(
             {
                 "case": f"{storage} {kind}",
                 "groups": len(pairs),
-                "uncorrected": uncorrected,
-                "corrected": corrected,
+                "as_drawn": as_drawn,
+                "directions_apart": apart,
             }
         )
         print(rows[-1], flush=True)

@@ -155,16 +155,17 @@ def run(arguments: argparse.Namespace, trial: Trial, loaded: Any) -> dict[str, A
         "shared": shared(arguments),
         "versions": versions(),
     }
-    plain = recipe
-    if trial.precision == "fp8":  # judged as a server would have it, over the base in bf16
+    row |= _evaluated(model, tokenizer, data, recipe, "")
+    if trial.precision == "fp8":
         trained = adapter(model)
-        plain = recipe_of(arguments, Trial(trial.method, "bf16", trial.seed))
         del model
         forget()
+        plain = recipe_of(arguments, Trial(trial.method, "bf16", trial.seed))
         dtype = pick_dtype("bf16", device)
         model = load_for_training(plain, method, dtype=dtype, device=device, seed=trial.seed)
         put_adapter(model, trained)
-    return row | _evaluated(model, tokenizer, data, plain)
+        row |= _evaluated(model, tokenizer, data, plain, "served_")
+    return row
 
 
 def adapter(model: Any) -> dict[str, Any]:
@@ -182,18 +183,18 @@ def put_adapter(model: Any, trained: dict[str, Any]) -> None:
         parameter.data.copy_(trained[name])
 
 
-def _evaluated(model: Any, tokenizer: Any, data: Any, recipe: Any) -> dict[str, Any]:
+def _evaluated(model: Any, tokenizer: Any, data: Any, recipe: Any, prefix: str) -> dict[str, Any]:
     section = recipe.train.model_copy(update={"micro_batch_tokens": _EVALUATION_TOKENS})
     measured = evaluate(model, tokenizer, data, recipe.model_copy(update={"train": section}))
     found: dict[str, Any] = {
-        metric: estimate(metric, [measured.columns], samples=200).value
+        f"{prefix}{metric}": estimate(metric, [measured.columns], samples=200).value
         for metric in ("loss", "accuracy")
     }
     said = " ".join(f"{name} {value:.5f}" for name, value in found.items())
     print(f"  {said} [{measured.seconds:.0f} s]", flush=True)
-    found["evaluate_s"] = measured.seconds
-    found["majority_share"] = measured.majority_share
-    return found | {"columns": pack_columns(measured.columns)}
+    found[f"{prefix}evaluate_s"] = measured.seconds
+    found[f"{prefix}majority_share"] = measured.majority_share
+    return found | {f"{prefix}columns": pack_columns(measured.columns)}
 
 
 def shared(arguments: argparse.Namespace) -> dict[str, Any]:

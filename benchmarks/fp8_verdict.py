@@ -68,28 +68,21 @@ def pairs_of(method: str, raw: dict[str, _Row]) -> dict[int, tuple[_Row, _Row]]:
 
 
 def judge(method: str, seed: int, bf16: _Row, fp8: _Row) -> _Row:
-    """One seed: FP8 against bf16, as served; older lines have it as trained too."""
+    """One seed: FP8 against bf16, as trained and as served."""
     columns = unpack_columns(bf16["columns"])
-    sides = {"as_served": _served(fp8)}
-    if "served_columns" in fp8:
-        sides["as_trained"] = unpack_columns(fp8["columns"])
-    found = {side: against(columns, of) for side, of in sides.items()}
     row: _Row = {
         "case": method,
         "seed": seed,
         "num_examples": len(columns["gold"]),
         "majority_share": bf16["majority_share"],
-        **found,
+        "as_trained": against(columns, unpack_columns(fp8["columns"])),
+        "as_served": against(columns, unpack_columns(fp8["served_columns"])),
         "seconds": {"bf16": bf16["train_s"], "fp8": fp8["train_s"]},
         "train_examples": bf16["train_examples"],
         "train_losses": {"bf16": bf16["train_losses"][-5:], "fp8": fp8["train_losses"][-5:]},
     }
     enough = row["num_examples"] >= FEWEST_EXAMPLES
-    return row | {"holds": enough and all(side["holds"] for side in found.values())}
-
-
-def _served(fp8: _Row) -> Any:
-    return unpack_columns(fp8.get("served_columns", fp8["columns"]))
+    return row | {"holds": enough and row["as_trained"]["holds"] and row["as_served"]["holds"]}
 
 
 def against(base: Any, other: Any, names: tuple[str, str] = PRECISIONS) -> _Row:
@@ -111,14 +104,16 @@ def against(base: Any, other: Any, names: tuple[str, str] = PRECISIONS) -> _Row:
 
 def summary(method: str, judged: list[_Row], pairs: list[tuple[_Row, _Row]]) -> _Row:
     """All seeds of a method, and how much bf16 alone moves from seed to seed."""
-    sides = [[_served(fp8) for _, fp8 in pairs], [unpack_columns(b["columns"]) for b, _ in pairs]]
+    sides = [[unpack_columns(pair[side]["columns"]) for pair in pairs] for side in (1, 0)]
     paired = paired_difference("accuracy", *sides, samples=_SAMPLES, by_seed=True)
-    losses = [row["as_served"]["loss"]["bf16"] for row in judged]
-    relative = [row["as_served"]["loss_relative_difference"] for row in judged]
+    losses = [row["as_trained"]["loss"]["bf16"] for row in judged]
+    relative = [row["as_trained"]["loss_relative_difference"] for row in judged]
+    served = [unpack_columns(pair[1]["served_columns"]) for pair in pairs]
     return {
         "case": f"{method}_all_seeds",
         "seeds": [row["seed"] for row in judged],
         "mean_loss_relative_difference": loss_difference(*sides),
+        "mean_served_loss_relative_difference": loss_difference(served, sides[1]),
         "worst_loss_relative_difference": max(relative, key=abs),
         "bf16_loss_range_over_seeds": max(losses) / min(losses) - 1,
         "accuracy_difference_points": [100 * x for x in (paired.value, paired.low, paired.high)],

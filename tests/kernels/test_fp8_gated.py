@@ -15,7 +15,7 @@ from tunefork.kernels.layout import Layout, Storage
 from tunefork.kernels.quantized import nf4_tensors, quantize_nf4
 
 Operands = tuple[Layout, tuple[Tensor, ...], Layout, tuple[Tensor, ...]]
-STORAGES: list[Storage] = ["e4m7", "nf4"]
+STORAGES: list[Storage] = ["e4m5", "nf4"]
 D, E = 64, 96
 
 
@@ -119,7 +119,7 @@ def test_gradients_are_as_near_to_float64s_as_the_groups(storage: Storage) -> No
 
 def test_it_is_the_weight_of_now_that_is_drawn() -> None:
     """Of a seed that changes in its place, as a step's does."""
-    groups, inputs = operands("e4m7")
+    groups, inputs = operands("e4m5")
     before = gated(groups, *inputs)
     for weights in (groups[1], groups[3]):
         weights[3].add_(1)
@@ -166,7 +166,7 @@ def test_compiled_equals_launched(storage: Storage) -> None:
 
 
 def test_the_tokens_may_be_none() -> None:
-    groups, inputs = operands("e4m7", tokens=0)
+    groups, inputs = operands("e4m5", tokens=0)
     y = gated(groups, *inputs)
     assert y.shape == (2, 0, D)
     for gradient in torch.autograd.grad(y.sum(), inputs[1:]):
@@ -174,7 +174,7 @@ def test_the_tokens_may_be_none() -> None:
 
 
 def test_what_is_not_finite_stays_in_its_row() -> None:
-    groups, inputs = operands("e4m7")
+    groups, inputs = operands("e4m5")
     before = gated(groups, *inputs)
     spoilt = inputs[0].detach().clone()
     spoilt[1, 3, 5] = torch.nan
@@ -189,7 +189,7 @@ def test_what_is_not_finite_stays_in_its_row() -> None:
 
 
 def _layout(**changed: Any) -> Layout:
-    return Layout("e4m7", "fp8", (32, 32), (4, 4), 1.0)._replace(**changed)
+    return Layout("e4m5", "fp8", (32, 32), (4, 4), 1.0)._replace(**changed)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tunefork.kernels.e4m3 import LARGEST, LEAST, LOW, quantize_rows, quantize_rows_reference
+from tunefork.kernels.e4m3 import quantize_rows, quantize_rows_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,32 +40,6 @@ def test_the_kernel_is_the_definition(
     first_low = sum(sizes) + rank
     high = difference[:, :first_low] <= want_codes[:, :first_low].float().abs() / 8 + 2**-9
     assert bool(high.all()) and float(difference.max()) <= 512.0
-
-
-@pytest.mark.parametrize("chunks", [(1, 4096, 8, 1), (2, 2048, 8, 2), (4, 1024, 4, 3)])
-@pytest.mark.parametrize(
-    ("sizes", "rank", "width"),
-    [((4096,), 16, 64), ((4096, 1024, 1024), 48, 192), ((14336, 14336), 32, 128), ((1000,), 0, 0)],
-)
-def test_in_chunks_it_gives_the_same_bits(
-    sizes: tuple[int, ...], rank: int, width: int, chunks: tuple[int, int, int, int]
-) -> None:
-    from tunefork.kernels.e4m3_triton import Chunks, launch
-
-    torch.manual_seed(0)
-    parts = [torch.randn(301, size, device="cuda").bfloat16() for size in sizes]
-    parts[0][2, 5] = 3e3
-    parts[0][3] = 0
-    parts[-1][4, 7] = torch.nan
-    fold = torch.rand(1, sum(sizes), device="cuda")
-    u = torch.randn(301, rank, device="cuda").bfloat16() if rank else None
-    balance = torch.tensor(4.0, device="cuda") if rank else None
-    want, want_scale = quantize_rows(parts, fold, u, balance, width)
-    codes, scale = torch.empty_like(want), torch.empty_like(want_scale)
-    constants = {"least": LEAST, "largest_code": LARGEST, "low_factor": LOW}
-    launch(parts, fold, u, balance, codes, scale, **constants, chunks=Chunks(*chunks))
-    assert torch.equal(codes.view(torch.uint8), want.view(torch.uint8))
-    assert torch.equal(scale, want_scale)
 
 
 def test_a_row_that_is_not_finite_leaves_the_others_alone() -> None:

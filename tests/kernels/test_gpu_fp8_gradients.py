@@ -96,7 +96,6 @@ def test_the_kernel_is_the_definition(
     _assert_exact(found, given)
 
 
-@pytest.mark.parametrize("is_bulk", [False, True])
 @pytest.mark.parametrize("tiling", [(64, 256, 4, 3, 8), (64, 512, 8, 3, 16), (128, 256, 8, 3, 8)])
 @pytest.mark.parametrize(("tokens", "sizes", "ranks", "first"), CASES[1:4])
 def test_so_it_is_with_other_tilings(
@@ -105,7 +104,6 @@ def test_so_it_is_with_other_tilings(
     ranks: Sequence[int],
     first: int,
     tiling: tuple[int, int, int, int, int],
-    is_bulk: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from tunefork.kernels import fp8_gradients_triton as triton_code
@@ -113,7 +111,7 @@ def test_so_it_is_with_other_tilings(
 
     rows, columns, warps, stages, at_once = tiling
     blocks = Blocks(rows=rows, columns=columns, warps=warps, stages=stages)
-    cut = triton_code.Tiling(blocks, at_once, is_bulk)
+    cut = triton_code.Tiling(blocks, at_once)
     monkeypatch.setattr(triton_code, "_TILINGS", {16: cut, 32: cut})
     given = operands(tokens, sizes, ranks, first=first, device="cuda")
     found = gradient_codes(*given)

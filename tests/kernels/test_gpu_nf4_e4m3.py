@@ -40,7 +40,7 @@ def test_the_kernels_are_the_definition(
     scales_2o = nf4_scales(tensors, sizes, features_in)
     assert torch.equal(scales_2o[:1].t(), scale)
 
-    seed = torch.tensor([12345, 6, 3, 8], dtype=torch.int32, device="cuda")
+    seed = torch.tensor([12345, 6, 7, 8], dtype=torch.int32, device="cuda")
 
     def all_three() -> tuple[Tensor, ...]:
         rows = Nf4Rows(tensors, scales_2o, seed, sizes, features_in)
@@ -48,9 +48,7 @@ def test_the_kernels_are_the_definition(
 
     found = (torch.compile(all_three, fullgraph=True) if is_compiled else all_three)()
     units = whole.float() * scale.reciprocal()
-    straight, drawn = (
-        rounded_at_random(units, seed[at], seed[2]).view(torch.uint8) for at in (1, 0)
-    )
+    straight, drawn = (rounded_at_random(units, seed[at]).view(torch.uint8) for at in (1, 0))
     turned = drawn.t().contiguous()
     assert 0.1 < (drawn != straight).float().mean() < 0.5
     for codes, wanted in zip(

@@ -9,8 +9,7 @@ from tunefork.kernels.e4m3 import E4M3, joined, row_scale, weight_scales
 from tunefork.kernels.nf4_e4m3 import Nf4Rows, nf4_scales, rounded_at_random
 from tunefork.kernels.quantized import dequantize_nf4_tensors, nf4_tensors, quantize_nf4
 
-SEED = torch.tensor([12345, 6, 3, 8], dtype=torch.int32)
-NO_TURN = torch.tensor(0, dtype=torch.int32)
+SEED = torch.tensor([12345, 6, 7, 8], dtype=torch.int32)
 
 
 def _stored(sizes: tuple[int, ...], features_in: int) -> tuple[Tensor, ...]:
@@ -34,9 +33,7 @@ def test_rows_are_the_weight_over_its_scale(features_in: int) -> None:
     scale = weight_scales([row_scale(weight)])
     assert torch.equal(rows.scale_1o.t(), scale)
     units = weight.float() * scale.reciprocal()
-    straight, turned = (
-        rounded_at_random(units, SEED[at], SEED[2]).view(torch.uint8) for at in (1, 0)
-    )
+    straight, turned = (rounded_at_random(units, SEED[at]).view(torch.uint8) for at in (1, 0))
     assert torch.equal(rows.codes().view(torch.uint8), straight)
     assert torch.equal(rows.codes_turned().view(torch.uint8), turned.t())
     assert 0.1 < float((straight != turned).float().mean()) < 0.5
@@ -58,7 +55,7 @@ def test_at_random_a_weight_becomes_a_code_beside_it_and_is_their_mean() -> None
     units[0, :3] = torch.tensor([448.0, -448.0, 0.0])
     below, above = _neighbours(units)
     draws = [
-        rounded_at_random(units, mix(torch.tensor(n, dtype=torch.int32)), NO_TURN).float()
+        rounded_at_random(units, mix(torch.tensor(n, dtype=torch.int32))).float()
         for n in range(4000)
     ]
     for drawn in draws:
@@ -66,27 +63,15 @@ def test_at_random_a_weight_becomes_a_code_beside_it_and_is_their_mean() -> None
     mean, step = torch.stack(draws).mean(0), above - below
     # A draw has a variance of at most a quarter of the step's square.
     assert ((mean - units).abs() <= 5 * step / 2 / 4000**0.5 + 1e-7).all()
-    seed = mix(torch.tensor(0, dtype=torch.int32))
-    assert torch.equal(draws[0], rounded_at_random(units, seed, NO_TURN).float())
-
-
-def test_the_mean_of_four_turns_is_within_a_quarter_of_a_step() -> None:
-    torch.manual_seed(0)
-    units = (torch.randn(64, 64) * 20).clamp(-448, 448)
-    below, above = _neighbours(units)
-    turns = torch.arange(4, dtype=torch.int32)
-    draws = torch.stack([rounded_at_random(units, SEED[0], turn).float() for turn in turns])
-    error = (draws.mean(0) - units).abs() / (above - below).clamp(min=1e-9)
-    assert float(error.max()) <= 0.25 + 1e-4
-    apart = torch.stack([rounded_at_random(units, seed, NO_TURN).float() for seed in turns])
-    off = (apart.mean(0) - units) / (above - below).clamp(min=1e-9)
-    assert float(error.norm()) < 0.6 * float(off.norm())
+    assert torch.equal(
+        draws[0], rounded_at_random(units, mix(torch.tensor(0, dtype=torch.int32))).float()
+    )
 
 
 def test_weights_are_rounded_independently() -> None:
     """Of one that lies between two codes as many others, rows and columns apart, go up as down."""
     units = torch.full((256, 256), 1.0625)
-    up = (rounded_at_random(units, SEED[0], NO_TURN).float() > 1.1).float()
+    up = (rounded_at_random(units, SEED[0]).float() > 1.1).float()
     assert abs(float(up.mean()) - 0.5) < 0.02
     for shifted in (up.roll(1, 0), up.roll(1, 1), up.roll(2, 1), up.t()):
         assert abs(float((up * shifted).mean()) - 0.25) < 0.02

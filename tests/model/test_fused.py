@@ -53,7 +53,7 @@ def test_layers_with_one_input_are_found_without_their_names() -> None:
     assert found == block * 2
 
 
-@pytest.mark.parametrize("storage", ["e4m7", "fp8", "nf4"])
+@pytest.mark.parametrize("storage", ["e4m5", "fp8", "nf4"])
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "up_proj")])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_loss_and_gradients_point_where_the_plain_layers_do(
@@ -85,7 +85,7 @@ def test_loss_and_gradients_point_where_the_plain_layers_do(
 
 def test_a_written_delta_is_heeded() -> None:
     model = _trained()
-    groups = fuse(model, "e4m7", "fp8", torch.device("cpu"))
+    groups = fuse(model, "e4m5", "fp8", torch.device("cpu"))
     for group in groups:
         group.write_delta()
     before = model(input_ids=IDS).logits
@@ -150,7 +150,7 @@ def test_a_head_with_trained_rows_stays_as_it_is(method: Method) -> None:
     build(model, method, RANK_4, seed=0, new_ids=(90, 91))
     head = model.get_output_embeddings()
     base = head.base
-    fuse(model, "nf4" if method is Method.QLORA else "e4m7", "fp8", torch.device("cpu"))
+    fuse(model, "nf4" if method is Method.QLORA else "e4m5", "fp8", torch.device("cpu"))
     assert model.get_output_embeddings() is head
     assert head.base is base
 
@@ -224,7 +224,7 @@ def test_no_tokens_give_no_tokens(storage: Storage) -> None:
     assert [tuple(y.shape) for y in found] == [(0, size) for size in group.layout.sizes]
 
 
-@pytest.mark.parametrize("storage", ["bf16", "e4m7", "fp8", "nf4"])
+@pytest.mark.parametrize("storage", ["bf16", "e4m5", "fp8", "nf4"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_named(storage: Storage, value: float) -> None:
     model = tiny_model("llama").bfloat16()
@@ -235,7 +235,7 @@ def test_a_weight_that_is_not_finite_is_named(storage: Storage, value: float) ->
 
 
 @pytest.mark.parametrize(
-    ("storage", "products"), [("e4m7", "bf16"), ("fp8", "bf16"), ("bf16", "fp8")]
+    ("storage", "products"), [("e4m5", "bf16"), ("fp8", "bf16"), ("bf16", "fp8")]
 )
 def test_forms_that_there_are_not_are_refused(storage: Storage, products: Products) -> None:
     model = _trained()

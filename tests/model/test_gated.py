@@ -22,7 +22,7 @@ from tunefork.model.layers import prepare_layers
 from tunefork.model.linear import LoraLinear
 from tunefork.recipe import Checkpointing, LoraSection, Method
 
-FP8: dict[str, Any] = {"storage": "e4m7", "products": "fp8"}
+FP8: dict[str, Any] = {"storage": "e4m5", "products": "fp8"}
 IDS = torch.arange(3, 67).view(2, 32)
 
 
@@ -82,7 +82,7 @@ def test_those_that_multiply_by_silu_of_a_layer_do(name: str) -> None:
         ({"lora": LoraSection(rank=4, targets="attention", modules_to_save=("up_proj",))}, False),
         ({"storage": "fp8", "products": "fp8"}, False),
         ({"storage": "nf4", "products": "fp8", "method": Method.QLORA}, True),
-        ({"storage": "e4m7", "products": "fp8"}, True),
+        ({"storage": "e4m5", "products": "fp8"}, True),
         ({**FP8, "lora": LoraSection(rank=4, targets=("down_proj",))}, False),
         ({**FP8, "lora": LoraSection(rank=4, targets=("gate_proj", "down_proj"))}, False),
         ({**FP8, "lora": LoraSection(rank=4, targets=("gate_proj", "up_proj"))}, False),
@@ -133,7 +133,15 @@ class _Pair(_Mlp):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)), None
 
 
-@pytest.mark.parametrize("kind", [_Swapped, _Limited, _Dropping, _Scaled, _OfItsSize, _Pair])
+class _Asserting(_Mlp):
+    def forward(self, x: Tensor) -> Any:
+        assert x.shape[-1] == 32
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize(
+    "kind", [_Swapped, _Limited, _Dropping, _Scaled, _OfItsSize, _Pair, _Asserting]
+)
 def test_a_module_that_computes_something_else_does_not(kind: type[nn.Module]) -> None:
     model = _model().eval()  # as a model may be when it is prepared
     changed = model.model.layers[1].mlp
@@ -196,7 +204,7 @@ def test_biases_are_added(on_gpu: None) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-@pytest.mark.parametrize("storage", ["e4m7", "nf4"])
+@pytest.mark.parametrize("storage", ["e4m5", "nf4"])
 def test_the_step_in_fp8_is_that_of_the_groups(
     name: str, storage: Storage, on_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +246,15 @@ def test_in_fp8_a_bias_of_gate_or_up_takes_what_is_written(on_gpu: None) -> None
     assert torch.equal(with_bias, mlp(x) + bias)
 
 
+@pytest.mark.parametrize("more", [{}, FP8], ids=["bf16", "fp8"])
+def test_a_hook_that_down_is_given_later_is_called(on_gpu: None, more: Any) -> None:
+    model, called = _model(**more), list[nn.Module]()
+    down: Any = prepare_gated(model)[0].down_proj
+    down.register_forward_hook(lambda m, *_: called.append(m))
+    _step(model)
+    assert called == [down]
+
+
 def test_in_fp8_layers_with_hooks_or_that_were_replaced_are_called(
     on_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,7 +271,7 @@ def test_in_fp8_layers_with_hooks_or_that_were_replaced_are_called(
     assert called[1:] == [mlp.up_proj]
 
 
-@pytest.mark.parametrize("storage", ["e4m7", "nf4"])
+@pytest.mark.parametrize("storage", ["e4m5", "nf4"])
 def test_directions_are_set_as_in_a_model_that_is_not_prepared(
     storage: Storage, on_gpu: None
 ) -> None:
@@ -291,10 +308,20 @@ def test_evaluation_and_a_cpu_take_what_is_written(
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile about itself
 @pytest.mark.parametrize(
-    "checkpointing",
-    ["none", "full", "offload", pytest.param("selective", marks=pytest.mark.slow)],
+    ("checkpointing", "compiles"),
+    [
+        *(("none", False), ("full", False), ("offload", False), ("none", True)),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (
+                ("selective", False),
+                ("full", True),
+                ("offload", True),
+                ("selective", True),
+            )
+        ),
+    ],
 )
-@pytest.mark.parametrize("compiles", [False, True])
 @pytest.mark.parametrize("more", [{}, FP8], ids=["bf16", "fp8"])
 def test_however_layers_are_run(
     checkpointing: Checkpointing, compiles: bool, more: Any, on_gpu: None

@@ -30,7 +30,7 @@ CONFIG = LlamaConfig(
 )
 
 
-FORMS: list[tuple[Storage, Products]] = [("bf16", "bf16"), ("e4m7", "fp8"), ("nf4", "fp8")]
+FORMS: list[tuple[Storage, Products]] = [("bf16", "bf16"), ("e4m5", "fp8"), ("nf4", "fp8")]
 
 
 def _step(

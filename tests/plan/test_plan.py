@@ -128,7 +128,8 @@ def test_shorter_rows_or_one_larger_gpu_are_proposed_where_whole_rows_do_not_fit
 def test_a_plan_in_bf16_says_that_auto_will_try_fp8(
     gpu: str, steps: int, num_told: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pays = [verdict.model_copy(update={"pays": True}) for verdict in precision.verdicts()]
+    passed = {"passed": True, "pays": True}
+    pays = [verdict.model_copy(update=passed) for verdict in precision.verdicts()]
     lora_pays = tuple(verdict for verdict in pays if verdict.method is Method.LORA)
     monkeypatch.setattr(precision, "verdicts", lambda: lora_pays)
     plan = plan_numbers(

@@ -19,9 +19,9 @@ from tunefork.train.engine import BaseForm, base_form, compiles, form_of
     ("method", "kind", "fp8", "expected"),
     [
         (Method.LORA, "cuda", False, BaseForm("bf16", "bf16")),
-        (Method.LORA, "cuda", True, BaseForm("e4m7", "fp8")),
+        (Method.LORA, "cuda", True, BaseForm("e4m5", "fp8")),
         (Method.LORA, "cpu", False, None),
-        (Method.LORA, "cpu", True, BaseForm("e4m7", "fp8")),
+        (Method.LORA, "cpu", True, BaseForm("e4m5", "fp8")),
         (Method.QLORA, "cuda", False, BaseForm("nf4", "bf16")),
         (Method.QLORA, "cuda", True, BaseForm("nf4", "fp8")),
         (Method.QLORA, "cpu", False, None),
@@ -56,10 +56,10 @@ def test_what_fp8_cannot_be_had_for_is_refused(monkeypatch: pytest.MonkeyPatch) 
         base_form(_recipe(), Method.LORA, device=cuda, dtype=bf16)
     monkeypatch.setattr(engine, "has_fp8", lambda device: True)
     form = base_form(_recipe(), Method.LORA, device=cuda, dtype=bf16)
-    assert form == BaseForm("e4m7", "fp8")
+    assert form == BaseForm("e4m5", "fp8")
 
 
-@pytest.mark.parametrize("storage", ["fp8", "e4m7"])
+@pytest.mark.parametrize("storage", ["fp8", "e4m5"])
 def test_sizes_that_fp8_products_do_not_take_are_refused(storage: Storage) -> None:
     model = tiny_model("llama").bfloat16()
     model.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 40, bias=False).bfloat16()

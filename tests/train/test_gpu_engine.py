@@ -36,7 +36,7 @@ CONFIG = LlamaConfig(
 FORMS: list[tuple[Storage, Products]] = [
     ("bf16", "bf16"),
     ("nf4", "bf16"),
-    ("e4m7", "fp8"),
+    ("e4m5", "fp8"),
     ("nf4", "fp8"),
 ]
 

@@ -13,9 +13,11 @@ at most, and it is at most a 224th of the length; so a row is off by sqrt(D) 2**
 length: 2.8e-4 where D is 4,096, 5.2e-4 where it is 14,336. Beside the 2.6 % of the rest of x that
 three bits of mantissa take anyway, this shows where the rest is under 2 % of x.
 
-The scale is a power of two, which is as precise. So where sums in another order move numbers of x
-by a bit of bf16, the codes of those move and no others: with a scale of the largest number, or the
-length, all do. Two ways to compute a small model's logits ended half as far from each other so.
+The scale is a power of two. So where sums in another order move numbers of x by a bit of bf16, the
+codes of those move and no others: with a scale of the largest number, or the length, all do. Two
+ways to compute a small model's logits ended half as far from each other so. It takes a little: the
+largest number itself, which a scale made of it holds exactly, is rounded too. Where few numbers
+have most of a row, that shows: SmolLM2-135M's down errs by 2.00 % for 1.93, its other layers alike.
 
 On a GPU it is one kernel (`kernels/e4m3_apart_triton.py`); the definition is here, and runs
 elsewhere.

@@ -7,7 +7,6 @@ of 16,384 tokens of an 8B model).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -15,19 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 _MOST_PARTS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Chunks:
-    """How rows are gone over that are not kept in registers."""
-
-    rows: int
-    """Of a program, which read a chunk's fold once."""
-    columns: int
-    """Of a chunk."""
-    warps: int
-    stages: int
-    """Chunks that are on their way or worked on."""
 
 
 @triton.jit
@@ -107,94 +93,6 @@ def _quantize_rows(
         tl.store(delta + 3 * rank + column, rest, mask=inside)
 
 
-@triton.jit
-def _chunk(pointer, fold, row, has_row, stride, start, first: tl.constexpr, size: tl.constexpr,
-           block: tl.constexpr):  # fmt: skip
-    """Columns of one part of some rows, times their fold, fp32, with zeros beyond its end."""
-    column = start + tl.arange(0, block)
-    inside = column < size
-    at = pointer + row[:, None] * stride + column[None, :]
-    x = tl.load(at, mask=has_row[:, None] & inside[None, :], other=0.0).to(tl.float32)
-    if fold is not None:
-        x = x * tl.load(fold + first + column, mask=inside, other=0.0)[None, :]
-    return x
-
-
-@triton.jit
-def _largest(largest, pointer, fold, row, has_row, stride, first: tl.constexpr, size: tl.constexpr,
-             block: tl.constexpr, stages: tl.constexpr):  # fmt: skip
-    for start in tl.range(0, size, block, num_stages=stages):
-        x = _chunk(pointer, fold, row, has_row, stride, start, first, size, block)
-        largest = tl.maximum(largest, tl.abs(x))
-    return largest
-
-
-@triton.jit
-def _store_chunks(row_codes, inverse, pointer, fold, row, has_row, stride, first: tl.constexpr,
-                  size: tl.constexpr, block: tl.constexpr, stages: tl.constexpr):  # fmt: skip
-    for start in tl.range(0, size, block, num_stages=stages):
-        x = _chunk(pointer, fold, row, has_row, stride, start, first, size, block)
-        column = start + tl.arange(0, block)
-        inside = has_row[:, None] & (column < size)[None, :]
-        code = (x * inverse[:, None]).to(tl.float8e4nv)
-        tl.store(row_codes[:, None] + (first + column)[None, :], code, mask=inside)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _quantize_chunks(
-    p0, p1, p2, stride0, stride1, stride2, fold, u, stride_u, balance,
-    codes, scales, num_rows,
-    size0: tl.constexpr, size1: tl.constexpr, size2: tl.constexpr,
-    rank: tl.constexpr, block_rank: tl.constexpr, width: tl.constexpr, block_width: tl.constexpr,
-    rows: tl.constexpr, block: tl.constexpr, stages: tl.constexpr,
-    least: tl.constexpr, largest_code: tl.constexpr, low_factor: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
-    has_row = row < num_rows
-    total: tl.constexpr = size0 + size1 + size2 + width
-    row_codes = codes + row * total
-    most = tl.zeros([rows, block], tl.float32)
-    most = _largest(most, p0, fold, row, has_row, stride0, 0, size0, block, stages)
-    if size1 > 0:
-        most = _largest(most, p1, fold, row, has_row, stride1, size0, size1, block, stages)
-    if size2 > 0:
-        most = _largest(most, p2, fold, row, has_row, stride2, size0 + size1, size2, block, stages)
-    largest = tl.max(most, axis=1)
-    if rank > 0:
-        place = tl.arange(0, block_rank)[None, :]
-        is_place = has_row[:, None] & (place < rank)
-        v = tl.load(u + row[:, None] * stride_u + place, mask=is_place, other=0.0).to(tl.float32)
-        v = v * tl.load(balance)
-        largest = tl.maximum(largest, tl.max(tl.abs(v), axis=1))
-    scale = tl.maximum(largest, least) / largest_code
-    inverse = 1.0 / scale
-    tl.store(scales + row, scale, mask=has_row)
-    _store_chunks(row_codes, inverse, p0, fold, row, has_row, stride0, 0, size0, block, stages)
-    if size1 > 0:
-        _store_chunks(
-            row_codes, inverse, p1, fold, row, has_row, stride1, size0, size1, block, stages
-        )
-    if size2 > 0:
-        _store_chunks(
-            row_codes, inverse, p2, fold, row, has_row, stride2, size0 + size1, size2, block, stages
-        )
-    delta = (row_codes + (size0 + size1 + size2))[:, None]
-    if rank > 0:
-        v = saturated(v * inverse[:, None], largest_code)
-        high = v.to(tl.float8e4nv)
-        wide = high.to(tl.float32)
-        low = ((v - wide) * low_factor).to(tl.float8e4nv)
-        tl.store(delta + place, high, mask=is_place)
-        tl.store(delta + rank + place, low, mask=is_place)
-        shrunk = (wide / low_factor).to(tl.float8e4nv)
-        tl.store(delta + 2 * rank + place, shrunk, mask=is_place)
-    if width > 3 * rank:
-        column = tl.arange(0, block_width)[None, :]
-        inside = has_row[:, None] & (column < width - 3 * rank)
-        rest = tl.zeros([rows, block_width], tl.float32).to(tl.float8e4nv)
-        tl.store(delta + 3 * rank + column, rest, mask=inside)
-
-
 def launch(
     parts: Sequence[Tensor],
     fold: Tensor | None,
@@ -206,12 +104,10 @@ def launch(
     least: float,
     largest_code: float,
     low_factor: float,
-    chunks: Chunks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fill `codes` (S, D + P) and `scales` (S, 1) as `e4m3.quantize_rows` says, and return them.
 
-    `least`, `largest_code` and `low_factor` are `e4m3.py`'s LEAST, LARGEST and LOW. With `chunks`
-    rows are read twice, the second time from the cache: the same bits.
+    `least`, `largest_code` and `low_factor` are `e4m3.py`'s LEAST, LARGEST and LOW.
     """
     if len(parts) > _MOST_PARTS:
         # More layers with one input than any architecture has: side by side they are one part.
@@ -224,7 +120,7 @@ def launch(
     pointers = [*rows, *[rows[0]] * (_MOST_PARTS - len(rows))]
     rank = 0 if u is None else u.shape[1]
     width = codes.shape[1] - sum(sizes)
-    given = (
+    _quantize_rows[(codes.shape[0],)](
         *pointers,
         *strides,
         fold,
@@ -233,30 +129,15 @@ def launch(
         scales if balance is None else balance,
         codes,
         scales,
-    )
-    delta = (
+        *sizes,
+        *(triton.next_power_of_2(max(size, 1)) for size in sizes),
         rank,
         triton.next_power_of_2(max(rank, 1)),
         width,
         triton.next_power_of_2(max(width - 3 * rank, 1)),
-    )
-    if chunks is None:
-        blocks = (triton.next_power_of_2(max(size, 1)) for size in sizes)
-        # Four warps, measured on an H200: more are slower at 4,096 columns, and at 28,672.
-        _quantize_rows[(codes.shape[0],)](
-            *given, *sizes, *blocks, *delta, least, largest_code, low_factor, num_warps=4
-        )
-        return codes, scales
-    cut = chunks.rows, chunks.columns, chunks.stages
-    _quantize_chunks[(triton.cdiv(codes.shape[0], chunks.rows),)](
-        *given,
-        codes.shape[0],
-        *sizes,
-        *delta,
-        *cut,
         least,
         largest_code,
         low_factor,
-        num_warps=chunks.warps,
+        num_warps=4,  # measured on an H200: more are slower at 4,096 columns, and at 28,672
     )
     return codes, scales

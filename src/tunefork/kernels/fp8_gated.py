@@ -35,7 +35,7 @@ from tunefork.kernels.gated import (
 from tunefork.kernels.layout import Layout
 from tunefork.kernels.lora_gradients import lora_gradients
 
-_STORAGES = ("e4m7", "nf4")
+_STORAGES = ("e4m5", "nf4")
 """Of bases that are trained over in FP8."""
 
 
@@ -58,7 +58,9 @@ class _Fp8Gated(torch.autograd.Function):
     def forward(
         ctx: Any, pair: Layout, last: Layout, num_weights: int, x_sd: Tensor, *tensors: Tensor
     ) -> Tensor:
-        pair_weights, (a_rd, gate_b, up_b, a_qe, b_oq), last_weights = _apart(tensors, num_weights)
+        pair_weights, (a_rd, gate_b, up_b, a_qe, b_oq), last_weights = _parts_of(
+            tensors, num_weights
+        )
         both_se, u_sr = product(x_sd, pair, pair_weights, a_rd, [gate_b, up_b])
         h_se = _h(*_gate_and_up(both_se))
         y_so, u_sq = product(h_se, last, last_weights, a_qe, [b_oq])
@@ -71,7 +73,7 @@ class _Fp8Gated(torch.autograd.Function):
     def backward(ctx: Any, dy_so: Tensor) -> tuple[Tensor | None, ...]:
         pair, last = ctx.pair, ctx.last
         x_sd, u_sr, both_se, u_sq, *tensors = ctx.saved_tensors
-        pair_weights, trained, last_weights = _apart(tensors, ctx.num_weights)
+        pair_weights, trained, last_weights = _parts_of(tensors, ctx.num_weights)
         a_rd, gate_b, up_b, a_qe, b_oq = trained
         gate_se, up_se = _gate_and_up(both_se)
         du_sq, [db_oq] = lora_gradients([dy_so], u_sq, [b_oq], last.scale)
@@ -93,7 +95,7 @@ class _Fp8Gated(torch.autograd.Function):
         return None, None, None, dx_sd, *of_pair, *gradients, *of_last
 
 
-def _apart(
+def _parts_of(
     tensors: Sequence[Tensor], num_weights: int
 ) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
     """Weights of gate and up, what is trained, the last layer's weights."""

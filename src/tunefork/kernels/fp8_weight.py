@@ -1,7 +1,7 @@
 """A frozen weight for FP8 products: how it is kept, and its e4m3 form when it is multiplied.
 
 It is drawn anew for each product, of what is kept of it: NF4's four bits (`nf4_e4m3.py`), or ten
-(`e4m7.py`). A server's codes are multiplied as they lie (`KeptRows`). Beside them come the delta's
+(`e4m5.py`). A server's codes are multiplied as they lie (`KeptRows`). Beside them come the delta's
 columns, and those of `directions.py`. What the product does with that is in `fp8.py`; the shape
 legend too.
 """
@@ -24,7 +24,7 @@ from tunefork.kernels.e4m3 import (
     split,
     weight_scales,
 )
-from tunefork.kernels.e4m7 import DrawnRows, e4m7_dense, e4m7_weight
+from tunefork.kernels.e4m5 import DrawnRows, e4m5_dense, e4m5_weight
 from tunefork.kernels.layout import Layout
 from tunefork.kernels.nf4_e4m3 import Nf4Rows, nf4_scales
 from tunefork.kernels.quantized import dequantize_nf4_tensors
@@ -76,8 +76,8 @@ def fp8_weights(tensors: Sequence[Tensor], layout: Layout, features_in: int) -> 
     match layout.storage:
         case "nf4":
             kept, scales_2o = tuple(tensors), nf4_scales(tensors, layout.sizes, features_in)
-        case "e4m7":
-            high_od, low_oq, scales_2o = e4m7_weight(tensors)
+        case "e4m5":
+            high_od, low_oq, scales_2o = e4m5_weight(tensors)
             kept = (high_od, low_oq)
         case "fp8":
             scale_o1 = weight_scales([row_scale(weight) for weight in tensors])
@@ -100,7 +100,7 @@ def fp8_weights(tensors: Sequence[Tensor], layout: Layout, features_in: int) -> 
 
 def num_kept(layout: Layout) -> int:
     """Of the tensors of `fp8_weights`, those that hold the weight."""
-    return {"nf4": 5 * len(layout.sizes), "e4m7": 2, "fp8": 1}[layout.storage]
+    return {"nf4": 5 * len(layout.sizes), "e4m5": 2, "fp8": 1}[layout.storage]
 
 
 def rows_of(layout: Layout, weights: Sequence[Tensor], features_in: int) -> Rows:
@@ -109,7 +109,7 @@ def rows_of(layout: Layout, weights: Sequence[Tensor], features_in: int) -> Rows
     kept, scales_2o, seed = weights[:count], weights[count], weights[count + 1]
     if layout.storage == "nf4":
         return Nf4Rows(kept, scales_2o, seed, layout.sizes, features_in)
-    if layout.storage == "e4m7":
+    if layout.storage == "e4m5":
         return DrawnRows(kept[0], kept[1], scales_2o, seed)
     return KeptRows(kept[0], scales_2o)
 
@@ -129,20 +129,26 @@ def dense(
         return dequantize_nf4_tensors(own, layout.sizes[first:last], features_in, dtype)
     rows = slice(layout.bounds[first][0], layout.bounds[last - 1][1])
     scale_o = weights[num_kept(layout)][0, rows]
-    if layout.storage == "e4m7":
-        return e4m7_dense(weights[0][rows], weights[1][rows], scale_o, dtype)
+    if layout.storage == "e4m5":
+        return e4m5_dense(weights[0][rows], weights[1][rows], scale_o, dtype)
     return (weights[0][rows].float() * scale_o[:, None]).to(dtype)
 
 
 @torch.no_grad()
-def set_apart(x_sd: Tensor, weights: Sequence[Tensor], layout: Layout) -> None:
-    """Have `fp8_weights` multiply the main directions of inputs like `x_sd` apart."""
+def set_apart(
+    x_sd: Tensor, weights: Sequence[Tensor], layout: Layout, exact: Sequence[Tensor] = ()
+) -> None:
+    """Have `fp8_weights` multiply the main directions of inputs like `x_sd` apart: with `exact`,
+    the weights (O_i, D) that were made ten bits, wherever they are; without, with what is kept."""
     probe_md = main_directions(x_sd, layout.apart).t().bfloat16()
     scales_o1 = rows_of(layout, weights, x_sd.shape[1]).scale_1o.t()
     apart_om, kept_md = weights[-2:]
     kept_md.copy_(probe_md)
     for at, (first, last) in enumerate(layout.bounds):  # a group's fp32 form is large
-        weight_od = dense(layout, weights, x_sd.shape[1], torch.bfloat16, at, at + 1)
+        if exact:
+            weight_od = exact[at].to(x_sd.device)
+        else:
+            weight_od = dense(layout, weights, x_sd.shape[1], torch.bfloat16, at, at + 1)
         apart_om[first:last] = along(weight_od, probe_md, scales_o1[first:last])
 
 

@@ -8,8 +8,8 @@ Shape legend: O features out (of all layers), R rank (their sum), P columns of t
 
 from typing import Literal, NamedTuple
 
-Storage = Literal["bf16", "e4m7", "fp8", "nf4"]
-"""How the frozen weight is kept: bf16, twelve bits for e4m3 to be drawn of (`e4m7.py`), e4m3, 4-bit
+Storage = Literal["bf16", "e4m5", "fp8", "nf4"]
+"""How the frozen weight is kept: bf16, ten bits for e4m3 to be drawn of (`e4m5.py`), e4m3, 4-bit
 NormalFloat."""
 Products = Literal["bf16", "fp8"]
 """What is multiplied: bf16, or e4m3 with bf16 results."""
@@ -18,11 +18,11 @@ _STEP = 64
 """The widened part is filled up to a multiple of this. A GEMM on Hopper takes the inner dimension
 in such pieces, and is slower than without the part where it ends inside one (measured on an H200:
 K + 48 costs 13 to 29 %, K + 64 at most 5 %)."""
-_APART = {"e4m7": 48, "nf4": 64}
+_APART = {"e4m5": 48, "nf4": 64}
 """Directions that are multiplied apart. 16, 32, 48 and 64 leave 1.46, 1.24, 1.14 and 1.08 % of
-error in SmolLM2-135M's products over NF4; 64 cost 128 columns more than 16 do, by
-count 1 % of an 8B model's step. 128 (0.91 %) brought training no nearer to bf16; over e4m7, 16 left
-it 0.7 % away, none 1.6 % (docs/fp8.md)."""
+error in SmolLM2-135M's products with NF4's nearest codes; 16 more cost an 8B model's step 0.4 %, by
+count, which QLoRA has time for. Over e4m5, 16 left training 0.7 % away from bf16, none 1.6 %
+(docs/fp8.md)."""
 
 
 class Layout(NamedTuple):

@@ -8,11 +8,9 @@ its values, so a row's largest magnitude is the largest of its blocks'.
 
 A weight is rounded at random, to either code beside it, the nearer one the more often, so that the
 mean over passes is the weight (stochastic rounding: Gupta et al. 2015,
-https://arxiv.org/abs/1502.02551). Four steps share a random number and add quarters of the whole to
-it (`e4m7.py` has the source): their mean is off by half as much as that of four draws. The nearest
-code's error would be the same in every step, and what A and B learn of it gathers: trained so,
-SmolLM2-135M ended 0.4 % worse (docs/fp8.md). The weight is made anew each time, so drawing costs a
-few operations on what lies in registers.
+https://arxiv.org/abs/1502.02551). The nearest code's error would be the same in every step, and
+what A and B learn of it gathers: trained so, SmolLM2-135M ended 0.4 % worse (docs/fp8.md).
+The weight is made anew each time, so drawing costs a few operations on what lies in registers.
 
 The definition is here, in PyTorch, and runs elsewhere; so it does for rows that are no whole number
 of blocks, where a block lies in two.
@@ -62,7 +60,7 @@ class Nf4Rows:
     """Their `nf4_scales`."""
     seed: Tensor
     """(4,) int32, on the device: the first is drawn by for the input's gradient, the second for
-    y; the third's last two bits are the turn of both."""
+    y."""
     sizes: Sequence[int]
     features_in: int
 
@@ -75,14 +73,14 @@ class Nf4Rows:
         """(O, D + P) e4m3: a draw of weight / scale, and `beside` (O, P), bytes, to its right."""
         if self._has_kernel():
             return torch.ops.tunefork.nf4_codes(*self._operands(), self.seed, beside_op)  # type: ignore[no-any-return]
-        codes_od = rounded_at_random(self._units_od(), self.seed[1], self.seed[2])
+        codes_od = rounded_at_random(self._units_od(), self.seed[1])
         return codes_od if beside_op is None else joined([codes_od, beside_op]).view(E4M3)
 
     def codes_turned(self, beside_dp: Tensor | None = None) -> Tensor:
         """(D, O + P) e4m3: another draw, transposed, and `beside` (D, P)."""
         if self._has_kernel():
             return torch.ops.tunefork.nf4_codes_turned(*self._operands(), self.seed, beside_dp)  # type: ignore[no-any-return]
-        codes_od = rounded_at_random(self._units_od(), self.seed[0], self.seed[2])
+        codes_od = rounded_at_random(self._units_od(), self.seed[0])
         codes_do = codes_od.view(torch.uint8).t().contiguous()
         return joined([codes_do, *([] if beside_dp is None else [beside_dp])]).view(E4M3)
 
@@ -98,18 +96,16 @@ class Nf4Rows:
         return list(self.tensors), self.scales_2o[1], self.features_in
 
 
-def rounded_at_random(units_od: Tensor, seed: Tensor, turn: Tensor) -> Tensor:
+def rounded_at_random(units_od: Tensor, seed: Tensor) -> Tensor:
     """`units` (O, D), fp32 within +-448, in e4m3: each is the mean of what it may be rounded to.
 
     A magnitude in steps of e4m3, plus a random number below 1, is cut off to a whole number. Two
-    weights share 32 bits, a hash of their place and of `seed` () int32; `turn` () int32 quarters
-    are added to either number, modulo 1.
+    weights share 32 bits, a hash of their place and of `seed` () int32.
     """
     place = torch.arange(units_od.numel(), dtype=torch.int32, device=units_od.device)
     bits = mix(place.view_as(units_od) >> 1 ^ seed)
     is_second = (place & 1).bool().view_as(units_od)
-    noise = torch.where(is_second, bits >> 16, bits) + (turn << 14)
-    noise = (noise & 0xFFFF).float() * 2.0**-16
+    noise = (torch.where(is_second, bits >> 16, bits) & 0xFFFF).float() * 2.0**-16
     # 3 bits of mantissa; below 2**-6 the steps are those that e4m3 has there.
     exponent = (units_od.view(torch.int32) >> 23 & 0xFF).clamp(min=127 - 6)
     step, per_step = ((power << 23).view(torch.float32) for power in (exponent - 3, 257 - exponent))

@@ -31,9 +31,9 @@ def _units(byte, largest, inverse, values):
 
 
 @triton.jit
-def _at_random(units, bits, turned):
-    """`nf4_e4m3.rounded_at_random`, fp32, by the lower 16 bits and what the turn adds to them."""
-    noise = ((bits + turned) & 0xFFFF).to(tl.float32) * 0.0000152587890625  # 2**-16
+def _at_random(units, bits):
+    """`nf4_e4m3.rounded_at_random`, fp32, by the lower 16 bits."""
+    noise = (bits & 0xFFFF).to(tl.float32) * 0.0000152587890625  # 2**-16
     word = units.to(tl.int32, bitcast=True)
     exponent = tl.maximum(word >> 23 & 0xFF, 121)
     step = (exponent - 3 << 23).to(tl.float32, bitcast=True)
@@ -66,8 +66,7 @@ def _codes(
     first, second = _units(byte, largest, tl.load(inverse + row), values)
     number = (row + first_row) * (features_in // 2) + pair
     bits = mix(number.to(tl.uint32) ^ tl.load(seed + 1).to(tl.uint32, bitcast=True))
-    turned = (tl.load(seed + 2) << 14).to(tl.uint32, bitcast=True)
-    first, second = _at_random(first, bits, turned), _at_random(second, bits >> 16, turned)
+    first, second = _at_random(first, bits), _at_random(second, bits >> 16)
     codes = tl.interleave(first, second).to(tl.float8e4nv)
     column = start + tl.arange(0, columns)
     tl.store(out + row * stride + column, codes, mask=column < features_in)
@@ -91,8 +90,7 @@ def _codes_turned(
     first, second = _units(byte, largest, each[:, None], values)
     number = (row + first_row)[:, None] * (features_in // 2) + pair[None, :]
     bits = mix(number.to(tl.uint32) ^ tl.load(seed).to(tl.uint32, bitcast=True))
-    turned = (tl.load(seed + 2) << 14).to(tl.uint32, bitcast=True)
-    first, second = _at_random(first, bits, turned), _at_random(second, bits >> 16, turned)
+    first, second = _at_random(first, bits), _at_random(second, bits >> 16)
     codes = tl.trans(tl.interleave(first, second).to(tl.float8e4nv))
     column = (start + tl.arange(0, columns)).to(tl.int64)
     kept = (column < features_in)[:, None] & has_row[None, :]

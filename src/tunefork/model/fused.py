@@ -64,8 +64,13 @@ class FusedGroup(nn.Module):
             self.weights = tuple(t for base in bases for t in nf4_tensors(base.codes, base.state))
         else:
             self.weights = tuple(base.weight.detach().to(device) for base in bases)
+        self.exact: tuple[Tensor, ...] = ()
+        """The members' weights where they were, if ten bits are kept of them, until the main
+        directions are set apart: along these a product is as exact as what it is told of them."""
         if products == "fp8":
             self.weights = fp8_weight.fp8_weights(self.weights, self.layout, self.features_in)
+            if storage == "e4m5":
+                self.exact = tuple(base.weight.detach() for base in bases)
         elif storage == "bf16":
             self.weights = (with_room(self.weights, self.layout),)
         self.seeds_g4: Tensor | None = None
@@ -138,8 +143,8 @@ class FusedGroup(nn.Module):
         self.own_rows = OwnRows([*self.banks.values()], self.weights[0])
 
     def _set_apart(self, x_sd: Tensor) -> None:
-        fp8_weight.set_apart(x_sd, self.weights, self.layout)
-        self.is_calibrated = True
+        fp8_weight.set_apart(x_sd, self.weights, self.layout, self.exact)
+        self.is_calibrated, self.exact = True, ()
 
     def draw_by(self, seeds_g4: Tensor, number: int) -> None:
         """Round at random by row `number` of `seeds`, which change from step to step."""
@@ -199,9 +204,9 @@ def fuse(
     length) multiplied apart (`kernels/directions.py`), found in a pass of their own; None: none.
 
     Raises ModelError where a layer's size is none that FP8 products take, or where a weight is not
-    finite, ValueError for bf16 products of a base kept in e4m7 or e4m3.
+    finite, ValueError for bf16 products of a base kept in e4m5 or e4m3.
     """
-    if products == "bf16" and storage in ("e4m7", "fp8"):
+    if products == "bf16" and storage in ("e4m5", "fp8"):
         raise ValueError(f"a base kept in {storage} is trained over with FP8 products")
     groups = []
     for paths in find_groups(model):
@@ -209,6 +214,8 @@ def fuse(
         if products == "fp8":
             check_sizes({path: _base(m) for path, m in zip(paths, members, strict=True)})
         group = FusedGroup(members, storage, products, device)
+        if calibration_ids is None:
+            group.exact = ()
         check_finite(group.weights, paths)
         for index, (path, member) in enumerate(zip(paths, members, strict=True)):
             if isinstance(member, LoraLinear | BankLinear):
@@ -235,16 +242,19 @@ def fuse(
 def calibrate(model: PreTrainedModel, groups: Sequence[FusedGroup], ids: Tensor) -> None:
     """Set each group's directions by its inputs in a pass over `ids` (rows, length).
 
-    A group sees what those before it leave as they are evaluated.
+    A group sees what those before it leave as they are evaluated. A second time ten bits are all
+    that is known of a weight.
     """
     was_training = model.training
     model.eval()
     for group in groups:
         group.is_calibrated = False
-    model(input_ids=ids, use_cache=False)
-    for group in groups:  # one that the pass did not reach stays as it is
-        group.is_calibrated = True
-    model.train(was_training)
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for group in groups:  # one that the pass did not reach stays as it is
+            group.is_calibrated, group.exact = True, ()
+        model.train(was_training)
 
 
 def _owner(model: PreTrainedModel, path: str) -> nn.Module:

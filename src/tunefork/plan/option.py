@@ -61,7 +61,7 @@ def _further(made: Build) -> Sequence[Checkpointing]:
 
 
 def _gains_by_fp8(case: Case) -> bool:
-    """Whether the base could be kept in twelve bits a weight, for FP8 products."""
+    """Whether the base could be kept in ten bits a weight, for FP8 products."""
     made, rates = case.made, case.target.rates
     is_lora = made.method is Method.LORA and made.dtype == torch.bfloat16 and not made.lora.dora
     is_even = case.config.get_text_config().hidden_size % 16 == 0

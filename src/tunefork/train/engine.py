@@ -81,7 +81,7 @@ def form_of(
     products: Products = "fp8" if wants_fp8 else "bf16"
     if method is Method.QLORA:
         return BaseForm("nf4", products)
-    return BaseForm("e4m7" if wants_fp8 else "bf16", products)
+    return BaseForm("e4m5" if wants_fp8 else "bf16", products)
 
 
 def compiles(wanted: Compile, kind: str, num_steps: int) -> bool:

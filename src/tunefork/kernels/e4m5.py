@@ -1,26 +1,23 @@
-"""A frozen bf16 weight in twelve bits, of which each pass draws eight: e4m7 kept, e4m3 multiplied.
+"""A frozen weight in ten bits, of which each pass draws eight: e4m5 kept, e4m3 multiplied.
 
 FP8's e4m3 has three bits of mantissa. Rounded to the nearest once, a weight errs the same way in
-every step, and what A and B learn of that gathers: SmolLM2-135M lost 1.3 % by being fine-tuned so
-(docs/fp8.md). So all seven of bf16's are kept, under one scale a row, a power of two, and every
-pass rounds four of them away at random, up or down with the probability that keeps the mean
-(stochastic rounding: Gupta et al. 2015, https://arxiv.org/abs/1502.02551): the mean is the weight
-that the adapter will be served over. Four steps share their random numbers r and draw by
-r + 4 turn, modulo 16, each with another turn (a Cranley-Patterson rotation, SIAM J. Numer. Anal.
-13, 1976), so that what one step errs the next ones take back. The forward pass and the input's
+every step, and what A and B learn of that gathers: of what SmolLM2-135M lost by being fine-tuned
+so, 1.3 %, directions apart gave back 1 % and this the rest (docs/fp8.md). Two bits more of mantissa
+are kept, and every pass rounds them away at random, up or down with the probability that keeps the
+mean (stochastic rounding: Gupta et al. 2015, https://arxiv.org/abs/1502.02551): what one step errs,
+others take back. Four steps do so exactly: they share a random number r of 0 to 3 and draw by
+r + turn, modulo 4, each with another turn (a Cranley-Patterson rotation, SIAM J. Numer. Anal. 13,
+1976), so that a weight with k quarters goes up in k of the four. The forward pass and the input's
 gradient draw apart from each other; a layer that is run again draws what it drew.
 
-What is not exact are weights under a 64th of the scale, some 2**-14 of their row's largest, where
-e4m3's steps end: they are off by 2**-14 of the scale at most.
+Magnitudes of a float format are ordered as their bits are, so a ten-bit weight is its e4m3 code,
+cut off, and two bits of how far it is to the next; drawing adds 1 to the code where they and two
+random bits come to 4 or more. Four weights lie in a word and are drawn together. The two bits of
+columns q, q + D / 4, q + D / 2 and q + 3 D / 4 share byte q, so that they are read as words too.
 
-Magnitudes of a float format are ordered as their bits are, so a twelve-bit weight is its e4m3 code,
-cut off, and four bits of how far it is to the next; drawing adds 1 to the code where they and four
-random bits come to 16 or more. Four weights lie in a word and are drawn together. The four bits of
-columns q and q + D / 2 share byte q, so that they are read as words too.
+The kernels are in `e4m5_triton.py`; the definition is here, and runs elsewhere.
 
-The kernels are in `e4m7_triton.py`; the definition is here, and runs elsewhere.
-
-Shape legend as in `kernels/fp8.py`; Q = D / 2.
+Shape legend as in `kernels/fp8.py`; Q = D / 4.
 """
 
 from collections.abc import Sequence
@@ -33,52 +30,51 @@ from tunefork.kernels.adamw import mix
 from tunefork.kernels.compiled import compiled_on_cuda, is_on_gpu
 from tunefork.kernels.e4m3 import E4M3, joined, row_scale, weight_scales
 
-_PARTS = 2
-"""Halves of a row, whose four bits share a byte."""
+_PARTS = 4
+"""Quarters of a row, whose two bits share a byte."""
 _AT_A_TIME = 2**24
-"""Weights that are made twelve bits."""
-_LARGEST = 126 << 4
-"""e4m3's largest magnitude, 448, in twelve bits."""
+"""Weights that are made ten bits."""
+_LARGEST = 126 << 2
+"""e4m3's largest magnitude, 448, in ten bits."""
 
 
-def e4m7_weight(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """`weights` (O_i, D) one below the other: e4m3 codes cut off (O, D) uint8, four more bits of
+def e4m5_weight(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """`weights` (O_i, D) one below the other: e4m3 codes cut off (O, D) uint8, two more bits of
     each (O, Q) uint8, and scales with their inverse (2, O) fp32. D is a multiple of 16."""
     scale_o1 = weight_scales([row_scale(weight) for weight in weights])
-    scale_o1 = torch.exp2(torch.ceil(torch.log2(scale_o1)))
     scales_2o = torch.cat([scale_o1, scale_o1.reciprocal()], dim=1).t().contiguous()
     inverses = torch.split(scales_2o[1], [len(weight) for weight in weights])
     found = list[tuple[Tensor, Tensor]]()
     for weight, own in zip(weights, inverses, strict=True):
         # Some rows at a time: on the way a weight takes thirty bytes.
         size = max(1, _AT_A_TIME // weight.shape[1])
-        found += map(_twelve_bits, torch.split(weight, size), torch.split(own, size))
+        found += map(_ten_bits, torch.split(weight, size), torch.split(own, size))
     high, low = (torch.cat(parts) for parts in zip(*found, strict=True))
     return high, low, scales_2o
 
 
-def _twelve_bits(weight_od: Tensor, inverse_o: Tensor) -> tuple[Tensor, Tensor]:
+def _ten_bits(weight_od: Tensor, inverse_o: Tensor) -> tuple[Tensor, Tensor]:
     units = weight_od.float() * inverse_o[:, None]
     # Below 2**-6 the steps are those that the format has there.
     exponent = (units.view(torch.int32) >> 23 & 0xFF).clamp(min=127 - 6)
-    per_step = (261 - exponent << 23).view(torch.float32)
-    # As many steps below the exponent's own as 2**7; each exponent has as many more.
-    magnitude = (units.abs() * per_step).round().int() + (exponent - 121) * 128
+    per_step = (259 - exponent << 23).view(torch.float32)
+    # As many steps below the exponent's own as 2**5; each exponent has as many more.
+    magnitude = (units.abs() * per_step).round().int() + (exponent - 121) * 32
     magnitude = magnitude.clamp(max=_LARGEST)
     sign = units.view(torch.int32) >> 31 & 1
-    high_od = (sign << 7 | magnitude >> 4).to(torch.uint8)
-    first, second = (magnitude & 15).chunk(_PARTS, dim=1)
-    return high_od, (first | second << 4).to(torch.uint8)
+    high_od = (sign << 7 | magnitude >> 2).to(torch.uint8)
+    first, second, third, fourth = (magnitude & 3).chunk(_PARTS, dim=1)
+    return high_od, (first | second << 2 | third << 4 | fourth << 6).to(torch.uint8)
 
 
 @compiled_on_cuda()
-def e4m7_dense(high_od: Tensor, low_oq: Tensor, scale_o: Tensor, dtype: torch.dtype) -> Tensor:
+def e4m5_dense(high_od: Tensor, low_oq: Tensor, scale_o: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight (O, D) in `dtype`."""
-    low = torch.cat([low_oq.int() >> 4 * part & 15 for part in range(_PARTS)], dim=1)
-    magnitude = (high_od.int() & 0x7F) << 4 | low
-    units = ((magnitude << 16) + (120 << 23)).view(torch.float32)
+    low = torch.cat([low_oq.int() >> 2 * part & 3 for part in range(_PARTS)], dim=1)
+    magnitude = (high_od.int() & 0x7F) << 2 | low
+    units = ((magnitude << 18) + (120 << 23)).view(torch.float32)
     # Those with no exponent count from zero.
-    units = torch.where(magnitude < 128, 2 * units - 2.0**-6, units)
+    units = torch.where(magnitude < 32, 2 * units - 2.0**-6, units)
     signed = torch.where(high_od > 127, -units, units)
     return (signed * scale_o[:, None]).to(dtype)
 
@@ -90,7 +86,7 @@ class DrawnRows:
     high_od: Tensor
     low_oq: Tensor
     scales_2o: Tensor
-    """As of `e4m7_weight`."""
+    """As of `e4m5_weight`."""
     seed: Tensor
     """(4,) int32, on the device: the first is drawn by for the input's gradient, the second for
     y; the third's last two bits are the turn of both."""
@@ -103,14 +99,14 @@ class DrawnRows:
     def codes(self, beside_op: Tensor | None = None) -> Tensor:
         """(O, D + P) e4m3: a draw of weight / scale, and `beside` (O, P), bytes, to its right."""
         if is_on_gpu(self.high_od):
-            return torch.ops.tunefork.e4m7_codes(self.high_od, self.low_oq, self.seed, beside_op)  # type: ignore[no-any-return]
+            return torch.ops.tunefork.e4m5_codes(self.high_od, self.low_oq, self.seed, beside_op)  # type: ignore[no-any-return]
         codes_od = drawn(self.high_od, self.low_oq, self.seed[1], self.seed[2])
         return joined([codes_od, *([] if beside_op is None else [beside_op])]).view(E4M3)
 
     def codes_turned(self, beside_dp: Tensor | None = None) -> Tensor:
         """(D, O + P) e4m3: another draw, transposed, and `beside` (D, P)."""
         if is_on_gpu(self.high_od):
-            return torch.ops.tunefork.e4m7_codes_turned(  # type: ignore[no-any-return]
+            return torch.ops.tunefork.e4m5_codes_turned(  # type: ignore[no-any-return]
                 self.high_od, self.low_oq, self.seed, beside_dp
             )
         codes_do = drawn(self.high_od, self.low_oq, self.seed[0], self.seed[2]).t().contiguous()
@@ -118,22 +114,22 @@ class DrawnRows:
 
 
 def drawn(high_od: Tensor, low_oq: Tensor, seed: Tensor, turn: Tensor) -> Tensor:
-    """e4m3 codes (O, D), bytes; `seed` and `turn` () int32. Eight weights share a hash of their
+    """e4m3 codes (O, D), bytes; `seed` and `turn` () int32. Sixteen weights share a hash of their
     place."""
-    rows, half = low_oq.shape
-    place = torch.arange(rows * half // 4, dtype=torch.int32, device=high_od.device)
+    rows, quarter = low_oq.shape
+    place = torch.arange(rows * quarter // 4, dtype=torch.int32, device=high_od.device)
     bits_oq = mix(place ^ seed).view(rows, -1).view(torch.uint8)
-    turned = (turn << 2).to(torch.uint8)
+    turn = turn.to(torch.uint8)
     carries = [
-        ((low_oq >> 4 * part & 15) + ((bits_oq >> 4 * part) + turned & 15)) >> 4
+        ((low_oq >> 2 * part & 3) + ((bits_oq >> 2 * part) + turn & 3)) >> 2
         for part in range(_PARTS)
     ]
     return high_od + torch.cat(carries, dim=1)
 
 
-@torch.library.custom_op("tunefork::e4m7_codes", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("tunefork::e4m5_codes", mutates_args=(), device_types="cuda")
 def _codes(high: Tensor, low: Tensor, seed: Tensor, beside: Tensor | None) -> Tensor:
-    from tunefork.kernels.e4m7_triton import launch  # needs Triton, which comes with CUDA
+    from tunefork.kernels.e4m5_triton import launch  # needs Triton, which comes with CUDA
 
     out = _empty(high, beside)
     launch(high, low, seed, out)
@@ -152,9 +148,9 @@ def _empty(high: Tensor, beside: Tensor | None) -> Tensor:
     return high.new_empty(high.shape[0], high.shape[1] + width, dtype=E4M3)
 
 
-@torch.library.custom_op("tunefork::e4m7_codes_turned", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("tunefork::e4m5_codes_turned", mutates_args=(), device_types="cuda")
 def _codes_turned(high: Tensor, low: Tensor, seed: Tensor, beside: Tensor | None) -> Tensor:
-    from tunefork.kernels.e4m7_triton import launch_turned
+    from tunefork.kernels.e4m5_triton import launch_turned
 
     out = _empty(high.t(), beside)
     launch_turned(high, low, seed, out)

@@ -1,7 +1,7 @@
-"""The kernels of `kernels/e4m7.py`: twelve bits drawn as e4m3, as they lie and transposed.
+"""The kernels of `kernels/e4m5.py`: ten bits drawn as e4m3, as they lie and transposed.
 
-Four codes are a word, and so are the four bits each of eight weights, four of either half of a row:
-a draw takes ten instructions for four weights, and memory does the rest.
+Four codes are a word, and so are the pairs of bits of sixteen weights, four of each quarter of a
+row: a draw takes ten instructions for four weights, and memory does the rest.
 """
 
 import torch
@@ -12,23 +12,23 @@ from torch import Tensor
 from tunefork.kernels.adamw_triton import mix
 
 _WORDS = 1024
-"""Of a program, of one half of its row."""
+"""Of a program, of one quarter of its row."""
 _TILE = (128, 16)
-"""Rows and words of each half that a program turns."""
+"""Rows and words of each quarter that a program turns."""
 
 
 @triton.jit
 def _turns(seed):
-    """What the turn adds, in each byte."""
-    return (tl.load(seed + 2) & 3) * 0x04040404
+    """The turn, in each byte."""
+    return (tl.load(seed + 2) & 3) * 0x01010101
 
 
 @triton.jit
 def _carries(low, bits, turns, part: tl.constexpr):
     """1 in each byte whose code goes up."""
-    kept = (low >> 4 * part) & 0x0F0F0F0F
-    drawn = (((bits >> 4 * part) & 0x0F0F0F0F) + turns) & 0x0F0F0F0F
-    return ((kept + drawn) >> 4) & 0x01010101
+    pair = (low >> 2 * part) & 0x03030303
+    drawn = (((bits >> 2 * part) & 0x03030303) + turns) & 0x03030303
+    return ((pair + drawn) >> 2) & 0x01010101
 
 
 @triton.jit
@@ -38,12 +38,12 @@ def _codes(high, low, seed, out, stride, words, block: tl.constexpr):
     inside = word < words
     number = (row * words + word).to(tl.uint32)
     bits = mix(number ^ tl.load(seed + 1).to(tl.uint32, bitcast=True)).to(tl.int32, bitcast=True)
-    rests = tl.load(low + row * words + word, mask=inside, other=0)
+    pairs = tl.load(low + row * words + word, mask=inside, other=0)
     turns = _turns(seed)
-    for part in tl.static_range(2):
+    for part in tl.static_range(4):
         place = part * words + word
-        codes = tl.load(high + row * 2 * words + place, mask=inside, other=0)
-        codes += _carries(rests, bits, turns, part)
+        codes = tl.load(high + row * 4 * words + place, mask=inside, other=0)
+        codes += _carries(pairs, bits, turns, part)
         tl.store(out + row * stride + place, codes, mask=inside)
 
 
@@ -59,13 +59,13 @@ def _codes_turned(
     number = row[:, None] * words + word[None, :]
     key = tl.load(seed).to(tl.uint32, bitcast=True)
     bits = mix(number.to(tl.uint32) ^ key).to(tl.int32, bitcast=True)
-    rests = tl.load(low + number, mask=inside, other=0)
+    pairs = tl.load(low + number, mask=inside, other=0)
     turns = _turns(seed)
     byte = (4 * start + tl.arange(0, 4 * block)).to(tl.int64)
     kept = (byte < 4 * words)[:, None] & has_row[None, :]
-    for part in tl.static_range(2):
-        place = (row * 2 * words)[:, None] + (part * words + word)[None, :]
-        codes = tl.load(high + place, mask=inside, other=0) + _carries(rests, bits, turns, part)
+    for part in tl.static_range(4):
+        place = (row * 4 * words)[:, None] + (part * words + word)[None, :]
+        codes = tl.load(high + place, mask=inside, other=0) + _carries(pairs, bits, turns, part)
         first, second = codes.to(tl.uint8), (codes >> 8).to(tl.uint8)
         third, fourth = (codes >> 16).to(tl.uint8), (codes >> 24).to(tl.uint8)
         turned = tl.trans(tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth)))
@@ -75,7 +75,7 @@ def _codes_turned(
 
 def launch(high_od: Tensor, low_oq: Tensor, seed: Tensor, out_op: Tensor) -> None:
     """Fill the first D columns of `out_op`, e4m3."""
-    rows, words = high_od.shape[0], high_od.shape[1] // 8
+    rows, words = high_od.shape[0], high_od.shape[1] // 16
     block = min(_WORDS, triton.next_power_of_2(words))
     _codes[rows, triton.cdiv(words, block)](
         *_as_words(high_od, low_oq), seed, _as_words(out_op)[0], out_op.stride(0) // 4, words,
@@ -85,7 +85,7 @@ def launch(high_od: Tensor, low_oq: Tensor, seed: Tensor, out_op: Tensor) -> Non
 
 def launch_turned(high_od: Tensor, low_oq: Tensor, seed: Tensor, out_dp: Tensor) -> None:
     """Fill the first O columns of `out_dp`, e4m3, with the transposed weight."""
-    rows, words = high_od.shape[0], high_od.shape[1] // 8
+    rows, words = high_od.shape[0], high_od.shape[1] // 16
     grid = (triton.cdiv(rows, _TILE[0]), triton.cdiv(words, _TILE[1]))
     _codes_turned[grid](
         *_as_words(high_od, low_oq), seed, out_dp.view(torch.uint8), out_dp.stride(0), words,
