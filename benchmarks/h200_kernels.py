@@ -168,7 +168,8 @@ def gated(features: int, rank: int) -> dict[str, Any]:
     ours = forward(gate[few], up[few], a)
     operands = gate[few], up[few], dh[few], du[few]
     exact += definition.gated_gradients_reference(*(x.double() for x in operands))
-    ours += backward(*operands)
+    dgate, da = backward(*operands)
+    ours += dgate, operands[2], da  # dup is written over dh
     return {
         "case": "gated",
         "features": features,

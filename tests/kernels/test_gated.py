@@ -118,7 +118,34 @@ def test_the_operators_shapes_serve_strided_operands() -> None:
         *torch.ops.tunefork.gated_gradients(gate, up, dh, du),
         *torch.ops.tunefork.gated_gradients_and_squares(gate, up, dh, du, fold),
     ]
-    gradients = [(6, 10), (6, 10), (3, 10)]
+    gradients = [(6, 10), (3, 10)]
     wanted = [(6, 10), (6, 3), *gradients, *gradients, (6, 1)]
     assert [tuple(x.shape) for x in found] == wanted and found[-1].dtype == torch.float32
     assert all(x.is_contiguous() for x in found)
+
+
+@pytest.mark.parametrize("lies", ["contiguous", "in columns", "turned"])
+def test_on_a_gpu_dup_is_written_where_dh_was(lies: str) -> None:
+    """Of one that is not contiguous a copy is, where the operators would find none to write."""
+    gate, up, dh, du, _ = _draw(3, torch.bfloat16, "meta")
+    if lies != "contiguous":
+        dh = torch.empty(10, 12, dtype=torch.bfloat16, device="meta")
+        dh = dh[:, :6].t() if lies == "turned" else dh[:6, :10]
+    fold, versions = torch.empty(1, 20, device="meta"), [dh._version]
+    with standing_for_gpu(lambda *_: None):
+        dup = [gated_gradients(gate, up, dh, du)[1]]
+        versions.append(dh._version)
+        dup.append(gated_gradients_and_squares(gate, up, dh, du, fold)[1])
+        versions.append(dh._version)
+    is_same = lies == "contiguous"
+    assert [x is dh for x in dup] == [is_same, is_same]
+    assert versions == ([0, 1, 2] if is_same else [0, 0, 0])
+    assert all(x.is_contiguous() and x.shape == (6, 10) for x in dup)
+
+
+def test_the_definition_writes_over_nothing() -> None:
+    gate, up, dh, du, _ = _draw(3, torch.float32)
+    before = dh.clone()
+    gated_gradients(gate, up, dh, du)
+    gated_gradients_and_squares(gate, up, dh, du, torch.rand(1, 20))
+    assert torch.equal(dh, before)

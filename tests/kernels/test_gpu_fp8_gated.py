@@ -34,9 +34,9 @@ def _draw(tokens: int, features: int, rank: int, first: int = 0, beside: int = 0
 
 
 def _assert_exact(operands: Operands) -> None:
-    *given, fold = operands
-    *found, squares = gated_gradients_and_squares(*operands)
-    plain = gated_gradients(*given)
+    gate, up, dh, du, fold = operands
+    *found, squares = gated_gradients_and_squares(gate, up, dh.clone(), du, fold)
+    plain = gated_gradients(gate, up, dh.clone(), du)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, plain, strict=True))
     wide = torch.cat(found[:2], dim=1).double() * fold.double()
     assert squares.dtype == torch.float32 and squares.shape == (len(wide), 1)
@@ -75,7 +75,7 @@ def test_operands_that_are_turned_and_no_tokens() -> None:
 
 def test_what_is_not_finite_or_too_large_stays_in_its_row() -> None:
     gate, up, dh, du, fold = _draw(300, 1024, 16)
-    *_, before = gated_gradients_and_squares(gate, up, dh, du, fold)
+    *_, before = gated_gradients_and_squares(gate, up, dh.clone(), du, fold)
     gate[77, 33], dh[5, 1000] = torch.nan, 3e38
     *_, after = gated_gradients_and_squares(gate, up, dh, du, fold)
     assert after[77].isnan() and after[5].isinf()
@@ -85,21 +85,38 @@ def test_what_is_not_finite_or_too_large_stays_in_its_row() -> None:
 
 def test_the_operator_is_such_to_the_compiler() -> None:
     operator = torch.ops.tunefork.gated_gradients_and_squares.default
-    torch.library.opcheck(operator, _draw(100, 256, 8, 16, 16))
+    gate, up, dh, du, fold = _draw(100, 256, 8, 16, 16)
+    torch.library.opcheck(operator, (gate, up, dh.contiguous(), du, fold))
+    with pytest.raises(ValueError, match="dh, which is written over, must be contiguous"):
+        operator(gate, up, dh, du, fold)
+
+
+@pytest.mark.parametrize("rank", [16, 64])
+def test_dup_is_written_where_dh_was(rank: int) -> None:
+    gate, up, dh, du, fold = _draw(16_384, 1152, rank)
+    kept = dh.contiguous()
+    want = gated_gradients_and_squares(gate, up, dh, du, fold)
+    found = gated_gradients_and_squares(gate, up, kept, du, fold)
+    assert found[1].data_ptr() == kept.data_ptr() and want[1].data_ptr() != dh.data_ptr()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, want, strict=True))
 
 
 def test_captured_it_gives_the_same_bits_of_what_is_there_at_each_replay() -> None:
-    operands = _draw(4096, 1024, 16)
-    gated_gradients_and_squares(*operands)
+    gate, up, dh, du, fold = operands = _draw(4096, 1024, 16)
+
+    def run() -> tuple[Tensor, ...]:
+        return gated_gradients_and_squares(gate, up, dh.clone(), du, fold)
+
+    run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = gated_gradients_and_squares(*operands)
+        captured = run()
     for _ in range(5):
         for operand in operands:
             operand.normal_()
         graph.replay()
-        again = gated_gradients_and_squares(*operands)
+        again = run()
         assert all(torch.equal(x, y) for x, y in zip(captured, again, strict=True))
 
 

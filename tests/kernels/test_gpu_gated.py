@@ -53,7 +53,7 @@ def _assert_near(found: Tensor, truth: Tensor, cancelled: float = 1e-4) -> None:
 def _assert_exact(operands: Operands) -> None:
     gate, up, dh, du, a = operands
     h, u = gated_down(gate, up, a)
-    dgate, dup, da = gated_gradients(gate, up, dh, du)
+    dgate, dup, da = gated_gradients(gate, up, dh.clone(), du)
     wide_gate, wide_up, wide_dh = gate.double(), up.double(), dh.double()
     _assert_near(h, F.silu(wide_gate) * wide_up, 1e-7)
     _assert_near(u, h.double() @ a.double().t())
@@ -113,8 +113,8 @@ def test_of_more_numbers_than_32_bits_count() -> None:
     want_h, want_u = gated_down_reference(gate[last], up[last], a)
     torch.testing.assert_close(h[last], want_h, rtol=2**-7, atol=1e-6)
     torch.testing.assert_close(u[last].float(), want_u.float(), rtol=2**-6, atol=2.0)
-    dgate, dup, da = gated_gradients(gate, up, dh, du)
     wanted = gated_gradients_reference(gate[last], up[last], dh[last], du[last])
+    dgate, dup, da = gated_gradients(gate, up, dh, du)
     for ours, theirs in zip((dgate, dup), wanted, strict=False):
         torch.testing.assert_close(ours[last], theirs, rtol=2**-6, atol=1e-4)
     want_da = du.t().double() @ h[:, -256:].double()
@@ -123,9 +123,9 @@ def test_of_more_numbers_than_32_bits_count() -> None:
 
 def test_the_bits_are_the_same_each_time() -> None:
     gate, up, dh, du, a = _draw(16_384, 4096, 16)
-    first = [*gated_down(gate, up, a), *gated_gradients(gate, up, dh, du)]
+    first = [*gated_down(gate, up, a), *gated_gradients(gate, up, dh.clone(), du)]
     for _ in range(5):
-        again = [*gated_down(gate, up, a), *gated_gradients(gate, up, dh, du)]
+        again = [*gated_down(gate, up, a), *gated_gradients(gate, up, dh.clone(), du)]
         assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
@@ -137,7 +137,7 @@ def test_large_gates_give_numbers() -> None:
 
 def test_what_is_not_finite_stays_in_its_row_and_column() -> None:
     gate, up, dh, du, a = _draw(300, 1024, 16)
-    before = [*gated_down(gate, up, a), *gated_gradients(gate, up, dh, du)]
+    before = [*gated_down(gate, up, a), *gated_gradients(gate, up, dh.clone(), du)]
     gate[77, 33] = torch.nan
     after = [*gated_down(gate, up, a), *gated_gradients(gate, up, dh, du)]
     row = (torch.arange(300, device="cuda") == 77)[:, None]
@@ -152,12 +152,27 @@ def test_what_is_not_finite_stays_in_its_row_and_column() -> None:
 def test_the_operators_are_such_to_the_compiler() -> None:
     gate, up, dh, du, a = _draw(100, 256, 8, 16, 16)
     torch.library.opcheck(torch.ops.tunefork.gated_down.default, (gate, up, a))
-    torch.library.opcheck(torch.ops.tunefork.gated_gradients.default, (gate, up, dh, du))
+    operands = gate, up, dh.contiguous(), du
+    torch.library.opcheck(torch.ops.tunefork.gated_gradients.default, operands)
+    with pytest.raises(ValueError, match="dh, which is written over, must be contiguous"):
+        torch.ops.tunefork.gated_gradients(gate, up, dh, du)
+
+
+@pytest.mark.parametrize("rank", [16, 64])
+def test_dup_is_written_where_dh_was(rank: int) -> None:
+    """Tiles on their way and straight into registers; rectangles of several tiles."""
+    gate, up, dh, du, _ = _draw(16_384, 1152, rank)
+    kept = dh.contiguous()
+    _, dup, _ = gated_gradients(gate, up, dh, du)
+    assert torch.equal(dh, kept) and dup.data_ptr() != dh.data_ptr()
+    _, over, _ = gated_gradients(gate, up, kept, du)
+    assert over.data_ptr() == kept.data_ptr() and torch.equal(over, dup)
+    _assert_near(over, dh.double() * gate.double() * gate.double().sigmoid(), 1e-7)
 
 
 def test_compiled_once_they_serve_all_lengths() -> None:
     def both(gate: Tensor, up: Tensor, dh: Tensor, du: Tensor, a: Tensor) -> list[Tensor]:
-        gate, up = gate * 2, up + 1
+        gate, up, dh = gate * 2, up + 1, dh * 0.5
         return [*gated_down(gate, up, a), *gated_gradients(gate, up, dh, du)]
 
     compiled = torch.compile(both, fullgraph=True, dynamic=True)
@@ -173,7 +188,7 @@ def test_captured_they_read_what_is_there_at_each_replay() -> None:
     gate, up, dh, du, a = _draw(4096, 1024, 16)
 
     def both() -> list[Tensor]:
-        return [*gated_down(gate, up, a), *gated_gradients(gate, up, dh, du)]
+        return [*gated_down(gate, up, a), *gated_gradients(gate, up, dh.clone(), du)]
 
     both()
     torch.cuda.synchronize()
@@ -185,6 +200,33 @@ def test_captured_they_read_what_is_there_at_each_replay() -> None:
             operand.normal_()
         graph.replay()
         assert all(torch.equal(x, y) for x, y in zip(captured, both(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.compile about itself
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_backward_pass_makes_two_tensors(is_compiled: bool) -> None:
+    """As large as gate: h's gradient, over which up's is written, and gate's. No copy."""
+    layout = Layout("bf16", "bf16", (512,), (16,), 0.7)
+    room = with_room([torch.randn(512, 8192, device="cuda").bfloat16() / 20], layout)
+    inputs: list[Any] = [torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2)]
+    inputs += [torch.randn(16, 8192, device="cuda") / 20, torch.randn(512, 16, device="cuda") / 4]
+    inputs = [x.requires_grad_() for x in inputs]
+
+    def function(gate: Tensor, up: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return gated_lora(gate, up, layout, (room,), a, b)
+
+    run = torch.compile(function, fullgraph=True) if is_compiled else function
+    for _ in range(2):  # the first compiles
+        y = run(*inputs)
+        upstream = torch.randn_like(y)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        torch.autograd.grad(y, inputs, upstream)
+        more = torch.cuda.max_memory_allocated() - before
+    torch._dynamo.reset()
+    # Beside them shares of dA and narrow tensors.
+    assert 2 * inputs[0].nbytes <= more < 2.4 * inputs[0].nbytes
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])

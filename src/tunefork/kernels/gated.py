@@ -4,7 +4,9 @@ h = silu(gate) * up is as large as its two operands. LoRA's u = A h reads it onc
 base's product, its gradient dA = du^T h in the backward pass too, 2 x 15 GB in a step of 16,384
 tokens of an 8B model, and between the two h waits. On a GPU `kernels/gated_triton.py` makes u where
 h is made, and dA where the gradients of gate and up are, with h made again in registers: nobody
-keeps it. The definitions are here, and run elsewhere.
+keeps it. dup is written where dh was, which nobody reads any more: beside gate and up, a third new
+tensor of their size would be the highest moment of a step with checkpointing. The definitions are
+here, and run elsewhere.
 
 Shape legend: S tokens, D features of gate, up and h, R rank.
 """
@@ -41,11 +43,12 @@ def gated_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of gate and up, (S, D) each, of `dh_sd`, and dA = du^T h, (R, D).
 
-    dh is all of h's gradient, what came through u included. Dtypes and roundings as in
-    `gated_down`.
+    dh is all of h's gradient, what came through u included; it may be written over, and be up's
+    gradient then. Dtypes and roundings as in `gated_down`.
     """
     if has_kernels(gate_sd, du_sr.shape[1]):
-        dgate_sd, dup_sd, da_rd = torch.ops.tunefork.gated_gradients(gate_sd, up_sd, dh_sd, du_sr)
+        dup_sd = dh_sd.contiguous()
+        dgate_sd, da_rd = torch.ops.tunefork.gated_gradients(gate_sd, up_sd, dup_sd, du_sr)
         return dgate_sd, dup_sd, da_rd
     return gated_gradients_reference(gate_sd, up_sd, dh_sd, du_sr)
 
@@ -56,12 +59,14 @@ def gated_gradients_and_squares(
     """What `gated_gradients` gives, bit for bit, and the sum of each row's squares, (S, 1): of
     [dgate | dup], as they are rounded, times `fold`.
 
-    `fold` (1, 2 D) and the sums are fp32.
+    `fold` (1, 2 D) and the sums are fp32. dh may be written over.
     """
     if has_kernels(gate_sd, du_sr.shape[1]):
-        return torch.ops.tunefork.gated_gradients_and_squares(  # type: ignore[no-any-return]
-            gate_sd, up_sd, dh_sd, du_sr, fold_1o
+        dup_sd = dh_sd.contiguous()
+        dgate_sd, da_rd, squares_s1 = torch.ops.tunefork.gated_gradients_and_squares(
+            gate_sd, up_sd, dup_sd, du_sr, fold_1o
         )
+        return dgate_sd, dup_sd, da_rd, squares_s1
     return gated_gradients_and_squares_reference(gate_sd, up_sd, dh_sd, du_sr, fold_1o)
 
 
@@ -114,45 +119,44 @@ def _(gate: Tensor, up: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape[0], a.shape[0])
 
 
-@torch.library.custom_op("tunefork::gated_gradients", mutates_args=(), device_types="cuda")
-def _gated_gradients(
-    gate: Tensor, up: Tensor, dh: Tensor, du: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op("tunefork::gated_gradients", mutates_args=("dh",), device_types="cuda")
+def _gated_gradients(gate: Tensor, up: Tensor, dh: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
+    """dgate and dA; dh, which is contiguous, becomes dup."""
     if gate.numel() == 0:
-        return gated_gradients_reference(gate, up, dh, du)
+        dgate, _, da = gated_gradients_reference(gate, up, dh, du)
+        return dgate, da
     from tunefork.kernels.gated_triton import backward
 
-    dgate, dup, da = backward(gate, up, dh, du)
-    return dgate, dup, da
+    dgate, da = backward(gate, up, dh, du)
+    return dgate, da
 
 
 @_gated_gradients.register_fake
-def _(gate: Tensor, up: Tensor, dh: Tensor, du: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    like_gate = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
-    return *like_gate, gate.new_empty(du.shape[1], gate.shape[1])
+def _(gate: Tensor, up: Tensor, dh: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), gate.new_empty(du.shape[1], gate.shape[1])
 
 
 @torch.library.custom_op(
-    "tunefork::gated_gradients_and_squares", mutates_args=(), device_types="cuda"
+    "tunefork::gated_gradients_and_squares", mutates_args=("dh",), device_types="cuda"
 )
 def _gated_gradients_and_squares(
     gate: Tensor, up: Tensor, dh: Tensor, du: Tensor, fold: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     if gate.numel() == 0:
-        return gated_gradients_and_squares_reference(gate, up, dh, du, fold)
+        dgate, _, da, squares = gated_gradients_and_squares_reference(gate, up, dh, du, fold)
+        return dgate, da, squares
     from tunefork.kernels.gated_triton import backward
 
-    dgate, dup, da, squares = backward(gate, up, dh, du, fold_1o=fold.contiguous())
-    return dgate, dup, da, squares
+    dgate, da, squares = backward(gate, up, dh, du, fold_1o=fold.contiguous())
+    return dgate, da, squares
 
 
 @_gated_gradients_and_squares.register_fake
 def _(
     gate: Tensor, up: Tensor, dh: Tensor, du: Tensor, fold: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gradients = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        *gradients,
+        gate.new_empty(gate.shape),
         gate.new_empty(du.shape[1], gate.shape[1]),
         fold.new_empty(gate.shape[0], 1),
     )

@@ -146,6 +146,7 @@ def _backward(
         dgate_so = dh_so * up_so * (share_so + silu_so * (1.0 - share_so))
         dgate_so = dgate_so.to(dgate.dtype.element_ty)
         dup_so = (dh_so * silu_so).to(dup.dtype.element_ty)
+        # dup may be dh: what is on its way meanwhile, and what others read, are other tiles.
         to = row[:, None] * features + at[None, :]
         tl.store(dgate + to, dgate_so, mask=mask_so)
         tl.store(dup + to, dup_so, mask=mask_so)
@@ -219,15 +220,19 @@ def backward(
     blocks: Blocks = BACKWARD,
     fold_1o: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """dgate and dup (S, D) and dA (R, D), as `gated.gated_gradients` says; with `fold` the rows'
-    squares (S, 1) too, as `gated.gated_gradients_and_squares` does."""
-    gate_sd, up_sd, dh_sd, du_sr = map(_in_rows, (gate_sd, up_sd, dh_sd, du_sr))
+    """dgate (S, D) and dA (R, D), as `gated.gated_gradients` says, and dh becomes dup; with `fold`
+    the rows' squares (S, 1) too, as `gated.gated_gradients_and_squares` does.
+
+    Raises ValueError for a dh that is not contiguous.
+    """
+    if not dh_sd.is_contiguous():
+        raise ValueError("dh, which is written over, must be contiguous")
+    gate_sd, up_sd, du_sr = map(_in_rows, (gate_sd, up_sd, du_sr))
     (tokens, features), rank = gate_sd.shape, du_sr.shape[1]
     down, across = triton.cdiv(tokens, blocks.rows), triton.cdiv(features, blocks.columns)
     each = _each(down, across, blocks) * blocks.rows
     stretches = triton.cdiv(tokens, each)
-    dgate_sd, dup_sd = gate_sd.new_empty(gate_sd.shape), gate_sd.new_empty(gate_sd.shape)
-    da_rd = gate_sd.new_empty(rank, features)
+    dgate_sd, da_rd = gate_sd.new_empty(gate_sd.shape), gate_sd.new_empty(rank, features)
     shares = gate_sd.new_empty(stretches, rank, features, dtype=torch.float32)
     squares = None if fold_1o is None else shares.new_empty(across, tokens, 1)
     _backward[(across, stretches)](
@@ -236,11 +241,11 @@ def backward(
         up_sd,
         up_sd.stride(0),
         dh_sd,
-        dh_sd.stride(0),
+        features,
         du_sr,
         du_sr.stride(0),
         dgate_sd,
-        dup_sd,
+        dh_sd,
         shares,
         fold_1o,
         squares,
@@ -258,8 +263,8 @@ def backward(
     )
     da_rd = _summed(shares, da_rd)
     if squares is None:
-        return dgate_sd, dup_sd, da_rd
-    return dgate_sd, dup_sd, da_rd, _summed(squares, squares.new_empty(tokens, 1))
+        return dgate_sd, da_rd
+    return dgate_sd, da_rd, _summed(squares, squares.new_empty(tokens, 1))
 
 
 def _in_rows(tensor: Tensor) -> Tensor:

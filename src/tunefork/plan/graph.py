@@ -27,6 +27,7 @@ from tunefork.plan.trace import (
     LORA_DELTAS,
     LORA_GRADIENTS,
     PRODUCTS,
+    WRITTEN_OVER,
     lora_deltas_flops,
     lora_gradients_flops,
     product,
@@ -128,9 +129,10 @@ class _Reading:
         source = node.args[0] if node.args else None
         if _is_getitem(node) and isinstance(source, Node):
             if _is_changed_in_place(source):
-                bases = source.kwargs["_all_bases"]
-                index = int(node.args[1]) - 1  # type: ignore[arg-type]
-                return self.root[bases[index]] if index >= 0 else node  # type: ignore[index]
+                bases = _changed(source)
+                # Behind what the operator returns, a None if that is nothing.
+                index = int(node.args[1]) - max(1, len(_call(source)[0]._schema.returns))  # type: ignore[arg-type]
+                return self.root[bases[index]] if index >= 0 else node
             return self.root[source] if _is_view(source) else node
         return self.root[source] if _is_view(node) and isinstance(source, Node) else node
 
@@ -184,7 +186,9 @@ class _Reading:
         if not _is_library(node) and not _is_reduction(node):
             mine = (n for n in gone if n not in fixed and _bytes(n) == _bytes(node))
             replaced = next(mine, None)
-        touched = {*self.reads[node], *results}
+        touched = [*{*self.reads[node], *results}]
+        if _call(node)[0] in WRITTEN_OVER:
+            touched += [self.root[base] for base in _changed(node)]
         moved = sum((_size(_bytes(n)) for n in touched), Size())
         return Kernel(
             makes=tuple((n.name, _size(_bytes(n))) for n in results),
@@ -226,8 +230,7 @@ def _call(node: Node) -> tuple[Any, list[Any]]:
     match str(target):
         case "auto_functionalized_v2":
             operator: Any = arguments[0]
-            given = {argument.name for argument in operator._schema.arguments}
-            return operator, [None, *(v for k, v in node.kwargs.items() if k in given)]
+            return operator, [node.kwargs.get(one.name) for one in operator._schema.arguments]
         case "run_and_save_rng_state":
             return arguments[0], arguments[1:]
         case "run_with_rng_state":
@@ -253,6 +256,12 @@ def _shape(node: Node) -> list[int]:
 
 def _is_getitem(node: Node) -> bool:
     return getattr(node.target, "__name__", "") == "getitem"
+
+
+def _changed(node: Node) -> list[Node]:
+    """What an operator that `_is_changed_in_place` changes."""
+    bases: Any = node.kwargs["_all_bases"]
+    return list(bases)
 
 
 def _is_changed_in_place(node: Node) -> bool:

@@ -3,7 +3,7 @@
 What AOTAutograd gets by tracing through four layers of Python a tensor, at two milliseconds an
 operation, is here one dispatch mode: operations become nodes, decomposed as Inductor has them. The
 graph is for the partitioner (`plan/capture.py`), which wants no operation that changes what it is
-given: the one of ours that does is written as AOTAutograd writes it, as an operation that gives the
+given: those of ours that do are written as AOTAutograd writes them, as operations that give the
 changed tensor anew. `tests/plan/test_capture.py` holds the programs against torch.compile's.
 """
 
@@ -20,8 +20,10 @@ from torch.utils._pytree import tree_map_only
 import tunefork.kernels.lora_group  # noqa: F401  registers add_product_
 from tunefork.plan import meta_results
 from tunefork.plan.graph import UnknownOperationError
+from tunefork.plan.trace import WRITTEN_OVER
 
-_IN_PLACE = torch.ops.tunefork.add_product_.default
+_IN_PLACE = {torch.ops.tunefork.add_product_.default: 0, **WRITTEN_OVER}
+"""What changes an argument -> where that stands."""
 _FUNCTIONAL = torch.ops.higher_order.auto_functionalized_v2
 
 
@@ -99,7 +101,7 @@ class _Recorder(TorchDispatchMode):
                 result = NotImplemented if simpler is None else simpler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if func is _IN_PLACE:
+        if func in _IN_PLACE:
             return self._change(func, args, kwargs)
         if func._schema.is_mutable:
             raise UnknownOperationError(str(func))
@@ -108,20 +110,24 @@ class _Recorder(TorchDispatchMode):
         self._bind(result, self._add(func, given, more, result))
         return result
 
-    def _change(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
-        """The first argument, changed in place: the tensor that it is a view of is another then."""
-        func(*args, **kwargs)
-        self.constants.discard(args[0].untyped_storage()._cdata)
-        whole = self.wholes[args[0].untyped_storage()._cdata]
-        names = [argument.name for argument in func._schema.arguments[1:]]
-        given = dict(zip(names, tree_map_only(Tensor, self.node, args[1:]), strict=True))
+    def _change(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """An argument, changed in place: the tensor that it is a view of is another then."""
+        result = func(*args, **kwargs)
+        place = _IN_PLACE[func]
+        storage = args[place].untyped_storage()._cdata
+        self.constants.discard(storage)
+        whole = self.wholes[storage]
+        names = [argument.name for argument in func._schema.arguments]
+        given = dict(zip(names, tree_map_only(Tensor, self.node, args), strict=True))
+        del given[names[place]]
         changed = {**given, "_all_bases": [self.node(whole)]}
-        node = self._add(_FUNCTIONAL, (func,), changed, (None, whole))
-        after = self._add(operator.getitem, (node, 1), {}, whole)
+        results = result if isinstance(result, tuple) else (result,)
+        node = self._add(_FUNCTIONAL, (func,), changed, (*results, whole))
         for key, (tensor, _) in list(self.nodes.items()):
-            if tensor.untyped_storage()._cdata == whole.untyped_storage()._cdata:
+            if tensor.untyped_storage()._cdata == storage:
                 del self.nodes[key]
-        self._bind(whole, after)
+        self._bind((*results, whole), node)
+        return result
 
     def _add(self, target: Any, args: Any, kwargs: Any, value: Any) -> Node:
         node = self.graph.call_function(target, args, kwargs)

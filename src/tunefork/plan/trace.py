@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import tunefork.kernels.fp8_gradients  # registers gradient_codes
+import tunefork.kernels.gated  # registers gated_gradients, gated_gradients_and_squares
 import tunefork.kernels.lora_group  # noqa: F401  registers add_product_, lora_deltas, lora_gradients
 from tunefork.plan import meta_results
 from tunefork.plan.schema import Part
@@ -51,6 +52,11 @@ there are beside these. What the first leaves for the second (`kernels/lora_grad
 makes no moment higher: it is gone before the input's gradient comes, which is larger (up to O = 16
 D at rank 16, 4 D at 32), or, of an MLP's gate and up, comes after what was larger: their gradients
 beside what these are made of."""
+WRITTEN_OVER = {
+    torch.ops.tunefork.gated_gradients.default: 2,
+    torch.ops.tunefork.gated_gradients_and_squares.default: 2,
+}
+"""Bound by memory, over one of what they read they write a result -> where that stands."""
 LORA_DELTAS = torch.ops.tunefork.lora_deltas.default
 """Skinny products side by side, each by a kernel."""
 FLASH = {
@@ -215,8 +221,10 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._note()
         if not (func in _FREE or func.is_view):
             inputs = _tensors([*args, *(kwargs or {}).values()])
-            distinct = {id(t): t for t in [*inputs, *results]}
-            moved = sum(t.numel() * t.element_size() for t in distinct.values())
+            touched = list({id(t): t for t in [*inputs, *results]}.values())
+            if func in WRITTEN_OVER:
+                touched.append(args[WRITTEN_OVER[func]])
+            moved = sum(t.numel() * t.element_size() for t in touched)
             if func in PRODUCTS:
                 left = PRODUCTS[func]
                 is_fp8 = func in FP8_PRODUCTS
