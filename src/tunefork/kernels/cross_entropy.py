@@ -4,7 +4,8 @@ Stock logits and loss cost 12 bytes x tokens x vocabulary. Here a chunk of token
 through the head, and its loss and its gradient are computed while its logits are at hand (the
 scheme of Liger Kernel, Hsu et al. 2024, https://arxiv.org/abs/2410.10989): d loss / d logits is
 softmax - onehot, so the backward pass only scales what the forward pass has left. Targets of
-`IGNORED` add nothing, to the loss or to a gradient.
+`IGNORED` add nothing, to the loss or to a gradient. On a GPU one kernel makes both of a chunk's
+logits (`kernels/cross_entropy_triton.py`).
 
 The head stays in bf16 where the layers before it multiply in FP8: logits from an e4m3 head were off
 by enough to change the loss by a tenth on a fine-tuned SmolLM2, and A's and B's gradients by half.
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tunefork.kernels.compiled import compiled_on_cuda, is_on_gpu
+from tunefork.kernels.compiled import is_on_gpu
 
 IGNORED = -100
 """Target of a place that only fills up a batch (PyTorch's own `ignore_index`)."""
@@ -128,7 +129,7 @@ def linear_cross_entropy(hidden_sd: Tensor, weight_vd: Tensor, targets_s: Tensor
 def _to_gradient_(logits_cv: Tensor, work_cv: Tensor | None, targets_c: Tensor) -> Tensor:
     """Losses (C,) of one chunk's logits, which become d loss / d logits in place."""
     if work_cv is None:
-        return _fused_to_gradient_(logits_cv, targets_c)
+        return torch.ops.tunefork.to_gradient_(logits_cv, targets_c)  # type: ignore[no-any-return]
     is_ignored_c1 = (targets_c == IGNORED)[:, None]
     targets_c1 = targets_c.clamp(min=0)[:, None]
     work_cv.copy_(logits_cv)
@@ -145,39 +146,16 @@ def _to_gradient_(logits_cv: Tensor, work_cv: Tensor | None, targets_c: Tensor) 
     return (z_c1.log() - target_logits_c1).masked_fill(is_ignored_c1, 0.0)[:, 0]
 
 
-@compiled_on_cuda()
-def _log_z(logits_cv: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's largest logit, and log(sum(exp(logits - largest))): (C, 1), fp32.
+@torch.library.custom_op("tunefork::to_gradient_", mutates_args=("logits",), device_types="cuda")
+def _fused_to_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
+    from tunefork.kernels.cross_entropy_triton import launch  # needs Triton: it comes with CUDA
 
-    Apart, as their sum would round a small loss away where logits are large.
-    """
-    wide_cv = logits_cv.float()
-    top_c1 = wide_cv.amax(-1, keepdim=True)
-    return top_c1, (wide_cv - top_c1).exp().sum(-1, keepdim=True).log()
+    return launch(logits, targets, ignored=IGNORED)
 
 
-@compiled_on_cuda()
-def _softmax_minus_onehot_(
-    logits_cv: Tensor, top_c1: Tensor, shift_c1: Tensor, hit_c1: Tensor
-) -> None:
-    """exp(logits - top - shift), less 1 at `hit`, in place."""
-    at_v = torch.arange(logits_cv.shape[1], device=logits_cv.device, dtype=torch.int32)
-    logits_cv.copy_((logits_cv.float() - top_c1 - shift_c1).exp() - (at_v == hit_c1).float())
-
-
-def _fused_to_gradient_(logits_cv: Tensor, targets_c: Tensor) -> Tensor:
-    """`_to_gradient_` for a GPU, which reads the logits twice and writes them once.
-
-    Two compiled functions, as one would work out each row's logarithm again for each logit.
-    """
-    is_ignored_c1 = (targets_c == IGNORED)[:, None]
-    target_logits_c1 = logits_cv.gather(1, targets_c.clamp(min=0)[:, None]).float()
-    top_c1, log_sum_c1 = _log_z(logits_cv)
-    # exp(x - inf) = 0: an ignored row's gradient. No logit is number -100.
-    shift_c1 = log_sum_c1.masked_fill(is_ignored_c1, torch.inf)
-    _softmax_minus_onehot_(logits_cv, top_c1, shift_c1, targets_c[:, None].to(torch.int32))
-    losses_c1 = log_sum_c1 - (target_logits_c1 - top_c1)
-    return losses_c1.masked_fill(is_ignored_c1, 0.0)[:, 0]
+@_fused_to_gradient_.register_fake
+def _(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
 def _chunks(hidden_sd: Tensor, weight_vd: Tensor) -> Iterator[tuple[slice, Tensor, Tensor | None]]:

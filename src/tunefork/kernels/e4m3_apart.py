@@ -36,14 +36,19 @@ LEAST_LENGTH = 1e-18
 
 
 @compiled_on_cuda()
-def apart_scale(x_sd: Tensor, inner_sr: Tensor, balance: Tensor) -> Tensor:
+def apart_scale(
+    x_sd: Tensor, inner_sr: Tensor, balance: Tensor, squares_s1: Tensor | None = None
+) -> Tensor:
     """(S, 1), fp32, a power of two: takes x's length, and the largest of inner * balance, to 224 at
     least and 448 at most.
 
-    Plain PyTorch, so that the compiler computes it where it computes x. Of a row longer than
-    1.8e19, whose square fp32 does not hold, it is infinite, and the row's product no number.
+    Plain PyTorch, so that the compiler computes it where it computes x; or `squares` (S, 1), fp32,
+    is the sum of each row's, from who made x. Of a row longer than 1.8e19, whose square fp32 does
+    not hold, it is infinite, and the row's product no number.
     """
-    length_s1 = x_sd.float().square().sum(-1, keepdim=True).sqrt()
+    if squares_s1 is None:
+        squares_s1 = x_sd.float().square().sum(-1, keepdim=True)
+    length_s1 = squares_s1.sqrt()
     largest_s1 = (inner_sr.float() * balance).abs().amax(-1, keepdim=True)
     least_s1 = torch.maximum(length_s1, largest_s1).clamp(min=LEAST_LENGTH) / LARGEST
     return torch.exp2(torch.ceil(torch.log2(least_s1)))

@@ -132,9 +132,7 @@ def _codes(high: Tensor, low: Tensor, seed: Tensor, beside: Tensor | None) -> Te
     from tunefork.kernels.e4m5_triton import launch  # needs Triton, which comes with CUDA
 
     out = _empty(high, beside)
-    launch(high, low, seed, out)
-    if beside is not None:
-        out.view(torch.uint8)[:, high.shape[1] :] = beside
+    launch(high, low, seed, beside, out)
     return out
 
 
@@ -153,9 +151,7 @@ def _codes_turned(high: Tensor, low: Tensor, seed: Tensor, beside: Tensor | None
     from tunefork.kernels.e4m5_triton import launch_turned
 
     out = _empty(high.t(), beside)
-    launch_turned(high, low, seed, out)
-    if beside is not None:
-        out.view(torch.uint8)[:, high.shape[0] :] = beside
+    launch_turned(high, low, seed, beside, out)
     return out
 
 

@@ -32,7 +32,9 @@ def _carries(low, bits, turns, part: tl.constexpr):
 
 
 @triton.jit
-def _codes(high, low, seed, out, stride, words, block: tl.constexpr):
+def _codes(
+    high, low, seed, beside, out, stride, words, width, block: tl.constexpr, block_p: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     word = tl.program_id(1) * block + tl.arange(0, block)
     inside = word < words
@@ -45,11 +47,17 @@ def _codes(high, low, seed, out, stride, words, block: tl.constexpr):
         codes = tl.load(high + row * 4 * words + place, mask=inside, other=0)
         codes += _carries(pairs, bits, turns, part)
         tl.store(out + row * stride + place, codes, mask=inside)
+    if beside is not None:  # noqa: SIM102  the first is decided when it is compiled
+        if tl.program_id(1) == 0:
+            at = tl.arange(0, block_p)
+            copied = tl.load(beside + row * width + at, mask=at < width)
+            tl.store(out + row * stride + 4 * words + at, copied, mask=at < width)
 
 
 @triton.jit
 def _codes_turned(
-    high, low, seed, out, stride, words, features_out, rows: tl.constexpr, block: tl.constexpr
+    high, low, seed, beside, out, stride, words, features_out, width,
+    rows: tl.constexpr, block: tl.constexpr, block_p: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
     start = tl.program_id(1) * block
@@ -71,25 +79,42 @@ def _codes_turned(
         turned = tl.trans(tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth)))
         column = part * 4 * words + byte
         tl.store(out + column[:, None] * stride + row[None, :], turned, mask=kept)
+        if beside is not None:  # noqa: SIM102
+            if tl.program_id(0) == 0:
+                at = tl.arange(0, block_p)
+                mask = (byte < 4 * words)[:, None] & (at < width)[None, :]
+                copied = tl.load(beside + column[:, None] * width + at[None, :], mask=mask)
+                to = out + column[:, None] * stride + features_out + at[None, :]
+                tl.store(to, copied, mask=mask)
 
 
-def launch(high_od: Tensor, low_oq: Tensor, seed: Tensor, out_op: Tensor) -> None:
-    """Fill the first D columns of `out_op`, e4m3."""
+def launch(
+    high_od: Tensor, low_oq: Tensor, seed: Tensor, beside_op: Tensor | None, out_op: Tensor
+) -> None:
+    """Fill `out_op` (O, D + P), e4m3: the codes, and `beside` (O, P), bytes. D and P are multiples
+    of 16."""
     rows, words = high_od.shape[0], high_od.shape[1] // 16
     block = min(_WORDS, triton.next_power_of_2(words))
+    beside = None if beside_op is None else _as_words(beside_op.contiguous())[0]
+    width = 0 if beside is None else beside.shape[1]
     _codes[rows, triton.cdiv(words, block)](
-        *_as_words(high_od, low_oq), seed, _as_words(out_op)[0], out_op.stride(0) // 4, words,
-        block, num_warps=max(1, min(4, block // 128)),
+        *_as_words(high_od, low_oq), seed, beside, _as_words(out_op)[0], out_op.stride(0) // 4,
+        words, width, block, triton.next_power_of_2(max(1, width)),
+        num_warps=max(1, min(4, block // 128)),
     )  # fmt: skip
 
 
-def launch_turned(high_od: Tensor, low_oq: Tensor, seed: Tensor, out_dp: Tensor) -> None:
-    """Fill the first O columns of `out_dp`, e4m3, with the transposed weight."""
+def launch_turned(
+    high_od: Tensor, low_oq: Tensor, seed: Tensor, beside_dp: Tensor | None, out_dp: Tensor
+) -> None:
+    """Fill `out_dp` (D, O + P), e4m3: the transposed weight, and `beside` (D, P), bytes."""
     rows, words = high_od.shape[0], high_od.shape[1] // 16
     grid = (triton.cdiv(rows, _TILE[0]), triton.cdiv(words, _TILE[1]))
+    beside = None if beside_dp is None else beside_dp.contiguous()
+    width = 0 if beside is None else beside.shape[1]
     _codes_turned[grid](
-        *_as_words(high_od, low_oq), seed, out_dp.view(torch.uint8), out_dp.stride(0), words,
-        rows, *_TILE, num_warps=4,
+        *_as_words(high_od, low_oq), seed, beside, out_dp.view(torch.uint8), out_dp.stride(0),
+        words, rows, width, *_TILE, triton.next_power_of_2(max(1, width)), num_warps=4,
     )  # fmt: skip
 
 

@@ -74,14 +74,15 @@ def _quantize_input(
     layout: Layout,
     x_sd: Tensor,
     inner_s: Tensor | None,
+    squares_s1: Tensor | None,
     probe_md: Tensor,
     balance: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(S, D + P) codes and (S, 1) scales. `inner` is what the delta and the directions apart read
-    of x."""
+    of x; `squares` as `apart_scale` takes it."""
     if not layout.apart or inner_s is None or balance is None:
         return quantize_rows([x_sd], None, inner_s, balance, layout.width)
-    scale_s1 = apart_scale(x_sd, inner_s, balance)
+    scale_s1 = apart_scale(x_sd, inner_s, balance, squares_s1)
     apart, width = layout.apart, layout.width
     return quantize_apart(x_sd, inner_s, apart, probe_md, balance, scale_s1, width), scale_s1
 
@@ -95,14 +96,33 @@ def product(
 ) -> tuple[Tensor, Tensor | None]:
     """y (S, O) of all layers, and u = x A^T (S, R), bf16; where no layer has a delta A and u are
     None."""
-    apart_om, probe_md = weights[-2:]
-    rows, inner_s = rows_of(layout, weights, x_sd.shape[1]), None
-    if layout.width:
-        inner_s = x_sd @ (probe_md if a_rd is None else torch.cat([a_rd, probe_md])).t()
-    codes_op, balance = _forward_operand(layout, rows, apart_om, lora_b)
-    wide, scale_s1 = _quantize_input(layout, x_sd, inner_s, probe_md, balance)
-    y_so = scaled_mm(wide, codes_op, scale_s1, rows.scale_1o)
+    inner_s = x_sd @ inner_weight(weights, a_rd).t() if layout.width else None
+    y_so = product_of(x_sd, inner_s, None, layout, weights, lora_b)
     return y_so, None if a_rd is None or inner_s is None else inner_s[:, : layout.rank]
+
+
+def inner_weight(weights: Sequence[Tensor], a_rd: Tensor | None) -> Tensor:
+    """(R + m, D): what reads of x all that is multiplied beside its codes: A, and the directions
+    apart."""
+    probe_md = weights[-1]
+    return probe_md if a_rd is None else torch.cat([a_rd, probe_md])
+
+
+def product_of(
+    x_sd: Tensor,
+    inner_s: Tensor | None,
+    squares_s1: Tensor | None,
+    layout: Layout,
+    weights: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+) -> Tensor:
+    """`product`'s y, with inner = x `inner_weight`^T (S, R + m), None where there is nothing to be
+    read; and the sum of each row's squares (S, 1), fp32, where who made x has it."""
+    apart_om, probe_md = weights[-2:]
+    rows = rows_of(layout, weights, x_sd.shape[1])
+    codes_op, balance = _forward_operand(layout, rows, apart_om, lora_b)
+    wide, scale_s1 = _quantize_input(layout, x_sd, inner_s, squares_s1, probe_md, balance)
+    return scaled_mm(wide, codes_op, scale_s1, rows.scale_1o)
 
 
 def a_beside(layout: Layout, a_rd: Tensor) -> tuple[Tensor, Tensor]:

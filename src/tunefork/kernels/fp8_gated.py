@@ -7,9 +7,9 @@ pass A's gradient of the last layer is made where the gradients of gate and up a
 come from the same kernel, so that one reading of them makes the codes of the product for x's
 gradient, and what A and B need (`kernels/fp8_gradients.py`).
 
-Forward nothing is narrow but u beside the directions apart, whose product a GEMM does; h is plain
-PyTorch, so that the compiler makes it and its rows' lengths (`e4m3_apart.apart_scale`) in one
-kernel.
+Forward the kernel that makes h makes what is read of it for the delta and the directions apart, and
+its rows' lengths (`e4m3_apart.apart_scale`); where that is too wide for it, over NF4, h is plain
+PyTorch, for the compiler to make it and the lengths in one kernel.
 
 Shape legend: S tokens, D features of x, E of gate, up and h, R rank of gate and up together, Q of
 the last layer, which has O features out.
@@ -23,13 +23,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tunefork.kernels.compiled import compiled_on_cuda
-from tunefork.kernels.fp8 import a_beside, input_gradient, product, turned_product
+from tunefork.kernels.fp8 import (
+    a_beside,
+    inner_weight,
+    input_gradient,
+    product,
+    product_of,
+    turned_product,
+)
 from tunefork.kernels.fp8_gradients import gradient_codes, gradient_scale
 from tunefork.kernels.fp8_weight import rows_of
 from tunefork.kernels.gated import (
     LARGEST_RANK,
+    gated_down_and_squares,
     gated_gradients,
     gated_gradients_and_squares,
+    has_kernels,
     swiglu,
 )
 from tunefork.kernels.layout import Layout
@@ -52,6 +61,15 @@ def _h(gate_se: Tensor, up_se: Tensor) -> Tensor:
     return swiglu(gate_se, up_se)
 
 
+def _h_and_inner(both_se: Tensor, reads_ke: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """h, h reads^T, and the sums of the squares of h's rows where a kernel makes them too."""
+    gate_se, up_se = _gate_and_up(both_se)
+    if has_kernels(gate_se, len(reads_ke)):
+        return gated_down_and_squares(gate_se, up_se, reads_ke)
+    h_se = _h(gate_se, up_se)
+    return h_se, h_se @ reads_ke.t(), None
+
+
 class _Fp8Gated(torch.autograd.Function):
     # Tensors one by one: torch.compile follows no lists of them into a Function.
     @staticmethod
@@ -62,8 +80,9 @@ class _Fp8Gated(torch.autograd.Function):
             tensors, num_weights
         )
         both_se, u_sr = product(x_sd, pair, pair_weights, a_rd, [gate_b, up_b])
-        h_se = _h(*_gate_and_up(both_se))
-        y_so, u_sq = product(h_se, last, last_weights, a_qe, [b_oq])
+        h_se, inner_s, squares_s1 = _h_and_inner(both_se, inner_weight(last_weights, a_qe))
+        y_so = product_of(h_se, inner_s, squares_s1, last, last_weights, [b_oq])
+        u_sq = inner_s[:, : last.rank]
         ctx.save_for_backward(x_sd, u_sr, both_se, u_sq, *tensors)
         ctx.pair, ctx.last, ctx.num_weights = pair, last, num_weights
         return y_so

@@ -38,6 +38,17 @@ def gated_down(gate_sd: Tensor, up_sd: Tensor, a_rd: Tensor) -> tuple[Tensor, Te
     return gated_down_reference(gate_sd, up_sd, a_rd)
 
 
+def gated_down_and_squares(
+    gate_sd: Tensor, up_sd: Tensor, a_rd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `gated_down` gives, bit for bit, and the sum of the squares of each of h's rows, as it
+    is rounded: (S, 1), fp32."""
+    if has_kernels(gate_sd, a_rd.shape[0]):
+        h_sd, u_sr, squares_s1 = torch.ops.tunefork.gated_down_and_squares(gate_sd, up_sd, a_rd)
+        return h_sd, u_sr, squares_s1
+    return gated_down_and_squares_reference(gate_sd, up_sd, a_rd)
+
+
 def gated_gradients(
     gate_sd: Tensor, up_sd: Tensor, dh_sd: Tensor, du_sr: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,6 +92,14 @@ def gated_down_reference(gate_sd: Tensor, up_sd: Tensor, a_rd: Tensor) -> tuple[
     return h_sd, h_sd @ a_rd.t()
 
 
+def gated_down_and_squares_reference(
+    gate_sd: Tensor, up_sd: Tensor, a_rd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition of `gated_down_and_squares`."""
+    h_sd, u_sr = gated_down_reference(gate_sd, up_sd, a_rd)
+    return h_sd, u_sr, h_sd.float().square().sum(1, keepdim=True)
+
+
 def gated_gradients_reference(
     gate_sd: Tensor, up_sd: Tensor, dh_sd: Tensor, du_sr: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,12 +130,29 @@ def _gated_down(gate: Tensor, up: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         return gated_down_reference(gate, up, a)
     from tunefork.kernels.gated_triton import forward  # needs Triton: it comes with CUDA
 
-    return forward(gate, up, a)
+    h, u = forward(gate, up, a)
+    return h, u
 
 
 @_gated_down.register_fake
 def _(gate: Tensor, up: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape[0], a.shape[0])
+
+
+@torch.library.custom_op("tunefork::gated_down_and_squares", mutates_args=(), device_types="cuda")
+def _gated_down_and_squares(gate: Tensor, up: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if gate.numel() == 0:
+        return gated_down_and_squares_reference(gate, up, a)
+    from tunefork.kernels.gated_triton import forward
+
+    h, u, squares = forward(gate, up, a, has_squares=True)
+    return h, u, squares
+
+
+@_gated_down_and_squares.register_fake
+def _(gate: Tensor, up: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    squares = gate.new_empty(gate.shape[0], 1, dtype=torch.float32)
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape[0], a.shape[0]), squares
 
 
 @torch.library.custom_op("tunefork::gated_gradients", mutates_args=("dh",), device_types="cuda")

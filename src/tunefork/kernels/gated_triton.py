@@ -72,7 +72,8 @@ def _silu(gate):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _forward(
-    gate, stride_gate, up, stride_up, a, stride_a, h, shares, num_rows, features, columns_each,
+    gate, stride_gate, up, stride_up, a, stride_a, h, shares, squares,
+    num_rows, features, columns_each,
     rank: tl.constexpr, block_r: tl.constexpr, block_s: tl.constexpr, block_d: tl.constexpr,
     is_whole: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
@@ -87,6 +88,7 @@ def _forward(
     up += start * stride_up
     h += start * features
     u_sr = tl.zeros([block_s, block_r], tl.float32)
+    squares_s = tl.zeros([block_s], tl.float32)
     for begin in tl.range(first, last, block_d, num_stages=stages):
         at = begin + column
         mask_so, mask_or = mask_s, mask_r
@@ -101,9 +103,15 @@ def _forward(
         _, silu_so = _silu(gate_so)
         h_so = _rounded(silu_so * up_so)
         tl.store(h + row[:, None] * features + at[None, :], h_so, mask=mask_so)
+        if squares is not None:
+            wide_so = h_so.to(tl.float32)  # of what is rounded, as it is read then
+            squares_s += tl.sum(wide_so * wide_so, axis=1)
         u_sr = tl.dot(h_so, a_or, u_sr)
     shares += (tl.program_id(0).to(tl.int64) * num_rows + start) * rank
     tl.store(shares + row[:, None] * rank + place[None, :], u_sr, mask=mask_s & mask_r)
+    if squares is not None:
+        squares += tl.program_id(0).to(tl.int64) * num_rows + start
+        tl.store(squares + row, squares_s, mask=row < left)
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows_each"])
@@ -179,9 +187,16 @@ def _add(shares, out, num_shares, size, block_n: tl.constexpr, block_k: tl.const
 
 
 def forward(
-    gate_sd: Tensor, up_sd: Tensor, a_rd: Tensor, blocks: Blocks = FORWARD
-) -> tuple[Tensor, Tensor]:
-    """h (S, D) and u (S, R), as `gated.gated_down` says."""
+    gate_sd: Tensor,
+    up_sd: Tensor,
+    a_rd: Tensor,
+    blocks: Blocks | None = None,
+    *,
+    has_squares: bool = False,
+) -> tuple[Tensor, ...]:
+    """h (S, D) and u (S, R), as `gated.gated_down` says; the rows' squares (S, 1) too, as
+    `gated.gated_down_and_squares` does."""
+    blocks = blocks or FORWARD
     gate_sd, up_sd, a_rd = map(_in_rows, (gate_sd, up_sd, a_rd))
     (tokens, features), rank = gate_sd.shape, a_rd.shape[0]
     down, across = triton.cdiv(tokens, blocks.rows), triton.cdiv(features, blocks.columns)
@@ -189,6 +204,7 @@ def forward(
     pieces = triton.cdiv(features, each)
     h_sd, u_sr = gate_sd.new_empty(tokens, features), gate_sd.new_empty(tokens, rank)
     shares = gate_sd.new_empty(pieces, tokens, rank, dtype=torch.float32)
+    squares = shares.new_empty(pieces, tokens, 1) if has_squares else None
     _forward[(pieces, down)](
         gate_sd,
         gate_sd.stride(0),
@@ -198,6 +214,7 @@ def forward(
         a_rd.stride(0),
         h_sd,
         shares,
+        squares,
         tokens,
         features,
         each,
@@ -209,7 +226,10 @@ def forward(
         _stages(rank, blocks),
         num_warps=blocks.warps,
     )
-    return h_sd, _summed(shares, u_sr)
+    u_sr = _summed(shares, u_sr)
+    if squares is None:
+        return h_sd, u_sr
+    return h_sd, u_sr, _summed(squares, squares.new_empty(tokens, 1))
 
 
 def backward(

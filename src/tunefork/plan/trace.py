@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import tunefork.kernels.cross_entropy  # registers to_gradient_
 import tunefork.kernels.fp8_gradients  # registers gradient_codes
 import tunefork.kernels.gated  # registers gated_gradients, gated_gradients_and_squares
 import tunefork.kernels.lora_group  # noqa: F401  registers add_product_, lora_deltas, lora_gradients
@@ -53,6 +54,7 @@ makes no moment higher: it is gone before the input's gradient comes, which is l
 D at rank 16, 4 D at 32), or, of an MLP's gate and up, comes after what was larger: their gradients
 beside what these are made of."""
 WRITTEN_OVER = {
+    torch.ops.tunefork.to_gradient_.default: 0,
     torch.ops.tunefork.gated_gradients.default: 2,
     torch.ops.tunefork.gated_gradients_and_squares.default: 2,
 }

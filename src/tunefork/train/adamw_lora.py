@@ -38,20 +38,26 @@ class LoraAdamW:
         self.inner = torch.optim.AdamW(
             [self.flat.values], betas=betas, weight_decay=weight_decay, fused=True
         )
+        self._is_attached = False
+        """Since `gradient_norm`, behind whose wait a GPU has nothing to do: to look at hundreds of
+        parameters takes the host a millisecond."""
 
     def attach_gradients(self) -> None:
         """Make every parameter's gradient the view again; to be called before a graph capture."""
         self.flat.attach_gradients()
 
     def gradient_norm(self) -> float:
-        """Global L2 norm."""
+        """Global L2 norm; until `step` gradients are left as they are."""
         self.flat.attach_gradients()
+        self._is_attached = True
         return float(self.flat.norm())
 
     @torch.no_grad()
     def step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
         """Update every parameter, and zero the gradients."""
-        self.flat.attach_gradients()
+        if not self._is_attached:
+            self.flat.attach_gradients()
+        self._is_attached = False
         if gradient_scale != 1.0:
             self.flat.gradient.mul_(gradient_scale)
         self.inner.param_groups[0]["lr"] = learning_rate
