@@ -338,8 +338,8 @@ def test_however_layers_are_run(
     compiler = partial(torch.compile, backend=backend, fullgraph=True)
     prepare_layers(ours, checkpointing, compiles=compiles, dynamic=False, compiler=compiler)
     again, found = _step(ours)
-    # Without a second run the first layer's input, which needs no gradient, is another form.
-    assert len(forms) == (2 if compiles else 0)
+    runs = 1 if checkpointing in ("none", "selective") else 2
+    assert len(forms) == (runs if compiles else 0)
     torch.testing.assert_close(again, loss, rtol=1e-5, atol=0)
     for key, gradient in want.items():
         assert (found[key] - gradient).norm() <= 1e-4 * gradient.norm(), key

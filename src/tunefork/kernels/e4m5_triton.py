@@ -13,8 +13,9 @@ from tunefork.kernels.adamw_triton import mix
 
 _WORDS = 1024
 """Of a program, of one quarter of its row."""
-_TILE = (128, 16)
+_TILE = (128, 32)
 """Rows and words of each quarter that a program turns."""
+_TURN_WARPS = 8
 
 
 @triton.jit
@@ -47,11 +48,10 @@ def _codes(
         codes = tl.load(high + row * 4 * words + place, mask=inside, other=0)
         codes += _carries(pairs, bits, turns, part)
         tl.store(out + row * stride + place, codes, mask=inside)
-    if beside is not None:  # noqa: SIM102  the first is decided when it is compiled
-        if tl.program_id(1) == 0:
-            at = tl.arange(0, block_p)
-            copied = tl.load(beside + row * width + at, mask=at < width)
-            tl.store(out + row * stride + 4 * words + at, copied, mask=at < width)
+    if beside is not None and tl.program_id(1) == 0:
+        at = tl.arange(0, block_p)
+        copied = tl.load(beside + row * width + at, mask=at < width)
+        tl.store(out + row * stride + 4 * words + at, copied, mask=at < width)
 
 
 @triton.jit
@@ -59,33 +59,38 @@ def _codes_turned(
     high, low, seed, beside, out, stride, words, features_out, width,
     rows: tl.constexpr, block: tl.constexpr, block_p: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
     start = tl.program_id(1) * block
-    word = start + tl.arange(0, block)
-    has_row = row < features_out
-    inside = has_row[:, None] & (word < words)[None, :]
-    number = row[:, None] * words + word[None, :]
-    key = tl.load(seed).to(tl.uint32, bitcast=True)
-    bits = mix(number.to(tl.uint32) ^ key).to(tl.int32, bitcast=True)
-    pairs = tl.load(low + number, mask=inside, other=0)
-    turns = _turns(seed)
     byte = (4 * start + tl.arange(0, 4 * block)).to(tl.int64)
-    kept = (byte < 4 * words)[:, None] & has_row[None, :]
-    for part in tl.static_range(4):
-        place = (row * 4 * words)[:, None] + (part * words + word)[None, :]
-        codes = tl.load(high + place, mask=inside, other=0) + _carries(pairs, bits, turns, part)
-        first, second = codes.to(tl.uint8), (codes >> 8).to(tl.uint8)
-        third, fourth = (codes >> 16).to(tl.uint8), (codes >> 24).to(tl.uint8)
-        turned = tl.trans(tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth)))
-        column = part * 4 * words + byte
-        tl.store(out + column[:, None] * stride + row[None, :], turned, mask=kept)
-        if beside is not None:  # noqa: SIM102
-            if tl.program_id(0) == 0:
-                at = tl.arange(0, block_p)
-                mask = (byte < 4 * words)[:, None] & (at < width)[None, :]
-                copied = tl.load(beside + column[:, None] * width + at[None, :], mask=mask)
-                to = out + column[:, None] * stride + features_out + at[None, :]
-                tl.store(to, copied, mask=mask)
+    inside = byte < 4 * words
+    if beside is not None and tl.program_id(0) == tl.num_programs(0) - 1:
+        # One to itself: beside a tile it would be the program that all others are waited with for.
+        at = tl.arange(0, block_p)
+        mask = inside[:, None] & (at < width)[None, :]
+        for part in tl.static_range(4):
+            column = part * 4 * words + byte
+            copied = tl.load(beside + column[:, None] * width + at[None, :], mask=mask)
+            tl.store(out + column[:, None] * stride + features_out + at[None, :], copied, mask=mask)
+    else:
+        row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
+        word = start + tl.arange(0, block)
+        has_row = row < features_out
+        has_word = has_row[:, None] & (word < words)[None, :]
+        number = row[:, None] * words + word[None, :]
+        key = tl.load(seed).to(tl.uint32, bitcast=True)
+        bits = mix(number.to(tl.uint32) ^ key).to(tl.int32, bitcast=True)
+        pairs = tl.load(low + number, mask=has_word, other=0)
+        turns = _turns(seed)
+        kept = inside[:, None] & has_row[None, :]
+        for part in tl.static_range(4):
+            place = (row * 4 * words)[:, None] + (part * words + word)[None, :]
+            codes = tl.load(high + place, mask=has_word, other=0)
+            codes += _carries(pairs, bits, turns, part)
+            first, second = codes.to(tl.uint8), (codes >> 8).to(tl.uint8)
+            third, fourth = (codes >> 16).to(tl.uint8), (codes >> 24).to(tl.uint8)
+            odd, even = tl.interleave(second, fourth), tl.interleave(first, third)
+            column = part * 4 * words + byte
+            to = out + column[:, None] * stride + row[None, :]
+            tl.store(to, tl.trans(tl.interleave(even, odd)), mask=kept)
 
 
 def launch(
@@ -109,12 +114,12 @@ def launch_turned(
 ) -> None:
     """Fill `out_dp` (D, O + P), e4m3: the transposed weight, and `beside` (D, P), bytes."""
     rows, words = high_od.shape[0], high_od.shape[1] // 16
-    grid = (triton.cdiv(rows, _TILE[0]), triton.cdiv(words, _TILE[1]))
     beside = None if beside_dp is None else beside_dp.contiguous()
     width = 0 if beside is None else beside.shape[1]
-    _codes_turned[grid](
+    across = triton.cdiv(rows, _TILE[0]) + (beside is not None)
+    _codes_turned[across, triton.cdiv(words, _TILE[1])](
         *_as_words(high_od, low_oq), seed, beside, out_dp.view(torch.uint8), out_dp.stride(0),
-        words, rows, width, *_TILE, triton.next_power_of_2(max(1, width)), num_warps=4,
+        words, rows, width, *_TILE, triton.next_power_of_2(max(1, width)), num_warps=_TURN_WARPS,
     )  # fmt: skip
 
 

@@ -40,12 +40,15 @@ class Blocks:
 
 
 FORWARD = Blocks(rows=64, columns=128, programs=1024, warps=8, stages=3)
+WIDE_FORWARD = Blocks(rows=32, columns=128, programs=1024, warps=4, stages=3)
 BACKWARD = Blocks(rows=32, columns=128, programs=784, warps=8, stages=3)
-"""For an H200: 0.36 and 0.59 ms at 16,384 x 14,336 and rank 16; of twelve forms that were tried
-this is the quickest backward, with squares. Without spills two programs share a Hopper GPU's
-multiprocessor and have up to 144 and 104 KB on their way there, and an 8B model's 16,384 tokens are
-four and three turns of 132 of them."""
+"""For an H200: 0.36 and 0.59 ms at 16,384 x 14,336 and rank 16, 0.39 forward at ranks of 17 to 64
+and with squares; of a dozen forms that were tried these are the quickest. Without spills two
+programs of the first and the last share a Hopper GPU's multiprocessor and have up to 144 and 104 KB
+on their way there, and an 8B model's 16,384 tokens are four and three turns of 132 of them."""
 
+_NARROW = 16
+"""Largest rank of the forms that are cut for what most adapters have."""
 _REGISTERS = 128
 """A thread of the backward kernel has so many at most where it sums squares too: with more, as it
 would take, a multiprocessor has no room for two programs of the blocks above."""
@@ -196,7 +199,7 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """h (S, D) and u (S, R), as `gated.gated_down` says; the rows' squares (S, 1) too, as
     `gated.gated_down_and_squares` does."""
-    blocks = blocks or FORWARD
+    blocks = blocks or (FORWARD if a_rd.shape[0] <= _NARROW else WIDE_FORWARD)
     gate_sd, up_sd, a_rd = map(_in_rows, (gate_sd, up_sd, a_rd))
     (tokens, features), rank = gate_sd.shape, a_rd.shape[0]
     down, across = triton.cdiv(tokens, blocks.rows), triton.cdiv(features, blocks.columns)
@@ -223,7 +226,7 @@ def forward(
         blocks.rows,
         blocks.columns,
         features % blocks.columns == 0,
-        _stages(rank, blocks),
+        blocks.stages,
         num_warps=blocks.warps,
     )
     u_sr = _summed(shares, u_sr)
@@ -299,8 +302,8 @@ def _each(tiles: int, others: int, blocks: Blocks) -> int:
 
 
 def _stages(rank: int, blocks: Blocks) -> int:
-    """Tiles of a larger rank's A or du would not fit beside those of gate and up."""
-    return blocks.stages if rank <= 16 else 1
+    """Tiles of a larger rank's du would not fit beside those of gate and up."""
+    return blocks.stages if rank <= _NARROW else 1
 
 
 def _summed(shares: Tensor, out: Tensor) -> Tensor:

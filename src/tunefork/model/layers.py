@@ -102,6 +102,25 @@ def prepare_layers(
         layers[0].forward = partial(_forward_as_others, run, layers[0])
 
 
+def compile_last_norm(model: PreTrainedModel) -> None:
+    """Have the norm behind `model`'s layers run compiled while it is trained, in place.
+
+    As written it is a dozen passes over the hidden states, some in fp32: 2 ms of a step of 16,384
+    tokens of an 8B model.
+    """
+    layers = decoder_layers(model)
+    run = torch.compile(_norm_as_written, dynamic=True)
+    for stack in model.modules():
+        if any(isinstance(c, nn.ModuleList) and c and c[0] in layers for c in stack.children()):
+            for module in stack.children():
+                if "norm" in type(module).__name__.lower():
+                    module.forward = partial(_forward, run, module)
+
+
+def _norm_as_written(norm: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(norm).forward(norm, *args, **kwargs)
+
+
 def _compiled_runs(
     model: PreTrainedModel, compiler: Callable[..., Any], keeps_attention: bool
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -15,7 +15,7 @@ from tunefork.kernels.layout import Products, Storage
 from tunefork.model.bank import Bank
 from tunefork.model.device import has_fp8
 from tunefork.model.head import find_head
-from tunefork.model.layers import draws, prepare_layers
+from tunefork.model.layers import compile_last_norm, draws, prepare_layers
 from tunefork.recipe import Compile, Method, Recipe
 from tunefork.train.out_of_memory import Remedies
 from tunefork.train.runner import Runner
@@ -114,6 +114,8 @@ def prepare(
         # Even and uneven segments, a bank that was cut anew: more forms than one adapter has.
         torch._dynamo.config.recompile_limit = _BANK_FORMS
     prepare_layers(model, checkpointing, compiles=is_compiled)
+    if is_compiled:
+        compile_last_norm(model)
     head = find_head(model)
     # Random numbers that a replay draws are not those of a launch: a resumed run, which launches
     # other steps than the first one did, would not be the same. Offloading waits on the host.
