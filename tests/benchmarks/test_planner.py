@@ -95,6 +95,7 @@ def test_what_held_out_runs_took_changes_no_constant(every: list[Any]) -> None:
     assert fit_time(others, start.time, one) == fit_time(every, start.time, one)
 
 
+@pytest.mark.slow
 def test_a_fit_keeps_what_is_kept_and_its_errors_are_those_of_every_measurement(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,7 +79,10 @@ def test_offloaded_layers_are_planned_as_the_shelf_has_them() -> None:
     "made",
     [
         _build(Method.FULL),
-        _build(is_compiled=False, checkpointing="offload", wants_fp8=True),
+        pytest.param(
+            _build(is_compiled=False, checkpointing="offload", wants_fp8=True),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(_build(), marks=pytest.mark.slow),
         pytest.param(_build(checkpointing="full", wants_fp8=True), marks=pytest.mark.slow),
         pytest.param(_build(checkpointing="selective"), marks=pytest.mark.slow),

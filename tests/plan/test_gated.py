@@ -164,7 +164,7 @@ def test_nor_does_one_as_written(wants_fp8: bool, monkeypatch: pytest.MonkeyPatc
     assert peaks[1] - peaks[0] == pytest.approx(2 * LAYERS * 4 * 1024 * INNER * 2, rel=0.02)
 
 
-@pytest.mark.parametrize("wants_fp8", [False, True])
+@pytest.mark.parametrize("wants_fp8", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_with_checkpointing_it_takes_no_more_than_as_written(
     wants_fp8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
