@@ -54,6 +54,15 @@ def test_rows_of_a_wider_tensor_and_columns_that_are_barred() -> None:
     assert torch.equal(of_a_part[:, 900:], wide[:, 900:])
 
 
+def test_lowest_logits_and_targets_that_are_apart() -> None:
+    logits = torch.full((4, 50), torch.finfo(torch.float32).min, device="cuda")
+    logits[1], logits[2, 7] = -3.2e38, 0.0
+    targets = torch.arange(8, device="cuda")[::2]
+    (losses, gradient), (expected, gradient_fp32) = _both(logits, targets)
+    torch.testing.assert_close(losses, expected, rtol=3e-6, atol=3e-6)
+    torch.testing.assert_close(gradient, gradient_fp32, rtol=1e-5, atol=2e-6)
+
+
 def test_a_row_that_is_no_number_stays_alone() -> None:
     torch.manual_seed(0)
     logits = torch.randn(4, 3000, device="cuda", dtype=torch.bfloat16)

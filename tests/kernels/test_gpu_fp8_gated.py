@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from tests.kernels.test_fp8_gated import STORAGES, gated, of_groups, operands
-from tunefork.kernels.gated import LARGEST_RANK, gated_gradients, gated_gradients_and_squares
+from tunefork.kernels.fp8_weight import set_apart
+from tunefork.kernels.gated import (
+    LARGEST_RANK,
+    gated_down,
+    gated_down_and_squares,
+    gated_gradients,
+    gated_gradients_and_squares,
+    swiglu,
+)
 from tunefork.kernels.layout import Storage
 
 pytestmark = [
@@ -120,6 +128,37 @@ def test_captured_it_gives_the_same_bits_of_what_is_there_at_each_replay() -> No
         assert all(torch.equal(x, y) for x, y in zip(captured, again, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("tokens", "features", "rank", "first", "beside"),
+    [
+        (16_384, 14_336, 64, 0, 0),
+        (700, 1152, 16, 0, 0),
+        (700, 1152, 17, 0, 0),
+        (3001, 1040, 64, 16, 8),  # blocks that are not full, columns of a wider tensor
+        (65, 7, 4, 0, 0),
+        (1, 14_336, 64, 0, 0),
+        (0, 384, 64, 0, 0),
+    ],
+)
+def test_forward_too_squares_are_of_h_and_all_else_as_without(
+    tokens: int, features: int, rank: int, first: int, beside: int
+) -> None:
+    gate, up, *_ = _draw(tokens, features, 1, first, beside)
+    a = torch.randn(rank, features, device="cuda").bfloat16()
+    *found, squares = gated_down_and_squares(gate, up, a)
+    plain = gated_down(gate, up, a)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, plain, strict=True))
+    assert squares.dtype == torch.float32 and squares.shape == (tokens, 1)
+    wanted = found[0].double().square().sum(1, True)
+    torch.testing.assert_close(squares.double(), wanted, rtol=1e-5, atol=0)
+
+
+def test_forward_the_operator_is_such_to_the_compiler() -> None:
+    gate, up, *_ = _draw(100, 256, 8, 16, 16)
+    a = torch.randn(24, 256, device="cuda").bfloat16()
+    torch.library.opcheck(torch.ops.tunefork.gated_down_and_squares.default, (gate, up, a))
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch.compile about itself
 @pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("storage", STORAGES)
@@ -127,6 +166,12 @@ def test_captured_it_gives_the_same_bits_of_what_is_there_at_each_replay() -> No
 def test_an_mlp_is_that_of_the_groups(storage: Storage, is_compiled: bool, tokens: int) -> None:
     ranks = (16, 16, 16)
     groups, inputs = operands(storage, tokens, ranks, sizes=(256, 640), device="cuda")
+    pair, pair_weights, last, last_weights = groups
+    x = inputs[0].detach().flatten(0, 1)
+    x[:, :8] *= 20  # a few directions to be multiplied apart, of h too
+    set_apart(x, pair_weights, pair)
+    gate, up = (x.float() @ torch.randn(256, 640, device="cuda") / 16 for _ in range(2))
+    set_apart(swiglu(gate.bfloat16(), up.bfloat16()), last_weights, last)
     run: Any = torch.compile(gated, fullgraph=True) if is_compiled else gated
     y, want = run(groups, *inputs), of_groups(groups, *inputs)
     upstream = torch.randn_like(y)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._functorch._aot_autograd.utils import make_boxed_func
+from transformers import BloomConfig, BloomForCausalLM
 
 from tests.tiny import tiny_model
 from tunefork.data.pack import Segments
@@ -14,7 +15,7 @@ from tunefork.kernels.layout import Products, Storage
 from tunefork.model import attention
 from tunefork.model.build import build
 from tunefork.model.fused import fuse
-from tunefork.model.layers import decoder_layers, prepare_layers
+from tunefork.model.layers import compile_last_norm, decoder_layers, prepare_layers
 from tunefork.model.linear import LoraLinear
 from tunefork.model.packed_attention import in_place_of_mask
 from tunefork.recipe import Checkpointing, LoraSection, Method
@@ -126,3 +127,50 @@ def test_a_compiled_second_run_makes_only_what_is_read(
     first, second = products_of  # one form each for all layers
     assert first > second > 0, graphs
     assert attends == [True, checkpointing == "full"]
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full", "offload"])
+def test_layers_below_the_first_that_is_trained_have_no_gradient(
+    checkpointing: Checkpointing,
+) -> None:
+    torch.manual_seed(0)
+    model = tiny_model()
+    top = len(decoder_layers(model)) - 1
+    build(model, Method.LORA, LoraSection(targets=(f"layers.{top}.mlp.down_proj",)), seed=0)
+    prepare_layers(model.train(), checkpointing, compiles=True, compiler=lambda run, dynamic: run)
+    needed = list[bool]()
+    for layer in decoder_layers(model):
+        layer.register_forward_hook(lambda *given: needed.append(given[2].requires_grad))
+    _step(model)
+    assert needed[: top + 1] == [False] * top + [True]
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.compile about itself
+def test_the_norm_behind_the_layers_runs_compiled_while_it_is_trained() -> None:
+    plain, ours = (_built("lora") for _ in range(2))
+    loss, wanted = _step(plain)
+    forms = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        forms.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compile_last_norm(ours, partial(torch.compile, backend=backend))
+    again, found = _step(ours)
+    assert len(forms) == 1
+    torch.testing.assert_close(again, loss)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient)
+    with torch.no_grad():
+        ours.eval()(input_ids=IDS[:, :5])
+    assert len(forms) == 1
+    torch._dynamo.reset()
+
+
+def test_norms_before_the_layers_run_as_written() -> None:
+    config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
+    model = BloomForCausalLM(config)
+    compile_last_norm(model, lambda run, dynamic: run)
+    assert "forward" in vars(model.transformer.ln_f)
+    assert "forward" not in vars(model.transformer.word_embeddings_layernorm)

@@ -150,7 +150,7 @@ def _to_gradient_(logits_cv: Tensor, work_cv: Tensor | None, targets_c: Tensor) 
 def _fused_to_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
     from tunefork.kernels.cross_entropy_triton import launch  # needs Triton: it comes with CUDA
 
-    return launch(logits, targets, ignored=IGNORED)
+    return launch(logits, targets.contiguous(), ignored=IGNORED)
 
 
 @_fused_to_gradient_.register_fake

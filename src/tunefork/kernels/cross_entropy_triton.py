@@ -14,7 +14,8 @@ from torch import Tensor
 
 _BLOCK, _WARPS = 2048, 8
 """Columns that a program reads at a time, four times one after the other before it adds up."""
-_LOWEST = tl.constexpr(-3.0e38)
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+"""fp32's lowest number."""
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -67,9 +68,10 @@ def _to_gradient(
 def launch(
     logits_cv: Tensor, targets_c: Tensor, *, ignored: int, block: int = _BLOCK, warps: int = _WARPS
 ) -> Tensor:
-    """Losses (C,), fp32, of `logits` (C, V), rows of one stride, which become d loss / d logits.
+    """Losses (C,), fp32, of `logits` (C, V), each row in one piece, which become d loss / d logits.
 
-    `targets` (C,) are in [0, V), or `ignored`, whose loss and gradient are zero.
+    `targets` (C,), contiguous, are in [0, V), which is not checked, or `ignored`, whose loss and
+    gradient are zero.
     """
     tokens, vocabulary = logits_cv.shape
     losses_c = torch.empty(tokens, dtype=torch.float32, device=logits_cv.device)

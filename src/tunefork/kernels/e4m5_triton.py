@@ -16,6 +16,9 @@ _WORDS = 1024
 _TILE = (128, 32)
 """Rows and words of each quarter that a program turns."""
 _TURN_WARPS = 8
+_BESIDE = 128
+"""Columns beside turned codes that are copied at a time: with more the compiler, which gives all of
+the kernel the registers that its largest tile takes, spills."""
 
 
 @triton.jit
@@ -64,12 +67,14 @@ def _codes_turned(
     inside = byte < 4 * words
     if beside is not None and tl.program_id(0) == tl.num_programs(0) - 1:
         # One to itself: beside a tile it would be the program that all others are waited with for.
-        at = tl.arange(0, block_p)
-        mask = inside[:, None] & (at < width)[None, :]
-        for part in tl.static_range(4):
-            column = part * 4 * words + byte
-            copied = tl.load(beside + column[:, None] * width + at[None, :], mask=mask)
-            tl.store(out + column[:, None] * stride + features_out + at[None, :], copied, mask=mask)
+        for begin in range(0, width, block_p):
+            at = begin + tl.arange(0, block_p)
+            mask = inside[:, None] & (at < width)[None, :]
+            for part in tl.static_range(4):
+                column = part * 4 * words + byte
+                copied = tl.load(beside + column[:, None] * width + at[None, :], mask=mask)
+                right = out + column[:, None] * stride + features_out
+                tl.store(right + at[None, :], copied, mask=mask)
     else:
         row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
         word = start + tl.arange(0, block)
@@ -119,7 +124,8 @@ def launch_turned(
     across = triton.cdiv(rows, _TILE[0]) + (beside is not None)
     _codes_turned[across, triton.cdiv(words, _TILE[1])](
         *_as_words(high_od, low_oq), seed, beside, out_dp.view(torch.uint8), out_dp.stride(0),
-        words, rows, width, *_TILE, triton.next_power_of_2(max(1, width)), num_warps=_TURN_WARPS,
+        words, rows, width, *_TILE, min(_BESIDE, triton.next_power_of_2(max(1, width))),
+        num_warps=_TURN_WARPS,
     )  # fmt: skip
 
 

@@ -8,8 +8,8 @@ come from the same kernel, so that one reading of them makes the codes of the pr
 gradient, and what A and B need (`kernels/fp8_gradients.py`).
 
 Forward the kernel that makes h makes what is read of it for the delta and the directions apart, and
-its rows' lengths (`e4m3_apart.apart_scale`); where that is too wide for it, over NF4, h is plain
-PyTorch, for the compiler to make it and the lengths in one kernel.
+its rows' lengths (`e4m3_apart.apart_scale`); where that is too wide for it (over NF4, and over ten
+bits from rank 17 on) h is plain PyTorch, for the compiler to make it and the lengths in one kernel.
 
 Shape legend: S tokens, D features of x, E of gate, up and h, R rank of gate and up together, Q of
 the last layer, which has O features out.

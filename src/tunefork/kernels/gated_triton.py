@@ -7,7 +7,7 @@ a fixed order, so that the same bits come each time. At 16,384 x 14,336 and rank
 and read, are 1 % of what else is moved.
 
 Both kernels are bound by memory: 6 bytes a value forward, 10 backward. The rows' sums of squares
-cost the backward kernel 4 bytes a row and column block, and arithmetic that memory leaves room for.
+cost 4 bytes a row and column block, and arithmetic that memory leaves room for.
 """
 
 from dataclasses import dataclass
@@ -157,7 +157,7 @@ def _backward(
         dgate_so = dh_so * up_so * (share_so + silu_so * (1.0 - share_so))
         dgate_so = dgate_so.to(dgate.dtype.element_ty)
         dup_so = (dh_so * silu_so).to(dup.dtype.element_ty)
-        # dup may be dh: what is on its way meanwhile, and what others read, are other tiles.
+        # dup is dh: what is on its way meanwhile, and what others read, are other tiles.
         to = row[:, None] * features + at[None, :]
         tl.store(dgate + to, dgate_so, mask=mask_so)
         tl.store(dup + to, dup_so, mask=mask_so)

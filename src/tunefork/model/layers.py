@@ -98,23 +98,33 @@ def prepare_layers(
         )
     for layer in layers:
         layer.forward = partial(_forward, run, layer)
-    if compiles and layers:
+    # With a second run no form hangs on that (`rerun.py`); and above a first layer that trains
+    # nothing there may be others that need no gradient either.
+    keeps = checkpointing in ("none", "selective")
+    if compiles and keeps and any(p.requires_grad for m in layers[:1] for p in m.parameters()):
         layers[0].forward = partial(_forward_as_others, run, layers[0])
 
 
-def compile_last_norm(model: PreTrainedModel) -> None:
+def compile_last_norm(model: PreTrainedModel, compiler: Callable[..., Any] = torch.compile) -> None:
     """Have the norm behind `model`'s layers run compiled while it is trained, in place.
 
     As written it is a dozen passes over the hidden states, some in fp32: 2 ms of a step of 16,384
     tokens of an 8B model.
     """
+    run = compiler(_norm_as_written, dynamic=True)
+    for norm in _norms_behind(model):
+        norm.forward = partial(_forward, run, norm)
+
+
+def _norms_behind(model: PreTrainedModel) -> list[nn.Module]:
+    """Norms that stand beside the list of `model`'s layers and after it."""
     layers = decoder_layers(model)
-    run = torch.compile(_norm_as_written, dynamic=True)
     for stack in model.modules():
-        if any(isinstance(c, nn.ModuleList) and c and c[0] in layers for c in stack.children()):
-            for module in stack.children():
-                if "norm" in type(module).__name__.lower():
-                    module.forward = partial(_forward, run, module)
+        children = list(stack.children())
+        for at, child in enumerate(children):
+            if layers and isinstance(child, nn.ModuleList) and layers[0] in child:
+                return [m for m in children[at:] if "norm" in type(m).__name__.lower()]
+    return []
 
 
 def _norm_as_written(norm: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -186,10 +196,10 @@ def _forward_as_others(run: Callable[..., Any], layer: nn.Module, *args: Any, **
     """`_forward` of the first layer, where its input counts as one that needs a gradient.
 
     Over a frozen embedding it needs none, and would be a second form to compile: a third of a first
-    step, for a product in each step that is a 400th of it.
+    step, for a product in each step that is a 600th of it. Given by its name, it stays as it is.
     """
-    x = args[0] if args else None
-    if torch.is_grad_enabled() and isinstance(x, Tensor) and not x.requires_grad:
+    x = args[0] if args and layer.training and torch.is_grad_enabled() else None
+    if isinstance(x, Tensor) and not x.requires_grad:
         args = (x.detach().requires_grad_(), *args[1:])
     return _forward(run, layer, *args, **kwargs)
 

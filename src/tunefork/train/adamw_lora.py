@@ -45,6 +45,7 @@ class LoraAdamW:
     def attach_gradients(self) -> None:
         """Make every parameter's gradient the view again; to be called before a graph capture."""
         self.flat.attach_gradients()
+        self._is_attached = False
 
     def gradient_norm(self) -> float:
         """Global L2 norm; until `step` gradients are left as they are."""

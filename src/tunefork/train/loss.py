@@ -74,7 +74,7 @@ def token_losses(model: PreTrainedModel, head: Head, batch: MicroBatch) -> Tenso
     """Loss of each supervised token in row-major order: (S,), fp32, nats, without a gradient."""
     inputs = (batch.input_ids, batch.position_ids)
     if head.is_plain:
-        hidden_sd = head.hidden(model, *inputs)[batch.supervised]
+        hidden_sd = _supervised(head.hidden(model, *inputs), batch)
         return linear_cross_entropy(hidden_sd, head.weight, batch.labels)
     logits_sv = head.logits(model, *inputs, batch.supervised)
     return F.cross_entropy(logits_sv.float(), batch.labels, reduction="none")
