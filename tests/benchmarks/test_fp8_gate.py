@@ -13,7 +13,7 @@ import torch
 from benchmarks import fp8_gate, fp8_run, results
 from benchmarks.fp8_gradients import agreement, gradients, reference_gradients
 from benchmarks.fp8_run import Trial, adapter, pack_columns, put_adapter, unpack_columns
-from benchmarks.fp8_verdict import GRADIENT_BOUNDS, against, collect, judge_gradients
+from benchmarks.fp8_verdict import GRADIENT_BOUNDS, against, collect, judge_gradients, within
 from tests.folders import save_model
 from tests.tiny import VOCABULARY, tiny_model
 from tunefork.data.example import Encoded
@@ -82,6 +82,7 @@ def test_what_is_measured_is_judged_and_not_measured_twice(
     assert first["num_examples"] == 6
     assert not first["holds"]  # six examples are too few, whatever they show
     assert (overall["case"], overall["seeds"]) == ("lora_all_seeds", [0, 1])
+    assert not overall["holds_on_average"]  # of two seeds
     # FP8's stand-in is fp32, so that both are as far from bf16.
     assert [row["case"] for row in floors] == ["lora_fp32", "lora_bf16_cut"]
     mean = overall["mean_loss_relative_difference"]
@@ -92,6 +93,14 @@ def test_what_is_measured_is_judged_and_not_measured_twice(
     trained, served = first["as_trained"]["loss"]["fp8"], first["as_served"]["loss"]["fp8"]
     assert served != trained
     assert served == pytest.approx(trained, rel=0.02)
+
+
+def test_on_average_the_whole_intervals_must_lie_within_the_bounds() -> None:
+    fine, points = [0.0, -0.004, 0.005], [0.1, -1.4, 1.5]
+    assert within(fine, fine, points)
+    assert not within(fine, [0.0, -0.0051, 0.001], points)
+    assert not within([0.001, -0.001, 0.0051], fine, points)
+    assert not within(fine, fine, [0.1, -1.51, 0.2])
 
 
 def test_data_are_tokenised_once_for_all_processes(
