@@ -73,6 +73,13 @@ def test_a_row_that_is_no_number_stays_alone() -> None:
     assert logits.isfinite().all(1).tolist() == [True, False, False, True]
 
 
+@pytest.mark.parametrize("target", [50, 10**12, -1, -101])
+def test_a_target_that_is_none_gives_a_loss_that_is_no_number(target: int) -> None:
+    logits = torch.randn(3, 50, device="cuda")
+    losses = torch.ops.tunefork.to_gradient_(logits, torch.tensor([4, target, 7], device="cuda"))
+    assert losses.isnan().tolist() == [False, True, False]
+
+
 def test_the_bits_are_the_same_each_time() -> None:
     torch.manual_seed(0)
     logits = torch.randn(300, 128_256, device="cuda", dtype=torch.bfloat16)

@@ -38,7 +38,9 @@ def _to_gradient(
     logits += row * stride
     target = tl.load(targets + row)
     has_target = target != ignored
-    hit = tl.load(logits + tl.where(has_target, target, 0)).to(tl.float32)
+    hit_at = tl.where(has_target, target, 0)
+    is_there = (hit_at >= 0) & (hit_at < vocabulary)
+    hit = tl.load(logits + hit_at, mask=is_there, other=float("nan")).to(tl.float32)
     place = tl.arange(0, block)
     # Not -inf, from which -inf is not to be taken: of a number a column that is not there is 0.
     top_v = tl.full([block], _LOWEST, tl.float32)
@@ -70,8 +72,8 @@ def launch(
 ) -> Tensor:
     """Losses (C,), fp32, of `logits` (C, V), each row in one piece, which become d loss / d logits.
 
-    `targets` (C,), contiguous, are in [0, V), which is not checked, or `ignored`, whose loss and
-    gradient are zero.
+    `targets` (C,), contiguous, are in [0, V), or `ignored`, whose loss and gradient are zero; of
+    another one the loss is no number, which ends a run before its update.
     """
     tokens, vocabulary = logits_cv.shape
     losses_c = torch.empty(tokens, dtype=torch.float32, device=logits_cv.device)

@@ -66,7 +66,7 @@ def _codes_turned(
     byte = (4 * start + tl.arange(0, 4 * block)).to(tl.int64)
     inside = byte < 4 * words
     if beside is not None and tl.program_id(0) == tl.num_programs(0) - 1:
-        # One to itself: beside a tile it would be the program that all others are waited with for.
+        # A program of its own: with a tile besides it would be the last one to end.
         for begin in range(0, width, block_p):
             at = begin + tl.arange(0, block_p)
             mask = inside[:, None] & (at < width)[None, :]
