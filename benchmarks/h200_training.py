@@ -6,7 +6,8 @@
 An 8B Llama's shape with random weights, rank 16 on all linear layers, every token supervised; how
 each tool is run is in `training_runs.py`. `measure` runs one process after the other and appends a
 line for each as it ends, so that a kill loses one run. `collect` writes results/h200_training.json;
-a ratio is of runs of one call of `measure`, which took one machine.
+a ratio is of runs of one call, which took one machine: of one `measure`, or of several that are
+told the first one's `--call`. A run that is repeated in it counts by its median.
 
 A tool whose packages lie in a folder of their own: --site unsloth=FOLDER.
 """
@@ -44,7 +45,8 @@ _ROOT, _MODULE = Path(__file__).parents[1], "benchmarks.h200_training"
 
 def measure(arguments: argparse.Namespace) -> None:
     """Run each in a process of its own, a line of `--out` for each."""
-    tiny, folder, call = arguments.tiny, arguments.model, datetime.now(UTC).isoformat()
+    tiny, folder = arguments.tiny, arguments.model
+    call = arguments.call or datetime.now(UTC).isoformat()
     deadline, shape = time.monotonic() + arguments.seconds, _shape(tiny)
     sites = dict(site.split("=", 1) for site in arguments.site)
     if not (folder / "tokenizer_config.json").exists():  # the last file to be written
@@ -132,6 +134,7 @@ def _arguments() -> argparse.Namespace:
     run.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="our recipe")
     run.add_argument("--site", nargs="+", default=[], metavar="TOOL=FOLDER")
     run.add_argument("--model", type=Path, help="where the weights lie, or are written")
+    run.add_argument("--call", help="of an earlier measure, whose machine is the same")
     run.add_argument("--limit", type=float, default=240.0, help="seconds of one run")
     run.add_argument("--seconds", type=float, default=550.0, help="of all runs")
     run.add_argument("--least", type=float, default=35.0, help="with less left, none is begun")

@@ -191,9 +191,18 @@ def ours(run: Run, folder: Path) -> dict[str, Any]:
         "load_s": ends[0] - started,
         "first_step_s": ends[1] - ends[0],
         "compile_cache": "cold" if is_cold else "warm",
+        "compiled": _compiled_graphs(),
         "steps_s": [b - a for a, b in itertools.pairwise(ends)],
         "losses": losses[:NUM_LOSSES],
     }
+
+
+def _compiled_graphs() -> dict[str, int]:
+    """How many graphs came from the compiler's cache, and how many were compiled."""
+    from torch._dynamo.utils import counters
+
+    found = counters["inductor"]
+    return {"cached": found["fxgraph_cache_hit"], "anew": found["fxgraph_cache_miss"]}
 
 
 def _read_onto(device: Any) -> AbstractContextManager[Any]:

@@ -1,6 +1,7 @@
 """From the raw lines of benchmarks/h200_training.py to results/h200_training.json."""
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,20 @@ _Row = dict[str, Any]
 _KEPT = (
     *("tokens_per_s", "spread", "step_s", "timed_steps", "peak_gib", "reserved_gib"),
     *("load_s", "first_step_s", "compile_cache", "trained_parameters", "trained_dtype"),
-    *("losses", "error", "device", "call"),
+    *("repeats", "compiled", "losses", "error", "device", "call"),
 )
 _LORA = ("lora_8x2048_fp8", "lora_8x2048_bf16")
 
 
 def collect(files: list[Path], name: str) -> Path:
-    """Write the table of what was measured; where a run was repeated, its case's newest call."""
+    """Write the table of what was measured, of each case's newest call."""
     raw = [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
-    by_call: dict[str, dict[str, _Row]] = {}
+    found: dict[str, dict[str, list[_Row]]] = {}
     for row in raw:
-        by_call.setdefault(row["call"], {})[row["run"]] = row
+        found.setdefault(row["call"], {}).setdefault(row["run"], []).append(row)
+    by_call = {
+        call: {run: _of_repeats(rows) for run, rows in runs.items()} for call, runs in found.items()
+    }
     rows = [row for case in CASES for row in case_rows(case, CASES[case], by_call)]
     rows += lora_over_full(rows)
     measured = [row for row in raw if "error" not in row]
@@ -35,6 +39,16 @@ def collect(files: list[Path], name: str) -> Path:
         command="python -m benchmarks.h200_training measure, then collect",
         versions=versions,
     )
+
+
+def _of_repeats(rows: list[_Row]) -> _Row:
+    """One row of a call's runs of the same: the first's, which compiled, and the median speed."""
+    done = [row for row in rows if "error" not in row]
+    if len(done) < 2:
+        return (done or rows)[-1]
+    speeds = [row["tokens_per_s"] for row in done]
+    middle = {key: statistics.median(row[key] for row in done) for key in ("tokens_per_s", "step_s")}
+    return done[0] | middle | {"repeats": [round(speed, 1) for speed in speeds]}
 
 
 def case_rows(name: str, case: Case, by_call: dict[str, dict[str, _Row]]) -> list[_Row]:

@@ -99,7 +99,8 @@ def _raw(run: str, call: str, **more: Any) -> str:
 
 def _speed(run: str, call: str, tokens_per_s: float, **more: Any) -> str:
     found = {"device": "GPU", "versions": {"torch": "2"}, "peak_gib": 1.0, "losses": [2.0, 1.0]}
-    return _raw(run, call, tokens_per_s=tokens_per_s, **(found | more))
+    speed = {"tokens_per_s": tokens_per_s, "step_s": 1 / tokens_per_s}
+    return _raw(run, call, **(speed | found | more))
 
 
 def test_ratios_are_of_one_call_and_of_the_best_setting(
@@ -108,7 +109,9 @@ def test_ratios_are_of_one_call_and_of_the_best_setting(
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     raw = tmp_path / "raw.jsonl"
     lines = [
-        _speed("fp8", "1", 300.0),
+        _raw("fp8", "1", error="killed"),
+        _speed("fp8", "1", 290.0, first_step_s=30.0),
+        _speed("fp8", "1", 310.0, first_step_s=8.0),
         _speed("unsloth", "1", 100.0),
         _speed("peft_liger", "1", 50.0),
         _speed("peft_liger_defaults", "1", 60.0),
@@ -124,6 +127,7 @@ def test_ratios_are_of_one_call_and_of_the_best_setting(
     by = {(row["case"], row["tool"], row.get("tokens_per_s")): row for row in table["rows"]}
     ours = by["lora_8x2048_fp8", "tunefork", 300.0]
     assert ours["ratios"] == {"unsloth": 3.0, "peft_liger": 5.0}
+    assert (ours["repeats"], ours["first_step_s"]) == ([290.0, 310.0], 30.0)  # the median, 300
     assert ours["asked"] == {"tokens_per_s": [26_000, False], "times_unsloth": [1.6, True]}
     assert ours["largest_loss_gap"] == 0.5
     assert by["lora_8x2048_fp8", "peft", None]["error"] == "out of memory"

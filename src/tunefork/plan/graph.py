@@ -94,8 +94,9 @@ class _Reading:
         self.root: dict[Node, Node] = {}
         """Whose memory a node's value lies in."""
         self.held: set[Node] = set()
-        self.reads: dict[Node, set[Node]] = {}
-        """Of a value that is computed: the held tensors it is computed from."""
+        self.reads: dict[Node, dict[Node, None]] = {}
+        """Of a value that is computed: the held tensors it is computed from, in the order that they
+        are named in. (A set of nodes is ordered by their addresses, by another one in each run.)"""
         self.operations: dict[Node, int] = {}
 
     def program(self) -> Program:
@@ -155,10 +156,10 @@ class _Reading:
         for node in self.nodes:
             if node.op != "call_function" or self.root[node] is not node:
                 continue
-            sources = {self.root[n] for n in _arguments(node)}
-            self.reads[node] = set()
+            sources = dict.fromkeys(self.root[n] for n in _arguments(node))
+            self.reads[node] = {}
             for source in sources:
-                self.reads[node] |= {source} if source in self.held else self.reads[source]
+                self.reads[node] |= {source: None} if source in self.held else self.reads[source]
             counts = [self.operations[s] for s in sources if s not in self.held]
             self.operations[node] = 1 + sum(counts)
             is_much = len(self.reads[node]) > _FEW_READS or self.operations[node] > _FEW_OPERATIONS
@@ -186,7 +187,7 @@ class _Reading:
         if not _is_library(node) and not _is_reduction(node):
             mine = (n for n in gone if n not in fixed and _bytes(n) == _bytes(node))
             replaced = next(mine, None)
-        touched = [*{*self.reads[node], *results}]
+        touched = [*dict.fromkeys([*self.reads[node], *results])]
         if _call(node)[0] in WRITTEN_OVER:
             touched += [self.root[base] for base in _changed(node)]
         moved = sum((_size(_bytes(n)) for n in touched), Size())
