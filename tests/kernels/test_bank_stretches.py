@@ -1,14 +1,32 @@
 """Sums of rows against the definition, token by token."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
-from tunefork.kernels.bank_stretches import TERMS, Matrices, Stretch, add_stretches, lay_out
+from tunefork.kernels.bank_stretches import (
+    TERMS,
+    Layout,
+    Matrices,
+    Stretch,
+    add_stretches,
+    add_stretches_reference,
+    lay_out,
+)
 
 WIDE, RANK, SLOTS = 24, 3 * TERMS, 9
 RANKS = (4, TERMS, 17, RANK, 1, 20, 2, 3, 33)
 """Of the adapter in each slot."""
+
+
+Add = Callable[[Tensor, Tensor, Matrices, Layout], None]
+
+
+def _need_kernel(matrices: Matrices, add: Add) -> None:
+    if add is add_stretches and matrices.kernel is None:
+        pytest.skip("needs a compiler")
 
 
 def _filled(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[Matrices, list[list[Tensor]]]:
@@ -38,11 +56,13 @@ def _filled(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[Matrices, list[
 )
 @pytest.mark.parametrize("sizes", [(40,), (24, 16, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("add", [add_stretches, add_stretches_reference])
 def test_each_token_has_its_own_delta(
-    lengths: list[tuple[int, int]], sizes: tuple[int, ...], dtype: torch.dtype
+    lengths: list[tuple[int, int]], sizes: tuple[int, ...], dtype: torch.dtype, add: Add
 ) -> None:
     torch.manual_seed(0)
     matrices, products = _filled(sizes, dtype)
+    _need_kernel(matrices, add)
     stretches: list[Stretch] = []
     slots: list[int] = []
     for slot, length in lengths:
@@ -56,23 +76,25 @@ def test_each_token_has_its_own_delta(
         if slot >= 0:
             expected[token] += torch.cat([own @ x_sd[token].float() for own in products[slot]])
     layout = lay_out(stretches, [RANKS[stretch.slot] for stretch in stretches])
-    add_stretches(y_so.clone(), x_sd + 1, matrices, layout)  # indices are made for any input
-    add_stretches(y_so, x_sd, matrices, layout)
+    add(y_so.clone(), x_sd + 1, matrices, layout)  # what is made of a layout is for any input
+    add(y_so, x_sd, matrices, layout)
     # bf16: rounding of u, of the delta and of the sum, each 2^-8 of numbers up to 150.
     tolerance = 1e-3 if dtype == torch.float32 else 1.5
     assert torch.allclose(y_so.float(), expected, atol=tolerance)
     assert (y_so.float() - expected).norm() <= 0.01 * expected.norm()
 
 
-def test_a_slot_that_is_not_finite_spoils_no_other() -> None:
+@pytest.mark.parametrize("add", [add_stretches, add_stretches_reference])
+def test_a_slot_that_is_not_finite_spoils_no_other(add: Add) -> None:
     matrices = Matrices(3, TERMS, WIDE, (40,), torch.float32)
+    _need_kernel(matrices, add)
     nothing = torch.full((TERMS, WIDE), torch.nan), torch.full((TERMS, 40), torch.inf)
     matrices.write(0, 1, *nothing)
     x_sd, y_so = torch.ones(40, WIDE), torch.ones(40, 40)
     # Short and long, before and behind slot 1, whose own token comes between.
     stretches = [(0, 0, 2), (1, 2, 3), (2, 3, 4), (0, 4, 22), (2, 22, 40)]
     layout = lay_out([Stretch(*one) for one in stretches], [TERMS] * 5)
-    add_stretches(y_so, x_sd, matrices, layout)
+    add(y_so, x_sd, matrices, layout)
     is_finite = y_so.isfinite().all(1)
     assert not is_finite[2] and is_finite.sum() == 39
     assert torch.equal(y_so[is_finite], torch.ones(39, 40))
@@ -93,3 +115,33 @@ def test_a_slot_takes_no_more_than_its_ranks_do() -> None:
     matrices = Matrices(5, RANK, WIDE, (40, 8, 24), torch.bfloat16)
     taken = matrices.a_ncde.nbytes + matrices.b_ncto.nbytes
     assert taken == 5 * RANK * ((WIDE + 40) + (WIDE + 8) + (WIDE + 24)) * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_is_given_parts_of_rows(dtype: torch.dtype) -> None:
+    """Of x, and of y, whose other columns stay; two threads, and a block for each size."""
+    matrices = Matrices(2, TERMS, WIDE, (600, 72), dtype)
+    _need_kernel(matrices, add_stretches)
+    for table in (matrices.a_ncde, matrices.b_ncto):
+        table.normal_()
+    both_sx, y_so = torch.randn(40, WIDE + 9).to(dtype), torch.randn(40, 700).to(dtype)
+    layout = lay_out([Stretch(1, 1, 13), Stretch(0, 13, 20), Stretch(1, 22, 39)], [TERMS] * 3)
+    expected, before = y_so.clone(), y_so.clone()
+    add_stretches_reference(expected[:, 5:677], both_sx[:, 4 : 4 + WIDE], matrices, layout)
+    add_stretches(y_so[:, 5:677], both_sx[:, 4 : 4 + WIDE], matrices, layout)
+    assert torch.allclose(y_so.float(), expected.float(), rtol=2**-6, atol=0.5)
+    assert torch.equal(y_so[:, :5], before[:, :5]) and torch.equal(y_so[:, 677:], before[:, 677:])
+    assert not torch.equal(y_so[:, 5:677], before[:, 5:677])
+    with pytest.raises(ValueError, match="x is torch.float64"):
+        add_stretches(y_so[:, 5:677], both_sx[:, :WIDE].double(), matrices, layout)
+
+
+def test_rows_that_are_not_numbers_are_rounded_to_what_is_none() -> None:
+    """In bf16: the largest NaN has no carry, an infinity stays one, ties go to even."""
+    matrices = Matrices(1, TERMS, WIDE, (16,), torch.bfloat16)
+    _need_kernel(matrices, add_stretches)
+    given = torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0, -0.0, 3e38, 1e-40])
+    y_so = given.bfloat16().repeat(3)[:16].reshape(1, 16).clone()
+    expected = y_so.clone()
+    add_stretches(y_so, torch.ones(1, WIDE).bfloat16(), matrices, lay_out([Stretch(0, 0, 1)], [4]))
+    assert torch.equal(y_so.nan_to_num(7.0), expected.nan_to_num(7.0))

@@ -26,6 +26,7 @@ from tests.serve.test_compiled_layers import kernel_by_numbers
 from tests.serve.test_embedded import _Again, _as_a_gpu, _flash_by_numbers
 from tunefork.errors import AdapterError
 from tunefork.kernels.bank_mixed import Mixed, add_mixed
+from tunefork.kernels.bank_rows import Blocks, Rows
 from tunefork.kernels.draw import draw, draw_by_sorting, draw_reference
 from tunefork.model.bank import Bank
 from tunefork.serve.engine import Piece
@@ -226,6 +227,49 @@ def test_adapters_are_read_by_tiles_where_few_tokens_are_not_as_defined(
     with pytest.warns(UserWarning, match="read by tiles") as told:
         assert not checks.mixes(bank, 12)
     assert checks.without == ["adapters of few tokens"] and len(told) == 1
+
+
+def _forgets_a_block(rows: Rows, y: Tensor, x: Tensor, blocks: Blocks) -> None:
+    blocks.count -= 1
+    _ADD(rows, y, x, blocks)
+
+
+def _adds_to_all(rows: Rows, y: Tensor, x: Tensor, blocks: Blocks) -> None:
+    _ADD(rows, y, x, blocks)
+    y += 2**-4
+
+
+_ADD = Rows.add
+
+
+@pytest.mark.parametrize("add", [_ADD, _forgets_a_block, _adds_to_all, _raises])
+def test_a_cpus_kernel_is_used_where_it_adds_as_defined(
+    bank: Bank, add: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = [layer.kept[0] for layer in bank.layers.values() if layer.kept is not None]
+    kernels = [matrices.kernel for matrices in kept]
+    if None in kernels:
+        pytest.skip("needs a compiler")
+    monkeypatch.setattr(Rows, "add", add)
+    checks = _checks()
+    try:
+        if add is _ADD:
+            checks.rows(bank)
+        else:
+            with pytest.warns(UserWarning, match="PyTorch's operations add them") as told:
+                checks.rows(bank)
+            assert len(told) == 1
+        is_used = [matrices.kernel is not None for matrices in kept]
+        assert checks.without == ([] if add is _ADD else ["the kernel for adapters"])
+        assert all(is_used) if add is _ADD else not any(is_used)
+        for matrices in kept:
+            matrices.kernel = None
+        checks = _checks()
+        checks.rows(bank)  # no compiler: the log has told, and info() does
+        assert checks.without == ["the kernel for adapters"]
+    finally:
+        for matrices, kernel in zip(kept, kernels, strict=True):
+            matrices.kernel = kernel
 
 
 # Captured passes

@@ -27,9 +27,9 @@ def test_a_pass_of_the_same_requests_is_laid_out_once() -> None:
     assert first is not None and bank.routing.layout is first
     slots.load(1, HostAdapter({}, 20, 0))  # another adapter's rank: more of the slot is read
     slots.route(index, told)
-    assert bank.routing.layout is not None and bank.routing.layout.runs[0].pieces == (2,)
+    assert bank.routing.layout is not None and bank.routing.layout.pieces == (2,)
     slots.route(index, [*told, Stretch(1, 1, 2)])
-    assert bank.routing.layout.runs[0].slots == (1, 1)
+    assert bank.routing.layout.stretches == (Stretch(1, 0, 1), Stretch(1, 1, 2))
     slots.route(index, [])
     assert bank.routing.mode == "none"
 

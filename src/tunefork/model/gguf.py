@@ -6,7 +6,6 @@ transformers can train and save it only so, and reading SmolLM2's GGUF takes 18 
 
 import contextlib
 import io
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -17,13 +16,9 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunefork.errors import ModelError
+from tunefork.home import cache_folder
 from tunefork.model.damage import check_filled, unreadable
 from tunefork.model.packaged import sha256_of
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: TUNEFORK_CACHE, else ~/.cache/tunefork."""
-    return Path(os.environ.get("TUNEFORK_CACHE", "~/.cache/tunefork")).expanduser()
 
 
 def converted(file: Path, expected: str | None = None) -> Path:

@@ -86,6 +86,8 @@ def assemble(
     max_rows, graphs = max(ours.max_requests, TRIED), flash and ours.cuda_graphs
     groups = {la.groups for la in layers if la.groups > 1 and la.kv_heads >= _MANY_KV_HEADS}
     checks, few = Checks(device, dtype), 0
+    if bank is not None and device.type == "cpu":
+        checks.rows(bank)
     if graphs and slots is not None and slots.takes_tiles and slots.few:
         few = slots.few if checks.mixes(slots.bank, max_rows + TRIED) else 0
     passes = Passes(

@@ -1,4 +1,4 @@
-"""What an engine checks on its GPU when it starts, and what it does without because of it.
+"""What an engine checks on its device when it starts, and what it does without because of it.
 
 Kernels and ways to call them are compared with their definitions, on a few random numbers in the
 sizes of the model. What raises, or says something else, is not used: a warning says why, once, the
@@ -9,6 +9,7 @@ engine's `info()` names it under `without`, and something slower takes its place
     adapters of few tokens              tiles, as among many (`kernels/bank_mixed.py`)
     both of these, compiled, captured   passes with prompts are captured anew, without them
     trials in the passes of prompts     passes of their own (`trial.py`)
+    a CPU's kernel for adapters         PyTorch's operations (`kernels/bank_stretches.py`)
 
 No check finds kernels that race; one that never ends holds up the start, and one that reads what is
 not its own may leave the GPU of no use to this process.
@@ -25,7 +26,13 @@ from torch import Tensor
 
 from tunefork.kernels.bank_mixed import Mixed, add_mixed, add_mixed_reference
 from tunefork.kernels.bank_read import cut
-from tunefork.kernels.bank_stretches import Stretch
+from tunefork.kernels.bank_stretches import (
+    Matrices,
+    Stretch,
+    add_stretches,
+    add_stretches_reference,
+    lay_out,
+)
 from tunefork.kernels.draw import Draw, draw, draw_by_sorting, draw_reference
 from tunefork.model.bank import Bank
 from tunefork.model.fused import FusedLinear
@@ -99,6 +106,19 @@ class Checks:
             "they are read by tiles, as among many tokens",
         )
 
+    def rows(self, bank: Bank) -> None:
+        """Have a `bank` in a CPU's memory do without the kernel where that is not right, or not
+        there, of which the log has told."""
+        kept = [layer.kept[0] for layer in bank.layers.values() if layer.kept is not None]
+        what, shapes = "the kernel for adapters", {m.shape for m in kept if m.kernel is not None}
+        if kept and not shapes:
+            self.without.append(what)
+        elif not self._holds(
+            what, lambda: all(map(self._adds_rows, shapes)), "PyTorch's operations add them"
+        ):
+            for matrices in kept:
+                matrices.kernel = None
+
     def captured(self, passes: Passes, cache: Cache, *, has_slots: bool) -> None:
         """Have `passes`, which are warm, do without what their captured form is not right with."""
 
@@ -160,6 +180,32 @@ class Checks:
             if int(is_other_r.sum()) > _MOST_OTHERS or bool(is_other_r[-2:].any()):
                 return False
         return True
+
+    def _adds_rows(self, shape: tuple[int, ...]) -> bool:
+        """Whether tokens of two slots are added to as defined, beside one without numbers and a
+        token of none: to 2^-6 of values of size one, which are rounded to 2^-8 thrice."""
+        _, rank, features_in, *sizes = shape
+        made = torch.Generator().manual_seed(0)
+
+        def fill(*tensors: Tensor, by: float = 1.0) -> None:
+            for tensor in tensors:
+                tensor.copy_(torch.randn(tensor.shape, generator=made) * by)
+
+        matrices = Matrices(3, rank, features_in, sizes, self.dtype)
+        fill(matrices.a_ncde[:2], by=features_in**-0.5)
+        fill(matrices.b_ncto[:2], by=rank**-0.5)
+        for table in (matrices.a_ncde, matrices.b_ncto):
+            table[2] = torch.nan
+        told = [Stretch(0, 0, 3), Stretch(1, 4, 23)]
+        layout = lay_out(told, [rank, rank])
+        x_sd = torch.empty(23, features_in, dtype=self.dtype)
+        y_so = torch.empty(23, sum(sizes), dtype=self.dtype)
+        fill(x_sd, y_so)
+        expected_so, base_o = y_so.clone(), y_so[3].clone()
+        add_stretches_reference(expected_so, x_sd, matrices, layout)
+        add_stretches(y_so, x_sd, matrices, layout)
+        is_close = torch.allclose(y_so.float(), expected_so.float(), rtol=2**-6, atol=2**-6)
+        return is_close and torch.equal(y_so[3], base_o)
 
     def _adds(self, sizes: Sequence[int], rank: int, rows: int) -> bool:
         """Whether rows that decode and prompts are added to as defined, beside a slot without
