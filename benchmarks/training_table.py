@@ -47,7 +47,9 @@ def _of_repeats(rows: list[_Row]) -> _Row:
     if len(done) < 2:
         return (done or rows)[-1]
     speeds = [row["tokens_per_s"] for row in done]
-    middle = {key: statistics.median(row[key] for row in done) for key in ("tokens_per_s", "step_s")}
+    middle = {
+        key: statistics.median(row[key] for row in done) for key in ("tokens_per_s", "step_s")
+    }
     return done[0] | middle | {"repeats": [round(speed, 1) for speed in speeds]}
 
 
