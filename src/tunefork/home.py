@@ -14,4 +14,4 @@ def home() -> Path:
 
 def cache_folder() -> Path:
     """Of converted models and compiled kernels: TUNEFORK_CACHE, else ~/.cache/tunefork."""
-    return Path(os.environ.get("TUNEFORK_CACHE", "~/.cache/tunefork")).expanduser()
+    return Path(os.environ.get("TUNEFORK_CACHE") or "~/.cache/tunefork").expanduser()

@@ -1,20 +1,21 @@
 """Sums of rows against the definition, token by token."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from tunefork.kernels.bank_rows import Blocks, Rows
 from tunefork.kernels.bank_stretches import (
-    TERMS,
     Layout,
-    Matrices,
     Stretch,
     add_stretches,
     add_stretches_reference,
     lay_out,
 )
+from tunefork.kernels.bank_tables import TERMS, Matrices
 
 WIDE, RANK, SLOTS = 24, 3 * TERMS, 9
 RANKS = (4, TERMS, 17, RANK, 1, 20, 2, 3, 33)
@@ -132,8 +133,79 @@ def test_the_kernel_is_given_parts_of_rows(dtype: torch.dtype) -> None:
     assert torch.allclose(y_so.float(), expected.float(), rtol=2**-6, atol=0.5)
     assert torch.equal(y_so[:, :5], before[:, :5]) and torch.equal(y_so[:, 677:], before[:, 677:])
     assert not torch.equal(y_so[:, 5:677], before[:, 5:677])
-    with pytest.raises(ValueError, match="x is torch.float64"):
-        add_stretches(y_so[:, 5:677], both_sx[:, :WIDE].double(), matrices, layout)
+
+
+_TOLD = [Stretch(1, 0, 3)]
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "told", "ranks", "dtype"),
+    [
+        ((3, WIDE - 1), (3, 40), _TOLD, [4], torch.float32),
+        ((4, WIDE), (3, 40), _TOLD, [4], torch.float32),
+        ((3, WIDE), (3, 39), _TOLD, [4], torch.float32),
+        ((3, WIDE), (3, 40), _TOLD, [4], torch.bfloat16),
+        ((2, WIDE), (2, 40), _TOLD, [4], torch.float32),
+        ((3, WIDE), (3, 40), [Stretch(2, 0, 3)], [4], torch.float32),
+        ((3, WIDE), (3, 40), [Stretch(-1, 0, 3)], [4], torch.float32),
+        ((3, WIDE), (3, 40), _TOLD, [TERMS + 1], torch.float32),
+    ],
+)
+def test_the_kernel_refuses_what_is_not_there(
+    x: tuple[int, int],
+    y: tuple[int, int],
+    told: list[Stretch],
+    ranks: list[int],
+    dtype: torch.dtype,
+) -> None:
+    matrices = Matrices(2, TERMS, WIDE, (40,), torch.float32)
+    _need_kernel(matrices, add_stretches)
+    with pytest.raises(ValueError, match="tables of 24 to 40|beyond"):
+        add_stretches(torch.zeros(y).to(dtype), torch.zeros(x), matrices, lay_out(told, ranks))
+    y_so = torch.zeros(3, 40)
+    add_stretches(y_so, torch.ones(3, WIDE), matrices, lay_out([], []))
+    assert not y_so.any()
+
+
+@pytest.mark.parametrize("tokens", [130, 140])
+def test_long_stretches_are_products(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 500,000 numbers of x and y on; what is shorter beside them is the kernel's."""
+    matrices = Matrices(2, TERMS, 600, (3000,), torch.bfloat16)
+    _need_kernel(matrices, add_stretches)
+    for table in (matrices.a_ncde, matrices.b_ncto):
+        table.normal_()
+    done, add = list[int](), Rows.add
+
+    def noting(rows: Rows, y_so: Tensor, x_sd: Tensor, blocks: Blocks) -> None:
+        done.append(blocks.tokens)
+        add(rows, y_so, x_sd, blocks)
+
+    monkeypatch.setattr(Rows, "add", noting)
+    layout = lay_out([Stretch(0, 0, 2), Stretch(1, 2, 2 + tokens)], [TERMS] * 2)
+    x_sd, y_so = torch.randn(2 + tokens, 600).bfloat16(), torch.randn(2 + tokens, 3000).bfloat16()
+    expected = y_so.clone()
+    add_stretches_reference(expected, x_sd, matrices, layout)
+    add_stretches(y_so, x_sd, matrices, layout)
+    assert (y_so.float() - expected.float()).norm() < 0.01 * expected.float().norm()
+    assert done == [2 + tokens if tokens == 130 else 2]
+
+
+def test_a_copy_is_read_where_it_lies_and_gradients_are_pytorchs() -> None:
+    matrices = Matrices(1, TERMS, WIDE, (40,), torch.float32)
+    _need_kernel(matrices, add_stretches)
+    layout, x_sd = lay_out([Stretch(0, 0, 3)], [TERMS]), torch.ones(3, WIDE)
+    twin = copy.deepcopy(matrices)
+    for table in (matrices.a_ncde, matrices.b_ncto):
+        table.fill_(1.0)
+    found = [torch.zeros(3, 40) for _ in range(2)]
+    for y_so, one in zip(found, (matrices, twin), strict=True):
+        add_stretches(y_so, x_sd, one, copy.deepcopy(layout))
+    assert found[0].eq(TERMS * WIDE).all() and not found[1].any()
+    x_sd.requires_grad_()
+    y_so = torch.zeros(3, 40)
+    add_stretches(y_so, x_sd, matrices, lay_out([Stretch(0, 0, 3)], [TERMS]))
+    y_so.sum().backward()
+    assert x_sd.grad is not None and x_sd.grad.eq(TERMS * 40).all()
 
 
 def test_rows_that_are_not_numbers_are_rounded_to_what_is_none() -> None:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tunefork.kernels.bank_stretches import TERMS, Matrices, Stretch, add_stretches, lay_out
+from tunefork.kernels.bank_stretches import Stretch, add_stretches, lay_out
+from tunefork.kernels.bank_tables import TERMS, Matrices
 
 pytestmark = [
     pytest.mark.gpu,

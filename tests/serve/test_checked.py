@@ -229,20 +229,20 @@ def test_adapters_are_read_by_tiles_where_few_tokens_are_not_as_defined(
     assert checks.without == ["adapters of few tokens"] and len(told) == 1
 
 
-def _forgets_a_block(rows: Rows, y: Tensor, x: Tensor, blocks: Blocks) -> None:
-    blocks.count -= 1
+def _forgets_pairs(rows: Rows, y: Tensor, x: Tensor, blocks: Blocks) -> None:
+    blocks.blocks_b4 = blocks.blocks_b4[blocks.blocks_b4[:, 2] != 2]
     _ADD(rows, y, x, blocks)
 
 
 def _adds_to_all(rows: Rows, y: Tensor, x: Tensor, blocks: Blocks) -> None:
     _ADD(rows, y, x, blocks)
-    y += 2**-4
+    y += 2**-10
 
 
 _ADD = Rows.add
 
 
-@pytest.mark.parametrize("add", [_ADD, _forgets_a_block, _adds_to_all, _raises])
+@pytest.mark.parametrize("add", [_ADD, _forgets_pairs, _adds_to_all, _raises])
 def test_a_cpus_kernel_is_used_where_it_adds_as_defined(
     bank: Bank, add: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,19 +1,26 @@
-/* The kernel of bank_rows.py: y += B_n A_n x for tokens of many adapters, each adapter read once.
+/* The kernel of bank_rows.py: y += B_n A_n x for tokens of many adapters, up to eight of one at a
+   time.
 
    Compiled where it runs, for its processor (native.py). NUMBER_FP32: fp32 tables and activations,
    else bf16; sums are in fp32, and y is rounded once.
 
    Shape legend as in bank_stretches.py: S tokens, D features in, L layers, O features out of all,
    C pieces of a rank, 16 terms each, E = 16 L. A (N, C, D, E), B (N, C, 16, O), u (S, C, E). */
+#include <stddef.h>
 #include <stdint.h>
-#include <string.h>
+
+#ifndef __AVX512F__
+#error "without AVX-512 PyTorch's operations are quicker" /* sums of blocks do not fit 16 registers */
+#endif
 
 #define TERMS 16
 #define LANES 16
 #define MOST_TOKENS 8 /* of a block: with two vectors each, 16 of 32 registers are sums */
 #define MOST_VECTORS 4
 #define COLUMNS 512 /* of y, in one step of the second loop */
-#define AHEAD 2048 /* bytes; tables are read once, in order */
+#define LINE 64 /* bytes */
+#define AHEAD 2048 /* bytes that rows of A are asked for before they are read */
+#define AHEAD_B (4 * LINE) /* the same of B, of which 16 rows are read side by side */
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
@@ -26,18 +33,18 @@ typedef float number;
 INLINE floats load(const number *p)
 {
     floats found;
-    memcpy(&found, p, sizeof found);
+    __builtin_memcpy(&found, p, sizeof found);
     return found;
 }
 
-INLINE void store(number *p, floats values) { memcpy(p, &values, sizeof values); }
+INLINE void store(number *p, floats values) { __builtin_memcpy(p, &values, sizeof values); }
 #else
 typedef uint16_t number;
 
 INLINE floats load(const number *p)
 {
     halves found;
-    memcpy(&found, p, sizeof found);
+    __builtin_memcpy(&found, p, sizeof found);
     return (floats)(__builtin_convertvector(found, words) << 16);
 }
 
@@ -47,7 +54,7 @@ INLINE void store(number *p, floats values)
     words rounded = bits + 0x7fff + ((bits >> 16) & 1); /* to nearest, ties to even */
     rounded = (is_nan & 0x7fc00000u) | (~is_nan & rounded);
     halves found = __builtin_convertvector(rounded >> 16, halves);
-    memcpy(p, &found, sizeof found);
+    __builtin_memcpy(p, &found, sizeof found);
 }
 #endif
 
@@ -55,7 +62,7 @@ INLINE void store(number *p, floats values)
 INLINE floats load_some(const number *p, int64_t count)
 {
     number some[LANES] = {0};
-    memcpy(some, p, (size_t)count * sizeof *p);
+    __builtin_memcpy(some, p, (size_t)count * sizeof *p);
     return load(some);
 }
 
@@ -63,7 +70,7 @@ INLINE void store_some(number *p, floats values, int64_t count)
 {
     number some[LANES];
     store(some, values);
-    memcpy(p, some, (size_t)count * sizeof *p);
+    __builtin_memcpy(p, some, (size_t)count * sizeof *p);
 }
 
 typedef struct {
@@ -81,7 +88,7 @@ typedef struct {
     number *y;
     const number *x;
     int64_t stride_y, stride_x;
-    float *u, *wide_x; /* room for u (S, C, E), and for x (S, D) in fp32 */
+    float *u, *wide_x; /* room for u (S, C, E), and of each thread for x (MOST_TOKENS, D) in fp32 */
 } operands;
 
 /* u (tokens, vectors * LANES) = x A. With constant sizes the sums are registers. */
@@ -100,7 +107,7 @@ INLINE void down(const int tokens, const int vectors, const float *x, const numb
     }
     for (int t = 0; t < tokens; t++)
         for (int v = 0; v < vectors; v++)
-            memcpy(u + t * stride_u + v * LANES, &sums[t][v], sizeof(floats));
+            __builtin_memcpy(u + t * stride_u + v * LANES, &sums[t][v], sizeof(floats));
 }
 
 /* y (tokens, vectors * LANES, or `some` of one vector) += the sum over pieces of u B. */
@@ -120,7 +127,8 @@ INLINE void up(const int tokens, const int vectors, int64_t some, const operands
     for (int64_t piece = 0; piece < own->pieces; piece++, u += each)
         for (int term = 0; term < TERMS; term++, b += of->in.sum_of_sizes) {
             floats row[MOST_VECTORS];
-            for (int v = 0; v < vectors; v += 2) __builtin_prefetch(b + v * LANES + 8 * LANES);
+            for (int v = 0; v < vectors; v += LINE / (int)sizeof(number) / LANES)
+                __builtin_prefetch((const char *)(b + v * LANES) + AHEAD_B);
             for (int v = 0; v < vectors; v++)
                 row[v] = some ? load_some(b, some) : load(b + v * LANES);
             for (int t = 0; t < tokens; t++)
@@ -151,17 +159,17 @@ INLINE void up(const int tokens, const int vectors, int64_t some, const operands
     default: BY_VECTORS(call, MOST_TOKENS, vectors, __VA_ARGS__)        \
     }
 
-static void down_block(const operands *of, const block *own)
+static void down_block(const operands *of, const block *own, int thread)
 {
     const int64_t each = of->in.layers * TERMS, stride_u = of->in.slot_pieces * each;
     const int64_t wide = own->tokens > 4 ? 3 * LANES : MOST_VECTORS * LANES;
-    float *x = of->wide_x + own->first * of->in.features;
+    float *x = of->wide_x + (int64_t)thread * MOST_TOKENS * of->in.features;
     for (int64_t t = 0; t < own->tokens; t++) {
         const number *from = of->x + (own->first + t) * of->stride_x;
         for (int64_t d = 0; d < of->in.features; d += LANES) {
             int64_t left = of->in.features - d;
             floats values = left < LANES ? load_some(from + d, left) : load(from + d);
-            memcpy(x + t * of->in.features + d, &values,
+            __builtin_memcpy(x + t * of->in.features + d, &values,
                    (size_t)(left < LANES ? left : LANES) * sizeof(float));
         }
     }
@@ -193,18 +201,19 @@ static void up_columns(const operands *of, const block *own, int64_t left, int64
     }
 }
 
-/* `room` has S * (C E + D) numbers. Threads: as many as OpenMP gives the caller, which PyTorch has
-   told it. */
+extern int omp_get_thread_num(void);
+
+/* `room` has S * C E + threads * MOST_TOKENS * D numbers. */
 void add_rows(const tables *in, number *y, int64_t stride_y, const number *x, int64_t stride_x,
-              float *room, int64_t tokens, const block *blocks, int64_t count)
+              float *room, int64_t tokens, const block *blocks, int64_t count, int threads)
 {
     const int64_t each = in->slot_pieces * in->layers * TERMS;
     const int64_t parts = (in->sum_of_sizes + COLUMNS - 1) / COLUMNS;
     const operands of = {*in, y, x, stride_y, stride_x, room, room + tokens * each};
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < count; i++) down_block(&of, blocks + i);
+        for (int64_t i = 0; i < count; i++) down_block(&of, blocks + i, omp_get_thread_num());
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < count * parts; i++) {
             int64_t left = i % parts * COLUMNS, right = left + COLUMNS;

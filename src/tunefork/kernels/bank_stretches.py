@@ -4,9 +4,9 @@ Where few tokens decode over many adapters, a product for each adapter is a call
 product for all is mostly of adapters that are not a token's own. But A x is the rows of A's
 transpose weighted by x, and B u those of B's weighted by u: a sum of weighted rows of one table,
 each token's own. No number of another adapter is read, and nothing is copied. Where the machine has
-a compiler, a kernel does that (`bank_rows.py`); else PyTorch's `embedding_bag`, in one call for all
-tokens, whatever their adapters: a group of layers with one input takes two calls and an addition,
-and more than a few tokens of one adapter side by side (a prompt) are products of their own.
+a compiler and AVX-512, a kernel does that (`bank_rows.py`); else PyTorch's `embedding_bag`, in one
+call for all tokens, whatever their adapters: a group of layers with one input takes two calls and
+an addition. Many tokens of one adapter side by side (a prompt) are products of their own.
 
 Decoding SmolLM2-135M, 16 tokens over 8 adapters of rank 16 (2 cores of an EPYC), beside the base:
 5 ms a pass by the kernel, 9 without, where padded batched products and a sum for each layer took
@@ -17,11 +17,9 @@ a slot, C pieces of a rank, T terms of a piece: R = C T, E = L T. K blocks of W 
 G stretches of M tokens. P, Q sums of A's rows, of B's.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -30,12 +28,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tunefork.kernels import bank_rows
+from tunefork.kernels.bank_tables import TERMS, Matrices
 
-TERMS = 16
-"""T: an adapter's rank is read in pieces of so many, however large its slot is."""
-_WIDEST = 640
-"""Numbers of a block of B's rows. A sum keeps as many as the processor has registers for, and goes
-over rows that are wider once more (16 tokens, O = 3072: 66 us at 192, 99 us at 1536)."""
 _FEW = 16
 """Most tokens of a stretch that are summed row by row: each reads its adapter anew."""
 
@@ -46,57 +40,6 @@ class Stretch(NamedTuple):
     slot: int
     first: int
     last: int
-
-
-class Matrices:
-    """A and B of all slots, of layers that are given the same input. Slots start empty: zeros."""
-
-    def __init__(
-        self,
-        slots: int,
-        rank: int,
-        features_in: int,
-        sizes: Sequence[int],
-        dtype: torch.dtype,
-        device: torch.device | None = None,
-    ) -> None:
-        """`rank` of a slot, a multiple of `TERMS`; `sizes`: features out of each layer."""
-        self.rank, self.features_in, self.sizes = rank, features_in, tuple(sizes)
-        pieces, each = rank // TERMS, len(sizes) * TERMS
-        self.a_ncde = torch.zeros(slots, pieces, features_in, each, dtype=dtype, device=device)
-        """A transposed, times its scale, of all layers side by side."""
-        self.b_ncto = torch.zeros(slots, pieces, TERMS, sum(sizes), dtype=dtype, device=device)
-        """B transposed, of all layers side by side."""
-        ends_l = torch.tensor(list(accumulate(sizes)))
-        self.kernel = bank_rows.rows_of(self.a_ncde, self.b_ncto, ends_l)
-        """None: PyTorch's operations take its place."""
-        self.block = _width(math.gcd(*sizes))
-        self.rows_a, self.rows_b = self.a_ncde.view(-1, each), self.b_ncto.view(-1, self.block)
-        self.shape = (slots, rank, features_in, *sizes)
-        ends = list(accumulate(sizes))
-        self.parts = [
-            (slice(layer * TERMS, (layer + 1) * TERMS), slice(end - size, end))
-            for layer, (size, end) in enumerate(zip(sizes, ends, strict=True))
-        ]
-        """Of each layer: its part of u, and of y."""
-
-    def write(self, layer: int, slot: int, a_rd: Tensor | None, b_ro: Tensor | None) -> None:
-        """A and B transposed of a slot's rank or less; None: nothing. Others may be read."""
-        for own, given in zip(self._views(layer, slot), (a_rd, b_ro), strict=True):
-            padded = own.new_zeros(self.rank, own.shape[-1])
-            if given is not None:
-                padded[: given.shape[0]] = given
-            own.copy_(padded.view(own.shape))
-
-    def read(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
-        """A (R, D) and B transposed (R, O_i); maybe copies."""
-        a_ctd, b_cto = self._views(layer, slot)
-        return a_ctd.flatten(0, 1), b_cto.flatten(0, 1)
-
-    def _views(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
-        """(C, T, D) and (C, T, O_i)."""
-        terms, columns = self.parts[layer]
-        return self.a_ncde[slot, :, :, terms].transpose(1, 2), self.b_ncto[slot, :, :, columns]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +112,6 @@ class Run:
         )
 
 
-def _width(common: int) -> int:
-    """Of the blocks that y is summed in: an even part of every layer, and not wide."""
-    while common > _WIDEST and common % 2 == 0:
-        common //= 2
-    return common
-
-
 def _numbers(values: NDArray[np.int64], device: torch.device) -> Tensor:
     """int32: there are many, and they are read too."""
     return torch.from_numpy(values.ravel().astype(np.int32)).to(device)
@@ -211,16 +147,27 @@ class Layout:
 
     stretches: tuple[Stretch, ...]
     pieces: tuple[int, ...]
+    made: dict[int, tuple[bank_rows.Blocks, list[Batch]]] = field(default_factory=dict)
+
+    def blocks(self, most: int) -> tuple[bank_rows.Blocks, list[Batch]]:
+        """For the kernel, and what has more than `most` tokens side by side. Made once."""
+        if most not in self.made:
+            short, pieces, batches = _divide(self.stretches, self.pieces, most)
+            self.made[most] = bank_rows.Blocks(short, pieces), batches
+        return self.made[most]
 
     @cached_property
-    def blocks(self) -> bank_rows.Blocks:
-        """For the kernel."""
-        return bank_rows.Blocks(self.stretches, self.pieces)
-
-    @cached_property
-    def runs_and_batches(self) -> tuple[tuple[Run, ...], tuple[Batch, ...]]:
-        """For PyTorch's operations: what is summed row by row, what is multiplied."""
-        return _cut(self.stretches, self.pieces)
+    def runs(self) -> tuple[list[Run], list[Batch]]:
+        """For PyTorch's operations: what is summed row by row, and longer stretches."""
+        short, each, batches = _divide(self.stretches, self.pieces, _FEW)
+        runs: list[Run] = []
+        for (slot, first, last), pieces in zip(short, each, strict=True):
+            run = Run(first, (slot,) * (last - first), (pieces,) * (last - first))
+            if runs and runs[-1].tokens.stop == first:
+                before = runs.pop()
+                run = Run(before.first, before.slots + run.slots, before.pieces + run.pieces)
+            runs.append(run)
+        return runs, batches
 
 
 def lay_out(stretches: Sequence[Stretch], ranks: Sequence[int]) -> Layout:
@@ -228,27 +175,25 @@ def lay_out(stretches: Sequence[Stretch], ranks: Sequence[int]) -> Layout:
     return Layout(tuple(stretches), tuple(-(-rank // TERMS) for rank in ranks))
 
 
-def _cut(
-    stretches: Sequence[Stretch], each: Sequence[int]
-) -> tuple[tuple[Run, ...], tuple[Batch, ...]]:
-    runs: list[Run] = []
+def _divide(
+    stretches: Sequence[Stretch], each: Sequence[int], most: int
+) -> tuple[list[Stretch], list[int], list[Batch]]:
+    """Stretches of up to `most` tokens with their pieces, and the others in batches."""
+    short: list[Stretch] = []
+    its_pieces: list[int] = []
     batches: list[Batch] = []
-    for (slot, first, last), pieces in zip(stretches, each, strict=True):
-        length = last - first
-        if length > _FEW:
-            batch = Batch(first, last, (slot,), pieces)
-            if batches and _is_alike(batches[-1], batch):
-                before = batches.pop()
-                batch = Batch(before.first, last, (*before.slots, slot), pieces)
-            batches.append(batch)
-        else:
-            run = Run(first, (slot,) * length, (pieces,) * length)
-            if runs and runs[-1].tokens.stop == first:
-                before_run = runs.pop()
-                slots, of_each = before_run.slots + run.slots, before_run.pieces + run.pieces
-                run = Run(before_run.first, slots, of_each)
-            runs.append(run)
-    return tuple(runs), tuple(batches)
+    for stretch, pieces in zip(stretches, each, strict=True):
+        slot, first, last = stretch
+        if last - first <= most:
+            short.append(stretch)
+            its_pieces.append(pieces)
+            continue
+        batch = Batch(first, last, (slot,), pieces)
+        if batches and _is_alike(batches[-1], batch):
+            before = batches.pop()
+            batch = Batch(before.first, last, (*before.slots, slot), pieces)
+        batches.append(batch)
+    return short, its_pieces, batches
 
 
 def _is_alike(batch: Batch, one: Batch) -> bool:
@@ -259,15 +204,19 @@ def _is_alike(batch: Batch, one: Batch) -> bool:
 
 def add_stretches(y_so: Tensor, x_sd: Tensor, matrices: Matrices, layout: Layout) -> None:
     """y += B_n A_n x over the tokens of each slot, in place. A row of y lies in one piece."""
-    if matrices.kernel is not None:
-        matrices.kernel.add(y_so, x_sd, layout.blocks)
-    else:
+    kernel = matrices.kernel
+    if kernel is None or (torch.is_grad_enabled() and x_sd.requires_grad):
         add_stretches_reference(y_so, x_sd, matrices, layout)
+        return
+    blocks, batches = layout.blocks(kernel.longest)
+    kernel.add(y_so, x_sd, blocks)
+    for batch in batches:
+        _add_batch(y_so, x_sd, matrices, batch)
 
 
 def add_stretches_reference(y_so: Tensor, x_sd: Tensor, matrices: Matrices, layout: Layout) -> None:
     """`add_stretches` by PyTorch's operations, on any device."""
-    runs, batches = layout.runs_and_batches
+    runs, batches = layout.runs
     for batch in batches:
         _add_batch(y_so, x_sd, matrices, batch)
     for run in runs:

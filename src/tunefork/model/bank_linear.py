@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from tunefork.kernels.bank import Bounds, Padded, add_segments, grouped, spans
 from tunefork.kernels.bank_mixed import Mixed, add_mixed
 from tunefork.kernels.bank_read import Tiles, down, up
-from tunefork.kernels.bank_stretches import Layout, Matrices, add_stretches
+from tunefork.kernels.bank_stretches import Layout, add_stretches
+from tunefork.kernels.bank_tables import Matrices
 from tunefork.kernels.bank_tokens import bank_tokens
 from tunefork.model.linear import FrozenBase, Nf4Linear
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tunefork.kernels.bank_stretches import Matrices, add_stretches
+from tunefork.kernels.bank_stretches import add_stretches
+from tunefork.kernels.bank_tables import Matrices
 from tunefork.model.bank_linear import BankLinear
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 
 from tunefork.export.dense import merge_deltas
-from tunefork.kernels.bank_stretches import TERMS
+from tunefork.kernels.bank_tables import TERMS
 from tunefork.model.add_bank import add_serving_bank
 from tunefork.model.bank import Bank
 from tunefork.model.bank_linear import BankLinear
