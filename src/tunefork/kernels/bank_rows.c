@@ -211,7 +211,14 @@ void add_rows(const tables *in, number *y, int64_t stride_y, const number *x, in
     const int64_t parts = (in->sum_of_sizes + COLUMNS - 1) / COLUMNS;
     const operands of = {*in, y, x, stride_y, stride_x, room, room + tokens * each};
 #pragma omp parallel num_threads(threads)
-    {
+    if (count >= threads) {
+        /* Each block by one thread, which need not wait for the others in between. */
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < count; i++) {
+            down_block(&of, blocks + i, omp_get_thread_num());
+            up_columns(&of, blocks + i, 0, in->sum_of_sizes);
+        }
+    } else {
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < count; i++) down_block(&of, blocks + i, omp_get_thread_num());
 #pragma omp for schedule(dynamic)

@@ -62,6 +62,7 @@ class Blocks:
                 at += tokens
         self.blocks_b4 = torch.tensor(found, dtype=torch.int64).view(-1, 4)
         """Slot, first token, tokens and pieces."""
+        self.count = len(found)
         every = (*stretches, (0, 0, 0))
         self.least = min(min(slot, first) for slot, first, _ in every)
         self.slots, self.tokens = max(slot for slot, *_ in every) + 1, max(one[2] for one in every)
@@ -96,13 +97,12 @@ class Rows:
     def add(self, y_so: Tensor, x_sd: Tensor, blocks: Blocks) -> None:
         """y (S, O) += B_n A_n x (S, D) in place, in the tables' dtype; a row of y lies in one
         piece. Without a gradient. Raises ValueError for what is not of the tables' shape."""
-        tokens = len(x_sd)
+        (tokens, features), (stride_y, is_near) = x_sd.shape, y_so.stride()
         if (
-            x_sd.shape != (tokens, self.features)
+            features != self.features
             or y_so.shape != (tokens, self.features_out)
-            or not x_sd.dtype == y_so.dtype == self.dtype
-            or not x_sd.device == y_so.device == self._held[0].device
-            or y_so.stride(1) != 1
+            or not x_sd.dtype is y_so.dtype is self.dtype
+            or not (x_sd.is_cpu and y_so.is_cpu and is_near == 1)
         ):
             raise ValueError(
                 f"x {tuple(x_sd.shape)} {x_sd.dtype} and y {tuple(y_so.shape)} {y_so.dtype}, "
@@ -111,20 +111,21 @@ class Rows:
         is_within = blocks.slots <= self.num_slots and blocks.pieces <= self.pieces
         if not is_within or blocks.tokens > tokens or blocks.least < 0:
             raise ValueError(f"stretches go beyond {tokens} tokens, or slots, or a slot's rank")
-        if x_sd.stride(1) != 1:
-            x_sd = x_sd.contiguous()
+        stride_x, is_near = x_sd.stride()
+        if is_near != 1:
+            x_sd, stride_x = x_sd.contiguous(), features
         threads = torch.get_num_threads()
-        room = torch.empty(tokens * self.each + threads * _MOST_TOKENS * self.features)
+        room = torch.empty(tokens * self.each + threads * _MOST_TOKENS * features)
         self._kernel(
             self._address,
             y_so.data_ptr(),
-            y_so.stride(0),
+            stride_y,
             x_sd.data_ptr(),
-            x_sd.stride(0),
+            stride_x,
             room.data_ptr(),
             tokens,
             blocks.blocks_b4.data_ptr(),
-            len(blocks.blocks_b4),
+            blocks.count,
             threads,
         )
 
