@@ -62,7 +62,6 @@ class Blocks:
                 at += tokens
         self.blocks_b4 = torch.tensor(found, dtype=torch.int64).view(-1, 4)
         """Slot, first token, tokens and pieces."""
-        self.count = len(found)
         every = (*stretches, (0, 0, 0))
         self.least = min(min(slot, first) for slot, first, _ in every)
         self.slots, self.tokens = max(slot for slot, *_ in every) + 1, max(one[2] for one in every)
@@ -125,7 +124,7 @@ class Rows:
             room.data_ptr(),
             tokens,
             blocks.blocks_b4.data_ptr(),
-            blocks.count,
+            len(blocks.blocks_b4),
             threads,
         )
 
