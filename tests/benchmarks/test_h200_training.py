@@ -157,7 +157,7 @@ def test_the_whole_way_on_a_cpu(tmp_path: Path) -> None:
     """`measure --tiny`: a process for each run, a line for each, and what was run is compared."""
     raw = tmp_path / "raw.jsonl"
     command = [sys.executable, "-m", "benchmarks.h200_training", "measure", "--tiny"]
-    command += ["--out", str(raw), "--model", str(tmp_path / "weights")]
+    command += ["--out", str(raw), "--model", str(tmp_path / "weights"), "--call", "an earlier one"]
     command += ["--cases", "lora_8x2048_bf16", "--tools", "tunefork", "plain", "peft"]
     command += ["--steps", "2", "--peer-steps", "2", "--set", "train.precision=fp32"]
     here = Path(__file__).parents[2]
@@ -166,5 +166,6 @@ def test_the_whole_way_on_a_cpu(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in raw.read_text(encoding="utf-8").splitlines()]
     assert [row["run"] for row in rows] == ["bf16", "peft", "peft_defaults", "plain_lora"]
     assert not [row["error"] for row in rows if "error" in row]
+    assert {row["call"] for row in rows} == {"an earlier one"}
     assert "train.precision: fp32" in rows[0]["setting"]
     assert "train.precision: bf16" in rows[3]["setting"]  # what is compared with stays as it is

@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 #ifndef __AVX512F__
-#error "without AVX-512 PyTorch's operations are quicker" /* sums of blocks do not fit 16 registers */
+#error "without AVX-512 PyTorch's operations are quicker" /* 16 registers hold no block's sums */
 #endif
 
 #define TERMS 16
@@ -116,7 +116,8 @@ INLINE void up(const int tokens, const int vectors, int64_t some, const operands
 {
     const int64_t each = of->in.layers * TERMS, stride_u = of->in.slot_pieces * each;
     const float *u = of->u + own->first * stride_u + layer * TERMS;
-    const number *b = of->in.b + own->slot * of->in.slot_pieces * TERMS * of->in.sum_of_sizes + column;
+    const int64_t stride_b = of->in.sum_of_sizes;
+    const number *b = of->in.b + own->slot * of->in.slot_pieces * TERMS * stride_b + column;
     number *y = of->y + own->first * of->stride_y + column;
     floats sums[MOST_TOKENS][MOST_VECTORS];
     for (int t = 0; t < tokens; t++)
@@ -125,7 +126,7 @@ INLINE void up(const int tokens, const int vectors, int64_t some, const operands
             sums[t][v] = some ? load_some(at, some) : load(at);
         }
     for (int64_t piece = 0; piece < own->pieces; piece++, u += each)
-        for (int term = 0; term < TERMS; term++, b += of->in.sum_of_sizes) {
+        for (int term = 0; term < TERMS; term++, b += stride_b) {
             floats row[MOST_VECTORS];
             for (int v = 0; v < vectors; v += LINE / (int)sizeof(number) / LANES)
                 __builtin_prefetch((const char *)(b + v * LANES) + AHEAD_B);
@@ -163,22 +164,22 @@ static void down_block(const operands *of, const block *own, int thread)
 {
     const int64_t each = of->in.layers * TERMS, stride_u = of->in.slot_pieces * each;
     const int64_t wide = own->tokens > 4 ? 3 * LANES : MOST_VECTORS * LANES;
-    float *x = of->wide_x + (int64_t)thread * MOST_TOKENS * of->in.features;
+    const int64_t features = of->in.features;
+    float *x = of->wide_x + (int64_t)thread * MOST_TOKENS * features;
     for (int64_t t = 0; t < own->tokens; t++) {
         const number *from = of->x + (own->first + t) * of->stride_x;
-        for (int64_t d = 0; d < of->in.features; d += LANES) {
-            int64_t left = of->in.features - d;
-            floats values = left < LANES ? load_some(from + d, left) : load(from + d);
-            __builtin_memcpy(x + t * of->in.features + d, &values,
-                   (size_t)(left < LANES ? left : LANES) * sizeof(float));
+        for (int64_t d = 0; d < features; d += LANES) {
+            int64_t count = features - d < LANES ? features - d : LANES;
+            floats values = count < LANES ? load_some(from + d, count) : load(from + d);
+            __builtin_memcpy(x + t * features + d, &values, (size_t)count * sizeof(float));
         }
     }
     for (int64_t piece = 0; piece < own->pieces; piece++) {
-        const number *a = of->in.a + (own->slot * of->in.slot_pieces + piece) * of->in.features * each;
+        const number *a = of->in.a + (own->slot * of->in.slot_pieces + piece) * features * each;
         float *u = of->u + own->first * stride_u + piece * each;
         for (int64_t e = 0; e < each; e += wide) {
             int64_t vectors = (each - e < wide ? each - e : wide) / LANES;
-            BY_SIZES(down, own->tokens, vectors, x, a + e, u + e, of->in.features, each, stride_u)
+            BY_SIZES(down, own->tokens, vectors, x, a + e, u + e, features, each, stride_u)
         }
     }
 }

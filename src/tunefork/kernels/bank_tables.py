@@ -39,13 +39,12 @@ class Matrices:
         """A transposed, times its scale, of all layers side by side."""
         self.b_ncto = torch.zeros(slots, pieces, TERMS, sum(sizes), dtype=dtype, device=device)
         """B transposed, of all layers side by side."""
-        ends_l = torch.tensor(list(accumulate(sizes)))
-        self.kernel = bank_rows.rows_of(self.a_ncde, self.b_ncto, ends_l)
+        ends = list(accumulate(sizes))
+        self.kernel = bank_rows.rows_of(self.a_ncde, self.b_ncto, torch.tensor(ends))
         """None: PyTorch's operations take its place."""
         self.block = _width(math.gcd(*sizes))
         self.rows_a, self.rows_b = self.a_ncde.view(-1, each), self.b_ncto.view(-1, self.block)
         self.shape = (slots, rank, features_in, *sizes)
-        ends = list(accumulate(sizes))
         self.parts = [
             (slice(layer * TERMS, (layer + 1) * TERMS), slice(end - size, end))
             for layer, (size, end) in enumerate(zip(sizes, ends, strict=True))

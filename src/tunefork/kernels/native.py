@@ -95,7 +95,7 @@ def _compile(
 
 
 def _run(command: list[str]) -> None:
-    """Raises RuntimeError with what the compiler says, or that it says nothing."""
+    """Raises RuntimeError with what the compiler says, or that it did not end."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
