@@ -56,7 +56,7 @@ class StoreError(BadInputError):
 
 
 class DivergedError(TuneforkError):
-    """A loss or a gradient is no longer finite. Exit status 1."""
+    """A loss or a gradient is no longer finite, or there is none. Exit status 1."""
 
 
 class NoMemoryError(TuneforkError):

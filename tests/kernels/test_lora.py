@@ -1,9 +1,11 @@
 """The fused LoRA layer against its definition, values and gradients."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from tunefork.kernels import lora, reference
+from tunefork.kernels import dora, lora, reference
 
 SHAPES = [((3, 5), 8, 12, 4), ((1, 1), 16, 16, 1), ((2, 7), 9, 5, 3), ((13,), 8, 24, 8)]
 
@@ -102,3 +104,36 @@ def test_the_result_may_be_changed_in_place() -> None:
     y.mul_(2.0)  # as Falcon's rotary embedding does
     y.sum().backward()
     assert a.grad is not None and a.grad.tolist() == [[24.0, 24.0]]
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's
+@pytest.mark.parametrize("is_dora", [False, True])
+def test_a_compiler_sees_nothing_changed_in_place(is_dora: bool) -> None:
+    """Torch 2.11 lost all gradients of a Function that changes its own (`test_gpu_engine.py`)."""
+    x, w = torch.randn(6, 8, requires_grad=True), torch.randn(12, 8)
+    a, b = torch.randn(4, 8, requires_grad=True), torch.randn(12, 4, requires_grad=True)
+    m, squares = torch.ones(12, requires_grad=True), dora.row_squares(w)
+    seen: list[str] = []
+
+    def look(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
+        seen.extend(
+            str(node.target)
+            for part in graph.modules()
+            if isinstance(part, torch.fx.GraphModule)
+            for node in part.graph.nodes
+            if node.op in ("call_function", "call_method")
+        )
+        return graph
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        if is_dora:
+            return dora.dora_linear(x, lambda: w, None, a, b, m, 0.5, squares)
+        return lora.lora_linear(x, lambda: w, None, a, b, 0.5)
+
+    torch._dynamo.reset()
+    inputs = (x, a, b)
+    want = torch.autograd.grad(layer(x).square().sum(), inputs)
+    got = torch.autograd.grad(torch.compile(layer, backend=look)(x).square().sum(), inputs)
+    torch.testing.assert_close(got, want)
+    assert any("addmm" in name for name in seen)
+    assert not [name for name in seen if name.endswith("_") and not name.endswith("__")]

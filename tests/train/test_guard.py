@@ -12,7 +12,7 @@ from tests.train.test_loss import examples
 from tunefork.errors import ModelError
 from tunefork.model.build import build
 from tunefork.recipe import LoraSection, Method
-from tunefork.train.guard import SpikeWatch, blame, check_weights
+from tunefork.train.guard import SpikeWatch, blame, check_weights, lost_gradient
 
 POISON = 95
 """A token id that no other row has."""
@@ -104,3 +104,12 @@ def test_a_step_of_one_row_does_not_convict_the_weights() -> None:
         model.get_input_embeddings().weight.fill_(float("nan"))
     assert blame(model, _rows(), pad_id=0).is_weights
     assert not blame(model, _rows()[:1], pad_id=0).is_weights
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm"), [(2.0, 1e-30), (0.0, 0.0), (1e-6, 0.0), (float("nan"), 0.0)]
+)
+def test_a_gradient_is_lost_only_where_a_loss_leaves_none_at_all(loss: float, norm: float) -> None:
+    """Rows that are known by heart, or a step without a supervised token, have none to leave."""
+    assert lost_gradient(loss, norm) is None
+    assert "nothing is learnt" in str(lost_gradient(2.0, 0.0))

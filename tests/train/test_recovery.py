@@ -94,6 +94,29 @@ def test_a_step_that_is_not_finite_is_not_taken_and_the_state_before_is_saved(
     assert all(map(torch.equal, _weights(again), _weights(whole)))
 
 
+def test_a_step_that_leaves_no_gradient_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch 2.11's compiler once had it for `train.precision: fp32`, for all of a run."""
+    first = Accumulator.gradient
+
+    def gradient(
+        self: Accumulator, chosen: Any, step: int, following: Any = ()
+    ) -> tuple[torch.Tensor, int]:
+        found = first(self, chosen, step, following)
+        if step == 3:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+        return found
+
+    monkeypatch.setattr(Accumulator, "gradient", gradient)
+    with pytest.raises(DivergedError, match=r"step 3: .* nothing is learnt; .*compile: never"):
+        _run(tmp_path)
+    found = Checkpoints(tmp_path, {}, {}).newest()
+    assert found is not None and found.facts.step == 2
+
+
 def test_bad_weights_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They would be the newest checkpoint, and the same command would fail for ever."""
     whole, _, _ = _run(tmp_path / "whole")

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tunefork.kernels.lora import add_product
+
 _CHUNK = 1 << 22
 """Elements of W that are widened to fp32 at a time: 16 MiB."""
 _SHORTEST = 2.0**-20
@@ -46,7 +48,7 @@ class _DoraLinear(torch.autograd.Function):
         weight_od = weight()
         norm_o = row_norms(weight_od, lora_a_rd, lora_b_or, scale, squares_o)
         xa_sr = x_sd @ a_rd.t()
-        u_so = (x_sd @ weight_od.t()).addmm_(xa_sr, b_or.t(), alpha=scale)
+        u_so = add_product(x_sd @ weight_od.t(), xa_sr, b_or.t(), scale)
         gain_o = (magnitude_o / norm_o).to(x_sd.dtype)
         ctx.save_for_backward(x_sd, xa_sr, a_rd, b_or, u_so, gain_o, norm_o)
         ctx.weight, ctx.scale = weight, scale
@@ -61,16 +63,14 @@ class _DoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[5]:
             dm_o = ((dy_so * u_so).sum(0, dtype=norm_o.dtype) / norm_o).to(ctx.dtypes[2])
         du_so = dy_so * gain_o
-        du_b_sr = (du_so @ b_or).mul_(ctx.scale)
+        du_b_sr = (du_so @ b_or) * ctx.scale
         da_rd = (du_b_sr.t() @ x_sd).to(ctx.dtypes[0]) if ctx.needs_input_grad[3] else None
         db_or = (
-            (du_so.t() @ xa_sr).to(ctx.dtypes[1]).mul_(ctx.scale)
-            if ctx.needs_input_grad[4]
-            else None
+            (du_so.t() @ xa_sr).to(ctx.dtypes[1]) * ctx.scale if ctx.needs_input_grad[4] else None
         )
         dx_sd = None
         if ctx.needs_input_grad[0]:
-            dx_sd = (du_so @ ctx.weight()).addmm_(du_b_sr, a_rd)
+            dx_sd = add_product(du_so @ ctx.weight(), du_b_sr, a_rd)
         return dx_sd, None, None, da_rd, db_or, dm_o, None, None
 
 

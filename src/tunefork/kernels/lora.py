@@ -2,9 +2,9 @@
 
 Why not let autograd differentiate the definition (`reference.lora_linear`)? Three reasons, in
 order of weight. The delta is accumulated into the base product and its input gradient into the
-base's (`addmm_`), so no (tokens, features) intermediate is written twice. A frozen weight is not
-saved but asked for again (`weight()`), so an NF4 base is dequantised for one layer at a time, in
-the forward and once more in the backward pass. And A and B stay fp32 for the optimiser while
+base's (`add_product`), so no (tokens, features) intermediate is written twice. A frozen weight is
+not saved but asked for again (`weight()`), so an NF4 base is dequantised for one layer at a time,
+in the forward and once more in the backward pass. And A and B stay fp32 for the optimiser while
 every product runs in the base's dtype.
 
 Shape legend as in `reference.py`.
@@ -16,6 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+def add_product(y_mn: Tensor, a_mk: Tensor, b_kn: Tensor, scale: float = 1.0) -> Tensor:
+    """y + scale * a @ b for an autograd Function that has just made y: in place where it runs as
+    written.
+
+    A compiler gets it out of place, and decides itself: of a Function that changes what it made in
+    place torch.compile (2.11) loses the gradients, in silence.
+    """
+    if torch.compiler.is_compiling():
+        return torch.addmm(y_mn, a_mk, b_kn, alpha=scale)
+    return y_mn.addmm_(a_mk, b_kn, alpha=scale)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -33,7 +45,7 @@ class _LoraLinear(torch.autograd.Function):
         weight_od = weight()
         xa_sr = x_sd @ a_rd.t()
         y_so = x_sd @ weight_od.t() if bias_o is None else torch.addmm(bias_o, x_sd, weight_od.t())
-        y_so.addmm_(xa_sr, b_or.t(), alpha=scale)
+        y_so = add_product(y_so, xa_sr, b_or.t(), scale)
         ctx.save_for_backward(x_sd, xa_sr, a_rd, b_or)
         ctx.weight, ctx.scale = weight, scale
         ctx.dtypes = (lora_a_rd.dtype, lora_b_or.dtype)
@@ -43,16 +55,14 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_so: Tensor) -> tuple[Tensor | None, ...]:
         x_sd, xa_sr, a_rd, b_or = ctx.saved_tensors
-        dy_b_sr = (dy_so @ b_or).mul_(ctx.scale)
+        dy_b_sr = (dy_so @ b_or) * ctx.scale
         da_rd = (dy_b_sr.t() @ x_sd).to(ctx.dtypes[0]) if ctx.needs_input_grad[3] else None
         db_or = (
-            (dy_so.t() @ xa_sr).to(ctx.dtypes[1]).mul_(ctx.scale)
-            if ctx.needs_input_grad[4]
-            else None
+            (dy_so.t() @ xa_sr).to(ctx.dtypes[1]) * ctx.scale if ctx.needs_input_grad[4] else None
         )
         dx_sd = None
         if ctx.needs_input_grad[0]:
-            dx_sd = (dy_so @ ctx.weight()).addmm_(dy_b_sr, a_rd)
+            dx_sd = add_product(dy_so @ ctx.weight(), dy_b_sr, a_rd)
         return dx_sd, None, None, da_rd, db_or, None
 
 

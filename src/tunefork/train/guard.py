@@ -4,6 +4,9 @@ A loss or gradient that is not finite stops the run before its update, so the we
 the last good step. Which rows did it is looked for by running the step's rows one by one: most
 often it is one row, or all of them because the weights have gone bad.
 
+A gradient that is zero everywhere, at a loss that is not, comes of code that loses it; a run would
+go through all of its steps and learn nothing.
+
 A loss spike is finite, and ordinary training has outliers: a hard row, a small batch. The watch is
 robust, so that neither the outliers nor the fall of the loss hide the next one: how far the loss is
 above the median of the last `_WINDOW`, in units of their spread (median absolute deviation, made a
@@ -34,6 +37,8 @@ _FEWEST = 16
 _THRESHOLD = 10.0
 _LEAST_SPREAD = 0.02
 """Of the median: where losses hardly differ (one repeated batch), a hair is no spike."""
+_LEAST_LOSS = 1e-3
+"""From which on some gradient is left of it: the probability is 1 to fp32's last digit at 1e-7."""
 _MOST_ROWS = 64
 """Rows that are looked at one by one after a step that is not finite."""
 _MOST_NAMED = 16
@@ -60,6 +65,22 @@ class SpikeWatch:
             f"the loss is {loss:.4g}, {score:.0f} robust standard deviations above the "
             f"{middle:.4g} of the {len(known)} steps before"
         )
+
+
+def lost_gradient(loss: float, norm: float) -> str | None:
+    """In words, where nothing of a step's loss has reached what is trained."""
+    if norm != 0.0 or not loss > _LEAST_LOSS:
+        return None
+    return (
+        f"the loss is {loss:.4g} and the gradient of everything that is trained is zero, so that "
+        "nothing is learnt"
+    )
+
+
+LOST_GRADIENT_ADVICE = (
+    "That is a fault of tunefork's or of torch.compile's, not of the data: set train.compile: "
+    "never, and report it with the run's run.json"
+)
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from tunefork.train.guard import blame
 from tunefork.train.out_of_memory import Remedies
 from tunefork.train.state import Optimizer, Progress, restore
 
+_ADVICE = "Lower train.learning_rate, mend or remove those rows, or set train.precision: fp32"
 _BEFORE = 3
 _MOST_ROLLBACKS = 3
 
@@ -64,6 +65,7 @@ class Recovery:
         chosen: Sequence[Encoded],
         *,
         find_rows: bool,
+        advice: str = _ADVICE,
     ) -> DivergedError:
         """The error that ends the run before its next update; a good state before it is saved."""
         model, step = self.cut.model, done.step + 1
@@ -80,8 +82,7 @@ class Recovery:
         rows = f"The step's rows: {names}" if found is None else found.said
         return DivergedError(
             f"step {step}: {what}; the weights were left as they were before the step{saved}. "
-            f"{rows[0].upper()}{rows[1:]}. Lower train.learning_rate, mend or remove those rows, "
-            "or set train.precision: fp32"
+            f"{rows[0].upper()}{rows[1:]}. {advice}"
         )
 
     def stop_after(self, what: str, done: Progress, chosen: Sequence[Encoded]) -> DivergedError:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tunefork.data.example import Encoded
 from tunefork.errors import TuneforkError
 from tunefork.train.adamw_bank import SlotUpdate
-from tunefork.train.guard import SpikeWatch
+from tunefork.train.guard import LOST_GRADIENT_ADVICE, SpikeWatch, lost_gradient
 from tunefork.train.loop import StepRecord
 from tunefork.train.member import Member, MemberEvent, MemberStep, MemberWarned
 from tunefork.train.state import Progress
@@ -116,7 +116,9 @@ class Begun:
     learning_rate: float
 
     def sick(self, loss: float, norm: float) -> str | None:
-        """In words, where one of its figures is not finite."""
+        """In words, where one of its figures is not finite, or no gradient is left of its loss."""
+        if (lost := lost_gradient(loss, norm)) is not None:
+            return f"step {self.step}: {lost}. {LOST_GRADIENT_ADVICE}"
         if math.isfinite(loss) and math.isfinite(norm):
             return None
         return (
