@@ -10,8 +10,10 @@ The same seeds, examples, order and recipe with `train.precision` bf16 and fp8, 
 What is judged is in `fp8_verdict.py`: the evaluation's loss, the paired interval of the accuracy,
 and the gradients against float64 (`fp8_gradients.py`). A model trained in FP8 is evaluated twice:
 as it was trained, and with its adapter over the base in bf16, as a server would have it.
-`--precisions fp32 bf16_cut` adds yardsticks: how far from bf16 a run on the same seed ends that
-computes in fp32, or cuts its steps into other micro-batches. Less than that is chance.
+`--precisions fp32 bf16_cut` adds yardsticks: how far from a run on the same seed that computes in
+fp32 each precision ends, bf16 too, and how far from bf16 one whose steps are cut into other
+micro-batches. Less than that is chance. `--precisions int8` is a form that is not built
+(`int8_emulated.py`), for LoRA.
 
 The task: to which of 45 lexicographer files of WordNet does a gloss belong? SOURCE is the folder
 with wordnet_lexname_{train,test}.jsonl.gz. Each run is a line of RAW as it ends, and one that is in
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fp8_run import (
+    EMULATED,
     METHODS,
     PRECISIONS,
     YARDSTICKS,
@@ -149,7 +152,7 @@ def _arguments() -> argparse.Namespace:
         run.add_argument(
             "--precisions",
             nargs="+",
-            choices=[*PRECISIONS, *YARDSTICKS],
+            choices=[*PRECISIONS, *YARDSTICKS, *EMULATED],
             default=list(PRECISIONS),
         )
         run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -8,6 +8,7 @@ import io
 import json
 import pickle
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.int8_emulated import emulated
 from benchmarks.training_runs import versions
 from tunefork.data.chat import Renderer
 from tunefork.data.loader import load_data
@@ -30,6 +32,8 @@ METHODS, PRECISIONS = ("lora", "qlora"), ("bf16", "fp8")
 YARDSTICKS = ("fp32", "bf16_cut")
 """Runs that differ from bf16's harmlessly: how far apart such runs end is what chance alone does.
 `bf16_cut` is bf16 with its steps cut into smaller micro-batches, so that sums round otherwise."""
+EMULATED = ("int8",)
+"""Forms of LoRA that are not built (`int8_emulated.py`)."""
 _CUT, _SMALLER_CUT = 8192, 2048
 """Tokens of a micro-batch."""
 _MAX_LENGTH = 128
@@ -70,7 +74,9 @@ def recipe_of(arguments: argparse.Namespace, trial: Trial) -> Recipe:
             "epochs": 100.0,
             "max_steps": arguments.steps,
             "learning_rate": arguments.learning_rate,
-            "precision": trial.precision.removesuffix("_cut"),
+            "precision": "fp8"
+            if trial.precision in EMULATED
+            else trial.precision.removesuffix("_cut"),
         },
         "evaluate": {"metrics": ["loss", "accuracy"], "forgetting": None},
     }
@@ -124,6 +130,11 @@ def load(arguments: argparse.Namespace, trial: Trial) -> Any:
 
 def run(arguments: argparse.Namespace, trial: Trial, loaded: Any) -> dict[str, Any]:
     """Train and evaluate."""
+    with emulated() if trial.precision in EMULATED else nullcontext():
+        return _run(arguments, trial, loaded)
+
+
+def _run(arguments: argparse.Namespace, trial: Trial, loaded: Any) -> dict[str, Any]:
     data, tokenizer = loaded
     recipe, device = recipe_of(arguments, trial), pick_device()
     method, began = recipe.method, time.perf_counter()
@@ -156,7 +167,7 @@ def run(arguments: argparse.Namespace, trial: Trial, loaded: Any) -> dict[str, A
         "versions": versions(),
     }
     row |= _evaluated(model, tokenizer, data, recipe, "")
-    if trial.precision == "fp8":
+    if trial.precision in ("fp8", *EMULATED):
         trained = adapter(model)
         del model
         forget()

@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.fp8_gate import read
-from benchmarks.fp8_run import METHODS, PRECISIONS, YARDSTICKS, unpack_columns
+from benchmarks.fp8_run import EMULATED, METHODS, PRECISIONS, unpack_columns
 from tunefork.evaluate.statistics import estimate, paired_difference
 
 LOSS_BOUND = 0.005
@@ -35,12 +35,14 @@ def collect(files: list[Path], name: str) -> Path:
     failed = [row for row in read(files) if "error" in row and row["run"] not in raw]
     rows: list[_Row] = [{"case": row["run"], "error": row["error"]} for row in failed]
     for method in METHODS:
-        pairs = pairs_of(method, raw)
-        judged = [judge(method, seed, *pair) for seed, pair in pairs.items()]
-        rows += judged
-        if judged:
-            rows.append(summary(method, judged, list(pairs.values())))
-        rows += yardsticks(method, pairs, raw)
+        for precision in ("fp8", *EMULATED):
+            pairs = pairs_of(method, raw, precision)
+            case = method if precision == "fp8" else f"{method}_{precision}"
+            judged = [judge(case, seed, *pair) for seed, pair in pairs.items()]
+            rows += judged
+            if judged:
+                rows.append(summary(case, judged, list(pairs.values())))
+        rows += yardsticks(method, raw)
         if f"gradients_{method}" in raw:
             rows.append(judge_gradients(raw[f"gradients_{method}"]))
     measured = list(raw.values())
@@ -53,35 +55,38 @@ def collect(files: list[Path], name: str) -> Path:
     )
 
 
-def pairs_of(method: str, raw: dict[str, _Row]) -> dict[int, tuple[_Row, _Row]]:
-    """bf16's and FP8's run of each seed that has both; SystemExit where they do not match."""
+def pairs_of(
+    method: str, raw: dict[str, _Row], other: str, base: str = "bf16"
+) -> dict[int, tuple[_Row, _Row]]:
+    """`base`'s and `other`'s run of each seed that has both; SystemExit where they do not match."""
     found = {}
     of_method = [row for row in raw.values() if row.get("method") == method and "seed" in row]
     for seed in sorted({row["seed"] for row in of_method}):
-        pair = [raw.get(f"{method}_{precision}_{seed}") for precision in PRECISIONS]
-        bf16, fp8 = pair
-        if bf16 is None or fp8 is None:
+        first, second = (raw.get(f"{method}_{precision}_{seed}") for precision in (base, other))
+        if first is None or second is None:
             continue
         for part in ("shared", "device"):
-            if bf16[part] != fp8[part]:
-                raise SystemExit(f"{method}, seed {seed}: {part} differs between bf16 and fp8")
-        found[seed] = (bf16, fp8)
+            if first[part] != second[part]:
+                raise SystemExit(
+                    f"{method}, seed {seed}: {part} differs between {base} and {other}"
+                )
+        found[seed] = (first, second)
     return found
 
 
 def judge(method: str, seed: int, bf16: _Row, fp8: _Row) -> _Row:
-    """One seed: FP8 against bf16, as trained and as served."""
-    columns = unpack_columns(bf16["columns"])
+    """One seed: FP8, or a form of it, against bf16, as trained and as served."""
+    columns, names = unpack_columns(bf16["columns"]), (bf16["precision"], fp8["precision"])
     row: _Row = {
         "case": method,
         "seed": seed,
         "num_examples": len(columns["gold"]),
         "majority_share": bf16["majority_share"],
-        "as_trained": against(columns, unpack_columns(fp8["columns"])),
-        "as_served": against(columns, unpack_columns(fp8["served_columns"])),
-        "seconds": {"bf16": bf16["train_s"], "fp8": fp8["train_s"]},
+        "as_trained": against(columns, unpack_columns(fp8["columns"]), names),
+        "as_served": against(columns, unpack_columns(fp8["served_columns"]), names),
+        "seconds": {row["precision"]: row["train_s"] for row in (bf16, fp8)},
         "train_examples": bf16["train_examples"],
-        "train_losses": {"bf16": bf16["train_losses"][-5:], "fp8": fp8["train_losses"][-5:]},
+        "train_losses": {row["precision"]: row["train_losses"][-5:] for row in (bf16, fp8)},
     }
     enough = row["num_examples"] >= FEWEST_EXAMPLES
     return row | {"holds": enough and row["as_trained"]["holds"] and row["as_served"]["holds"]}
@@ -142,29 +147,33 @@ def loss_difference(sides: list[Any], of_bf16: list[Any]) -> list[float]:
     return [x / whole for x in (paired.value, paired.low, paired.high)]
 
 
-def yardsticks(
-    method: str, pairs: dict[int, tuple[_Row, _Row]], raw: dict[str, _Row]
-) -> list[_Row]:
-    """How far from bf16's runs those end that differ from them harmlessly: the floor of chance."""
+def yardsticks(method: str, raw: dict[str, _Row]) -> list[_Row]:
+    """How far each precision ends from fp32, as it is served, and how far from bf16 one that
+    differs from it harmlessly does: the floor of chance.
+
+    bf16 is held to fp32 by the same bounds: what it misses no other precision can be asked for.
+    """
     rows = []
-    for name in YARDSTICKS:
-        found = {s: raw[f"{method}_{name}_{s}"] for s in pairs if f"{method}_{name}_{s}" in raw}
+    pairs = [("fp32", other) for other in (*PRECISIONS, *EMULATED)] + [("bf16", "bf16_cut")]
+    for base, other in pairs:
+        found = pairs_of(method, raw, other, base)
         if not found:
             continue
-        bf16 = [unpack_columns(pairs[seed][0]["columns"]) for seed in found]
-        other = [unpack_columns(row["columns"]) for row in found.values()]
-        each = [against(*two, ("bf16", name)) for two in zip(bf16, other, strict=True)]
-        for one in each:
-            del one["holds"]  # nothing is asked of them
+        first, second = ([_served(pair[side]) for pair in found.values()] for side in (0, 1))
+        each = [against(*two, (base, other)) for two in zip(first, second, strict=True)]
         rows.append(
             {
-                "case": f"{method}_{name}",
+                "case": f"{method}_{other}_against_{base}",
                 "seeds": list(found),
-                "mean_loss_relative_difference": loss_difference(other, bf16),
+                "mean_loss_relative_difference": loss_difference(second, first),
                 "each_seed": each,
             }
         )
     return rows
+
+
+def _served(row: _Row) -> Any:
+    return unpack_columns(row["served_columns" if "served_columns" in row else "columns"])
 
 
 def judge_gradients(row: _Row) -> _Row:
