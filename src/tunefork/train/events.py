@@ -95,7 +95,7 @@ class Warned(_Event):
     """Something is odd; the run goes on."""
 
     event: Literal["warning"] = "warning"
-    code: Literal["loss_spike", "tracker", "checkpoint", "data", "other"]
+    code: Literal["loss_spike", "no_gradient", "tracker", "checkpoint", "data", "other"]
     message: str
     step: int | None = None
 

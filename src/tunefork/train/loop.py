@@ -36,6 +36,7 @@ from tunefork.train.recovery import JUST_STOP, OnFault, Recovery
 from tunefork.train.release import Release, check_one_pass
 from tunefork.train.runner import Runner
 from tunefork.train.state import Optimizer, Progress, restore
+from tunefork.train.unreached import is_due, tell_unreached
 from tunefork.train.validation import Validation, go_back_to_best
 
 
@@ -193,6 +194,8 @@ def train(
             )
             records.append(StepRecord(number, done.tokens, loss, learning_rate, grad_norm))
             on_step(records[-1])
+            if is_due(number, len(steps)):
+                tell_unreached(model, optimizer, number, on_fault.on_event)
             if validation is not None and validation.is_due(number, len(steps)):
                 done = validation.measure(model, head, done)
             is_last = interrupt.requested or number == stop_after
