@@ -105,10 +105,11 @@ class Kernel:
         b_nk: Tensor,
         narrow: tuple[Tensor, Tensor] | None,
         scale_m: Tensor,
-        scale_n: Tensor,
+        scale_n: Tensor | None,
         y_mn: Tensor,
     ) -> Tensor:
-        """y = (a b^T) * scale_m * scale_n + u v^T, written into `y_mn`; `narrow` is u and v."""
+        """y = (a b^T) * scale_m * scale_n + u v^T, written into `y_mn`; `narrow` is u and v, and
+        without `scale_n` it is ones."""
         u_mp, v_np = narrow or (a_mk, b_nk)
         wide = 64 if narrow else 128
         maps = [
@@ -118,7 +119,8 @@ class Kernel:
         ]
         counts = (*y_mn.shape, -(-a_mk.shape[1] // 128), -(-u_mp.shape[1] // 16) if narrow else 0)
         given = [
-            *(ctypes.c_void_p(scales.data_ptr()) for scales in (scale_m, scale_n)),
+            ctypes.c_void_p(scale_m.data_ptr()),
+            ctypes.c_void_p(None if scale_n is None else scale_n.data_ptr()),
             *(ctypes.c_int(count) for count in counts),
         ]
         addresses = [address for _, address in maps] + [ctypes.addressof(one) for one in given]

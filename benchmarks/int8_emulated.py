@@ -35,7 +35,7 @@ def emulated() -> Iterator[None]:
         for module, name, other in (
             (fp8_weight, "e4m5_weight", int8_weight),
             (fp8_weight, "e4m5_dense", int8_dense),
-            (fp8_weight, "rows_of", _Rows.of),
+            (fp8_weight, "rows_of", Rows.of),
             (fp8, "product_of", product_of),
             (fp8, "input_gradient", input_gradient),
             (gated, "takes_fp8", lambda *_: False),  # MLPs as one function have e4m3's kernels
@@ -44,14 +44,14 @@ def emulated() -> Iterator[None]:
         yield
 
 
-class _Rows:
+class Rows:
     """A weight as `fp8_weight.rows_of` gives it: its codes and their scales."""
 
     def __init__(self, codes_od: Tensor, scale_1o: Tensor) -> None:
         self.codes_od, self.scale_1o = codes_od, scale_1o
 
     @classmethod
-    def of(cls, layout: Layout, weights: Sequence[Tensor], features_in: int) -> "_Rows":
+    def of(cls, layout: Layout, weights: Sequence[Tensor], features_in: int) -> "Rows":
         return cls(weights[0], weights[2][:1])
 
 
@@ -85,7 +85,7 @@ def product_of(
 ) -> Tensor:
     """As `fp8.product_of`."""
     apart_om, probe_md = weights[-2:]
-    rows = _Rows.of(layout, weights, 0)
+    rows = Rows.of(layout, weights, 0)
     rest_sd = x_sd.float()
     if inner_s is not None and layout.apart:
         rest_sd = rest_sd - inner_s[:, -layout.apart :].float() @ probe_md.float()
@@ -108,7 +108,7 @@ def input_gradient(
     features_in: int,
 ) -> Tensor:
     """As `fp8.input_gradient`."""
-    rows = _Rows.of(layout, weights, features_in)
+    rows = Rows.of(layout, weights, features_in)
     # The scales lie along the dimension that is summed over now: dy takes them.
     codes_so, scale_s1 = rounded(torch.cat(list(dys), dim=1).float() * rows.scale_1o)
     dx_sd = sums(codes_so, rows.codes_od.t()) * scale_s1

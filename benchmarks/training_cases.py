@@ -6,6 +6,8 @@ from benchmarks.training_runs import Run
 
 TOOLS = ("tunefork", "plain", "unsloth", "peft_liger", "peft")
 """`plain` is tunefork's own uncompiled bf16 path, whose losses ours are compared with."""
+TRIALS = ("int8",)
+"""Forms of tunefork that are not built in: run where they are asked for (`int8_trial.py`)."""
 
 _LONG, _SHORT = (8, 2048), (8, 64)
 _FULL = {"method": "full", "full.weights": "bf16", "full.optimizer": "adamw_bf16"}
@@ -53,6 +55,9 @@ def _runs() -> dict[str, Run]:
         Run("plain_full", "tunefork", *_LONG, {**_FULL, **_PLAIN}),
         Run("plain_short", "tunefork", *_SHORT, {"method": "lora", **_PLAIN_LORA}),
     ]
+    trials = [
+        Run("int8", "int8", *_LONG, {"method": "lora", "train.precision": "fp8", **_COMPILED})
+    ]
     peers = [
         Run("unsloth", "unsloth", *_LONG),
         Run("unsloth_ckpt", "unsloth", *_LONG, {"checkpointing": True}),
@@ -72,7 +77,7 @@ def _runs() -> dict[str, Run]:
             Run(f"peft_ckpt{end}", "peft", *_LONG, ckpt),
             Run(f"peft_short{end}", "peft", *_SHORT, of),
         ]
-    return {run.name: run for run in [*ours, *peers]}
+    return {run.name: run for run in [*ours, *trials, *peers]}
 
 
 RUNS = _runs()
@@ -95,7 +100,7 @@ class Case:
 
 _PEERS = ("unsloth", "peft_liger", "peft_liger_defaults", "peft", "peft_defaults")
 CASES: dict[str, Case] = {
-    "lora_8x2048_fp8": Case("fp8", "plain_lora", _PEERS, 26_000, ("unsloth", 1.6)),
+    "lora_8x2048_fp8": Case("fp8", "plain_lora", ("int8", *_PEERS), 26_000, ("unsloth", 1.6)),
     "lora_8x2048_bf16": Case("bf16", "plain_lora", _PEERS, 17_600, ("unsloth", 1.08)),
     "lora_8x2048_20gib": Case(
         "fp8_20gib",
@@ -150,7 +155,7 @@ def chosen_runs(cases: list[str], tools: list[str]) -> list[Run]:
 
 def setting(run: Run) -> str:
     """The run's own settings in words; what all share is in `training_runs.py`."""
-    if run.tool == "tunefork":
+    if run.tool in ("tunefork", *TRIALS):
         return ", ".join(f"{key}: {value}" for key, value in run.options.items())
     checkpointing = run.options.get("checkpointing", False)
     said = "activation checkpointing" if checkpointing else "no activation checkpointing"

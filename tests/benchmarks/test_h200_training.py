@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import h200_training, results, training_peers, training_runs
-from benchmarks.training_cases import CASES, RUNS, TOOLS, chosen_runs
+from benchmarks.training_cases import CASES, RUNS, TOOLS, TRIALS, chosen_runs
 from benchmarks.training_runs import TINY, WARM_UP, Run
 from benchmarks.training_table import collect
 
@@ -69,7 +69,7 @@ def test_a_case_names_runs_that_exist_and_its_own_tool_first() -> None:
         assert RUNS[case.ours].tool == RUNS[case.plain].tool == "tunefork"
         sizes = {(RUNS[n].rows, RUNS[n].length) for n in (case.ours, case.plain, *case.peers)}
         assert len(sizes) == 1
-    runs = chosen_runs(list(CASES), list(TOOLS))
+    runs = chosen_runs(list(CASES), [*TOOLS, *TRIALS])
     assert len(runs) == len({run.name for run in runs}) == len(RUNS)
     assert [r.name for r in chosen_runs(["full_8x2048"], ["tunefork"])] == ["full"]
 
