@@ -7,7 +7,7 @@ from torch import nn
 from tunefork.kernels import dora, reference
 from tunefork.model.dora import DoraLinear
 
-SHAPES = [((3, 5), 8, 12, 4), ((1, 1), 16, 16, 1), ((13,), 9, 5, 3)]
+SHAPES = [((3, 5), 8, 12, 4), ((1, 1), 16, 16, 1), ((13,), 9, 5, 3), ((2, 0), 8, 12, 4)]
 
 
 def _draw(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -7,7 +7,13 @@ import torch
 
 from tunefork.kernels import dora, lora, reference
 
-SHAPES = [((3, 5), 8, 12, 4), ((1, 1), 16, 16, 1), ((2, 7), 9, 5, 3), ((13,), 8, 24, 8)]
+SHAPES = [
+    ((3, 5), 8, 12, 4),
+    ((1, 1), 16, 16, 1),
+    ((2, 7), 9, 5, 3),
+    ((13,), 8, 24, 8),
+    ((2, 0), 8, 12, 4),  # as of an expert that no token is sent to
+]
 
 
 def _operands(

@@ -91,7 +91,7 @@ def dora_linear(
     apply: Callable[..., Tensor] = _DoraLinear.apply
     x_sd = x_d.reshape(-1, x_d.shape[-1])
     y_so = apply(x_sd, weight, bias_o, lora_a_rd, lora_b_or, magnitude_o, scale, squares_o)
-    return y_so.view(*x_d.shape[:-1], -1)
+    return y_so.view(*x_d.shape[:-1], y_so.shape[1])
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ def lora_linear(
     # Falcon does to its queries and keys.
     x_sd = x_d.reshape(-1, x_d.shape[-1])
     y_so = apply(x_sd, weight, bias_o, lora_a_rd, lora_b_or, scale)
-    return y_so.view(*x_d.shape[:-1], -1)
+    return y_so.view(*x_d.shape[:-1], y_so.shape[1])
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -109,4 +109,4 @@ def frozen_linear(x_d: Tensor, weight: Callable[[], Tensor], bias_o: Tensor | No
     """
     apply: Callable[..., Tensor] = _FrozenLinear.apply
     y_so = apply(x_d.reshape(-1, x_d.shape[-1]), weight, bias_o)
-    return y_so.view(*x_d.shape[:-1], -1)
+    return y_so.view(*x_d.shape[:-1], y_so.shape[1])
