@@ -56,7 +56,11 @@ class StoreError(BadInputError):
 
 
 class DivergedError(TuneforkError):
-    """A loss or a gradient is no longer finite, or there is none. Exit status 1."""
+    """A loss or a gradient is no longer finite. Exit status 1."""
+
+
+class NoGradientError(DivergedError):
+    """A loss left no gradient to learn from, whatever the learning rate. Exit status 1."""
 
 
 class NoMemoryError(TuneforkError):

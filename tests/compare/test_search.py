@@ -9,9 +9,10 @@ import pytest
 import tunefork.compare.search as searching
 from tunefork.compare.search import search
 from tunefork.compare.search_together import may_train_together
-from tunefork.errors import DivergedError
+from tunefork.errors import DivergedError, NoGradientError
 from tunefork.recipe import Method, Recipe
 from tunefork.train.method import load_for_training
+from tunefork.train.runner import Runner
 
 Make = Callable[..., Recipe]
 
@@ -73,6 +74,21 @@ def test_a_rate_that_diverges_leaves_the_others(make_recipe: Make, tmp_path: Pat
     wild = recipe.compare.model_copy(update={"learning_rates": {Method.LORA: (1e29, 1e30)}})
     with pytest.raises(DivergedError, match=r"compare.learning_rates.lora: training diverged"):
         search(recipe.model_copy(update={"compare": wild}), Method.LORA, tmp_path)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_gradient_that_is_lost_is_no_rate_that_diverges(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: float
+) -> None:
+    """In one pass, and one after the other."""
+    monkeypatch.setattr(Runner, "backward", lambda *_: None)
+    recipe = make_recipe(
+        train={"max_steps": 3, "batch_size": 2},
+        lora={"dropout": dropout},
+        compare={"search_trials": 2, "search_share": 0.8, "validation_share": 0.2},
+    )
+    with pytest.raises(NoGradientError, match=r"nothing is learnt.* train.compile: never"):
+        search(recipe, Method.LORA, tmp_path)
 
 
 def test_what_a_group_cannot_train_is_searched_in_turn(recipe: Recipe) -> None:

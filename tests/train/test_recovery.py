@@ -9,7 +9,7 @@ import torch
 
 from tests.tiny import tiny_model
 from tests.train.test_loss import examples
-from tunefork.errors import DivergedError
+from tunefork.errors import DivergedError, NoGradientError
 from tunefork.model.build import build
 from tunefork.recipe import LoraSection, Method
 from tunefork.train.accumulate import Accumulator
@@ -25,10 +25,15 @@ STEPS = [[2 * at, 2 * at + 1] for at in range(NUM_STEPS)]
 
 
 def _run(
-    folder: Path, *, stop_after: int | None = None, **options: Any
+    folder: Path,
+    *,
+    stop_after: int | None = None,
+    modules_to_save: tuple[str, ...] = (),
+    **options: Any,
 ) -> tuple[Any, list[Event], TrainResult]:
     model = tiny_model("llama")
-    build(model, Method.LORA, LoraSection(rank=4, dropout=0.1), seed=0)
+    lora = LoraSection(rank=4, dropout=0.1, modules_to_save=modules_to_save)
+    build(model, Method.LORA, lora, seed=0)
     trained = [p for p in model.parameters() if p.requires_grad]
     events: list[Event] = []
     checkpoints = Checkpoints(folder, {}, {}, Policy(every_steps=4), say=lambda line: None)
@@ -111,10 +116,34 @@ def test_a_step_that_leaves_no_gradient_ends_the_run(
         return found
 
     monkeypatch.setattr(Accumulator, "gradient", gradient)
-    with pytest.raises(DivergedError, match=r"step 3: .* nothing is learnt; .*compile: never"):
+    with pytest.raises(NoGradientError, match=r"step 3: .* nothing is learnt; .*compile: never"):
         _run(tmp_path)
     found = Checkpoints(tmp_path, {}, {}).newest()
     assert found is not None and found.facts.step == 2
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_nor_does_an_adapter_learn_nothing_beside_a_module_that_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """`lora.modules_to_save` would have had its gradient, and hidden that the adapter had none. It
+    is looked at once in a process: what loses it, loses it each time."""
+    if step > 1:
+        _run(tmp_path, modules_to_save=("norm",), stop_after=step - 1)
+    first = Accumulator.gradient
+
+    def gradient(
+        self: Accumulator, chosen: Any, step: int, following: Any = ()
+    ) -> tuple[torch.Tensor, int]:
+        found = first(self, chosen, step, following)
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None and "lora_" in name:
+                parameter.grad.zero_()
+        return found
+
+    monkeypatch.setattr(Accumulator, "gradient", gradient)
+    with pytest.raises(NoGradientError, match=rf"step {step}: .* they learn nothing; .*never"):
+        _run(tmp_path, modules_to_save=("norm",))
 
 
 def test_bad_weights_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from tests.tiny import tiny_model
 from tests.train.test_loss import examples
-from tunefork.errors import DivergedError, ModelError, RecipeError
+from tunefork.errors import DivergedError, ModelError, NoGradientError, RecipeError
 from tunefork.model.head import find_head
 from tunefork.model.layers import decoder_layers, prepare_layers
 from tunefork.recipe import Checkpointing, DataSection, FullSection, Method, ModelSection, Recipe
@@ -164,6 +164,12 @@ def test_a_sick_gradient_ends_the_run_saves_nothing_and_names_the_newest_checkpo
     resumed, _ = _run(folder=tmp_path, num_steps=8)
     whole, _ = _run(num_steps=8)
     assert resumed == whole
+
+
+def test_a_step_that_leaves_no_gradient_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accumulator, "backward", lambda self, following=(): self.drop())
+    with pytest.raises(NoGradientError, match=r"step 1: .* nothing is learnt; .*compile: never"):
+        _run()
 
 
 def test_a_sick_loss_ends_the_run_before_any_weight_moves(

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.train.groups import (
@@ -32,6 +33,7 @@ from tunefork.train.member import MemberDone, MemberFailed
 from tunefork.train.runner import Laid, Runner
 from tunefork.train.state import State, restore_weights
 from tunefork.train.together import Group
+from tunefork.train.together_cut import PassCut
 
 
 @pytest.mark.parametrize("num_steps", [10, pytest.param(50, marks=pytest.mark.slow)])
@@ -102,6 +104,31 @@ def test_one_that_diverges_changes_no_bit_of_the_others() -> None:
         if one.name != "member-2":
             assert _same_bits(group.state(one.name), expected.state(one.name)), one.name
             assert records(events, one.name)[-1].step == len(one.steps)
+
+
+def test_one_that_a_step_leaves_no_gradient_stays_as_it_was_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = members(8, range(3))
+    expected = group_of([replace(m, steps=m.steps[:2]) for m in chosen])
+    run(expected)
+    first, taken = PassCut.gradient, list[int]()
+
+    def gradient(self: PassCut, chosen: Sequence[Sequence[Encoded]], counts: Tensor) -> Tensor:
+        loss_g = first(self, chosen, counts)
+        taken.append(len(taken) + 1)
+        for parameter in self.runner.trained:
+            assert parameter.grad is not None
+            parameter.grad *= float(len(taken) < 3)
+        return loss_g
+
+    monkeypatch.setattr(PassCut, "gradient", gradient)
+    group = group_of(chosen)
+    failed = [e for e in run(group) if isinstance(e, MemberFailed)]
+    assert [(e.step, e.is_lost) for e in failed] == [(3, True)] * 3
+    assert "nothing is learnt" in failed[0].reason and "compile: never" in failed[0].reason
+    for one in chosen:
+        assert _same_bits(group.state(one.name), expected.state(one.name)), one.name
 
 
 def test_one_whose_data_cannot_be_read_is_named_without_its_text() -> None:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from tunefork.compare.search_together import SearchGroup, may_train_together
 from tunefork.data.example import Encoded
 from tunefork.data.loader import epoch_order, load_data, validation_split
-from tunefork.errors import DivergedError
+from tunefork.errors import DivergedError, NoGradientError
 from tunefork.evaluate.evaluate import pad_id
 from tunefork.evaluate.loss import loss_columns
 from tunefork.model.device import pick_device, pick_dtype
@@ -178,6 +178,8 @@ class _Bench:
                     pad_id=self.pad_id,
                     on_step=progress.on_step,
                 )
+            except NoGradientError:  # no rate would mend that
+                raise
             except DivergedError:
                 return Trial(
                     learning_rate=rate,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tunefork.data.example import Encoded
 from tunefork.data.loader import Data
-from tunefork.errors import BadInputError, RecipeError
+from tunefork.errors import BadInputError, NoGradientError, RecipeError
 from tunefork.evaluate.loss import loss_columns
 from tunefork.model.device import pick_device
 from tunefork.plan.together import fits
@@ -73,7 +73,7 @@ class SearchGroup:
         return found
 
     def _train(self, group: BankGroup, members: dict[str, float], count: int) -> list[str]:
-        """Names of those that came to their end. Raises KeyboardInterrupt."""
+        """Names of those that came to their end. Raises KeyboardInterrupt, NoGradientError."""
         train = self.recipe.train
         num_steps = len(plan_steps(self.recipe, count, seed=train.seed))
         label = f"{self.recipe.method}: search {', '.join(f'{r:g}' for r in members.values())}"
@@ -87,6 +87,8 @@ class SearchGroup:
         ):
             while left:
                 for each in group.step():
+                    if isinstance(each.error, NoGradientError):
+                        raise each.error
                     if each.error is not None:
                         del left[each.name]
                     elif each.record is not None:

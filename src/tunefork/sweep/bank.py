@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from tunefork.errors import DivergedError
+from tunefork.errors import DivergedError, NoGradientError
 from tunefork.evaluate.evaluate import pad_id
 from tunefork.model.bank import BankAdapter
 from tunefork.model.device import pick_device, pick_dtype, reset_peak
@@ -130,10 +130,11 @@ class BankGroup:
                     found.append(Stepped(name, record))
                 case MemberWarned(name, _, message):
                     found.append(Stepped(name, None, warning=message))
-                case MemberFailed(name, _, reason):
+                case MemberFailed(name, _, reason, is_lost):
                     self._launched.pop(name, None)
                     self._stops.pop(name, None)
-                    found.append(Stepped(name, None, DivergedError(reason)))
+                    error = NoGradientError(reason) if is_lost else DivergedError(reason)
+                    found.append(Stepped(name, None, error))
         return found
 
 

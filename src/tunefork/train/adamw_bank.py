@@ -1,8 +1,9 @@
 """AdamW over the slots of a bank: all in one flat tensor, each slot its own optimiser.
 
-Nothing here waits for a GPU. A slot whose loss or gradient is not finite is left as it was before
-the step, and in every later one, on the device itself: the host learns of it when it reads the
-figures, a step later, and by then nothing has happened to the slot.
+Nothing here waits for a GPU. A slot whose loss or gradient is not finite, or whose loss has left no
+gradient (`guard.lost_gradient`), is left as it was before the step, and in every later one, on the
+device itself: the host learns of it when it reads the figures, a step later, and by then nothing
+has happened to the slot.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from tunefork.kernels.bank import spans
 from tunefork.model.bank import Bank
 from tunefork.train.clip import clip_factor
 from tunefork.train.flat import FlatParameters
+from tunefork.train.guard import LEAST_LOSS
 
 _BLOCK = 1024
 """Most elements of a block. The fewer, the more there are to number, 8 bytes and more each. A power
@@ -74,7 +76,8 @@ class BankAdamW:
         self.flat.attach_gradients()
         g_bn = self.flat.gradient.view(-1, self.block)
         norm_g = slot_norms(g_bn, self.at_gk)
-        is_fine_g = norm_g.isfinite() & loss_g.isfinite()
+        is_lost_g = (norm_g == 0.0) & (loss_g > LEAST_LOSS)
+        is_fine_g = norm_g.isfinite() & loss_g.isfinite() & ~is_lost_g
         if g_bn.is_cuda:
             self._step_all(updates, norm_g, is_fine_g)
         else:

@@ -5,7 +5,8 @@ the last good step. Which rows did it is looked for by running the step's rows o
 often it is one row, or all of them because the weights have gone bad.
 
 A gradient that is zero everywhere, at a loss that is not, comes of code that loses it; a run would
-go through all of its steps and learn nothing.
+go through all of its steps and learn nothing. So it would where other modules are trained beside
+the adapter and have theirs, which is looked at once.
 
 A loss spike is finite, and ordinary training has outliers: a hard row, a small batch. The watch is
 robust, so that neither the outliers nor the fall of the loss hide the next one: how far the loss is
@@ -37,8 +38,9 @@ _FEWEST = 16
 _THRESHOLD = 10.0
 _LEAST_SPREAD = 0.02
 """Of the median: where losses hardly differ (one repeated batch), a hair is no spike."""
-_LEAST_LOSS = 1e-3
-"""From which on some gradient is left of it: the probability is 1 to fp32's last digit at 1e-7."""
+LEAST_LOSS = 2.0**-10
+"""From which on some gradient is left of it: the probability is 1 to fp32's last digit at 1e-7. The
+same number to a GPU, in fp32."""
 _MOST_ROWS = 64
 """Rows that are looked at one by one after a step that is not finite."""
 _MOST_NAMED = 16
@@ -69,11 +71,27 @@ class SpikeWatch:
 
 def lost_gradient(loss: float, norm: float) -> str | None:
     """In words, where nothing of a step's loss has reached what is trained."""
-    if norm != 0.0 or not loss > _LEAST_LOSS:
+    if norm != 0.0 or not loss > LEAST_LOSS:
         return None
     return (
         f"the loss is {loss:.4g} and the gradient of everything that is trained is zero, so that "
         "nothing is learnt"
+    )
+
+
+def lost_by_adapter(model: PreTrainedModel, loss: float) -> str | None:
+    """In words, where nothing of it has reached A and B, whatever else is trained."""
+    gradients = [
+        parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and name.endswith((".lora_a", ".lora_b"))
+    ]
+    has_some = any(g is not None and bool(g.any()) for g in gradients)
+    if has_some or not gradients or not loss > LEAST_LOSS:
+        return None
+    return (
+        f"the loss is {loss:.4g} and the gradient of the adapter's matrices is zero, so that they "
+        "learn nothing"
     )
 
 

@@ -28,7 +28,7 @@ from tunefork.model.head import find_head
 from tunefork.train.accumulate import Accumulator, random_states
 from tunefork.train.checkpoints import Checkpoints, Found
 from tunefork.train.clip import clip_factor
-from tunefork.train.guard import LOST_GRADIENT_ADVICE, SpikeWatch, lost_gradient
+from tunefork.train.guard import SpikeWatch, lost_by_adapter, lost_gradient
 from tunefork.train.interrupt import Interrupt
 from tunefork.train.kernels import attention_kernels
 from tunefork.train.out_of_memory import phase
@@ -111,9 +111,9 @@ def train(
     leaves the weights of that state; it needs `checkpoints`. `runner` runs the model's passes where
     they are not to be launched kernel by kernel; `release`, entered, updates in the backward pass,
     and nothing is clipped. Raises DivergedError, before the update, when a loss or gradient is not
-    finite (with `release` after it where it is the gradient), or a loss leaves no gradient;
-    NoMemoryError; RecipeError for a step that `release` cannot take; and CheckpointError where one
-    cannot be read or written.
+    finite (with `release` after it where it is the gradient), NoGradientError where a loss leaves
+    none (likewise); NoMemoryError; RecipeError for a step that `release` cannot take; and
+    CheckpointError where one cannot be read or written.
     """
     device = next(model.parameters()).device
     model.train()
@@ -161,10 +161,11 @@ def train(
                 what = f"the loss is {loss}"
                 what += "" if release is not None else f" and the gradient's norm {grad_norm}"
                 raise recovery.stop(what, done, random, chosen, find_rows=True)
-            if release is None and (lost := lost_gradient(loss, grad_norm)) is not None:
-                raise recovery.stop(
-                    lost, done, random, chosen, find_rows=False, advice=LOST_GRADIENT_ADVICE
-                )
+            lost = None if release is not None else lost_gradient(loss, grad_norm)
+            if release is None and not records:
+                lost = lost or lost_by_adapter(model, loss)
+            if lost is not None:
+                raise recovery.stop(lost, done, random, chosen, find_rows=False, is_lost=True)
             if (spike := watch.found(loss)) is not None:
                 back = recovery.spike(spike, done, random, chosen)
                 if back is not None:
@@ -181,6 +182,8 @@ def train(
                 if not math.isfinite(grad_norm):
                     what = f"the gradient's norm is {grad_norm} (the loss {loss:.4g})"
                     raise recovery.stop_after(what, done, chosen)
+                if (lost := lost_gradient(loss, grad_norm)) is not None:
+                    raise recovery.stop_after(lost, done, chosen, is_lost=True)
             done = Progress(
                 number,
                 done.tokens + sum(len(example.input_ids) for example in chosen),

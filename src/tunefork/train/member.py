@@ -56,6 +56,8 @@ class MemberFailed:
     step: int
     """That it could not take, from 1."""
     reason: str
+    is_lost: bool = False
+    """There was no gradient, whatever its learning rate."""
 
 
 @dataclass(frozen=True, slots=True)

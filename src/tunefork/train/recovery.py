@@ -18,15 +18,19 @@ from typing import Literal
 from torch import Tensor
 
 from tunefork.data.example import Encoded
-from tunefork.errors import CheckpointError, DivergedError
+from tunefork.errors import CheckpointError, DivergedError, NoGradientError
 from tunefork.train.accumulate import Accumulator, restore_random
 from tunefork.train.checkpoints import Checkpoints
 from tunefork.train.events import Event, Resumed, Warned
-from tunefork.train.guard import blame
+from tunefork.train.guard import LOST_GRADIENT_ADVICE, blame
 from tunefork.train.out_of_memory import Remedies
 from tunefork.train.state import Optimizer, Progress, restore
 
 _ADVICE = "Lower train.learning_rate, mend or remove those rows, or set train.precision: fp32"
+_ADVICE_AFTER = (
+    "Set full.gradient_release: false to stop before the update and be told which row it is; or "
+    "lower train.learning_rate, or mend or remove those rows"
+)
 _BEFORE = 3
 _MOST_ROLLBACKS = 3
 
@@ -65,9 +69,12 @@ class Recovery:
         chosen: Sequence[Encoded],
         *,
         find_rows: bool,
-        advice: str = _ADVICE,
+        is_lost: bool = False,
     ) -> DivergedError:
-        """The error that ends the run before its next update; a good state before it is saved."""
+        """The error that ends the run before its next update; a good state before it is saved.
+
+        `is_lost`: there is no gradient, which is no fault of the rows.
+        """
         model, step = self.cut.model, done.step + 1
         self.cut.drop()
         found = None
@@ -80,23 +87,26 @@ class Recovery:
             saved = self._save(done)
         names = ", ".join(e.source for e in chosen[:16])
         rows = f"The step's rows: {names}" if found is None else found.said
-        return DivergedError(
+        error, advice = _kind(is_lost, _ADVICE)
+        return error(
             f"step {step}: {what}; the weights were left as they were before the step{saved}. "
             f"{rows[0].upper()}{rows[1:]}. {advice}"
         )
 
-    def stop_after(self, what: str, done: Progress, chosen: Sequence[Encoded]) -> DivergedError:
+    def stop_after(
+        self, what: str, done: Progress, chosen: Sequence[Encoded], *, is_lost: bool = False
+    ) -> DivergedError:
         """`stop`, of a step that moved the weights before what is sick of it could be seen."""
         found = None if self.checkpoints is None else self.checkpoints.newest()
         then = "starts anew, as there is no checkpoint yet"
         if found is not None:
             then = f"goes on from {found.folder.name}, the newest checkpoint"
         names = ", ".join(e.source for e in chosen[:16])
-        return DivergedError(
+        error, advice = _kind(is_lost, _ADVICE_AFTER)
+        return error(
             f"step {done.step + 1}: {what}; with full.gradient_release weights had moved by it "
             f"already, so nothing was saved, and the same command {then}. The step's rows: "
-            f"{names}. Set full.gradient_release: false to stop before the update and be told "
-            "which row it is; or lower train.learning_rate, or mend or remove those rows"
+            f"{names}. {advice}"
         )
 
     def spike(
@@ -157,3 +167,8 @@ class Recovery:
         self.on_fault.on_event(
             Warned(code="loss_spike", step=step, message=f"step {step}: {message}")
         )
+
+
+def _kind(is_lost: bool, advice: str) -> tuple[type[DivergedError], str]:
+    """What is raised, and what to do."""
+    return (NoGradientError, LOST_GRADIENT_ADVICE) if is_lost else (DivergedError, advice)

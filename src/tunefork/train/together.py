@@ -34,7 +34,7 @@ from tunefork.model.draws import draw_for
 from tunefork.model.head import find_head
 from tunefork.train.adamw_bank import BankAdamW
 from tunefork.train.checkpoints import Checkpoints
-from tunefork.train.guard import SpikeWatch
+from tunefork.train.guard import SpikeWatch, lost_gradient
 from tunefork.train.kernels import attention_kernels
 from tunefork.train.member import Member, MemberDone, MemberEvent, MemberFailed
 from tunefork.train.runner import Runner
@@ -189,7 +189,8 @@ class Group:
             if place is None or place.member.name != part.name or place.is_padding:
                 continue  # it left, or failed, meanwhile
             if (why := part.sick(loss, norm)) is not None:
-                self._set_aside(part.slot, part.step, why)
+                is_lost = lost_gradient(loss, norm) is not None
+                self._set_aside(part.slot, part.step, why, is_lost=is_lost)
                 continue
             self._events += place.record(part, loss, norm)
             if part.step == len(place.member.steps):
@@ -215,11 +216,11 @@ class Group:
             self.done[member.name] = MemberDone(member.name, progress)
             self._events.append(self.done[member.name])
 
-    def _set_aside(self, slot: int, step: int, reason: str) -> None:
+    def _set_aside(self, slot: int, step: int, reason: str, *, is_lost: bool = False) -> None:
         place = self.places[slot]
         name = place.member.name
         self._states[name] = self._take_out(slot)
-        self.failed[name] = MemberFailed(name, step, reason)
+        self.failed[name] = MemberFailed(name, step, reason, is_lost)
         self._events.append(self.failed[name])
         self._empty(slot)
         place.is_padding = True
