@@ -85,6 +85,11 @@ __device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync
 template <int N> __device__ __forceinline__ void wait_for() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
+// What the compiler must not take from registers before the wait above: it knows no other order.
+__device__ __forceinline__ void settle(int (&sums)[128]) {
+#pragma unroll
+  for (int i = 0; i < 128; i++) asm volatile("" : "+r"(sums[i])::"memory");
+}
 __device__ __forceinline__ void meet(int group) {  // of a warpgroup's threads
   if (group) asm volatile("bar.sync 2, 128;" ::: "memory");
   else asm volatile("bar.sync 1, 128;" ::: "memory");
@@ -182,6 +187,7 @@ products(const __grid_constant__ Map a, const __grid_constant__ Map b, const __g
         if (++stage == STAGES) stage = 0, phase ^= 1;
       }
       wait_for<0>();
+      settle(sums);
       if (tells) barrier_arrive(empty0 + 8 * before, local);
       own_scales[local] = scale_left;
       own_scales[local + 128] = scale_right;
@@ -214,6 +220,7 @@ products(const __grid_constant__ Map a, const __grid_constant__ Map b, const __g
             wait_for<0>();
           }
         }
+        settle(sums);
         if (tells) barrier_arrive(empty0 + 8 * stage, local);
         if (++stage == STAGES) stage = 0, phase ^= 1;
       }
@@ -242,6 +249,7 @@ products(const __grid_constant__ Map a, const __grid_constant__ Map b, const __g
     }
     if (speaks) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   }
+  __syncwarp();  // the copying thread's, which went another way
   // The other block may still copy into this one, or tell its barriers.
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
