@@ -140,6 +140,17 @@ def test_a_refusal_names_its_parameter(
     }
 
 
+def test_what_is_meant_is_a_field_that_there_is(shared: Running) -> None:
+    """Never the unknown field itself, which another route or part may have."""
+    for fields, hint in (
+        ({"temprature": 1}, "; did you mean 'temperature'?"),
+        ({"best_of": 2}, ""),
+        ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, ""),
+    ):
+        message = _ask(shared, **fields).json()["error"]["message"]
+        assert message.partition("unknown field")[2] == hint, message
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

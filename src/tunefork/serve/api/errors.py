@@ -6,6 +6,7 @@ is no status above 499 but 503, which always says when to try again.
 
 import errno
 import math
+from collections.abc import Collection
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -106,8 +107,11 @@ def unavailable(code: Unavailable, message: str, after: float) -> ApiError:
     return ApiError(503, message, kind="server_error", code=code, retry_after=after)
 
 
-def from_validation(error: ValidationError, known: frozenset[str]) -> ApiError:
-    """The error of a request that its model refuses; `known` are all names of fields."""
+def from_validation(
+    error: ValidationError, known: frozenset[str], own: Collection[str]
+) -> ApiError:
+    """The error of a request that its model refuses; `known` are all names of fields, `own` those
+    of the model itself."""
     details = error.errors(include_input=False, include_url=False)
     first = details[0]["loc"][:1]
     # Of a choice of types, the branch that came farthest is the one that was meant, and one whose
@@ -126,7 +130,9 @@ def from_validation(error: ValidationError, known: frozenset[str]) -> ApiError:
     param = _joined(parts)
     if is_unknown:
         shown = param if name.isprintable() and len(name) <= 64 else "a field"
-        hint = nearest(name, sorted(known)) if len(name) <= 64 else ""
+        is_misplaced = name in known  # in another route, or another part of the request
+        meant = own if len(loc) == 1 else known
+        hint = "" if is_misplaced or len(name) > 64 else nearest(name, sorted(meant))
         return bad(f"{shown}: unknown field{hint}", shown, "unknown_parameter")
     if kind == "missing":
         return bad(f"{param}: is missing", param, "missing_required_parameter")

@@ -72,7 +72,7 @@ def parse(content: bytes, model: type[Body]) -> Body:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        raise from_validation(error, _KNOWN) from None
+        raise from_validation(error, _KNOWN, model.model_fields) from None
 
 
 def _check_containers(content: bytes) -> None:
