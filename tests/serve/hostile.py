@@ -46,6 +46,8 @@ def valid(source: random.Random, models: list[str], without: str = "") -> Reques
             fields[name] = draw(source)
     if fields.get("stream_options") and not fields.get("stream"):
         del fields["stream_options"]
+    if fields.get("echo"):
+        fields.pop("logprobs", None)
     if fields.get("top_logprobs") is not None:
         fields["logprobs"] = True
     return Request(CHAT if is_chat else COMPLETIONS, json.dumps(fields).encode(), is_valid=True)

@@ -164,6 +164,7 @@ def test_what_is_meant_is_a_field_that_there_is(shared: Running) -> None:
         ({"best_of": 1, "n": 2}, "best_of"),
         ({"best_of": 2, "stream": True}, "best_of"),
         ({"logprobs": 6}, "logprobs"),
+        ({"logprobs": 0, "echo": True}, "logprobs"),
         ({"suffix": "x"}, "suffix"),
         ({"prompt": "dog " * 600}, "prompt"),
     ],

@@ -24,9 +24,10 @@ class CompletionRequest(SamplingFields):
     best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES), WHOLE] | None = None
     """Write so many answers to each prompt, and give the `n` likeliest by token; not streamed."""
     echo: bool | None = None
-    """Begin the answer with the prompt."""
+    """Begin the answer with the prompt; not with `logprobs`."""
     logprobs: Annotated[int, Field(ge=0, le=5), WHOLE] | None = None
-    """Tell the log probability of each token of the answer, and of so many likeliest ones."""
+    """Tell the log probability of each token of the answer, and of so many likeliest ones; never of
+    the prompt's."""
     max_tokens: Count | None = None
     """Most tokens of an answer. Default 16."""
 

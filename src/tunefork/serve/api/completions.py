@@ -53,6 +53,8 @@ def _check(body: CompletionRequest) -> None:
         raise bad("best_of: must be at least n", "best_of")
     if best_of > choices and body.stream:
         raise bad("best_of: cannot be streamed unless it is n", "best_of")
+    if body.echo and body.logprobs is not None:  # whose lists would begin with the prompt's tokens
+        raise bad("logprobs: are told of the answer only, so not with echo", "logprobs")
     if len(body.prompts) * best_of > MOST_PROMPTS:
         raise bad(f"prompt: at most {MOST_PROMPTS} answers to all prompts together", "prompt")
 
