@@ -8,7 +8,7 @@ from tunefork.serve.answers import Answer
 from tunefork.serve.api import stream
 from tunefork.serve.api.chat_answer import merged, usage
 from tunefork.serve.api.completion_request import CompletionRequest
-from tunefork.serve.api.tokens import completion_logprobs
+from tunefork.serve.api.tokens import Offsets, completion_logprobs
 from tunefork.serve.engine import Piece, TokenLogprob
 from tunefork.serve.gateway import Gateway
 
@@ -17,8 +17,9 @@ class CompletionAnswer:
     """One answer, whole or in pieces."""
 
     def __init__(self, gateway: Gateway, answer: Answer, body: CompletionRequest) -> None:
-        self._answer, self._body = answer, body
-        self._echoed = self._echoes(gateway) if body.echo else [""] * len(answer.order.prompts)
+        self._answer, self._body, self._tokenizer = answer, body, gateway.base.tokenizer
+        self._offsets: dict[int, Offsets] = {}
+        self._echoed = self._echoes() if body.echo else [""] * len(answer.order.prompts)
         self._head = {
             "id": answer.order.id,
             "object": "text_completion",
@@ -27,8 +28,8 @@ class CompletionAnswer:
             "system_fingerprint": gateway.base.fingerprint,
         }
 
-    def _echoes(self, gateway: Gateway) -> list[str]:
-        decode = gateway.base.tokenizer.decode
+    def _echoes(self) -> list[str]:
+        decode = self._tokenizer.decode
         return [p if isinstance(p, str) else str(decode(p)) for p in self._body.prompts]
 
     async def whole(self) -> dict[str, Any]:
@@ -63,7 +64,7 @@ class CompletionAnswer:
         chunk_head = stream.chunk_head(head)
         order = self._answer.order
         left = len(order.prompts) * order.choices
-        begun: dict[int, int] = {}
+        begun: set[int] = set()
         pieces = first
         while pieces is not None:
             for index, text, logprobs, reason in merged(pieces):
@@ -71,11 +72,8 @@ class CompletionAnswer:
                 if left == 0:
                     await self._answer.finish()
                 is_first = index not in begun
-                offset = begun.get(index, 0)
-                choice = self._choice(
-                    index, index, text, logprobs, reason, is_first=is_first, offset=offset
-                )
-                begun[index] = offset + len(choice["text"])
+                begun.add(index)
+                choice = self._choice(index, index, text, logprobs, reason, is_first=is_first)
                 yield stream.chunk(chunk_head, choice)
             pieces = await self._answer.take()
         if include_usage:
@@ -91,11 +89,13 @@ class CompletionAnswer:
         reason: str | None,
         *,
         is_first: bool,
-        offset: int = 0,
     ) -> dict[str, Any]:
         echoed = self._echoed[index // self._answer.order.choices] if is_first else ""
-        top = self._body.logprobs
-        told = None if top is None else completion_logprobs(logprobs, top, offset + len(echoed))
+        told = None
+        if (top := self._body.logprobs) is not None:
+            if index not in self._offsets:
+                self._offsets[index] = Offsets(self._tokenizer)
+            told = completion_logprobs(self._tokenizer, logprobs, top, self._offsets[index])
         return {"index": place, "text": echoed + text, "logprobs": told, "finish_reason": reason}
 
 
