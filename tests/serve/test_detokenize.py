@@ -5,8 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders
+from tokenizers.decoders import Fuse, Replace, Strip
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
-from tunefork.serve.detokenize import Detokenizer
+from tunefork.serve.detokenize import Detokenizer, text_of
 
 TEXT = "héllo wörld 😀 the quick 日本 brown fox"
 
@@ -74,3 +78,25 @@ def test_a_word_keeps_the_space_before_it(tokens: Any) -> None:
     both = tokens("the quick brown")["input_ids"]
     pieces, _ = _pieces(tokens, both[1:], both[:1])
     assert "".join(pieces) == " quick brown"
+
+
+def test_a_replacement_character_of_the_prompt_is_no_part_of_the_answer(tokens: Any) -> None:
+    """One that somebody has written; what a prompt leaves open is completed."""
+    for prompt, answer in (("ab�", "cd"), ("�", "é"), ("�a", "b")):
+        ids = tokens(prompt + answer)["input_ids"]
+        begin = len(tokens(prompt)["input_ids"])
+        pieces, _ = _pieces(tokens, ids[begin:], ids[:begin])
+        assert "".join(pieces) == answer
+    ids = tokens("a😀")["input_ids"]
+    assert "".join(_pieces(tokens, ids[3:], ids[:3])[0]) == "😀"
+
+
+def test_a_token_keeps_the_space_that_it_begins_with() -> None:
+    words = ["▁the", "the", "▁", "▁▁", "."]
+    backend = Tokenizer(BPE(vocab={word: at for at, word in enumerate(words)}, merges=[]))
+    parts = [Replace("▁", " "), Fuse(), Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert tokenizer.decode([0]) == "the"
+    texts = [text_of(tokenizer, token) for token in range(len(words))]
+    assert texts == [" the", "the", " ", "  ", "."]

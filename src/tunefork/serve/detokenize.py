@@ -8,11 +8,20 @@ to be the beginning of a stop text waits.
 from collections.abc import Sequence
 from typing import Any
 
+from tunefork.serve.api.tokens import token_bytes
+
 _CONTEXT = 6
 """Tokens that are decoded along; what precedes a token by more does not change its text."""
 _MOST_WAITING = 8
 """No character of UTF-8 has more than 4 bytes: what is not whole after these is none."""
 _NO_CHARACTER = "�"
+
+
+def text_of(tokenizer: Any, token_id: int) -> str:
+    """The text of a token by itself. A decoder of SentencePiece's kind leaves the space out that a
+    text begins with; here it stays."""
+    name = tokenizer.convert_ids_to_tokens(token_id) or ""
+    return name.replace("▁", " ") if name.startswith("▁") else str(tokenizer.decode([token_id]))
 
 
 class Detokenizer:
@@ -69,7 +78,14 @@ class Detokenizer:
         self._before = list(ids[-_CONTEXT:])
         before = self._backend.decode(self._before, skip_special_tokens=True)
         # A character that the prompt leaves open is completed by the answer.
-        self._shown = len(before if self._waiting else before.rstrip(_NO_CHARACTER))
+        is_open = not self._waiting and before.endswith(_NO_CHARACTER) and self._is_open()
+        self._shown = len(before.rstrip(_NO_CHARACTER) if is_open else before)
+
+    def _is_open(self) -> bool:
+        """Whether what the context ends with is no U+FFFD that somebody has written."""
+        name, text = self._backend.id_to_token, self._backend.decode
+        parts = [token_bytes(name(one) or "", text([one])) for one in self._before]
+        return not b"".join(parts).endswith(_NO_CHARACTER.encode())
 
     def _until_stop(self, text: str) -> str:
         self._held += text

@@ -12,6 +12,7 @@ import torch
 
 from tunefork.errors import EngineError
 from tunefork.kernels.draw import Draw, draw
+from tunefork.serve.detokenize import text_of
 from tunefork.serve.engine import FinishReason, Piece, TokenLogprob
 from tunefork.serve.engines.choose import BAD, Choice, choose, log_probabilities
 from tunefork.serve.engines.launched import Arriving, Launched
@@ -129,7 +130,7 @@ def _spelt(event: Event, tokenizer: Any) -> TokenLogprob:
     own, top = event.logprob
     return TokenLogprob(
         event.token,
-        tokenizer.decode([event.token]),
+        text_of(tokenizer, event.token),
         own,
-        tuple((token, tokenizer.decode([token]), value) for token, value in top),
+        tuple((token, text_of(tokenizer, token), value) for token, value in top),
     )

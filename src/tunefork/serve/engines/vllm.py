@@ -17,6 +17,7 @@ from typing import Any
 
 from tunefork.errors import BadInputError, EngineDeadError, EngineError
 from tunefork.model.load import load_tokenizer
+from tunefork.serve.detokenize import text_of
 from tunefork.serve.engine import Capabilities, EngineRequest, EngineState, Piece, ServedAdapter
 from tunefork.serve.engines import vllm_api as api
 from tunefork.serve.engines.vllm_base import ZERO_ID
@@ -196,7 +197,7 @@ class VllmEngine:
     def _text_of(self, token_id: int) -> str:
         text = self._texts.get(token_id)
         if text is None:
-            text = self._texts[token_id] = str(self._tokenizer.decode([token_id]))
+            text = self._texts[token_id] = text_of(self._tokenizer, token_id)
         return text
 
 
