@@ -10,7 +10,8 @@ from tokenizers.decoders import Fuse, Replace, Strip
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from tunefork.serve.detokenize import Detokenizer, text_of
+from tunefork.serve.detokenize import Detokenizer
+from tunefork.serve.token_text import text_of
 
 TEXT = "héllo wörld 😀 the quick 日本 brown fox"
 

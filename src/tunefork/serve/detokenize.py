@@ -8,20 +8,13 @@ to be the beginning of a stop text waits.
 from collections.abc import Sequence
 from typing import Any
 
-from tunefork.serve.api.tokens import token_bytes
+from tunefork.serve.token_text import token_bytes
 
 _CONTEXT = 6
 """Tokens that are decoded along; what precedes a token by more does not change its text."""
 _MOST_WAITING = 8
 """No character of UTF-8 has more than 4 bytes: what is not whole after these is none."""
 _NO_CHARACTER = "�"
-
-
-def text_of(tokenizer: Any, token_id: int) -> str:
-    """The text of a token by itself. A decoder of SentencePiece's kind leaves the space out that a
-    text begins with; here it stays."""
-    name = tokenizer.convert_ids_to_tokens(token_id) or ""
-    return name.replace("▁", " ") if name.startswith("▁") else str(tokenizer.decode([token_id]))
 
 
 class Detokenizer:

@@ -12,11 +12,11 @@ import torch
 
 from tunefork.errors import EngineError
 from tunefork.kernels.draw import Draw, draw
-from tunefork.serve.detokenize import text_of
 from tunefork.serve.engine import FinishReason, Piece, TokenLogprob
 from tunefork.serve.engines.choose import BAD, Choice, choose, log_probabilities
 from tunefork.serve.engines.launched import Arriving, Launched
 from tunefork.serve.engines.sequence import Sequence as Answer
+from tunefork.serve.token_text import text_of
 
 _Logprob = tuple[float, list[tuple[int, float]]]
 

@@ -17,13 +17,13 @@ from typing import Any
 
 from tunefork.errors import BadInputError, EngineDeadError, EngineError
 from tunefork.model.load import load_tokenizer
-from tunefork.serve.detokenize import text_of
 from tunefork.serve.engine import Capabilities, EngineRequest, EngineState, Piece, ServedAdapter
 from tunefork.serve.engines import vllm_api as api
 from tunefork.serve.engines.vllm_base import ZERO_ID
 from tunefork.serve.engines.vllm_server import Server
 from tunefork.serve.event_stream import Answer, StreamBrokenError, post
 from tunefork.serve.settings import ServeSettings
+from tunefork.serve.token_text import text_of
 
 _SAMPLING = {"max_tokens", "temperature", "top_p", "top_k", "seed", "presence_penalty"} | {
     *("frequency_penalty", "logit_bias", "stop", "stop_ids", "ignore_eos", "logprobs", "grammar")
