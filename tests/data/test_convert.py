@@ -89,6 +89,28 @@ def test_prompt_completion_and_text() -> None:
     assert converted({"text": "words"}, "text") == Example("f:1", text="words")
 
 
+@pytest.mark.parametrize(
+    ("fields", "format"),
+    [
+        ({"messages": TURNS}, "messages"),
+        ({"conversations": TURNS}, "sharegpt"),
+        ({"instruction": "Hi", "output": "Hello"}, "alpaca"),
+        ({"prompt": "Hi", "completion": "Hello"}, "prompt_completion"),
+    ],
+)
+def test_a_rows_own_system_field_is_its_system_turn(fields: dict[str, Any], format: str) -> None:
+    first = turns(converted(fields | {"system": "S"}, format, system="of the recipe"))[0]
+    assert first == ("system", "S")
+    first = turns(converted(fields | {"system": None}, format, system="of the recipe"))[0]
+    assert first == ("system", "of the recipe")
+
+
+def test_a_system_turn_beats_the_field() -> None:
+    rows = [{"role": "system", "content": "turn"}, *TURNS]
+    assert turns(converted({"messages": rows, "system": "S"}, "messages"))[0][1] == "turn"
+    assert len(turns(converted({"messages": rows, "system": "S"}, "messages"))) == 3
+
+
 def test_rename() -> None:
     row = Row("f:1", {"body": "b", "text": "t", "n": 1})
     assert rename(row, {"text": "body"}).fields == {"body": "b", "text": "b", "n": 1}
@@ -119,7 +141,13 @@ SECRET = "secret words"
         ({"messages": [TURNS[0], {"role": "assistant", "content": " "}]}, "messages", "is empty"),
         ({"messages": [TURNS[0], {"role": "assistant"}]}, "messages", "no content"),
         ({"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}, "messages", "weight"),
+        ({"messages": [TURNS[0], {**TURNS[1], "train": False}]}, "messages", "train"),
         ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": [1]}]}, "messages", "tool_calls"),
+        (
+            {"instruction": "x", "output": "y", "history": [[SECRET, "z"]]},
+            "alpaca",
+            "history is not supported",
+        ),
         ({"messages": TURNS, "tools": [{}]}, "messages", "tools"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, TURNS[1]]},

@@ -4,7 +4,8 @@ The formats are those that practitioners' files come in: OpenAI's `messages`, `p
 `completion`, `text` + `label`, plain `text`, Alpaca (https://github.com/tatsu-lab/stanford_alpaca)
 and ShareGPT (`conversations` of `from` + `value`). A row that cannot be used becomes a `RowProblem`
 that names the field and never its text. What would change the meaning of a conversation and cannot
-be honoured (tool calls, images, per-turn weights) is a problem too, not a silent loss.
+be honoured (tool calls, images, per-turn weights, Alpaca's `history`) is a problem too, not a
+silent loss.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -25,7 +26,13 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 }
 """The fields that a row of each format must have, in the order in which `detect` tries them."""
 
-OPTIONAL: dict[str, tuple[str, ...]] = {"alpaca": ("input", "system"), "sharegpt": ("system",)}
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "messages": ("system",),
+    "sharegpt": ("system",),
+    "alpaca": ("input", "system"),
+    "prompt_completion": ("system",),
+}
+"""The fields that a row may have besides. In classification `system` is any column's name."""
 
 _ROLES = {
     "system": "system",
@@ -147,10 +154,12 @@ def _classification(fields: Fields) -> list[Message]:
 
 def _prompt_completion(fields: Fields) -> list[Message]:
     prompt = Message("user", _text(fields, "prompt"))
-    return [prompt, Message("assistant", _text(fields, "completion"))]
+    return [*_system(fields), prompt, Message("assistant", _text(fields, "completion"))]
 
 
 def _alpaca(fields: Fields) -> list[Message]:
+    if fields.get("history"):
+        raise _Unusable("history is not supported; give its turns as 'messages', or remove it")
     request = _text(fields, "instruction")
     if str(fields.get("input") or "").strip():
         request += "\n\n" + _text(fields, "input")
@@ -159,11 +168,14 @@ def _alpaca(fields: Fields) -> list[Message]:
 
 
 def _messages(fields: Fields) -> list[Message]:
-    return _conversation(fields, "messages")
+    return _with_system(fields, _conversation(fields, "messages"))
 
 
 def _sharegpt(fields: Fields) -> list[Message]:
-    turns = _conversation(fields, "conversations")
+    return _with_system(fields, _conversation(fields, "conversations"))
+
+
+def _with_system(fields: Fields, turns: list[Message]) -> list[Message]:
     return turns if turns[0].role == "system" else [*_system(fields), *turns]
 
 
@@ -201,6 +213,8 @@ def _turn(turn: Any, where: str) -> Message:
             raise _Unusable(f"{where}.{name} is not supported; remove it or the row")
     if turn.get("weight") not in (None, 1):
         raise _Unusable(f"{where}.weight other than 1 is not supported; see data.supervise")
+    if turn.get("train") not in (None, True):
+        raise _Unusable(f"{where}.train other than true is not supported; see data.supervise")
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str) or role not in _ROLES:
         raise _Unusable(f"{where} has no known role; allowed: {', '.join(_ROLES)}", _ROLE)

@@ -54,7 +54,8 @@ class DataSection(Section):
     examples, sorted."""
 
     system: str | None = None
-    """A system turn for rows that bring none. Default: what the chat template does by itself."""
+    """A system turn for rows that bring none, as a turn or in a field `system` (classification has
+    no such field). Default: what the chat template does by itself."""
 
     template: Literal["auto", "chat", "plain"] = "auto"
     """`chat` renders turns by the tokenizer's chat template, `plain` joins prompt and answer
