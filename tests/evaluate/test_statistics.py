@@ -35,6 +35,15 @@ def test_point_values_by_hand() -> None:
     assert estimate("perplexity", [columns], samples=200).value == pytest.approx(math.exp(0.6))
 
 
+@pytest.mark.parametrize("size", [1, 24])
+def test_perplexitys_interval_is_that_of_the_loss(size: int) -> None:
+    rng = np.random.default_rng(0)
+    columns = {"loss_sum": rng.lognormal(2.0, 1.0, size), "tokens": np.ones(size)}
+    loss, perplexity = (estimate(m, [columns], samples=200) for m in ("loss", "perplexity"))
+    assert perplexity.low == pytest.approx(math.exp(loss.low))
+    assert perplexity.high == pytest.approx(math.exp(loss.high))
+
+
 def test_macro_f1_of_many_resamples_is_that_of_each() -> None:
     rng = np.random.default_rng(0)
     gold, predicted = rng.integers(0, 5, (20, 12)), rng.integers(0, 5, (20, 12))

@@ -28,6 +28,8 @@ class MetricDefinition:
     """A share of examples, each right or wrong."""
     is_biased: bool = False
     """Its bootstrap is moved by the bias found (statistics.py), to `most` at most."""
+    is_exponential: bool = False
+    """Its interval is made of its logarithm: it moves by factors, not by amounts."""
 
 
 def _ratio(columns: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
@@ -64,7 +66,12 @@ def _macro_f1(columns: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
 METRICS: dict[str, MetricDefinition] = {
     "loss": MetricDefinition(("loss_sum", "tokens"), _ratio, False, "nats per token"),
     "perplexity": MetricDefinition(
-        ("loss_sum", "tokens"), lambda columns: np.exp(_ratio(columns)), False, "", least=1.0
+        ("loss_sum", "tokens"),
+        lambda columns: np.exp(_ratio(columns)),
+        False,
+        "",
+        least=1.0,
+        is_exponential=True,
     ),
     "accuracy": MetricDefinition(
         ("predicted", "gold"), _accuracy, True, "share", most=1.0, is_count=True
