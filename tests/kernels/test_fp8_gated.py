@@ -153,7 +153,8 @@ def test_h_is_not_kept(storage: Storage) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile about itself
-@pytest.mark.parametrize("storage", ["e4m5", pytest.param("nf4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", STORAGES)
 def test_compiled_equals_launched(storage: Storage) -> None:
     groups, inputs = operands(storage)
     torch._dynamo.reset()

@@ -109,7 +109,7 @@ def test_how_a_step_is_cut_changes_no_rounding(step: int, storage: Storage) -> N
     assert (other - whole).norm() > 0.02 * whole.norm()
 
 
-@pytest.mark.parametrize("storage", ["e4m5", "nf4"])
+@pytest.mark.parametrize("storage", ["e4m5", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_a_member_that_diverges_changes_no_bit_of_the_others(storage: Storage) -> None:
     """The base's roundings are shared; what they are drawn by is not."""
     groups = [_group(storage, 3, {1: rate}) for rate in (1e-3, 1e38)]
@@ -121,7 +121,7 @@ def test_a_member_that_diverges_changes_no_bit_of_the_others(storage: Storage) -
         _assert_same(*(group.state(name) for group in groups))
 
 
-@pytest.mark.parametrize("storage", ["e4m5", "nf4"])
+@pytest.mark.parametrize("storage", ["e4m5", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_one_that_joined_later_draws_on_as_before_when_the_first_fails(storage: Storage) -> None:
     states = []
     for rate in (1e-3, 1e38):

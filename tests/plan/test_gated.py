@@ -173,7 +173,7 @@ def test_with_checkpointing_it_takes_no_more_than_as_written(
         vocab_size=128_256,
         hidden_size=4096,
         intermediate_size=14_336,
-        num_hidden_layers=32,
+        num_hidden_layers=4,
         num_attention_heads=32,
         num_key_value_heads=8,
     )

@@ -67,7 +67,9 @@ def served(serve: Callable[[str], Served]) -> Served:
     return serve("llama")
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen3"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "gemma3", pytest.param("qwen3", marks=pytest.mark.slow)]
+)
 def test_greedy_tokens_are_pefts(architecture: str, serve: Callable[[str], Served]) -> None:
     """20 prompts over adapters of ranks 4, 16, 64 and the base, in one batch, fp32. Prompts are
     longer than a pass takes, so that some come in pieces while others decode."""
