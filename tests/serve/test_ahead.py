@@ -153,7 +153,10 @@ def _innocent(world: _World, told: dict[str, Told]) -> dict[str, Told]:
     return {name: one for name, one in told.items() if name not in hurried}
 
 
-@pytest.mark.parametrize("first", range(0, 300, 50))
+@pytest.mark.parametrize(
+    "first",
+    [*range(0, 150, 50), *(pytest.param(n, marks=pytest.mark.slow) for n in range(150, 300, 50))],
+)
 def test_every_answer_is_as_without(first: int, clock: Any) -> None:
     """300 engines, and as many without passes ahead."""
     num_ahead = num_passes = 0

@@ -57,7 +57,10 @@ def _says_nothing_of_bad_ones(world: _World, simulation: Simulation) -> set[str]
     return {str(simulation.told[name].end) for name in bad}
 
 
-@pytest.mark.parametrize("first", range(0, 200, 50))
+@pytest.mark.parametrize(
+    "first",
+    [*range(0, 100, 50), *(pytest.param(n, marks=pytest.mark.slow) for n in range(100, 200, 50))],
+)
 def test_no_token_of_a_bad_adapter_is_told_and_others_answer_as_ever(
     first: int, clock: Any
 ) -> None:
