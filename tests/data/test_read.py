@@ -28,6 +28,26 @@ def test_jsonl_names_each_bad_line_and_goes_on(tmp_path: Path) -> None:
     assert not any("secret" in str(problem) for problem in problems)
 
 
+def test_a_row_that_names_a_field_twice_is_a_problem(tmp_path: Path) -> None:
+    """Of two answers json.loads would take the last without a word."""
+    path = tmp_path / "a.jsonl"
+    turn = '{"role": "user", "content": "a", "content": "b"}'
+    lines = [
+        '{"prompt": "p", "completion": "one", "completion": "two"}',
+        f'{{"messages": [{turn}]}}',
+        f'{{"{"x" * 65}": 1, "{"x" * 65}": 2}}',
+        '{"prompt": {"a": 1}, "completion": {"a": 1}}',
+    ]
+    path.write_text("\n".join(lines))
+    *problems, row = read_rows(str(path))
+    assert isinstance(row, Row)
+    assert [str(problem) for problem in problems] == [
+        "a.jsonl:1: has 'completion' twice; keep one of the two",
+        "a.jsonl:2: has 'content' twice; keep one of the two",
+        "a.jsonl:3: has a name twice; keep one of the two",
+    ]
+
+
 def test_csv_counts_physical_lines_through_quoted_newlines(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     lines = [b"text,label", b'"two\nlines",A', b"", b"short", b"broken \xff,B", b'"x"y,C']

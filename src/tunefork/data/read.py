@@ -18,6 +18,8 @@ from tunefork.errors import DataError
 
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>[\w.-]+))?")
 _EXTRA = "is not installed; pip install 'tunefork[data]'"
+_LONGEST_NAME = 64
+"""Of a field, that is said: what is longer may be data."""
 
 
 def read_rows(location: str) -> Iterator[Row | RowProblem]:
@@ -72,9 +74,25 @@ def _read_jsonl(path: Path) -> Iterator[Row | RowProblem]:
         raise _unreadable(path, error) from error
 
 
+class _DoubledError(Exception):
+    """An object gives one name two values, of which json.loads would take the last."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _DoubledError(next(name for name in names if names.count(name) > 1))
+    return fields
+
+
 def _parse_json(source: str, line: bytes) -> Row | RowProblem:
     try:
-        fields = json.loads(line.decode("utf-8"))
+        fields = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
+    except _DoubledError as error:
+        [name] = error.args
+        shown = repr(name) if len(name) <= _LONGEST_NAME and name.isprintable() else "a name"
+        return RowProblem(source, f"has {shown} twice; keep one of the two")
     except UnicodeDecodeError as error:
         return RowProblem(source, f"is not UTF-8 (byte {error.start + 1} of the line)")
     except json.JSONDecodeError as error:
