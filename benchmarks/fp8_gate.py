@@ -85,6 +85,8 @@ def prepare(source: Path, out: Path, num_train: int, num_eval: int) -> None:
 
 def measure(arguments: argparse.Namespace) -> None:
     """Run what has no line yet, one seed's runs after the other."""
+    if {*EMULATED} & {*arguments.precisions} and arguments.methods != ["lora"]:
+        raise SystemExit(f"--precisions {' '.join(EMULATED)} is of LoRA alone: give --methods lora")
     deadline = time.monotonic() + arguments.seconds
     lines = read([*arguments.done, arguments.out])
     done = {row["run"] for row in lines if row.get("shared") == shared(arguments)}
@@ -152,7 +154,7 @@ def _arguments() -> argparse.Namespace:
         run.add_argument(
             "--precisions",
             nargs="+",
-            choices=[*PRECISIONS, *YARDSTICKS, *EMULATED],
+            choices=[*PRECISIONS, *YARDSTICKS, *(EMULATED if verb == "measure" else ())],
             default=list(PRECISIONS),
         )
         run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

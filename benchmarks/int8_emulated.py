@@ -13,7 +13,8 @@ While `emulated` is entered, what `train.precision: fp8` runs for LoRA is this.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -28,17 +29,28 @@ LARGEST = 127
 _LEAST = 1e-30
 
 
-@contextmanager
-def emulated() -> Iterator[None]:
+Replacement = tuple[Any, str, Any]
+"""A module, a name in it, and what stands there instead."""
+
+
+def emulated() -> AbstractContextManager[None]:
     """Within, LoRA's frozen base is kept in int8, and its products are int8's."""
+    return kept_in_int8(
+        (fp8, "product_of", product_of),
+        (fp8, "input_gradient", input_gradient),
+        (gated, "takes_fp8", lambda *_: False),  # MLPs as one function have e4m3's kernels
+    )
+
+
+@contextmanager
+def kept_in_int8(*products: Replacement) -> Iterator[None]:
+    """Within, LoRA's frozen base is kept in int8, and multiplied by these `products`."""
     with ExitStack() as stack:
         for module, name, other in (
             (fp8_weight, "e4m5_weight", int8_weight),
             (fp8_weight, "e4m5_dense", int8_dense),
             (fp8_weight, "rows_of", Rows.of),
-            (fp8, "product_of", product_of),
-            (fp8, "input_gradient", input_gradient),
-            (gated, "takes_fp8", lambda *_: False),  # MLPs as one function have e4m3's kernels
+            *products,
         ):
             stack.enter_context(patch.object(module, name, other))
         yield

@@ -1,48 +1,40 @@
 """LoRA with int8 products by kernels, put into the engine in FP8's place: how fast it would be.
 
 What `int8_emulated.py` defines, with `h200_products.cu`'s kernel for the products and Triton's for
-the codes, MLPs as one function as FP8 has them. `h200_training.py` runs it as the case
-`lora_8x2048_int8`. A trial: its operators take what that run gives them (finite numbers, rows of
-16-byte multiples), and nothing else is checked.
+the codes, MLPs as one function as FP8 has them. `h200_training measure --cases lora_8x2048_fp8
+--tools tunefork int8 unsloth` runs it beside FP8. A trial: its operators take what that run gives
+them (finite numbers, rows of 16-byte multiples), and nothing else is checked.
 
 While `built` is entered, what `train.precision: fp8` runs for LoRA on a Hopper GPU is this.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from benchmarks.int8_emulated import Rows, int8_dense, int8_weight, rounded
-from tunefork.kernels import fp8, fp8_gated, fp8_weight
+from benchmarks.int8_emulated import Rows, kept_in_int8, rounded
+from tunefork.kernels import fp8, fp8_gated
 from tunefork.kernels.fp8_weight import diagonal
 from tunefork.kernels.gated import gated_gradients
 from tunefork.kernels.layout import Layout
 from tunefork.kernels.lora_gradients import lora_gradients
 
 
-@contextmanager
-def built() -> Iterator[None]:
+def built() -> AbstractContextManager[None]:
     """Within, LoRA's frozen base is kept in int8, and its products are the kernel's."""
-    with ExitStack() as stack:
-        for module, name, other in (
-            (fp8_weight, "e4m5_weight", int8_weight),
-            (fp8_weight, "e4m5_dense", int8_dense),
-            (fp8_weight, "rows_of", Rows.of),
-            (fp8, "product_of", product_of),
-            (fp8, "input_gradient", input_gradient),
-            (fp8_gated, "product_of", product_of),
-            (fp8_gated, "_Fp8Gated", _Int8Gated),
-        ):
-            stack.enter_context(patch.object(module, name, other))
-        yield
+    return kept_in_int8(
+        (fp8, "product_of", product_of),
+        (fp8, "input_gradient", input_gradient),
+        (fp8_gated, "product_of", product_of),
+        (fp8_gated, "_Fp8Gated", _Int8Gated),
+    )
 
 
 def product_of(

@@ -109,6 +109,8 @@ def test_what_int8_would_be_is_measured_by_the_same_run(
 ) -> None:
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     arguments.precisions, arguments.seeds = ["bf16", "int8"], [0]
+    with pytest.raises(SystemExit, match="int8 is of LoRA alone"):
+        fp8_gate.measure(argparse.Namespace(**{**vars(arguments), "methods": ["lora", "qlora"]}))
     fp8_gate.measure(arguments)
     assert fp8.product_of is not int8_emulated.product_of  # what was put there is gone again
     assert vars(fp8_weight)["e4m5_weight"] is not int8_emulated.int8_weight

@@ -1,4 +1,4 @@
-"""Trained tensors that no gradient reaches: they stay as they were, whatever the loss does.
+"""Trained tensors that no gradient reaches: they learn nothing, whatever the loss does.
 
 A loss falls without a few of its gradients too. So what a compiler loses of them (torch 2.11 lost
 those of queries and keys once, and all of a LoRA in fp32), or a module that the architecture never
@@ -41,9 +41,8 @@ def tell_unreached(
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     message = (
         f"in {step} steps no gradient has reached {len(names)} of {count} trained tensors: "
-        f"{', '.join(names[:_MOST_NAMED])}{more}. They are what they were; leave their layers out "
-        "of lora.target_modules if the model does not use them, else report it, and set "
-        "train.compile: never"
+        f"{', '.join(names[:_MOST_NAMED])}{more}. They learn nothing; if the model does use them, "
+        "report it, and set train.compile: never"
     )
     on_event(Warned(code="no_gradient", message=message, step=step))
 
