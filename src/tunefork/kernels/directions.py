@@ -1,16 +1,17 @@
-"""Directions of a layer's inputs that an FP8 product multiplies apart.
+"""Directions of a layer's inputs that an int8 product multiplies apart.
 
 Inputs of a layer lie mostly along few directions (their mean, massive activations: Sun et al. 2024,
 https://arxiv.org/abs/2402.17762). With V (D, m) an orthonormal basis of those, V^T x is taken out
-of x before it is rounded, and multiplied with W V, as the delta's u is with B, in about bf16's
-precision: then neither x's rounding nor the weight's loses anything of it. (A low-rank correction
+of x before it is rounded, and multiplied with W V, as the delta's u is with B, in bf16: then
+neither x's rounding nor the weight's loses anything of it, and what is left of x has no outliers,
+which would take a row's scale for themselves. (A low-rank correction
 weighted by the activations: Zhang et al. 2024, LQER, https://arxiv.org/abs/2402.02446.) V^T x is
 read through rows that are appended to A, so that costs no further pass over x.
 
 The input's gradient has none of this: dy's main directions are not x's, and its rounding alone
-turns A's and B's gradients by a cosine of 0.999 (docs/fp8.md).
+turns A's and B's gradients by a cosine of 0.999 (docs/int8.md).
 
-Shape legend as in `fp8.py`; m directions.
+Shape legend as in `int8.py`; m directions.
 """
 
 import torch
@@ -37,9 +38,9 @@ def main_directions(x_sd: Tensor, count: int) -> Tensor:
     return padded
 
 
-def along(weight_od: Tensor, probe_md: Tensor, scale_o1: Tensor) -> Tensor:
-    """W V (O, m) bf16 in units of the rows' scales, for V^T (m, D) bf16.
+def along(weight_od: Tensor, probe_md: Tensor) -> Tensor:
+    """W V (O, m) bf16, for V^T (m, D) bf16.
 
     Of V as bf16 holds it: what is taken out of x along it is then given back whole.
     """
-    return (weight_od.float() @ probe_md.t().float() / scale_o1).bfloat16()
+    return (weight_od.float() @ probe_md.t().float()).bfloat16()

@@ -7,7 +7,7 @@ changes a tensor of its own otherwise.
 
 The deltas are written first, and the base's product is added to them (`kernels/lora_deltas.py`),
 forward and backward, but where that product is much larger than x (gate and up: seven times): then,
-as with FP8, the product itself is widened, [x | u] [W | scale B]^T, and copying x costs less. A
+the product itself is widened, [x | u] [W | scale B]^T, and copying x costs less. A
 bf16 W is kept with room for scale B beside it, which `write_delta` fills.
 
 Shape legend as in `layout.py`; S tokens, D features in.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tunefork.kernels.fp8_weight import dense
+from tunefork.kernels.int8_weight import dense
 from tunefork.kernels.layout import Layout
 from tunefork.kernels.lora_deltas import lora_deltas
 from tunefork.kernels.lora_gradients import lora_gradients
@@ -166,7 +166,7 @@ def lora_group(
     x_d (..., D) and the results (..., O_i) have W's dtype. A (R_i, D) and B (O_i, R_i) are those of
     the layers that have a delta, may be fp32, and get gradients in their own dtype. `weights` is
     (W,) of `with_room`, where B must be up to date (`write_delta`), or for storage "nf4" those of
-    `quantized.nf4_tensors`, for another those of `fp8_weights`.
+    `quantized.nf4_tensors`, for another those of `int8_weights`.
     """
     apply: Callable[..., tuple[Tensor, ...]] = _LoraGroup.apply
     a_rd = [torch.cat([a.to(x_d.dtype) for a in lora_a])] if lora_a else []

@@ -32,7 +32,7 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Dtype of weights and activations for the recipe's `train.precision`."""
     if precision == "fp32":
         return torch.float32
-    if precision in ("bf16", "fp8") or device.type == "cuda" or has_fast_bf16():
+    if precision in ("bf16", "int8") or device.type == "cuda" or has_fast_bf16():
         return torch.bfloat16
     return torch.float32
 
@@ -49,10 +49,19 @@ _FP8_CAPABILITY = (8, 9)
 """First CUDA compute capability with FP8 products (Ada; Hopper is 9.0)."""
 
 
+_HOPPER = (9, 0)
+
+
 def has_fp8(device: torch.device | None) -> bool:
     """Whether `device` has FP8 products."""
     is_cuda = device is not None and device.type == "cuda"
     return is_cuda and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
+
+
+def has_int8(device: torch.device | None) -> bool:
+    """Whether `device` has the kernel of int8 products (`kernels/int8_product.py`)."""
+    is_cuda = device is not None and device.type == "cuda"
+    return is_cuda and torch.cuda.get_device_capability(device) == _HOPPER
 
 
 def reset_peak(device: torch.device) -> None:

@@ -8,7 +8,7 @@ The layers stay where they are in the model, with their A and B: saving, resumin
 do not know of this. Only their forward pass and the storage of their frozen weights change. One
 delta rides in the product itself; the many of a `BankLinear` (`bank_linear.py`) are added to it.
 
-Shape legend as in `kernels/fp8.py`.
+Shape legend as in `kernels/int8.py`.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tunefork.kernels import fp8, fp8_weight
+from tunefork.kernels import fp8, int8, int8_weight
+from tunefork.kernels.cuda_source import CudaSourceError
+from tunefork.kernels.int8_product import check_kernel
 from tunefork.kernels.layout import Layout, Products, Storage
 from tunefork.kernels.lora_group import is_widened, lora_group, with_room, write_delta
+from tunefork.errors import ModelError
 from tunefork.kernels.quantized import nf4_tensors
 from tunefork.model.bank_linear import BankLinear, deltas
 from tunefork.model.fused_checks import check_finite, check_sizes
@@ -30,6 +33,10 @@ from tunefork.model.joint_banks import JointBanks
 from tunefork.model.linear import LoraLinear
 from tunefork.model.own_rows import OwnRows
 from tunefork.model.shared_inputs import find_groups
+
+
+_FORMS = {("bf16", "bf16"), ("nf4", "bf16"), ("int8", "int8"), ("nf4", "int8"), ("fp8", "fp8")}
+"""Storage and products that go together."""
 
 
 class FusedGroup(nn.Module):
@@ -65,16 +72,16 @@ class FusedGroup(nn.Module):
         else:
             self.weights = tuple(base.weight.detach().to(device) for base in bases)
         self.exact: tuple[Tensor, ...] = ()
-        """The members' weights where they were, if ten bits are kept of them, until the main
-        directions are set apart: along these a product is as exact as what it is told of them."""
-        if products == "fp8":
-            self.weights = fp8_weight.fp8_weights(self.weights, self.layout, self.features_in)
-            if storage == "e4m5":
+        """The members' weights where they were, if they are rounded, until the main directions are
+        set apart: along these a product is as exact as what it is told of them."""
+        if products == "int8":
+            self.weights = int8_weight.int8_weights(self.weights, self.layout, self.features_in)
+            if storage == "int8":
                 self.exact = tuple(base.weight.detach() for base in bases)
+        elif products == "fp8":
+            self.weights = fp8.fp8_weight(self.weights)
         elif storage == "bf16":
             self.weights = (with_room(self.weights, self.layout),)
-        self.seeds_g4: Tensor | None = None
-        """Of all groups, where they draw (`draws.py`)."""
         self.joint: JointBanks | None = None
         """All layers' banks, where they are read token by token (`join_banks`)."""
         self.own_rows: OwnRows | None = None
@@ -104,12 +111,15 @@ class FusedGroup(nn.Module):
             self._set_apart(x_d.reshape(-1, self.features_in))
         lora_a = [member.lora_a for member in self.deltas]
         lora_b = [member.lora_b for member in self.deltas]
-        # What is made anew in any case is evaluated as it is served.
-        is_fp8 = self.layout.products == "fp8" and (is_trained or self.layout.storage == "fp8")
-        product = fp8.fp8_lora if is_fp8 else lora_group
         outputs: tuple[Tensor, ...] | None = None
         if self.joint is None or not self.joint.features_out:
-            outputs = product(x_d, self.layout, self.weights, lora_a, lora_b)
+            if self.layout.products == "fp8":
+                outputs = fp8.fp8_linear(x_d, *self.weights, self.layout.sizes)
+            else:
+                # Evaluated by bf16 products, as it is served.
+                is_int8 = self.layout.products == "int8" and is_trained
+                product = int8.int8_lora if is_int8 else lora_group
+                outputs = product(x_d, self.layout, self.weights, lora_a, lora_b)
         if self.joint is None:
             assert outputs is not None
             return self._with_banks(x_d, outputs) if self.banks else outputs
@@ -143,13 +153,8 @@ class FusedGroup(nn.Module):
         self.own_rows = OwnRows([*self.banks.values()], self.weights[0])
 
     def _set_apart(self, x_sd: Tensor) -> None:
-        fp8_weight.set_apart(x_sd, self.weights, self.layout, self.exact)
+        int8_weight.set_apart(x_sd, self.weights, self.layout, self.exact)
         self.is_calibrated, self.exact = True, ()
-
-    def draw_by(self, seeds_g4: Tensor, number: int) -> None:
-        """Round at random by row `number` of `seeds`, which change from step to step."""
-        self.seeds_g4 = seeds_g4
-        self.weights = fp8_weight.with_seed(self.weights, self.layout, seeds_g4[number])
 
     def write_delta(self) -> None:
         """Take over A and B as they are now; due before a forward pass after a change of theirs."""
@@ -161,8 +166,12 @@ class FusedGroup(nn.Module):
         """Member `index`'s frozen weight, (O_i, D), in bf16 or as it came."""
         if self.layout.storage == "bf16":
             return self.weights[0][slice(*self.layout.bounds[index]), : self.features_in]
+        if self.layout.storage == "fp8":
+            rows = slice(*self.layout.bounds[index])
+            codes_od, scale_1o = self.weights
+            return fp8.fp8_dense(codes_od[rows], scale_1o[:, rows], torch.bfloat16)
         args = self.layout, self.weights, self.features_in, torch.bfloat16
-        return fp8_weight.dense(*args, index, index + 1)
+        return int8_weight.dense(*args, index, index + 1)
 
 
 class FusedLinear(nn.Module):
@@ -200,18 +209,26 @@ def fuse(
     its groups does beside the quantised rest. Layers that are trained whole stay as they are. Each
     forward pass of the model takes over A and B as they are then.
 
-    FP8 products have the main directions of inputs such as those of `calibration_ids` (rows,
+    int8 products have the main directions of inputs such as those of `calibration_ids` (rows,
     length) multiplied apart (`kernels/directions.py`), found in a pass of their own; None: none.
 
-    Raises ModelError where a layer's size is none that FP8 products take, or where a weight is not
-    finite, ValueError for bf16 products of a base kept in e4m5 or e4m3.
+    Raises ModelError where a layer's size is none that such products take, where a weight is not
+    finite, or where the GPU's kernel cannot be had; ValueError for a storage and products that do
+    not go together.
     """
-    if products == "bf16" and storage in ("e4m5", "fp8"):
-        raise ValueError(f"a base kept in {storage} is trained over with FP8 products")
+    if (storage, products) not in _FORMS:
+        raise ValueError(f"a base kept in {storage} has no {products} products")
+    if products == "int8" and device.type == "cuda":
+        try:
+            check_kernel(device)
+        except CudaSourceError as error:
+            raise ModelError(
+                f"train.precision: int8 has no kernel here: {error}; set bf16"
+            ) from error
     groups = []
     for paths in find_groups(model):
         members = [model.get_submodule(path) for path in paths]
-        if products == "fp8":
+        if products != "bf16":
             check_sizes({path: _base(m) for path, m in zip(paths, members, strict=True)})
         group = FusedGroup(members, storage, products, device)
         if calibration_ids is None:
@@ -228,12 +245,7 @@ def fuse(
         groups.append(group)
         _owner(model, paths[0]).register_forward_pre_hook(partial(_write_delta, group))
     model.to(device)
-    if products == "fp8" and storage != "fp8":
-        # Of a row the first number is read: the compiler takes operands to be aligned.
-        seeds_g4 = torch.zeros(len(groups), 4, dtype=torch.int32, device=device)
-        for number, group in enumerate(groups):
-            group.draw_by(seeds_g4, number)
-    if products == "fp8" and calibration_ids is not None:
+    if products == "int8" and calibration_ids is not None:
         calibrate(model, groups, calibration_ids.to(device))
     return groups
 
@@ -242,8 +254,8 @@ def fuse(
 def calibrate(model: PreTrainedModel, groups: Sequence[FusedGroup], ids: Tensor) -> None:
     """Set each group's directions by its inputs in a pass over `ids` (rows, length).
 
-    A group sees what those before it leave as they are evaluated. A second time ten bits are all
-    that is known of a weight.
+    A group sees what those before it leave as they are evaluated. A second time codes are all that
+    is known of a weight, and what it is along the first time's directions.
     """
     was_training = model.training
     model.eval()

@@ -1,4 +1,4 @@
-"""What frozen layers must be for `fused.py`: finite, and of sizes that FP8 products take."""
+"""What frozen layers must be for `fused.py`: finite, and of sizes that 8-bit products take."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tunefork.errors import ModelError
+from tunefork.kernels.int8_product import MOST_SUMMED, STEP
 
 
 def check_finite(weights: Sequence[Tensor], paths: Sequence[str]) -> None:
@@ -22,10 +23,17 @@ def check_finite(weights: Sequence[Tensor], paths: Sequence[str]) -> None:
 
 
 def check_sizes(layers: Mapping[str, Any]) -> None:
-    """Raise ModelError for a layer, by its path, of a size that FP8 products do not take."""
+    """Raise ModelError for a group of layers, by their paths, of sizes that products of int8 or
+    e4m3 do not take."""
     for path, layer in layers.items():
-        if layer.in_features % 16 or layer.out_features % 16:
+        if layer.in_features % STEP or layer.out_features % STEP:
             raise ModelError(
-                f"train.precision: fp8 needs layers whose sizes are multiples of 16, and {path} is "
+                f"8-bit products need layers whose sizes are multiples of {STEP}, and {path} is "
                 f"{layer.in_features} -> {layer.out_features}; set bf16"
             )
+    most = max(sum(layer.out_features for layer in layers.values()), layer.in_features)
+    if most > MOST_SUMMED:
+        raise ModelError(
+            f"8-bit products sum over {MOST_SUMMED:,} numbers at most, and {path} and the layers "
+            f"with its input have {most:,}; set bf16"
+        )

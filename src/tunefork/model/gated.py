@@ -1,7 +1,7 @@
 """MLPs that do not keep h, what their `down` layer reads, between the passes (`kernels/gated.py`).
 
-With bf16 products `down` is one function of gate and up (`kernels/gated_lora.py`), with FP8
-products the whole MLP one of x (`kernels/fp8_gated.py`).
+With bf16 products `down` is one function of gate and up (`kernels/gated_lora.py`), with int8
+products the whole MLP one of x (`kernels/int8_gated.py`).
 
 That is for a module that computes exactly down(silu(gate(x)) * up(x)) while it is trained. Which do
 is not told by names: a twin of the module, with small random layers in the place of its three, has
@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunefork.kernels.fp8_gated import fp8_gated
-from tunefork.kernels.fp8_gated import takes as takes_fp8
 from tunefork.kernels.gated import has_kernels
 from tunefork.kernels.gated_lora import gated_lora, takes
+from tunefork.kernels.int8_gated import int8_gated
+from tunefork.kernels.int8_gated import takes as takes_int8
 from tunefork.model.fused import FusedLinear
 from tunefork.model.linear import LoraLinear
 
@@ -49,8 +49,8 @@ class Gated(nn.Module):
             if is_as_found and not _has_hooks(down) and has_kernels(x_d, down.lora_a.shape[0]):
                 if _group(down).layout.products == "bf16":
                     return _with_bias(down, _in_bf16(gate, up, down, x_d))
-                if _are_fp8(gate, up):
-                    return _with_bias(down, _in_fp8(gate, up, down, x_d))
+                if _are_int8(gate, up):
+                    return _with_bias(down, _in_int8(gate, up, down, x_d))
         as_written: Tensor = super().forward(x_d, *args, **kwargs)
         return as_written
 
@@ -61,11 +61,11 @@ def _in_bf16(gate: nn.Module, up: nn.Module, down: LoraLinear, x_d: Tensor) -> T
     return gated_lora(gate_d, up_d, group.layout, group.weights, down.lora_a, down.lora_b)
 
 
-def _in_fp8(gate: LoraLinear, up: LoraLinear, down: LoraLinear, x_d: Tensor) -> Tensor:
+def _in_int8(gate: LoraLinear, up: LoraLinear, down: LoraLinear, x_d: Tensor) -> Tensor:
     pair, last = _group(gate), _group(down)
     lora_a, lora_b = [gate.lora_a, up.lora_a], [gate.lora_b, up.lora_b]
     of_pair = pair.layout, pair.weights, lora_a, lora_b
-    return fp8_gated(x_d, *of_pair, last.layout, last.weights, down.lora_a, down.lora_b)
+    return int8_gated(x_d, *of_pair, last.layout, last.weights, down.lora_a, down.lora_b)
 
 
 def _with_bias(down: LoraLinear, y_d: Tensor) -> Tensor:
@@ -73,8 +73,8 @@ def _with_bias(down: LoraLinear, y_d: Tensor) -> Tensor:
     return y_d if bias_o is None else y_d + bias_o
 
 
-def _are_fp8(*layers: Any) -> bool:
-    """Whether `fp8_gated` can have gate and up: it calls neither, and adds no bias to them."""
+def _are_int8(*layers: Any) -> bool:
+    """Whether `int8_gated` can have gate and up: it calls neither, and adds no bias to them."""
     return all(
         isinstance(layer, LoraLinear)
         and _group(layer) is not None
@@ -134,7 +134,7 @@ def _takes(pair: Any, last: Any, gate: nn.Module, up: nn.Module) -> bool:
     """Whether one of the two functions can do an MLP of these groups."""
     if last.layout.products == "bf16":
         return takes(last.layout, last.features_in)
-    return takes_fp8(pair.layout, last.layout) and _are_fp8(gate, up)
+    return takes_int8(pair.layout, last.layout) and _are_int8(gate, up)
 
 
 def _index(layer: nn.Module) -> int:

@@ -181,7 +181,7 @@ def draws(model: PreTrainedModel) -> bool:
 def _makes_operands_twice(model: PreTrainedModel) -> bool:
     return any(
         isinstance(module, BankLinear)
-        or (isinstance(module, FusedLinear) and module.group.layout.storage in ("nf4", "e4m5"))
+        or (isinstance(module, FusedLinear) and module.group.layout.storage == "nf4")
         for module in model.modules()
     )
 

@@ -124,7 +124,7 @@ def _planned(recipe: Recipe, method: Method, examples: Sequence[Encoded]) -> tup
             dtype=dtype_for(target, recipe.train.precision),
             checkpointing="none",
             device=target.kind,
-            wants_fp8=recipe.train.precision == "fp8",
+            wants_int8=recipe.train.precision == "int8",
             is_compiled=compiles(recipe.train.compile, target.kind, batches.num_steps),
         )
         config = config_for(recipe.model)

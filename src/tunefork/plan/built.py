@@ -47,8 +47,8 @@ class Build:
     """"cuda" or "cpu": whose kernels are stood in for."""
     new_ids: tuple[int, ...] = ()
     """Tokens that the recipe adds, whose rows are trained."""
-    wants_fp8: bool = False
-    """`train.precision: fp8`."""
+    wants_int8: bool = False
+    """`train.precision: int8`."""
     is_compiled: bool = False
     is_joint: bool = False
     """Its adapter stands for several that train together, whose MLPs run as written."""
@@ -70,7 +70,7 @@ class Build:
             self.method,
             kind=self.device,
             dtype=self.dtype,
-            wants_fp8=self.wants_fp8,
+            wants_int8=self.wants_int8,
             is_dora=self.lora.dora,
         )
 

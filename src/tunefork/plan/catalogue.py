@@ -33,7 +33,7 @@ class Gpu:
     """What a program can allocate, not what the box says, is a little less; see `usable_bytes`."""
     bf16_flops: float
     """Dense, a second."""
-    fp8_flops: float | None
+    int8_ops: float | None
     bandwidth: float
     """Bytes a second of device memory."""
     link_bandwidth: float
@@ -70,7 +70,7 @@ class GpuRow(_Row):
     memory_gib: float = Field(gt=0)
     usable_gib: float = Field(gt=0)
     bf16_tflops: float = Field(gt=0)
-    fp8_tflops: float | None = Field(gt=0)
+    int8_tops: float | None = Field(gt=0)
     bandwidth_gb_s: float = Field(gt=0)
     link_gb_s: float = Field(gt=0)
     usd_per_hour: float = Field(ge=0)
@@ -94,7 +94,7 @@ class GpuRow(_Row):
             name=self.name,
             memory_bytes=round(self.memory_gib * 2**30),
             bf16_flops=self.bf16_tflops * 1e12,
-            fp8_flops=None if self.fp8_tflops is None else self.fp8_tflops * 1e12,
+            int8_ops=None if self.int8_tops is None else self.int8_tops * 1e12,
             bandwidth=self.bandwidth_gb_s * 1e9,
             link_bandwidth=self.link_gb_s * 1e9,
             usd_per_hour=self.usd_per_hour,

@@ -68,7 +68,7 @@ def target_of(machine: Machine) -> Target:
         kind="cuda",
         count=machine.count,
         memory_bytes=gpu.usable_bytes,
-        rates=Rates(gpu.bf16_flops, gpu.bandwidth, gpu.fp8_flops),
+        rates=Rates(gpu.bf16_flops, gpu.bandwidth, gpu.int8_ops),
         link_bandwidth=gpu.link_bandwidth,
         usd_per_hour=gpu.usd_per_hour * machine.count,
         fit=fit,

@@ -73,8 +73,8 @@ class TimeFit(_Model):
     """Time over what the data sheet's rates would give, and the host's part."""
 
     gemm: float
-    gemm_fp8: float
-    """Over the data sheet's FP8 rate."""
+    gemm_int8: float
+    """Over the data sheet's int8 rate."""
     fused: float
     """What a compiled layer does between its products."""
     skinny: float

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from tunefork.plan.program import Kernel, Program, Size
 from tunefork.plan.trace import (
     FLASH,
-    FP8_PRODUCTS,
+    INT8_PRODUCTS,
     LORA_DELTAS,
     LORA_GRADIENTS,
     PRODUCTS,
@@ -205,7 +205,7 @@ def _work(node: Node) -> dict[str, Any]:
     target, arguments = _call(node)
     if target in PRODUCTS:
         shapes = [_shape(n) for n in arguments[PRODUCTS[target] :][:2]]
-        kind, flops = product(shapes[0], shapes[1], is_fp8=target in FP8_PRODUCTS)
+        kind, flops = product(shapes[0], shapes[1], is_int8=target in INT8_PRODUCTS)
         return {"kind": kind, "flops": _size(flops)}
     if target in LORA_GRADIENTS:
         dys, lora_b = ([_shape(n) for n in arguments[at]] for at in (0, 2))

@@ -60,12 +60,12 @@ def _further(made: Build) -> Sequence[Checkpointing]:
     return further if made.device == "cuda" else further[:-1]
 
 
-def _gains_by_fp8(case: Case) -> bool:
-    """Whether the base could be kept in ten bits a weight, for FP8 products."""
+def _gains_by_int8(case: Case) -> bool:
+    """Whether the base could be kept in eight bits a weight, for int8 products."""
     made, rates = case.made, case.target.rates
     is_lora = made.method is Method.LORA and made.dtype == torch.bfloat16 and not made.lora.dora
     is_even = case.config.get_text_config().hidden_size % 16 == 0
-    return is_lora and is_even and rates.fp8_flops is not None and not made.wants_fp8
+    return is_lora and is_even and rates.int8_ops is not None and not made.wants_int8
 
 
 def changes(case: Case, *, is_one_pass: bool) -> Iterator[tuple[str, Case]]:
@@ -76,9 +76,9 @@ def changes(case: Case, *, is_one_pass: bool) -> Iterator[tuple[str, Case]]:
     yield _AS_IT_IS, case
     words: list[str] = []
     made = case.made
-    if _gains_by_fp8(case):
-        made = replace(made, wants_fp8=True)
-        words.append("train.precision: fp8")
+    if _gains_by_int8(case):
+        made = replace(made, wants_int8=True)
+        words.append("train.precision: int8")
         yield " and ".join(words), replace(case, made=made)
     for checkpointing in _further(made):
         made = replace(made, checkpointing=checkpointing)

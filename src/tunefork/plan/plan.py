@@ -48,9 +48,9 @@ _SELECTIVE = (
     "what selective checkpointing keeps is the compiler's choice: {methods} is planned as torch "
     "{torch} would have it on this machine, and a run elsewhere may take twice as much"
 )
-_MAY_BE_FP8 = (
-    "{method} is planned in bf16; train.precision: auto will try FP8 when the run begins, and take "
-    "it if two batches agree (--set train.precision=fp8 plans that)"
+_MAY_BE_INT8 = (
+    "{method} is planned in bf16; train.precision: auto will try int8 when the run begins, and take "
+    "it if two batches agree (--set train.precision=int8 plans that)"
 )
 
 
@@ -215,7 +215,7 @@ def _plan(
             dtype=dtype_for(target, forms.precision),
             checkpointing="none" if forms.checkpointing == "auto" else forms.checkpointing,
             device=target.kind,
-            wants_fp8=forms.precision == "fp8",
+            wants_int8=forms.precision == "int8",
             is_compiled=compiles(forms.compile, target.kind, batches.num_steps),
             new_ids=forms.new_ids,
         )
@@ -238,9 +238,9 @@ def _plan(
         said = _SELECTIVE.format(methods=" and ".join(selective), torch=minor(torch.__version__))
         notes.append(said)
     notes += [
-        _MAY_BE_FP8.format(method=method)
+        _MAY_BE_INT8.format(method=method)
         for method in methods
-        if _may_choose_fp8(forms, method, config.model_type, total, target, batches.num_steps)
+        if _may_choose_int8(forms, method, config.model_type, total, target, batches.num_steps)
     ]
     return Plan(
         model=name,
@@ -258,12 +258,12 @@ def _plan(
     )
 
 
-def _may_choose_fp8(
+def _may_choose_int8(
     forms: Forms, method: Method, family: str, num_params: int, target: Target, num_steps: int
 ) -> bool:
-    """Whether a run will try FP8 when it begins (`train/precision.py`), which nobody knows yet."""
+    """Whether a run will try int8 when it begins (`train/precision.py`), which nobody knows yet."""
     is_open = forms.precision == "auto" and method is not Method.FULL and not forms.lora.dora
-    can = target.rates.fp8_flops is not None and num_steps >= WORTH_CHECKING
+    can = target.rates.int8_ops is not None and num_steps >= WORTH_CHECKING
     return is_open and can and gate(family, method, num_params) is None
 
 

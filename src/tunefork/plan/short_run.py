@@ -151,7 +151,7 @@ def _recipe(made: Build) -> Recipe:
         lora=made.lora,
         full=made.full,
         train=TrainSection(
-            precision="fp8" if made.wants_fp8 else "auto",
+            precision="int8" if made.wants_int8 else "auto",
             activation_checkpointing=made.checkpointing,
             compile="always" if made.is_compiled else "never",
             max_grad_norm=None if made.full.gradient_release else 1.0,

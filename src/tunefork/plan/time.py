@@ -32,8 +32,8 @@ class Rates:
     """bf16 operations a second."""
     bandwidth: float
     """Bytes a second."""
-    fp8_flops: float | None = None
-    """FP8 operations a second; None where there is no such hardware."""
+    int8_ops: float | None = None
+    """int8 operations a second; None where there is no such hardware."""
 
 
 def pass_seconds(
@@ -48,12 +48,12 @@ def pass_seconds(
 ) -> float:
     """A forward and backward pass in which `num_recomputed` layers, as written, run twice."""
     gemm, skinny = work.get("gemm", _NONE), work.get("skinny", _NONE)
-    gemm_fp8, fused = work.get("gemm_fp8", _NONE), work.get("fused", _NONE)
+    gemm_int8, fused = work.get("gemm_int8", _NONE), work.get("fused", _NONE)
     attention, memory = work.get("attention", _NONE), work.get("memory", _NONE)
     dequantize = work.get("dequantize", _NONE)
     factor = fit.masked_attention if is_masked else fit.attention
     device = gemm.flops / rates.flops * fit.gemm
-    device += gemm_fp8.flops / (rates.fp8_flops or rates.flops) * fit.gemm_fp8
+    device += gemm_int8.flops / (rates.int8_ops or rates.flops) * fit.gemm_int8
     device += fused.num_bytes / rates.bandwidth * fit.fused
     device += attention.flops / rates.flops * factor
     device += skinny.num_bytes / rates.bandwidth * fit.skinny

@@ -43,7 +43,7 @@ PRODUCTS = {
     torch.ops.tunefork.add_product_.default: 1,
 }
 """Matrix products -> where their left operand stands; the right one follows it."""
-FP8_PRODUCTS = {torch.ops.aten._scaled_mm.default}
+INT8_PRODUCTS = {torch.ops.aten._scaled_mm.default}
 LORA_GRADIENTS = {
     torch.ops.tunefork.lora_gradients.default: 0,
     torch.ops.tunefork.gradient_codes.default: 2,
@@ -147,18 +147,18 @@ _FUSED: dict[Any, Any] = {}
 """What fused functions return, by what they are given: the head asks for each of its chunks."""
 
 
-def product(left: Sequence[int], right: Sequence[int], *, is_fp8: bool) -> tuple[str, float]:
+def product(left: Sequence[int], right: Sequence[int], *, is_int8: bool) -> tuple[str, float]:
     """Kind and operations of a matrix product of these shapes, batched where they have three."""
     rows, inner, columns = left[-2], left[-1], right[-1]
     batch = left[0] if len(left) == 3 else 1
-    kind = "skinny" if min(rows, inner, columns) <= _SKINNY else "gemm_fp8" if is_fp8 else "gemm"
+    kind = "skinny" if min(rows, inner, columns) <= _SKINNY else "gemm_int8" if is_int8 else "gemm"
     return kind, 2.0 * batch * rows * inner * columns
 
 
 def lora_gradients_flops(dys: Sequence[Sequence[int]], lora_b: Sequence[Sequence[int]]) -> float:
     """Operations of `LORA_GRADIENTS`, of its arguments' shapes (S, O_i) and (O_i, R_i)."""
     pairs = zip(dys, lora_b, strict=True)
-    return sum(2 * product(dy, b, is_fp8=False)[1] for dy, b in pairs)
+    return sum(2 * product(dy, b, is_int8=False)[1] for dy, b in pairs)
 
 
 def lora_deltas_flops(tokens: float, lora_b: Sequence[Sequence[int]]) -> float:
@@ -229,8 +229,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             moved = sum(t.numel() * t.element_size() for t in touched)
             if func in PRODUCTS:
                 left = PRODUCTS[func]
-                is_fp8 = func in FP8_PRODUCTS
-                self.count(*product(args[left].shape, args[left + 1].shape, is_fp8=is_fp8), moved)
+                is_int8 = func in INT8_PRODUCTS
+                self.count(*product(args[left].shape, args[left + 1].shape, is_int8=is_int8), moved)
             elif func in LORA_GRADIENTS:
                 shapes = [[tensor.shape for tensor in args[at]] for at in (0, 2)]
                 kernels = 2 * len(args[0]) + LORA_GRADIENTS[func]

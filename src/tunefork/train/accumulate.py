@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from tunefork.data.example import Encoded
 from tunefork.data.pack import pack
 from tunefork.errors import NoMemoryError
-from tunefork.model.draws import draw_for
 from tunefork.train.events import SettingChanged
 from tunefork.train.runner import Laid, Runner
 
@@ -48,7 +47,6 @@ class Accumulator:
         supervised tokens it is the mean of. Raises NoMemoryError where even the smallest
         micro-batches do not fit, or may not be tried.
         """
-        draw_for(self.model, step)
         longest = max(len(example.input_ids) for example in chosen)
         random = random_states(self.model.device)
         while True:
@@ -82,7 +80,6 @@ class Accumulator:
     def forward(self, chosen: Sequence[Encoded], step: int) -> tuple[float, int]:
         """`gradient` without the gradient, of a step of one micro-batch (`release.check_one_pass`):
         `backward` has it, or `drop` what is kept for it."""
-        draw_for(self.model, step)
         [laid] = self._take(chosen, max(self.limit, max(len(e.input_ids) for e in chosen)))
         where = _place(step, laid)
         loss = self.runner.forward(laid, laid.supervised, where)

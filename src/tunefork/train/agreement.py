@@ -1,4 +1,4 @@
-"""Do FP8 products train this model on this data as bf16 ones do? Two batches that say so, or not.
+"""Do int8 products train this model on this data as bf16 ones do? Two batches that say so, or not.
 
 The first batch is passed with B = 0, as a run begins. The second is passed with a random B whose
 delta is as large as training makes it, where A has a gradient too. (A few steps of training would
@@ -7,7 +7,7 @@ loses part of them, and the two forms differ for that.) Both forms of the base s
 A and B; what is compared is the loss and the cosine of A's and B's gradients, all together and by
 kind of layer.
 
-One form is on the device at a time: the base is loaded for each, FP8 group by group as for a run.
+One form is on the device at a time: the base is loaded for each, int8 group by group as for a run.
 """
 
 import gc
@@ -32,7 +32,7 @@ from tunefork.train.precision_choice import Agreement, BatchAgreement
 LOSS_BOUND = 0.03
 """Of the relative difference, on either side. SmolLM2-135M, which ends within 1 % of bf16, is 1.1
 to 1.4 % apart on 32 examples that it has not been trained on yet (a loss of 9 nats); this finds a
-model whose numbers FP8 does not hold. What 0.5 % after training are, only the gate can tell."""
+model whose numbers int8 does not hold. What 0.5 % after training are, only the gate can tell."""
 WHOLE_BOUND = 0.95
 """Of the cosine of all A's or all B's, as in the gate."""
 KIND_BOUND = 0.9
@@ -62,7 +62,7 @@ def agree(
 ) -> Agreement:
     """Measure on the first two batches of the run that the arguments describe.
 
-    Raises ModelError where the base has no FP8 form, NoMemoryError where a batch does not fit.
+    Raises ModelError where the base has no int8 form, NoMemoryError where a batch does not fit.
     """
     began = time.perf_counter()
     schedule = plan_steps(recipe, len(examples), seed=seed)
@@ -70,7 +70,7 @@ def agree(
         [examples[i] for i in chosen[:_MOST_EXAMPLES]] for chosen in (schedule[0], schedule[-1])
     ]
     found, drawn = dict[str, list[_Pass]](), None
-    for precision in ("bf16", "fp8"):
+    for precision in ("bf16", "int8"):
         train = recipe.train.model_copy(update={"precision": precision, "compile": "never"})
         of_form = recipe.model_copy(update={"train": train})
         with _built(of_form, method, examples, device, seed) as accumulator:
@@ -82,8 +82,8 @@ def agree(
                     parameter.data.copy_(drawn[name])
             found[precision] = [first, _pass(accumulator, batches[1], seed)]
     compared = tuple(
-        _compare(len(batch), bf16, fp8)
-        for batch, bf16, fp8 in zip(batches, found["bf16"], found["fp8"], strict=True)
+        _compare(len(batch), bf16, int8)
+        for batch, bf16, int8 in zip(batches, found["bf16"], found["int8"], strict=True)
     )
     agrees, why = judge(compared)
     return Agreement(batches=compared, agrees=agrees, why=why, seconds=time.perf_counter() - began)
@@ -94,7 +94,7 @@ def judge(batches: Sequence[BatchAgreement]) -> tuple[bool, str]:
     for number, batch in enumerate(batches, start=1):
         if not abs(batch.loss_difference) <= LOSS_BOUND:
             return False, (
-                f"batch {number}: loss {batch.loss_fp8:.4f} in FP8, {batch.loss_bf16:.4f} in bf16 "
+                f"batch {number}: loss {batch.loss_int8:.4f} in int8, {batch.loss_bf16:.4f} in bf16 "
                 f"(at most {LOSS_BOUND:.0%} apart)"
             )
         for kind, parts in batch.cosines.items():
@@ -165,10 +165,10 @@ def _pass(accumulator: Accumulator, batch: Sequence[Encoded], seed: int) -> _Pas
     return _Pass(float(loss), gradients)
 
 
-def _compare(num_examples: int, bf16: _Pass, fp8: _Pass) -> BatchAgreement:
+def _compare(num_examples: int, bf16: _Pass, int8: _Pass) -> BatchAgreement:
     sums: dict[tuple[str, str], Tensor] = {}
     for name, ours in bf16.gradients.items():
-        theirs = fp8.gradients[name]
+        theirs = int8.gradients[name]
         *_, kind, part = name.split(".")
         three = torch.stack([(ours * theirs).sum(), ours.square().sum(), theirs.square().sum()])
         for key in ((kind, part), ("all", part)):
@@ -178,5 +178,5 @@ def _compare(num_examples: int, bf16: _Pass, fp8: _Pass) -> BatchAgreement:
         if not (part == "lora_a" and float(one) == float(other) == 0.0):  # B is zero
             cosines.setdefault(kind, {})[part] = float(dot / (one * other).sqrt())
     return BatchAgreement(
-        num_examples=num_examples, loss_bf16=bf16.loss, loss_fp8=fp8.loss, cosines=cosines
+        num_examples=num_examples, loss_bf16=bf16.loss, loss_int8=int8.loss, cosines=cosines
     )

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from tunefork.errors import ModelError
 from tunefork.kernels.layout import Products, Storage
 from tunefork.model.bank import Bank
-from tunefork.model.device import has_fp8
+from tunefork.model.device import has_int8
 from tunefork.model.head import find_head
 from tunefork.model.layers import compile_last_norm, draws, prepare_layers
 from tunefork.recipe import Compile, Method, Recipe
@@ -41,27 +41,27 @@ def base_form(
 ) -> BaseForm | None:
     """The form of `method`'s frozen base, or None where its layers stay as they are built.
 
-    Raises ModelError where `train.precision: fp8` cannot be had.
+    Raises ModelError where `train.precision: int8` cannot be had.
     """
-    wants_fp8 = recipe.train.precision == "fp8"
+    wants_int8 = recipe.train.precision == "int8"
     if method is Method.FULL:
         return None
-    if wants_fp8 and recipe.lora.dora:
+    if wants_int8 and recipe.lora.dora:
         raise ModelError(
-            "train.precision: fp8 has no form of lora.dora, whose rows' lengths need the base's "
+            "train.precision: int8 has no form of lora.dora, whose rows' lengths need the base's "
             "weights in each step; leave one of the two out"
         )
-    if wants_fp8 and device.type == "cuda" and not has_fp8(device):
+    if wants_int8 and device.type == "cuda" and not has_int8(device):
         capability = torch.cuda.get_device_capability(device)
         raise ModelError(
-            f"train.precision: fp8 needs a GPU with FP8 products (compute capability 8.9 or "
-            f"later), and this is one of {capability[0]}.{capability[1]}; set bf16"
+            "train.precision: int8 needs a Hopper GPU (compute capability 9.0), for which its kernel "
+            f"is made, and this is one of {capability[0]}.{capability[1]}; set bf16"
         )
     return form_of(
         method,
         kind=device.type,
         dtype=dtype,
-        wants_fp8=wants_fp8,
+        wants_int8=wants_int8,
         is_dora=recipe.lora.dora,
     )
 
@@ -71,17 +71,17 @@ def form_of(
     *,
     kind: str,
     dtype: torch.dtype,
-    wants_fp8: bool,
+    wants_int8: bool,
     is_dora: bool,
 ) -> BaseForm | None:
     """`base_form` on a device of `kind` ("cuda" or "cpu") that can do what is wanted of it."""
     is_full = method is Method.FULL
-    if is_full or is_dora or dtype != torch.bfloat16 or (kind != "cuda" and not wants_fp8):
+    if is_full or is_dora or dtype != torch.bfloat16 or (kind != "cuda" and not wants_int8):
         return None
-    products: Products = "fp8" if wants_fp8 else "bf16"
+    products: Products = "int8" if wants_int8 else "bf16"
     if method is Method.QLORA:
         return BaseForm("nf4", products)
-    return BaseForm("e4m5" if wants_fp8 else "bf16", products)
+    return BaseForm("int8" if wants_int8 else "bf16", products)
 
 
 def compiles(wanted: Compile, kind: str, num_steps: int) -> bool:

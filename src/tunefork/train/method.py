@@ -33,7 +33,7 @@ from tunefork.train.state import Optimizer
 from tunefork.train.validation import Validation
 
 _CALIBRATION_ROWS, _CALIBRATION_LENGTH = 8, 256
-"""Of the pass whose inputs an FP8 base is made for."""
+"""Of the pass whose inputs an int8 base is made for."""
 
 
 def load_for_training(
@@ -47,7 +47,7 @@ def load_for_training(
 ) -> PreTrainedModel:
     """The recipe's base, built for `method`. Raises ModelError where it cannot be.
 
-    FP8 products are made for inputs such as the first of `examples` (`model.fused`).
+    int8 products are made for inputs such as the first of `examples` (`model.fused`).
     """
 
     def put(model: PreTrainedModel, at: torch.device) -> None:
@@ -73,7 +73,7 @@ def load_and_fuse(
     deterministic.prepare(recipe.train.deterministic)
     model = load_model(recipe.model, dtype=dtype, device=device, in_host_memory=True)
     form = base_form(recipe, method, device=device, dtype=dtype)
-    # An FP8 base is quantised group by group on its way from the host to the device.
+    # An int8 base is quantised group by group on its way from the host to the device.
     at = torch.device("cpu") if form is not None and form.storage != "nf4" else device
     put(model, at)
     if form is not None:

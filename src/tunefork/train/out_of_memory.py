@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from tunefork.errors import NoMemoryError
-from tunefork.model.device import has_fp8
+from tunefork.model.device import has_int8
 from tunefork.recipe import Checkpointing, Method, Recipe
 
 _LESS: dict[Checkpointing, str] = {
@@ -58,7 +58,7 @@ class Remedies:
     """The run is on a CUDA GPU, so that host memory is another."""
     releases: bool = False
     """Full fine-tuning updates in the backward pass, so that a step is one micro-batch."""
-    may_be_fp8: bool = False
+    may_be_int8: bool = False
     """LoRA's frozen base could be kept in ten bits a weight, and is not."""
 
     @classmethod
@@ -73,10 +73,10 @@ class Remedies:
             master_weights=recipe.full.weights == "fp32",
             releases=method is Method.FULL and recipe.full.gradient_release,
             on_gpu=device is not None and device.type == "cuda",
-            may_be_fp8=method is Method.LORA
+            may_be_int8=method is Method.LORA
             and not recipe.lora.dora
-            and recipe.train.precision != "fp8"
-            and has_fp8(device),
+            and recipe.train.precision != "int8"
+            and has_int8(device),
         )
 
     def cheapest(self, phase: Phase) -> str:
@@ -87,8 +87,8 @@ class Remedies:
             return f"train.micro_batch_tokens: {half} (the same gradients, a little slower)"
         if phase in ("forward", "backward") and self.checkpointing in _LESS:
             return f"train.activation_checkpointing: {_LESS[self.checkpointing]}"
-        if self.may_be_fp8 and phase in ("load", "forward", "backward", "optimiser step"):
-            return "train.precision: fp8 (the frozen base takes two thirds of the memory)"
+        if self.may_be_int8 and phase in ("load", "forward", "backward", "optimiser step"):
+            return "train.precision: int8 (the frozen base takes half of the memory)"
         if phase in ("forward", "backward") and self.on_gpu and self.checkpointing == "full":
             return "train.activation_checkpointing: offload (what is kept waits in host memory)"
         if phase in ("forward", "backward", "optimiser step") and self.method is Method.FULL:

@@ -1,7 +1,7 @@
-"""`train.precision: auto` on a GPU: FP8 where it is known to train as well, else bf16.
+"""`train.precision: auto` on a GPU: int8 where it is known to train as well, else bf16.
 
-Two things must hold. The gate (benchmarks/fp8_gate.py: the same fine-tuning in both, on a real task
-and three seeds) was passed for the model's family, method and size: fp8_gate.yaml has its verdicts.
+Two things must hold. The gate (benchmarks/int8_gate.py: the same fine-tuning in both, on a real task
+and three seeds) was passed for the model's family, method and size: int8_gate.yaml has its verdicts.
 And two batches on the user's own model and data agree (`agreement.py`). What was decided, and why,
 goes into the run's record; where nothing can be decided, the run is a bf16 one.
 """
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tunefork.data.example import Encoded
 from tunefork.errors import ModelError, NoMemoryError
-from tunefork.model.device import has_fp8
+from tunefork.model.device import has_int8
 from tunefork.model.load import load_skeleton
 from tunefork.recipe import Method, Recipe
 from tunefork.train.agreement import agree
@@ -34,7 +34,7 @@ WORTH_CHECKING = 100
 
 
 class Verdict(BaseModel):
-    """An entry of fp8_gate.yaml."""
+    """An entry of int8_gate.yaml."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -53,7 +53,7 @@ class Verdict(BaseModel):
 @cache
 def verdicts() -> tuple[Verdict, ...]:
     """The gate's, as far as it was run."""
-    text = files("tunefork.train").joinpath("fp8_gate.yaml").read_text(encoding="utf-8")
+    text = files("tunefork.train").joinpath("int8_gate.yaml").read_text(encoding="utf-8")
     return tuple(Verdict.model_validate(entry) for entry in yaml.safe_load(text))
 
 
@@ -86,13 +86,13 @@ def settle_precision(
     begun = last_setting(checkpoints).get(_FIELD)
     if begun is not None:
         choice = _decided(folder) or PrecisionChoice(
-            precision="fp8" if begun == "fp8" else "bf16", why="as the run began"
+            precision="int8" if begun == "int8" else "bf16", why="as the run began"
         )
     else:
         choice = _decide(recipe, method, examples, seed, pad_id, device)
         (folder / FILE).write_text(choice.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    if choice.precision == "fp8":
-        train = recipe.train.model_copy(update={"precision": "fp8"})
+    if choice.precision == "int8":
+        train = recipe.train.model_copy(update={"precision": "int8"})
         recipe = recipe.model_copy(update={"train": train})
     return Settled(recipe, choice)
 
@@ -126,35 +126,35 @@ def _decide(
         )
     except (ModelError, NoMemoryError, torch.OutOfMemoryError) as error:
         first = str(error).partition("\n")[0]
-        return PrecisionChoice(precision="bf16", why=f"FP8 could not be tried ({first})")
-    precision = "fp8" if found.agrees else "bf16"
+        return PrecisionChoice(precision="bf16", why=f"int8 could not be tried ({first})")
+    precision = "int8" if found.agrees else "bf16"
     return PrecisionChoice(precision=precision, why=found.why, agreement=found)  # type: ignore[arg-type]
 
 
 def reason_against(
     recipe: Recipe, method: Method, device: torch.device, num_examples: int, seed: int
 ) -> str | None:
-    """Why FP8 is not even tried, or None."""
+    """Why int8 is not even tried, or None."""
     if recipe.lora.dora:
-        return "FP8 has no form of lora.dora"
-    if not has_fp8(device):
-        return "this GPU has no FP8 products"
+        return "int8 has no form of lora.dora"
+    if not has_int8(device):
+        return "this GPU has no int8 products"
     skeleton = load_skeleton(recipe.model)
     num_params = sum(p.numel() for p in skeleton.parameters())
     why_not = gate(skeleton.config.model_type, method, num_params)
     if why_not is None and len(plan_steps(recipe, num_examples, seed=seed)) < WORTH_CHECKING:
-        return f"fewer than {WORTH_CHECKING} steps are not worth trying FP8 for"
+        return f"fewer than {WORTH_CHECKING} steps are not worth trying int8 for"
     return why_not
 
 
 def gate(family: str, method: Method, num_params: int) -> str | None:
-    """Why the gate does not let FP8 be chosen for such a model, or None."""
+    """Why the gate does not let int8 be chosen for such a model, or None."""
     size = f"{num_params / 1e9:.3g}B"
     for verdict in verdicts():
         least, most = verdict.params
         if (verdict.family, verdict.method) == (family, method) and least <= num_params <= most:
             if verdict.passed and verdict.pays:
                 return None
-            why = "passed, but FP8 is no faster," if verdict.passed else "not passed"
-            return f"FP8's gate is {why} for {method} of {family}, {size}: {verdict.finding}"
-    return f"FP8's gate has not been run for {method} of {family}, {size}"
+            why = "passed, but int8 is no faster," if verdict.passed else "not passed"
+            return f"int8's gate is {why} for {method} of {family}, {size}: {verdict.finding}"
+    return f"int8's gate has not been run for {method} of {family}, {size}"

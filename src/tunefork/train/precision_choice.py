@@ -14,19 +14,19 @@ class _Part(BaseModel):
 
 
 class BatchAgreement(_Part):
-    """FP8's pass over one batch beside bf16's, over the same A and B."""
+    """int8's pass over one batch beside bf16's, over the same A and B."""
 
     num_examples: int
     loss_bf16: float
-    loss_fp8: float
+    loss_int8: float
     cosines: dict[str, dict[str, float]]
     """Layer kind (`q_proj`; `all` for all of them as one vector) -> `lora_a`, `lora_b` -> cosine of
     the two gradients. A has none in the first batch, where B is zero."""
 
     @property
     def loss_difference(self) -> float:
-        """Of FP8's loss from bf16's, in units of bf16's."""
-        return self.loss_fp8 / self.loss_bf16 - 1
+        """Of int8's loss from bf16's, in units of bf16's."""
+        return self.loss_int8 / self.loss_bf16 - 1
 
 
 class Agreement(_Part):
@@ -42,7 +42,7 @@ class Agreement(_Part):
 class PrecisionChoice(_Part):
     """What `auto` came to."""
 
-    precision: Literal["bf16", "fp8"]
+    precision: Literal["bf16", "int8"]
     why: str
     agreement: Agreement | None = None
     """None: nothing was measured, for the reason that `why` gives."""

@@ -30,7 +30,6 @@ import torch
 from tunefork.data.example import Encoded
 from tunefork.errors import CheckpointError, TuneforkError
 from tunefork.model.bank import Bank, BankAdapter
-from tunefork.model.draws import draw_for
 from tunefork.model.head import find_head
 from tunefork.train.adamw_bank import BankAdamW
 from tunefork.train.checkpoints import Checkpoints
@@ -138,12 +137,9 @@ class Group:
 
     def _launch(self) -> None:
         chosen: list[Sequence[Encoded]] = [()] * self.bank.num_slots
-        begun, moved = [], []
+        begun = []
         for slot, place in sorted(self.places.items()):
-            before = place.launched
             part = self._next(slot, place)
-            if place.launched > before:
-                moved.append(place.launched)
             if part is not None:
                 chosen[slot] = part.chosen
                 begun.append(part)
@@ -156,8 +152,6 @@ class Group:
             counts_g[part.slot] = part.supervised
         if self.bank.device.type == "cuda":
             counts_g = counts_g.pin_memory()
-        # Of those that began first; a failed one counts on, so that the others draw as with it.
-        draw_for(self.model, max(moved))
         loss_g = self.cut.gradient(chosen, counts_g)
         updates = {p.slot: self.places[p.slot].update(p, self._under_way(p.slot)) for p in begun}
         norm_g = self.optimizer.step(updates, loss_g)

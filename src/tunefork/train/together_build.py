@@ -33,7 +33,7 @@ def load_for_group(
     """The recipe's base with a bank of `adapters`, in the form in which `load_for_training` has it.
 
     The recipe's own `lora` is not looked at. `announced` are those that may join later, `examples`
-    what FP8 products are made for. Raises ModelError where it cannot be.
+    what int8 products are made for. Raises ModelError where it cannot be.
     """
     bound_shapes(len(adapters) + len(announced))
     banks: list[Bank] = []
