@@ -42,29 +42,30 @@ SHAPES: dict[str, dict[str, Any]] = {
 """SmolLM2-135M and -360M, Qwen3-0.6B, Llama-3.2-1B, Qwen3-1.7B, Llama-3.2-3B, Llama-3.1-8B; and one
 to try the script on a CPU with."""
 
+_TRIED = "tiny"
 HELD_OUT_SHAPE = "1.7b"
 """A size that no run had been measured of when the model of time and memory was settled."""
 SALT = "tunefork planner, third grid"
 HELD_OUT_FILE = Path(__file__).with_name("planner_h200_held_out.txt")
 
 CASES = [
-    "8b-lora-8x2048-fp8",
+    "8b-lora-8x2048-int8",
     "8b-lora-8x2048",
-    "8b-lora-8x64-fp8",
-    "8b-qlora-8x1024-fp8-offload",
+    "8b-lora-8x64-int8",
+    "8b-qlora-8x1024-int8-offload",
     "8b-full-4x2048-bf16-8bit-full-eager",
     "8b-full-4x2048-bf16-full-released",
-    "1.7b-lora-4x1536-fp8",
+    "1.7b-lora-4x1536-int8",
     "1.7b-qlora-8x1024-full",
     "1.7b-full-4x2048-adamwbf16-full",
     "1.7b-lora-8x1536-full-eager",
-    "8b-lora-4x2048-fp8-full",
-    "8b-lora-4x1536-r64-fp8-selective",
+    "8b-lora-4x2048-int8-full",
+    "8b-lora-4x1536-r64-int8-selective",
     "8b-lora-2x2048-eager",
     "8b-qlora-4x2048-full-eager",
-    "8b-qlora-4x2048-fp8",
+    "8b-qlora-4x2048-int8",
     "1b-lora-8x1024",
-    "1b-qlora-8x768-fp8-offload",
+    "1b-qlora-8x768-int8-offload",
     "1b-lora-4x4096-full-eager",
     "1b-full-8x768-eager",
     "3b-lora-8x1024-offload",
@@ -72,7 +73,7 @@ CASES = [
     "3b-full-4x2048-bf16-full-eager",
     "0.6b-lora-4x1024-packed",
     "0.6b-full-8x768",
-    "360m-lora-8x1024-fp8-full",
+    "360m-lora-8x1024-int8-full",
     "360m-full-8x512-8bit-eager",
     "135m-lora-16x768",
     "135m-full-8x512",
@@ -110,7 +111,7 @@ class Case:
     rank: int
     checkpointing: str
     compiled: bool
-    fp8: bool
+    int8: bool
     packed: bool
     """Examples of many lengths share rows."""
     weights: str
@@ -139,7 +140,7 @@ def read_case(name: str) -> Case:
         rank=ranks[0] if ranks else 16,
         checkpointing=next((o for o in options if o in CHECKPOINTING), "none"),
         compiled="eager" not in options,
-        fp8="fp8" in options,
+        int8="int8" in options,
         packed="packed" in options,
         weights="bf16" if {"bf16", "adamwbf16"} & set(options) else "fp32",
         optimizer=next((kind for name, kind in OPTIMIZERS.items() if name in options), "adamw"),
@@ -191,9 +192,17 @@ def build_of(case: Case) -> Any:
         dtype=torch.bfloat16,
         checkpointing=case.checkpointing,  # type: ignore[arg-type]
         device="cuda",
-        wants_fp8=case.fp8,
+        wants_int8=case.int8,
         is_compiled=case.compiled,
     )
+
+
+def is_case(name: str) -> bool:
+    """Whether a run of that name is of the grid, or to try the script with.
+
+    Raw files go on holding what was measured of forms that are gone.
+    """
+    return name in CASES or name.startswith(f"{_TRIED}-")
 
 
 def held_out() -> list[str]:

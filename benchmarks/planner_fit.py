@@ -9,11 +9,19 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from benchmarks.planner_cases import CASES, HELD_OUT_FILE, build_of, config, held_out, read_case
+from benchmarks.planner_cases import (
+    CASES,
+    HELD_OUT_FILE,
+    build_of,
+    config,
+    held_out,
+    is_case,
+    read_case,
+)
 
 FIRST_GRID: dict[str, float] = {
     "gemm": 1.145,
-    "gemm_fp8": 1.52,
+    "gemm_int8": 1.44,
     "fused": 1.3,
     "skinny": 1.902,
     "attention": 1.937,
@@ -34,8 +42,9 @@ FIRST_GRID: dict[str, float] = {
     "step_s": 0.001089,
 }
 """What the first grid's 24 runs were fitted to (2026-11-25): where this fit starts and what it is
-drawn to. FP8 products, compiled layers and captured passes: four runs of an 8B shape beforehand;
-what LoRA's operators cost the host: a guess (2026-11-27)."""
+drawn to. int8 products: the kernel alone, of a layer of 8B (2026-11-27); compiled layers and
+captured passes: four runs of an 8B shape beforehand; what LoRA's operators cost the host: a guess
+(2026-11-27)."""
 KEPT = ("eight_bit_s",)
 """As the first grid had it: no run of this fit updates in 8 bits at the device's pace, and those at
 the host's pace must not be explained by it."""
@@ -59,9 +68,9 @@ def runs(raw: Path, *, all_lines: bool = False) -> list[Any]:
     rows = _lines(raw) if all_lines else list(measured.values())
     found = []
     for row in rows:
-        if "error" in row or "planned" in row:
-            continue
         name = row["case"]
+        if "error" in row or "planned" in row or not is_case(name):
+            continue
         case = read_case(name)
         made, whole = build_of(case), config(case.shape)
         for there in planned.get(name, []):
@@ -134,7 +143,7 @@ def fit(raw: Path, *, writes: bool = True) -> None:
 
     if HELD_OUT_FILE.read_text(encoding="utf-8").split() != held_out():
         raise SystemExit(f"{HELD_OUT_FILE.name} is not the list that the names' hash chooses")
-    lines, _ = read_raw(raw)
+    lines = {name: line for name, line in read_raw(raw)[0].items() if is_case(name)}
     first = next(row for row in lines.values() if "error" not in row)
     measured = [run.traced() for run in runs(raw)]
     software = replace(installed("cuda"), torch=minor(first["versions"]["torch"]))

@@ -204,7 +204,7 @@ def measure(out: Path, names: list[str], seconds: float, *, only_prepare: bool) 
 def _prepare(names: list[str], deadline: float, tell: Any) -> None:
     """All cases, several at a time, those that take longest to compile first."""
     left = queue.Queue[str]()
-    order = sorted(names, key=lambda n: (not read_case(n).compiled, "fp8" not in n, "8b" not in n))
+    order = sorted(names, key=lambda n: (not read_case(n).compiled, "int8" not in n, "8b" not in n))
     for name in order:
         left.put(name)
     lock = threading.Lock()

@@ -44,7 +44,9 @@ CONFIG = LlamaConfig(
 SHAPE = Shape(8, 2048, 8 * 2048, is_masked=False)
 
 
-def _case(method: Method = Method.LORA, *, wants_fp8: bool = False, compiled: bool = False) -> Case:
+def _case(
+    method: Method = Method.LORA, *, wants_int8: bool = False, compiled: bool = False
+) -> Case:
     made = Build(
         method=method,
         lora=LoraSection(),
@@ -52,7 +54,7 @@ def _case(method: Method = Method.LORA, *, wants_fp8: bool = False, compiled: bo
         dtype=torch.bfloat16,
         checkpointing="none",
         device="cuda",
-        wants_fp8=wants_fp8,
+        wants_int8=wants_int8,
         is_compiled=compiled,
     )
     target = replace(target_of(load_catalogue().machine(["h200"])), is_here=True)

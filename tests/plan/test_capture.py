@@ -46,7 +46,7 @@ def _unnamed(kernel: Kernel) -> Any:
     ids=["llama", "qwen3"],
 )
 @pytest.mark.parametrize(
-    ("method", "fp8"),
+    ("method", "int8"),
     [
         (Method.LORA, False),
         (Method.LORA, True),
@@ -56,7 +56,7 @@ def _unnamed(kernel: Kernel) -> Any:
     ],
 )
 def test_both_ways_lead_to_the_same_programs(
-    config: PretrainedConfig, method: Method, fp8: bool
+    config: PretrainedConfig, method: Method, int8: bool
 ) -> None:
     install(Setting("cuda", is_masked=False), Trace())
     made = Build(
@@ -66,7 +66,7 @@ def test_both_ways_lead_to_the_same_programs(
         dtype=torch.bfloat16,
         checkpointing="none",
         device="cuda",
-        wants_fp8=fp8,
+        wants_int8=int8,
         is_compiled=True,
     )
     model = built(copy.deepcopy(config), made).model

@@ -56,9 +56,9 @@ def test_that_there_is_nothing_is_remembered_too() -> None:
         replace(MADE, lora=LoraSection(rank=8)),
         replace(MADE, method=Method.QLORA),
         replace(MADE, checkpointing="selective"),
-        replace(MADE, wants_fp8=True),
+        replace(MADE, wants_int8=True),
     ],
-    ids=["rank", "method", "selective", "fp8"],
+    ids=["rank", "method", "selective", "int8"],
 )
 def test_another_question_has_another_answer(other: Build) -> None:
     remembered(CONFIG, MADE, lambda: [_layer(1.0)])

@@ -39,14 +39,16 @@ def test_every_gpu_is_there_with_source_and_date() -> None:
         assert date.fromisoformat(gpu.date) < date.fromisoformat(gpu.price_date)
         assert 0.9 * gpu.memory_bytes < gpu.usable_bytes < gpu.memory_bytes
         assert gpu.bf16_flops > 100 * gpu.bandwidth / 4, "FLOP/s and bytes/s are mixed up"
-        assert gpu.fp8_flops is None or 1.9 < gpu.fp8_flops / gpu.bf16_flops < 2.1
+        assert gpu.int8_ops is None or 1.9 < gpu.int8_ops / gpu.bf16_flops < 2.1
+    have_kernel = {gpu.id for gpu in catalogue.gpus if gpu.int8_ops is not None}
+    assert have_kernel == {"h100", "h200"}
 
 
 def test_units() -> None:
     h100 = load_catalogue().gpu("h100")
     assert (h100.memory_bytes, h100.bf16_flops, h100.bandwidth) == (80 * 2**30, 989e12, 3350e9)
     assert (h100.link_bandwidth, h100.usd_per_hour) == (450e9, 2.69)
-    assert load_catalogue().gpu("a100-80").fp8_flops is None
+    assert h100.int8_ops == 1979e12
 
 
 def test_an_unknown_gpu_names_the_nearest_and_all() -> None:
@@ -87,7 +89,7 @@ def test_the_users_rows_go_over_the_packaged(no_home: Path, tmp_path: Path) -> N
     extra.write_text(
         "gpus:\n- {id: h100, usd_per_hour: 0, price_source: ours, price_date: 2026-11-01}\n"
         "- {id: mi300x, name: MI300X, memory_gib: 192, usable_gib: 191, bf16_tflops: 1307,\n"
-        "   fp8_tflops: 2614, bandwidth_gb_s: 5300, link_gb_s: 64, source: sheet,\n"
+        "   int8_tops: 2614, bandwidth_gb_s: 5300, link_gb_s: 64, source: sheet,\n"
         "   date: 2023-12-06, usd_per_hour: 2.5, price_source: me, price_date: 2026-10-01}\n"
     )
     at_home = load_catalogue().gpu("h100")

@@ -13,8 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import LlamaConfig
 
 from tunefork.kernels.compiled import standing_for_gpu
-from tunefork.kernels.fp8_gradients import gradient_codes
-from tunefork.kernels.gated import gated_down, gated_gradients, gated_gradients_and_squares
+from tunefork.kernels.gated import gated_down, gated_gradients, gated_gradients_and_maxima
+from tunefork.kernels.int8_gradients import gradient_codes
 from tunefork.model import layers
 from tunefork.plan.attention import Setting, install
 from tunefork.plan.built import Build, built
@@ -27,7 +27,6 @@ from tunefork.plan.trace import Trace
 from tunefork.recipe import FullSection, LoraSection, Method
 
 INNER, RANK, LAYERS = 160, 4, 2
-WIDTH = 64
 CONFIG = LlamaConfig(
     vocab_size=256,
     hidden_size=64,
@@ -38,7 +37,7 @@ CONFIG = LlamaConfig(
 )
 
 
-def _build(is_compiled: bool, method: Method = Method.LORA, wants_fp8: bool = False) -> Build:
+def _build(is_compiled: bool, method: Method = Method.LORA, wants_int8: bool = False) -> Build:
     return Build(
         method=method,
         lora=LoraSection(rank=RANK),
@@ -47,7 +46,7 @@ def _build(is_compiled: bool, method: Method = Method.LORA, wants_fp8: bool = Fa
         checkpointing="none",
         device="cuda",
         is_compiled=is_compiled,
-        wants_fp8=wants_fp8,
+        wants_int8=wants_int8,
     )
 
 
@@ -90,44 +89,43 @@ def test_compiled_they_are_two_operations() -> None:
     assert sum(kernel.moved(100) for kernel in kernels) == _bytes(100)
 
 
-def _in_fp8(gate: Any, up: Any, dh: Any, du: Any, b: Any, *more: Any) -> tuple[Any, ...]:
-    fold, scale, balance = more
+def _in_int8(gate: Any, up: Any, dh: Any, du: Any, b: Any, fold: Any) -> tuple[Any, ...]:
     with standing_for_gpu(lambda *_: None):
-        *dys, da, squares = gated_gradients_and_squares(gate, up, dh, du, fold)
+        *dys, da, most = gated_gradients_and_maxima(gate, up, dh, du, fold)
         u, lora_b = torch.empty_like(du).repeat(1, 2), [b, b]
-        codes, du, db = gradient_codes(dys, u, lora_b, 0.5, fold, scale, balance, WIDTH)
-        return da, squares, codes, du, *db
+        codes, scale, du, db = gradient_codes(dys, u, lora_b, 0.5, fold, most)
+        return da, codes, scale, du, *db
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
-def test_in_fp8_each_too(is_compiled: bool) -> None:
+def test_in_int8_each_too(is_compiled: bool) -> None:
     tokens = TOKENS if is_compiled else 100
     operands = [*_operands(tokens)[:4], torch.empty(INNER, RANK, dtype=torch.bfloat16)]
-    operands += [torch.empty(shape) for shape in [(1, 2 * INNER), (tokens, 1), ()]]
+    operands.append(torch.empty(1, 2 * INNER))
     operands = [x.to("meta") for x in operands]
     fold, column = 4 * 2 * INNER, 4 * tokens
     gated = 2 * (5 * tokens * INNER + tokens * RANK + RANK * INNER) + fold + column
-    # dgate and dup; u and du of both; one B twice, and two gradients; scale, balance; codes.
+    # dgate and dup; u and du of both; one B twice, and two gradients; maxima, scales; codes.
     skinny = 2 * (2 * tokens * INNER + 4 * tokens * RANK + 3 * INNER * RANK)
-    skinny += fold + column + 4 + tokens * (2 * INNER + WIDTH)
+    skinny += fold + 2 * column + tokens * 2 * INNER
     flops = 2 * 4.0 * tokens * INNER * RANK
     if is_compiled:
-        first, *_, last = program_of(_graph(_in_fp8, operands)).kernels
+        first, *_, last = program_of(_graph(_in_int8, operands)).kernels
         assert (first.kind, len(first.makes), first.moved(tokens)) == ("fused", 3, gated)
-        assert (last.kind, last.launches) == ("skinny", 6)
+        assert (last.kind, last.launches) == ("skinny", 7)
         assert (last.flops(tokens), last.moved(tokens)) == (flops, skinny)
     else:
         with Trace() as trace:
-            _in_fp8(*operands)
+            _in_int8(*operands)
         work, repeats = trace.work["skinny"], 2 * 3 * tokens * RANK
-        assert (work.flops, work.num_bytes, work.count) == (flops, skinny, 6)
+        assert (work.flops, work.num_bytes, work.count) == (flops, skinny, 7)
         assert trace.work["memory"].num_bytes == pytest.approx(gated + repeats, rel=0.01)
 
 
-@pytest.mark.parametrize("wants_fp8", [False, True])
+@pytest.mark.parametrize("wants_int8", [False, True])
 @pytest.mark.parametrize("method", [Method.LORA, Method.QLORA])
 def test_a_compiled_layer_does_not_keep_h(
-    method: Method, wants_fp8: bool, monkeypatch: pytest.MonkeyPatch
+    method: Method, wants_int8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gate and up are kept; before, a third tensor of their size was."""
     install(Setting("cuda", is_masked=False), Trace())
@@ -137,19 +135,19 @@ def test_a_compiled_layer_does_not_keep_h(
             monkeypatch.setattr(layers, "prepare_gated", lambda _: [])
         # A model of its own: the other's MLPs have been prepared.
         monkeypatch.setattr("tunefork.plan.built._BUILT", {})
-        found = capture(built(CONFIG, _build(True, method, wants_fp8)).model, "none")
+        found = capture(built(CONFIG, _build(True, method, wants_int8)).model, "none")
         assert found is not None and len(found) == LAYERS
         program, results = found[0].forward, found[0].num_results
         sizes = [program.sizes[name].per_token for name in program.outputs[results:] if name]
         kept.append(sum(size == 2 * INNER for size in sizes))
-    # NF4's and FP8's gate and up are views of one product.
-    assert kept == ([2, 3] if method is Method.LORA and not wants_fp8 else [0, 1])
+    # NF4's and int8's gate and up are views of one product.
+    assert kept == ([2, 3] if method is Method.LORA and not wants_int8 else [0, 1])
 
 
-@pytest.mark.parametrize("wants_fp8", [False, True])
-def test_nor_does_one_as_written(wants_fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wants_int8", [False, True])
+def test_nor_does_one_as_written(wants_int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(4, 1024, 4000, is_masked=False)
-    made, peaks = _build(False, wants_fp8=wants_fp8), []
+    made, peaks = _build(False, wants_int8=wants_int8), []
     for is_gated in (True, False):
         with monkeypatch.context() as patch:
             if not is_gated:
@@ -164,9 +162,9 @@ def test_nor_does_one_as_written(wants_fp8: bool, monkeypatch: pytest.MonkeyPatc
     assert peaks[1] - peaks[0] == pytest.approx(2 * LAYERS * 4 * 1024 * INNER * 2, rel=0.02)
 
 
-@pytest.mark.parametrize("wants_fp8", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("wants_int8", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_with_checkpointing_it_takes_no_more_than_as_written(
-    wants_fp8: bool, monkeypatch: pytest.MonkeyPatch
+    wants_int8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An 8B model's 16,384 tokens, GiB: a new tensor for dup would be 0.44 more."""
     config = LlamaConfig(
@@ -177,7 +175,7 @@ def test_with_checkpointing_it_takes_no_more_than_as_written(
         num_attention_heads=32,
         num_key_value_heads=8,
     )
-    made, peaks = replace(_build(True, wants_fp8=wants_fp8), checkpointing="full"), []
+    made, peaks = replace(_build(True, wants_int8=wants_int8), checkpointing="full"), []
     for is_gated in (True, False):
         with monkeypatch.context() as patch:
             if not is_gated:
@@ -190,5 +188,5 @@ def test_with_checkpointing_it_takes_no_more_than_as_written(
         assert step.is_compiled
         peaks.append(step.peak.total / 2**30)
     assert peaks[0] < peaks[1] + 0.05
-    if not wants_fp8:
+    if not wants_int8:
         assert peaks[0] == pytest.approx(peaks[1], abs=0.05)

@@ -123,9 +123,9 @@ def test_shorter_rows_or_one_larger_gpu_are_proposed_where_whole_rows_do_not_fit
 
 
 @pytest.mark.parametrize(
-    ("gpu", "steps", "num_told"), [("l4", 100, 1), ("l4", 99, 0), ("a10g", 100, 0)]
+    ("gpu", "steps", "num_told"), [("h100", 100, 1), ("h100", 99, 0), ("l40s", 100, 0)]
 )
-def test_a_plan_in_bf16_says_that_auto_will_try_fp8(
+def test_a_plan_in_bf16_says_that_auto_will_try_int8(
     gpu: str, steps: int, num_told: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passed = {"passed": True, "pays": True}
@@ -144,6 +144,27 @@ def test_a_plan_in_bf16_says_that_auto_will_try_fp8(
         has_details=False,
     )
     assert sum("train.precision: auto" in note for note in plan.notes) == num_told
+
+
+@pytest.mark.parametrize(
+    ("gpu", "method", "is_told"),
+    [("l40s", Method.QLORA, 1), ("l40s", Method.FULL, 0), ("h100", Method.QLORA, 0)],
+)
+def test_a_plan_in_int8_says_where_there_is_no_kernel_for_it(
+    gpu: str, method: Method, is_told: int
+) -> None:
+    plan = plan_numbers(
+        model=0.1345e9,
+        work=Work(80, 800, 800, 1.0, 10, 8),
+        lora=LoraSection(),
+        full=FullSection(),
+        methods=(method,),
+        machine=load_catalogue().machine([gpu]),
+        precision="int8",
+        compile="never",
+        has_details=False,
+    )
+    assert sum("no int8 kernel" in note for note in plan.notes) == is_told
 
 
 @pytest.mark.parametrize(("checkpointing", "is_told"), [("selective", 1), ("full", 0)])
@@ -169,8 +190,12 @@ def test_24_gb_hold_qlora_of_13b() -> None:
     plan = _plan(13.02e9, ["rtx4090"], length=1024, has_details=True)
     assert _of(plan, Method.QLORA).fits
     assert not _of(plan, Method.LORA).may_fit
-    # In e4m3 the base takes half of bf16's two bytes where layers are run again.
-    assert _of(plan, Method.LORA).next_option == "train.precision: fp8"
+    assert _of(plan, Method.LORA).next_option == "method: qlora"
+
+
+def test_a_base_of_half_the_bytes_is_proposed_where_there_is_a_kernel_for_it() -> None:
+    lora = _of(_plan(70.55e9, ["h100"], method=Method.LORA, has_details=True), Method.LORA)
+    assert not lora.may_fit and lora.next_option == "train.precision: int8"
 
 
 @pytest.mark.slow

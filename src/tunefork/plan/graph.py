@@ -23,11 +23,14 @@ from torch.utils._pytree import tree_leaves
 from tunefork.plan.program import Kernel, Program, Size
 from tunefork.plan.trace import (
     FLASH,
-    INT8_PRODUCTS,
+    INT8_PRODUCT,
     LORA_DELTAS,
     LORA_GRADIENTS,
     PRODUCTS,
+    READ_TWICE,
     WRITTEN_OVER,
+    int8_product,
+    kernels_of,
     lora_deltas_flops,
     lora_gradients_flops,
     product,
@@ -188,8 +191,11 @@ class _Reading:
             mine = (n for n in gone if n not in fixed and _bytes(n) == _bytes(node))
             replaced = next(mine, None)
         touched = [*dict.fromkeys([*self.reads[node], *results])]
-        if _call(node)[0] in WRITTEN_OVER:
+        target, arguments = _call(node)
+        if target in WRITTEN_OVER:
             touched += [self.root[base] for base in _changed(node)]
+        if target in READ_TWICE:
+            touched.append(self.root[arguments[READ_TWICE[target]]])
         moved = sum((_size(_bytes(n)) for n in touched), Size())
         return Kernel(
             makes=tuple((n.name, _size(_bytes(n))) for n in results),
@@ -205,7 +211,12 @@ def _work(node: Node) -> dict[str, Any]:
     target, arguments = _call(node)
     if target in PRODUCTS:
         shapes = [_shape(n) for n in arguments[PRODUCTS[target] :][:2]]
-        kind, flops = product(shapes[0], shapes[1], is_int8=target in INT8_PRODUCTS)
+        kind, flops = product(shapes[0], shapes[1])
+        return {"kind": kind, "flops": _size(flops)}
+    if target is INT8_PRODUCT:
+        left, right, narrow = (arguments[at] for at in (0, 1, 4))
+        columns = None if narrow is None else _shape(narrow)
+        kind, flops = int8_product(_shape(left), _shape(right), columns)
         return {"kind": kind, "flops": _size(flops)}
     if target in LORA_GRADIENTS:
         dys, lora_b = ([_shape(n) for n in arguments[at]] for at in (0, 2))
@@ -221,7 +232,8 @@ def _work(node: Node) -> dict[str, Any]:
         shape = (query[1], keys[1], query[2])
         return {"kind": "attention", "query": shape, "share": FLASH[target]}
     is_quantizer = getattr(target, "namespace", "") == "bitsandbytes"
-    return {"kind": "dequantize" if is_quantizer else "fused"}
+    kind = "dequantize" if is_quantizer else "fused"
+    return {"kind": kind, "launches": kernels_of(target, arguments)}
 
 
 def _call(node: Node) -> tuple[Any, list[Any]]:

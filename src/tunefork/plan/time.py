@@ -33,7 +33,7 @@ class Rates:
     bandwidth: float
     """Bytes a second."""
     int8_ops: float | None = None
-    """int8 operations a second; None where there is no such hardware."""
+    """int8 operations a second; None where tunefork has no kernel for them."""
 
 
 def pass_seconds(

@@ -10,7 +10,7 @@ the batch, and is counted:
     in the pass, one layer at a time: bf16 copies of its A and B for all adapters, padded to the
     highest rank (a multiple of 16), the gradients in that form, and these widened:  2 + 2 + 4
 
-One thing is less. Over int8 one adapter's product keeps the input it quantised; the adapters of a
+One thing is less. Over int8 one adapter's product keeps the input it rounds; the adapters of a
 group are products of their own, and the compiler makes a norm's output again rather than keep it.
 Counted where it was measured, compiled, without checkpointing and with deltas on all linear layers
 (one adapter keeps no input of products without a delta): two inputs a layer of a Llama, 4 GiB of 8B

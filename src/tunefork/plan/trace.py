@@ -21,9 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import tunefork.kernels.cross_entropy  # registers to_gradient_
-import tunefork.kernels.fp8_gradients  # registers gradient_codes
-import tunefork.kernels.gated  # registers gated_gradients, gated_gradients_and_squares
-import tunefork.kernels.lora_group  # noqa: F401  registers add_product_, lora_deltas, lora_gradients
+import tunefork.kernels.gated  # registers gated_gradients, gated_gradients_and_maxima
+import tunefork.kernels.int8_gradients  # registers int8_gradient_codes
+import tunefork.kernels.int8_product  # registers int8_product
+import tunefork.kernels.int8_rows  # registers round_apart
+import tunefork.kernels.lora_group  # registers add_product_, lora_deltas, lora_gradients
+import tunefork.kernels.nf4_int8  # noqa: F401  registers nf4_int8, nf4_int8_turned
 from tunefork.plan import meta_results
 from tunefork.plan.schema import Part
 
@@ -39,14 +42,14 @@ PRODUCTS = {
     torch.ops.aten.addmm.default: 1,
     torch.ops.aten.addmm_.default: 1,
     torch.ops.aten.baddbmm.default: 1,
-    torch.ops.aten._scaled_mm.default: 0,
     torch.ops.tunefork.add_product_.default: 1,
 }
 """Matrix products -> where their left operand stands; the right one follows it."""
-INT8_PRODUCTS = {torch.ops.aten._scaled_mm.default}
+INT8_PRODUCT = torch.ops.tunefork.int8_product.default
+"""One of int8 codes, the right ones as they lie, with a narrow one in bf16 inside or without."""
 LORA_GRADIENTS = {
     torch.ops.tunefork.lora_gradients.default: 0,
-    torch.ops.tunefork.gradient_codes.default: 2,
+    torch.ops.tunefork.int8_gradient_codes.default: 3,
 }
 """Two skinny products with each of several tensors, read once, by two kernels each -> what kernels
 there are beside these. What the first leaves for the second (`kernels/lora_gradients_triton.py`)
@@ -56,9 +59,15 @@ beside what these are made of."""
 WRITTEN_OVER = {
     torch.ops.tunefork.to_gradient_.default: 0,
     torch.ops.tunefork.gated_gradients.default: 2,
-    torch.ops.tunefork.gated_gradients_and_squares.default: 2,
+    torch.ops.tunefork.gated_gradients_and_maxima.default: 2,
 }
 """Bound by memory, over one of what they read they write a result -> where that stands."""
+READ_TWICE = {torch.ops.tunefork.round_apart.default: 0}
+"""Bound by memory, one of what they read is read by two kernels -> where that stands."""
+_KERNELS = {torch.ops.tunefork.round_apart.default: 3}
+"""Bound by memory, and several kernels: the two that read x, and what clears the magnitudes."""
+_OF_NF4 = {torch.ops.tunefork.nf4_int8.default, torch.ops.tunefork.nf4_int8_turned.default}
+"""Bound by memory, a kernel for each layer, of which they are given five tensors."""
 LORA_DELTAS = torch.ops.tunefork.lora_deltas.default
 """Skinny products side by side, each by a kernel."""
 FLASH = {
@@ -147,18 +156,37 @@ _FUSED: dict[Any, Any] = {}
 """What fused functions return, by what they are given: the head asks for each of its chunks."""
 
 
-def product(left: Sequence[int], right: Sequence[int], *, is_int8: bool) -> tuple[str, float]:
+def product(left: Sequence[int], right: Sequence[int]) -> tuple[str, float]:
     """Kind and operations of a matrix product of these shapes, batched where they have three."""
     rows, inner, columns = left[-2], left[-1], right[-1]
     batch = left[0] if len(left) == 3 else 1
-    kind = "skinny" if min(rows, inner, columns) <= _SKINNY else "gemm_int8" if is_int8 else "gemm"
+    kind = "skinny" if min(rows, inner, columns) <= _SKINNY else "gemm"
     return kind, 2.0 * batch * rows * inner * columns
+
+
+def int8_product(
+    left: Sequence[int], right: Sequence[int], narrow: Sequence[int] | None
+) -> tuple[str, float]:
+    """Kind and operations of `INT8_PRODUCT`, of the shapes (M, K), (N, K) and (M, P).
+
+    In int8's: of the narrow product in bf16, which takes the same tensor cores twice as long, there
+    are two each.
+    """
+    kind, flops = product(left, right[::-1])
+    if narrow is not None:
+        flops += 2 * product(narrow, (narrow[1], right[0]))[1]
+    return "gemm_int8" if kind == "gemm" else kind, flops
+
+
+def kernels_of(func: Any, args: Sequence[Any]) -> int:
+    """How many an operator is that is bound by memory."""
+    return len(args[0]) // 5 if func in _OF_NF4 else _KERNELS.get(func, 1)
 
 
 def lora_gradients_flops(dys: Sequence[Sequence[int]], lora_b: Sequence[Sequence[int]]) -> float:
     """Operations of `LORA_GRADIENTS`, of its arguments' shapes (S, O_i) and (O_i, R_i)."""
     pairs = zip(dys, lora_b, strict=True)
-    return sum(2 * product(dy, b, is_int8=False)[1] for dy, b in pairs)
+    return sum(2 * product(dy, b)[1] for dy, b in pairs)
 
 
 def lora_deltas_flops(tokens: float, lora_b: Sequence[Sequence[int]]) -> float:
@@ -224,13 +252,16 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not (func in _FREE or func.is_view):
             inputs = _tensors([*args, *(kwargs or {}).values()])
             touched = list({id(t): t for t in [*inputs, *results]}.values())
-            if func in WRITTEN_OVER:
-                touched.append(args[WRITTEN_OVER[func]])
+            for twice in (WRITTEN_OVER, READ_TWICE):
+                if func in twice:
+                    touched.append(args[twice[func]])
             moved = sum(t.numel() * t.element_size() for t in touched)
             if func in PRODUCTS:
                 left = PRODUCTS[func]
-                is_int8 = func in INT8_PRODUCTS
-                self.count(*product(args[left].shape, args[left + 1].shape, is_int8=is_int8), moved)
+                self.count(*product(args[left].shape, args[left + 1].shape), moved)
+            elif func is INT8_PRODUCT:
+                narrow = None if args[4] is None else args[4].shape
+                self.count(*int8_product(args[0].shape, args[1].shape, narrow), moved)
             elif func in LORA_GRADIENTS:
                 shapes = [[tensor.shape for tensor in args[at]] for at in (0, 2)]
                 kernels = 2 * len(args[0]) + LORA_GRADIENTS[func]
@@ -246,7 +277,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.count("attention", FLASH[func] * flash_flops(query.shape, self.squares), moved)
             else:
                 kind = "dequantize" if func.namespace == "bitsandbytes" else "memory"
-                self.count(kind, 0.0, moved)
+                self.count(kind, 0.0, moved, kernels_of(func, args))
         return output
 
     def run_fused(
