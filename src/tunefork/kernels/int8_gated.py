@@ -42,6 +42,7 @@ from tunefork.kernels.int8_weight import rows_of
 from tunefork.kernels.layout import Layout
 from tunefork.kernels.lora_gradients import lora_gradients
 
+
 def takes(pair: Layout, last: Layout) -> bool:
     """Whether `int8_gated` can do an MLP of these layouts: gate's and up's, the last layer's."""
     is_int8 = pair.products == last.products == "int8"
