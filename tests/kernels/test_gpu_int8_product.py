@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from tunefork.kernels import int8_product as dispatch
+from tunefork.kernels.cuda_source import CudaSourceError
 from tunefork.kernels.int8_product import check_kernel, int8_product
 
 pytestmark = [
@@ -118,5 +119,5 @@ def test_a_kernel_that_errs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(*operands) * 1.01
 
     monkeypatch.setattr(dispatch, "int8_product_reference", wrong)
-    with pytest.raises(dispatch.CudaSourceError, match="is wrong"):
+    with pytest.raises(CudaSourceError, match="is wrong"):
         check_kernel(device)
