@@ -11,7 +11,7 @@ from tunefork.kernels.gated import (
     LARGEST_RANK,
     gated_down,
     gated_gradients,
-    gated_gradients_and_squares,
+    gated_gradients_and_maxima,
 )
 
 
@@ -48,15 +48,23 @@ def test_h_is_rounded_once_and_products_are_made_of_that() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_squares_are_of_the_gradients_that_it_gives(dtype: torch.dtype) -> None:
+def test_maxima_are_of_the_gradients_that_it_gives(dtype: torch.dtype) -> None:
     gate, up, dh, du, _ = _draw(3, dtype)
     fold = torch.rand(1, 20)
-    *found, squares = gated_gradients_and_squares(gate, up, dh, du, fold)
+    *found, most = gated_gradients_and_maxima(gate, up, dh, du, fold)
     plain = gated_gradients(gate, up, dh, du)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, plain, strict=True))
-    wide = torch.cat(found[:2], dim=1).double() * fold.double()
-    assert squares.dtype == torch.float32
-    torch.testing.assert_close(squares.double(), wide.square().sum(1, True), rtol=1e-6, atol=0)
+    wide = torch.cat(found[:2], dim=1).float() * fold
+    wanted = torch.tensor([[max(abs(x) for x in row)] for row in wide.tolist()])
+    assert most.dtype == torch.float32 and torch.equal(most, wanted)
+
+
+def test_maxima_are_not_finite_where_a_gradient_is_not() -> None:
+    gate, up, dh, du, _ = _draw(3, torch.bfloat16)
+    dh[1, 4], dh[2, 4], up[2, 7], dh[3, 0] = torch.inf, -torch.inf, torch.nan, torch.nan
+    *_, most = gated_gradients_and_maxima(gate, up, dh, du, torch.rand(1, 20))
+    assert most[1] == torch.inf and bool(most[2:4].isnan().all())
+    assert bool(most[[0, 4, 5]].isfinite().all())
 
 
 def test_gates_that_are_very_negative_or_positive_give_numbers() -> None:
@@ -82,7 +90,7 @@ def test_a_gpu_asks_the_operators_for_what_their_kernels_can(
     dtype: torch.dtype, rank: int, is_kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    names = "gated_down", "gated_gradients", "gated_gradients_and_squares"
+    names = "gated_down", "gated_gradients", "gated_gradients_and_maxima"
     for name in (f"{name}_reference" for name in names):
 
         def noting(*args: Tensor, own: object = getattr(kernel, name)) -> object:
@@ -94,8 +102,8 @@ def test_a_gpu_asks_the_operators_for_what_their_kernels_can(
     fold = torch.empty(1, 20, device="meta")
 
     def all_three() -> list[Tensor]:
-        squared = gated_gradients_and_squares(gate, up, dh, du, fold)
-        return [*gated_down(gate, up, a), *gated_gradients(gate, up, dh, du), *squared]
+        with_maxima = gated_gradients_and_maxima(gate, up, dh, du, fold)
+        return [*gated_down(gate, up, a), *gated_gradients(gate, up, dh, du), *with_maxima]
 
     want = all_three()
     assert len(asked) == 4  # nothing stands for a GPU; one definition asks another
@@ -116,7 +124,7 @@ def test_the_operators_shapes_serve_strided_operands() -> None:
     found = [
         *torch.ops.tunefork.gated_down(gate, up, a),
         *torch.ops.tunefork.gated_gradients(gate, up, dh, du),
-        *torch.ops.tunefork.gated_gradients_and_squares(gate, up, dh, du, fold),
+        *torch.ops.tunefork.gated_gradients_and_maxima(gate, up, dh, du, fold),
     ]
     gradients = [(6, 10), (3, 10)]
     wanted = [(6, 10), (6, 3), *gradients, *gradients, (6, 1)]
@@ -135,7 +143,7 @@ def test_on_a_gpu_dup_is_written_where_dh_was(lies: str) -> None:
     with standing_for_gpu(lambda *_: None):
         dup = [gated_gradients(gate, up, dh, du)[1]]
         versions.append(dh._version)
-        dup.append(gated_gradients_and_squares(gate, up, dh, du, fold)[1])
+        dup.append(gated_gradients_and_maxima(gate, up, dh, du, fold)[1])
         versions.append(dh._version)
     is_same = lies == "contiguous"
     assert [x is dh for x in dup] == [is_same, is_same]
@@ -147,5 +155,5 @@ def test_the_definition_writes_over_nothing() -> None:
     gate, up, dh, du, _ = _draw(3, torch.float32)
     before = dh.clone()
     gated_gradients(gate, up, dh, du)
-    gated_gradients_and_squares(gate, up, dh, du, torch.rand(1, 20))
+    gated_gradients_and_maxima(gate, up, dh, du, torch.rand(1, 20))
     assert torch.equal(dh, before)

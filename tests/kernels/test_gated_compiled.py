@@ -27,12 +27,12 @@ def _gradients(gate: Tensor, up: Tensor, dh: Tensor, du: Tensor) -> tuple[Tensor
     return dgate, da
 
 
-def _gradients_and_squares(
+def _gradients_and_maxima(
     gate: Tensor, up: Tensor, dh: Tensor, du: Tensor, fold: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dgate, dup, da, squares = kernel.gated_gradients_and_squares_reference(gate, up, dh, du, fold)
+    dgate, dup, da, most = kernel.gated_gradients_and_maxima_reference(gate, up, dh, du, fold)
     dh.copy_(dup)
-    return dgate, da, squares
+    return dgate, da, most
 
 
 @torch.library.custom_op("tunefork_tests::scaled_mm", mutates_args=())
@@ -52,7 +52,7 @@ def operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     with torch.library._scoped_library("tunefork", "FRAGMENT") as library:
         library.impl("gated_down", kernel.gated_down_reference, "CPU")
         library.impl("gated_gradients", _gradients, "CPU")
-        library.impl("gated_gradients_and_squares", _gradients_and_squares, "CPU")
+        library.impl("gated_gradients_and_maxima", _gradients_and_maxima, "CPU")
         monkeypatch.setattr(fp8, "scaled_mm", _scaled_mm)
         yield lambda: monkeypatch.setattr(kernel, "has_kernels", lambda *_: True)
     torch._dynamo.reset()

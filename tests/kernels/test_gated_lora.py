@@ -105,8 +105,8 @@ def test_the_tokens_may_be_none() -> None:
         (Layout("bf16", "bf16", (32,), (0,), 1.0), False),
         (Layout("bf16", "bf16", (128,), (4,), 1.0), False),  # widened
         (Layout("bf16", "bf16", (32, 16), (4, 0), 1.0), False),
-        (Layout("nf4", "fp8", (32,), (4,), 1.0), False),
-        (Layout("fp8", "fp8", (32,), (4,), 1.0), False),
+        (Layout("nf4", "int8", (32,), (4,), 1.0), False),
+        (Layout("int8", "int8", (32,), (4,), 1.0), False),
     ],
 )
 def test_what_it_takes(layout: Layout, is_taken: bool) -> None:

@@ -2,7 +2,8 @@
 
 Truth is float64's. Each value is computed in fp32 and rounded to bf16 once, products are of the
 rounded h, and sums are off by what tensor cores cut off where much cancels (`test_gpu_lora_
-gradients.py`). A tile left out would be off by a tenth and more.
+gradients.py`). A tile left out would be off by a tenth and more. Rows' largest magnitudes are of
+numbers that are rounded already, and exact.
 """
 
 from typing import Any
@@ -17,6 +18,7 @@ from tunefork.kernels.gated import (
     gated_down,
     gated_down_reference,
     gated_gradients,
+    gated_gradients_and_maxima,
     gated_gradients_reference,
 )
 from tunefork.kernels.gated_lora import gated_lora
@@ -43,6 +45,16 @@ def _draw(tokens: int, features: int, rank: int, first: int = 0, beside: int = 0
     return gate, up, dh, read[:, :rank], a
 
 
+def _fold(features: int) -> Tensor:
+    return torch.linspace(0.5, 1.5, 2 * features, device="cuda")[None]
+
+
+def _all(gate: Tensor, up: Tensor, dh: Tensor, du: Tensor, a: Tensor) -> list[Tensor]:
+    """h, u, dgate, dup and dA, and the last three again with the rows' largest magnitudes."""
+    with_maxima = gated_gradients_and_maxima(gate, up, dh.clone(), du, _fold(gate.shape[1]))
+    return [*gated_down(gate, up, a), *gated_gradients(gate, up, dh.clone(), du), *with_maxima]
+
+
 def _assert_near(found: Tensor, truth: Tensor, cancelled: float = 1e-4) -> None:
     """Within one rounding to bf16 of `truth`, and `cancelled` of its largest value."""
     assert found.shape == truth.shape and found.dtype == torch.bfloat16
@@ -52,8 +64,10 @@ def _assert_near(found: Tensor, truth: Tensor, cancelled: float = 1e-4) -> None:
 
 def _assert_exact(operands: Operands) -> None:
     gate, up, dh, du, a = operands
-    h, u = gated_down(gate, up, a)
-    dgate, dup, da = gated_gradients(gate, up, dh.clone(), du)
+    h, u, dgate, dup, da, *again, most = _all(*operands)
+    assert all(torch.equal(x, y) for x, y in zip(again, (dgate, dup, da), strict=True))
+    folded = torch.cat([dgate, dup], dim=1).float() * _fold(gate.shape[1])
+    assert torch.equal(most, folded.abs().amax(1, keepdim=True))
     wide_gate, wide_up, wide_dh = gate.double(), up.double(), dh.double()
     _assert_near(h, F.silu(wide_gate) * wide_up, 1e-7)
     _assert_near(u, h.double() @ a.double().t())
@@ -94,11 +108,11 @@ def test_operands_that_are_turned() -> None:
 
 
 def test_no_tokens() -> None:
-    gate, up, dh, du, a = _draw(0, 384, 16)
-    h, u = gated_down(gate, up, a)
-    dgate, dup, da = gated_gradients(gate, up, dh, du)
+    h, u, dgate, dup, *gradients = _all(*_draw(0, 384, 16))
     assert [tuple(x.shape) for x in (h, u, dgate, dup)] == [(0, 384), (0, 16), (0, 384), (0, 384)]
-    assert da.shape == (16, 384) and not da.any()
+    for da in (gradients[0], gradients[3]):
+        assert da.shape == (16, 384) and not da.any()
+    assert gradients[4].shape == (0, 1)
 
 
 def test_of_more_numbers_than_32_bits_count() -> None:
@@ -122,11 +136,10 @@ def test_of_more_numbers_than_32_bits_count() -> None:
 
 
 def test_the_bits_are_the_same_each_time() -> None:
-    gate, up, dh, du, a = _draw(16_384, 4096, 16)
-    first = [*gated_down(gate, up, a), *gated_gradients(gate, up, dh.clone(), du)]
+    operands = _draw(16_384, 4096, 16)
+    first = _all(*operands)
     for _ in range(5):
-        again = [*gated_down(gate, up, a), *gated_gradients(gate, up, dh.clone(), du)]
-        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(first, _all(*operands), strict=True))
 
 
 def test_large_gates_give_numbers() -> None:
@@ -137,16 +150,26 @@ def test_large_gates_give_numbers() -> None:
 
 def test_what_is_not_finite_stays_in_its_row_and_column() -> None:
     gate, up, dh, du, a = _draw(300, 1024, 16)
-    before = [*gated_down(gate, up, a), *gated_gradients(gate, up, dh.clone(), du)]
+    before = _all(gate, up, dh, du, a)
     gate[77, 33] = torch.nan
-    after = [*gated_down(gate, up, a), *gated_gradients(gate, up, dh, du)]
+    after = _all(gate, up, dh, du, a)
     row = (torch.arange(300, device="cuda") == 77)[:, None]
     column = (torch.arange(1024, device="cuda") == 33)[None, :]
-    changed = [row & column, row, row & column, row & column, column]  # h, u, dgate, dup, dA
+    gradients = [row & column, row & column, column]
+    changed = [row & column, row, *gradients, *gradients, row]
     for x, y, is_changed in zip(before, after, changed, strict=True):
         is_changed = is_changed.expand_as(x)
         assert torch.equal(x[~is_changed], y[~is_changed])
         assert bool(y[is_changed].isnan().all())
+
+
+def test_of_what_is_not_finite_the_largest_magnitude_is_nan_before_infinity() -> None:
+    gate, up, dh, du, _ = _draw(64, 1024, 16)
+    up[2, 900], dh[3, 900] = -torch.nan, torch.nan
+    dh[1:3, 7] = -torch.inf
+    *_, most = gated_gradients_and_maxima(gate, up, dh, du, _fold(1024))
+    assert most[1] == torch.inf and bool(most[2:4].isnan().all())
+    assert int(most.isfinite().sum()) == 61
 
 
 def test_the_operators_are_such_to_the_compiler() -> None:
@@ -154,6 +177,8 @@ def test_the_operators_are_such_to_the_compiler() -> None:
     torch.library.opcheck(torch.ops.tunefork.gated_down.default, (gate, up, a))
     operands = gate, up, dh.contiguous(), du
     torch.library.opcheck(torch.ops.tunefork.gated_gradients.default, operands)
+    with_maxima = torch.ops.tunefork.gated_gradients_and_maxima.default
+    torch.library.opcheck(with_maxima, (*operands, _fold(256)))
     with pytest.raises(ValueError, match="dh, which is written over, must be contiguous"):
         torch.ops.tunefork.gated_gradients(gate, up, dh, du)
 
@@ -168,38 +193,36 @@ def test_dup_is_written_where_dh_was(rank: int) -> None:
     _, over, _ = gated_gradients(gate, up, kept, du)
     assert over.data_ptr() == kept.data_ptr() and torch.equal(over, dup)
     _assert_near(over, dh.double() * gate.double() * gate.double().sigmoid(), 1e-7)
+    kept.copy_(dh)
+    _, over, _, _ = gated_gradients_and_maxima(gate, up, kept, du, _fold(1152))
+    assert over.data_ptr() == kept.data_ptr() and torch.equal(over, dup)
 
 
 def test_compiled_once_they_serve_all_lengths() -> None:
-    def both(gate: Tensor, up: Tensor, dh: Tensor, du: Tensor, a: Tensor) -> list[Tensor]:
-        gate, up, dh = gate * 2, up + 1, dh * 0.5
-        return [*gated_down(gate, up, a), *gated_gradients(gate, up, dh, du)]
+    def run(gate: Tensor, up: Tensor, dh: Tensor, du: Tensor, a: Tensor) -> list[Tensor]:
+        return _all(gate * 2, up + 1, dh * 0.5, du, a)
 
-    compiled = torch.compile(both, fullgraph=True, dynamic=True)
+    compiled = torch.compile(run, fullgraph=True, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for tokens in (296, 96, 4096):
             operands = tuple(x.contiguous() for x in _draw(tokens, 1024, 16))
-            for ours, theirs in zip(compiled(*operands), both(*operands), strict=True):
+            for ours, theirs in zip(compiled(*operands), run(*operands), strict=True):
                 assert torch.equal(ours, theirs)
     torch._dynamo.reset()
 
 
 def test_captured_they_read_what_is_there_at_each_replay() -> None:
-    gate, up, dh, du, a = _draw(4096, 1024, 16)
-
-    def both() -> list[Tensor]:
-        return [*gated_down(gate, up, a), *gated_gradients(gate, up, dh.clone(), du)]
-
-    both()
+    operands = _draw(4096, 1024, 16)
+    _all(*operands)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = both()
+        captured = _all(*operands)
     for _ in range(3):
-        for operand in (gate, up, dh, du, a):
+        for operand in operands:
             operand.normal_()
         graph.replay()
-        assert all(torch.equal(x, y) for x, y in zip(captured, both(), strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(captured, _all(*operands), strict=True))
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile about itself

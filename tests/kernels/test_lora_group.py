@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunefork.kernels import fp8_weight, reference
+from tunefork.kernels import int8_weight, reference
 from tunefork.kernels import lora_group as kernel
 from tunefork.kernels.layout import Layout, Storage
 from tunefork.kernels.lora_group import is_widened, lora_group, with_room, write_delta
@@ -95,7 +95,7 @@ def test_of_large_4_bit_layers_one_is_dequantised_at_a_time(
         sizes.append(tuple(of))
         return dequantize_nf4_tensors(tensors, of, *more)
 
-    monkeypatch.setattr(fp8_weight, "dequantize_nf4_tensors", noting)
+    monkeypatch.setattr(int8_weight, "dequantize_nf4_tensors", noting)
     layout = Layout("nf4", "bf16", (64, 48), (4, 0), SCALE)
     quantized = [quantize_nf4(torch.randn(size, 32)) for size in layout.sizes]
     operands: tuple[Tensor, ...] = sum((nf4_tensors(*q) for q in quantized), ())
@@ -113,15 +113,15 @@ def test_of_large_layers_in_ten_bits_one_is_made_dense_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[tuple[int, ...]] = []
-    dense = fp8_weight.dense
+    dense = int8_weight.dense
 
     def noting(*args: Any) -> Tensor:
         made.append(args[4:])
         return dense(*args)
 
     monkeypatch.setattr(kernel, "dense", noting)
-    layout = Layout("e4m5", "fp8", (64, 48), (0, 0), SCALE)
-    weights = fp8_weight.fp8_weights([torch.randn(size, 32) for size in layout.sizes], layout, 32)
+    layout = Layout("int8", "int8", (64, 48), (0, 0), SCALE)
+    weights = int8_weight.int8_weights([torch.randn(size, 32) for size in layout.sizes], layout, 32)
     x, found = torch.randn(3, 32), []
     for most, expected in ((2**28, [(0, 2)]), (112 * 32 * 4 - 1, [(0, 1), (1, 2)])):
         monkeypatch.setattr(kernel, "WHOLE_BYTES", most)

@@ -69,10 +69,9 @@ FORMS = {
     "bf16": (False, torch.bfloat16, None),
     "nf4": (True, torch.float32, None),
     "fused_bf16": (False, torch.bfloat16, ("bf16", "bf16")),
-    "fused_fp8": (False, torch.bfloat16, ("e4m5", "fp8")),
-    "fused_fp8_once": (False, torch.bfloat16, ("fp8", "fp8")),
+    "fused_int8": (False, torch.bfloat16, ("int8", "int8")),
     "fused_nf4": (True, torch.bfloat16, ("nf4", "bf16")),
-    "fused_nf4_fp8": (True, torch.bfloat16, ("nf4", "fp8")),
+    "fused_nf4_int8": (True, torch.bfloat16, ("nf4", "int8")),
 }
 
 
@@ -107,8 +106,7 @@ def test_each_row_is_its_adapters_own_model(form: str) -> None:
             continue
         expected = alone(input_ids=IDS[own]).logits
         expected.backward(direction[own])
-        # fp8 over a delta in e4m3 pairs beside one in bf16: an e4m3 rounding flips here and there.
-        limit = 1e-6 if dtype == torch.float32 else 0.06 if "fp8" in form else 0.02
+        limit = 1e-6 if dtype == torch.float32 else 0.02
         assert (mixed[own] - expected).norm() / expected.norm() < limit
         for path, layer in layers.items():
             for actual, wanted in zip(
@@ -264,7 +262,7 @@ def test_a_slot_is_reused_or_resized() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch.compile about itself
-@pytest.mark.parametrize("fused", [("bf16", "bf16"), ("e4m5", "fp8")])
+@pytest.mark.parametrize("fused", [("bf16", "bf16"), ("int8", "int8")])
 def test_compiled_layers_serve_every_division_of_their_tokens(fused: Any) -> None:
     """Dynamo and AOTAutograd as on a GPU, without a GPU's code: nothing is compiled for ends."""
     torch._dynamo.reset()

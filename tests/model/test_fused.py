@@ -1,4 +1,4 @@
-"""Fused FP8 groups against the layers that they stand in for."""
+"""Fused groups against the layers that they stand in for."""
 
 from collections.abc import Callable
 from typing import Any
@@ -54,7 +54,7 @@ def test_layers_with_one_input_are_found_without_their_names() -> None:
     assert found == block * 2
 
 
-@pytest.mark.parametrize("storage", ["e4m5", "nf4"])
+@pytest.mark.parametrize("storage", ["int8", "nf4"])
 def test_a_layer_whose_result_is_changed_in_place_is_in_no_group(storage: Storage) -> None:
     """PyTorch forbids that of a part of what a Function returns."""
     method = Method.QLORA if storage == "nf4" else Method.LORA
@@ -72,7 +72,7 @@ def test_a_layer_whose_result_is_changed_in_place_is_in_no_group(storage: Storag
         model = AutoModelForCausalLM.from_config(config).bfloat16()
         build(model, method, RANK_4, seed=0)
         if is_fused:
-            fuse(model, storage, "bf16" if storage == "nf4" else "fp8", torch.device("cpu"))
+            fuse(model, storage, "bf16" if storage == "nf4" else "int8", torch.device("cpu"))
             found = [len(group) for group in find_groups(model)]
             assert found == [1, 1, 1, 1, 2, 1]
         losses.append(_loss(model.train()))
@@ -80,7 +80,7 @@ def test_a_layer_whose_result_is_changed_in_place_is_in_no_group(storage: Storag
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.01)
 
 
-@pytest.mark.parametrize("storage", ["e4m5", "fp8", "nf4"])
+@pytest.mark.parametrize("storage", ["int8", "nf4"])
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "up_proj")])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_loss_and_gradients_point_where_the_plain_layers_do(
@@ -89,7 +89,7 @@ def test_loss_and_gradients_point_where_the_plain_layers_do(
     method = Method.QLORA if storage == "nf4" else Method.LORA
     lora = LoraSection(rank=4, targets=targets, dropout=dropout)
     plain, fused = _trained(lora, method), _trained(lora, method)
-    groups = fuse(fused, storage, "fp8", torch.device("cpu"))
+    groups = fuse(fused, storage, "int8", torch.device("cpu"))
     for group in groups:
         group.write_delta()
     plain.eval()
@@ -104,15 +104,14 @@ def test_loss_and_gradients_point_where_the_plain_layers_do(
     for name, want in plain.named_parameters():
         if want.requires_grad:
             assert want.grad is not None and got[name].grad is not None
-            # e4m3's rounding passes through two layers of a random model, whose sums cancel.
-            assert F.cosine_similarity(want.grad.flatten(), got[name].grad.flatten(), 0) > 0.85, (
+            assert F.cosine_similarity(want.grad.flatten(), got[name].grad.flatten(), 0) > 0.98, (
                 name
             )
 
 
 def test_a_written_delta_is_heeded() -> None:
     model = _trained()
-    groups = fuse(model, "e4m5", "fp8", torch.device("cpu"))
+    groups = fuse(model, "int8", "int8", torch.device("cpu"))
     for group in groups:
         group.write_delta()
     before = model(input_ids=IDS).logits
@@ -177,7 +176,7 @@ def test_a_head_with_trained_rows_stays_as_it_is(method: Method) -> None:
     build(model, method, RANK_4, seed=0, new_ids=(90, 91))
     head = model.get_output_embeddings()
     base = head.base
-    fuse(model, "nf4" if method is Method.QLORA else "e4m5", "fp8", torch.device("cpu"))
+    fuse(model, "nf4" if method is Method.QLORA else "int8", "int8", torch.device("cpu"))
     assert model.get_output_embeddings() is head
     assert head.base is base
 
@@ -240,29 +239,28 @@ def test_a_pass_that_was_cut_short_is_let_go_of(monkeypatch: pytest.MonkeyPatch)
     assert held == [False]
 
 
-@pytest.mark.parametrize("storage", ["bf16", "fp8"])
+@pytest.mark.parametrize("storage", ["bf16", "int8", "fp8"])
 def test_no_tokens_give_no_tokens(storage: Storage) -> None:
     """As an expert has that no token was sent to."""
-    [group, *_] = fuse(
-        _trained(), storage, "bf16" if storage == "bf16" else "fp8", torch.device("cpu")
-    )
+    products: Any = storage
+    [group, *_] = fuse(_trained(), storage, products, torch.device("cpu"))
     group.write_delta()
     found = group(torch.empty(0, group.features_in, dtype=torch.bfloat16))
     assert [tuple(y.shape) for y in found] == [(0, size) for size in group.layout.sizes]
 
 
-@pytest.mark.parametrize("storage", ["bf16", "e4m5", "fp8", "nf4"])
+@pytest.mark.parametrize("storage", ["bf16", "int8", "fp8", "nf4"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_named(storage: Storage, value: float) -> None:
     model = tiny_model("llama").bfloat16()
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
     build(model, Method.QLORA if storage == "nf4" else Method.LORA, RANK_4, seed=0)
     with pytest.raises(ModelError, match=r"model\.id: a weight of .*layers\.1\.mlp\.up_proj"):
-        fuse(model, storage, "bf16" if storage == "bf16" else "fp8", torch.device("cpu"))
+        fuse(model, storage, "int8" if storage == "nf4" else storage, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
-    ("storage", "products"), [("e4m5", "bf16"), ("fp8", "bf16"), ("bf16", "fp8")]
+    ("storage", "products"), [("int8", "bf16"), ("fp8", "int8"), ("nf4", "fp8"), ("bf16", "int8")]
 )
 def test_forms_that_there_are_not_are_refused(storage: Storage, products: Products) -> None:
     model = _trained()

@@ -1,4 +1,4 @@
-"""A model over NF4 that is trained by FP8 products, and evaluated by those that serve it."""
+"""A model over NF4 that is trained by int8 products, and evaluated by those that serve it."""
 
 from functools import partial
 from typing import Any
@@ -49,7 +49,7 @@ def _step(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 def test_it_is_evaluated_as_it_is_served() -> None:
-    (mixed, _), (exact, _) = fused("fp8", calibrates=True), fused("bf16")
+    (mixed, _), (exact, _) = fused("int8", calibrates=True), fused("bf16")
     with torch.no_grad():
         evaluated = _loss(mixed.eval())
         assert torch.equal(evaluated, _loss(exact.eval()))
@@ -59,7 +59,7 @@ def test_it_is_evaluated_as_it_is_served() -> None:
 
 @pytest.mark.parametrize("is_training", [False, True])
 def test_every_layer_goes_through_the_product_of_its_mode(is_training: bool) -> None:
-    (mixed, _), (exact, _) = fused("fp8", calibrates=True), fused("bf16")
+    (mixed, _), (exact, _) = fused("int8", calibrates=True), fused("bf16")
     block = mixed.model.layers[0], exact.model.layers[0]
     x = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     for model in (mixed, exact):
@@ -80,7 +80,7 @@ def test_loss_and_gradients_are_near_those_of_bf16_products(dropout: float) -> N
     """Deltas with dropout are products of their own."""
     lora = LoraSection(rank=4, dropout=dropout)
     pairs = []
-    for products in ("bf16", "fp8"):
+    for products in ("bf16", "int8"):
         model = fused(products, calibrates=True, lora=lora)[0].train()
         torch.manual_seed(2)
         pairs.append(_step(model))
@@ -92,7 +92,7 @@ def test_loss_and_gradients_are_near_those_of_bf16_products(dropout: float) -> N
 
 @pytest.mark.parametrize("checkpointing", ["full", "offload"])
 def test_a_second_run_gives_the_same_gradients(checkpointing: Checkpointing) -> None:
-    (plain, _), (kept, _) = fused("fp8", calibrates=True), fused("fp8", calibrates=True)
+    (plain, _), (kept, _) = fused("int8", calibrates=True), fused("int8", calibrates=True)
     prepare_layers(kept, checkpointing, compiles=False)
     (loss, want), (again, found) = _step(plain.train()), _step(kept.train())
     assert torch.equal(again, loss)
@@ -106,7 +106,7 @@ def test_a_second_run_gives_the_same_gradients(checkpointing: Checkpointing) -> 
 def test_compiled_layers_are_one_graph_with_the_same_gradients(
     checkpointing: Checkpointing,
 ) -> None:
-    (plain, _), (compiled, _) = fused("fp8", calibrates=True), fused("fp8", calibrates=True)
+    (plain, _), (compiled, _) = fused("int8", calibrates=True), fused("int8", calibrates=True)
     torch._dynamo.reset()
     compiler = partial(torch.compile, backend="aot_eager_decomp_partition", fullgraph=True)
     prepare_layers(compiled, checkpointing, compiles=True, dynamic=False, compiler=compiler)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.tiny import CONFIGS, tiny_model
 from tunefork.kernels import gated_lora as function
-from tunefork.kernels.fp8_gated import fp8_gated
+from tunefork.kernels.int8_gated import int8_gated
 from tunefork.kernels.gated import gated_down
 from tunefork.kernels.layout import Products, Storage
 from tunefork.model import gated
@@ -22,7 +22,7 @@ from tunefork.model.layers import prepare_layers
 from tunefork.model.linear import LoraLinear
 from tunefork.recipe import Checkpointing, LoraSection, Method
 
-FP8: dict[str, Any] = {"storage": "e4m5", "products": "fp8"}
+INT8: dict[str, Any] = {"storage": "int8", "products": "int8"}
 IDS = torch.arange(3, 67).view(2, 32)
 
 
@@ -34,7 +34,7 @@ def _model(
     method: Method = Method.LORA,
 ) -> Any:
     model = tiny_model(name)
-    if products == "fp8":
+    if products == "int8":
         model.bfloat16()
     build(model, method, lora or LoraSection(rank=4), seed=0)
     torch.manual_seed(1)
@@ -80,13 +80,13 @@ def test_those_that_multiply_by_silu_of_a_layer_do(name: str) -> None:
         ({"lora": LoraSection(rank=4, dropout=0.1)}, False),
         ({"lora": LoraSection(rank=4, targets="attention", modules_to_save=("down_proj",))}, False),
         ({"lora": LoraSection(rank=4, targets="attention", modules_to_save=("up_proj",))}, False),
-        ({"storage": "fp8", "products": "fp8"}, False),
-        ({"storage": "nf4", "products": "fp8", "method": Method.QLORA}, True),
-        ({"storage": "e4m5", "products": "fp8"}, True),
-        ({**FP8, "lora": LoraSection(rank=4, targets=("down_proj",))}, False),
-        ({**FP8, "lora": LoraSection(rank=4, targets=("gate_proj", "down_proj"))}, False),
-        ({**FP8, "lora": LoraSection(rank=4, targets=("gate_proj", "up_proj"))}, False),
-        ({**FP8, "lora": LoraSection(rank=4, dropout=0.1)}, False),
+        ({"storage": "int8", "products": "int8"}, False),
+        ({"storage": "nf4", "products": "int8", "method": Method.QLORA}, True),
+        ({"storage": "int8", "products": "int8"}, True),
+        ({**INT8, "lora": LoraSection(rank=4, targets=("down_proj",))}, False),
+        ({**INT8, "lora": LoraSection(rank=4, targets=("gate_proj", "down_proj"))}, False),
+        ({**INT8, "lora": LoraSection(rank=4, targets=("gate_proj", "up_proj"))}, False),
+        ({**INT8, "lora": LoraSection(rank=4, dropout=0.1)}, False),
     ],
 )
 def test_what_down_has_to_be(more: Any, takes: bool) -> None:
@@ -204,19 +204,19 @@ def test_biases_are_added(on_gpu: None) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-@pytest.mark.parametrize("storage", ["e4m5", "nf4"])
-def test_the_step_in_fp8_is_that_of_the_groups(
+@pytest.mark.parametrize("storage", ["int8", "nf4"])
+def test_the_step_in_int8_is_that_of_the_groups(
     name: str, storage: Storage, on_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
 
     def noting(x: Tensor, *rest: Any) -> Tensor:
         seen.append(tuple(x.shape))
-        return fp8_gated(x, *rest)
+        return int8_gated(x, *rest)
 
-    monkeypatch.setattr(gated, "fp8_gated", noting)
+    monkeypatch.setattr(gated, "int8_gated", noting)
     method = Method.QLORA if storage == "nf4" else Method.LORA
-    plain, ours = (_model(name, None, storage, "fp8", method) for _ in range(2))
+    plain, ours = (_model(name, None, storage, "int8", method) for _ in range(2))
     prepare_gated(ours)
     (loss, want), (again, found) = _step(plain), _step(ours)
     assert seen == [(2, 32, 32)] * 2
@@ -228,11 +228,11 @@ def test_the_step_in_fp8_is_that_of_the_groups(
         assert cosine > 0.99, key
 
 
-def test_in_fp8_a_bias_of_gate_or_up_takes_what_is_written(on_gpu: None) -> None:
+def test_in_int8_a_bias_of_gate_or_up_takes_what_is_written(on_gpu: None) -> None:
     """That of the last layer is added to the result."""
 
     def biased(name: str) -> tuple[Any, nn.Parameter]:
-        mlp = _model(**FP8).model.layers[0].mlp
+        mlp = _model(**INT8).model.layers[0].mlp
         base = getattr(mlp, name).base
         bias = torch.randn(base.out_features, dtype=torch.bfloat16)
         base.bias = nn.Parameter(bias, requires_grad=False)
@@ -246,7 +246,7 @@ def test_in_fp8_a_bias_of_gate_or_up_takes_what_is_written(on_gpu: None) -> None
     assert torch.equal(with_bias, mlp(x) + bias)
 
 
-@pytest.mark.parametrize("more", [{}, FP8], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("more", [{}, INT8], ids=["bf16", "int8"])
 def test_a_hook_that_down_is_given_later_is_called(on_gpu: None, more: Any) -> None:
     model, called = _model(**more), list[nn.Module]()
     down: Any = prepare_gated(model)[0].down_proj
@@ -255,28 +255,28 @@ def test_a_hook_that_down_is_given_later_is_called(on_gpu: None, more: Any) -> N
     assert called == [down]
 
 
-def test_in_fp8_layers_with_hooks_or_that_were_replaced_are_called(
+def test_in_int8_layers_with_hooks_or_that_were_replaced_are_called(
     on_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: list[nn.Module] = []
-    hooked = _model(**FP8)
+    hooked = _model(**INT8)
     hooked.model.layers[0].mlp.gate_proj.register_forward_hook(lambda m, *_: called.append(m))
     assert prepare_gated(hooked) == [hooked.model.layers[1].mlp]
     _step(hooked)
     assert called == [hooked.model.layers[0].mlp.gate_proj]
-    later = _model(**FP8)
+    later = _model(**INT8)
     mlp: Any = prepare_gated(later)[0]
     mlp.up_proj.register_forward_hook(lambda m, *_: called.append(m))
     _step(later)
     assert called[1:] == [mlp.up_proj]
 
 
-@pytest.mark.parametrize("storage", ["e4m5", "nf4"])
+@pytest.mark.parametrize("storage", ["int8", "nf4"])
 def test_directions_are_set_as_in_a_model_that_is_not_prepared(
     storage: Storage, on_gpu: None
 ) -> None:
     method = Method.QLORA if storage == "nf4" else Method.LORA
-    models = [_model("llama", None, storage, "fp8", method) for _ in range(2)]
+    models = [_model("llama", None, storage, "int8", method) for _ in range(2)]
     prepare_gated(models[1])
     probes = []
     for model in models:
@@ -288,7 +288,7 @@ def test_directions_are_set_as_in_a_model_that_is_not_prepared(
     assert all(probe.any() for probe in probes[0])
 
 
-@pytest.mark.parametrize("more", [{}, FP8])
+@pytest.mark.parametrize("more", [{}, INT8])
 def test_evaluation_and_a_cpu_take_what_is_written(
     more: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,7 +296,7 @@ def test_evaluation_and_a_cpu_take_what_is_written(
         raise AssertionError("this way was not to be taken")
 
     monkeypatch.setattr(gated, "gated_lora", not_asked)
-    monkeypatch.setattr(gated, "fp8_gated", not_asked)
+    monkeypatch.setattr(gated, "int8_gated", not_asked)
     plain, ours = (_model(**more) for _ in range(2))
     prepare_gated(ours)
     assert torch.equal(_step(ours)[0], _step(plain)[0])
@@ -312,12 +312,12 @@ def test_evaluation_and_a_cpu_take_what_is_written(
     ("more", "compiles"),
     [
         ({}, False),
-        (FP8, False),
+        (INT8, False),
         pytest.param({}, True, marks=pytest.mark.slow),
-        # `test_fp8_gated.py` compiles the function alone.
-        pytest.param(FP8, True, marks=pytest.mark.slow),
+        # `test_int8_gated.py` compiles the function alone.
+        pytest.param(INT8, True, marks=pytest.mark.slow),
     ],
-    ids=["bf16", "fp8", "bf16-compiled", "fp8-compiled"],
+    ids=["bf16", "int8", "bf16-compiled", "int8-compiled"],
 )
 def test_however_layers_are_run(
     checkpointing: Checkpointing, compiles: bool, more: Any, on_gpu: None

@@ -84,7 +84,7 @@ def test_evaluation_and_generation_take_the_layers_as_written() -> None:
     [
         ("bf16", "bf16", "offload"),
         pytest.param("bf16", "bf16", "full", marks=pytest.mark.slow),
-        pytest.param("nf4", "fp8", "offload", marks=pytest.mark.slow),
+        pytest.param("nf4", "int8", "offload", marks=pytest.mark.slow),
     ],
 )
 def test_a_compiled_second_run_makes_only_what_is_read(

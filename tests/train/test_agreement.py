@@ -1,4 +1,4 @@
-"""Two batches through bf16 and FP8: what is measured, and that a wrong FP8 is found."""
+"""Two batches through bf16 and int8: what is measured, and that a wrong int8 is found."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from tests.folders import save_model
 from tests.train.test_loss import examples
 from tunefork.errors import NoMemoryError
-from tunefork.kernels import fp8
+from tunefork.kernels import int8
 from tunefork.recipe import LoraSection, Method, Recipe
 from tunefork.recipe_file import parse
 from tunefork.train.agreement import agree, judge
@@ -51,12 +51,12 @@ def test_what_is_measured(recipe: Recipe, method: Method) -> None:
 
 
 def test_a_wrong_product_is_found(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = fp8.scaled_mm
+    real = int8.int8_product
 
     def turned(*operands: Any) -> torch.Tensor:
         return -real(*operands)
 
-    monkeypatch.setattr(fp8, "scaled_mm", turned)
+    monkeypatch.setattr(int8, "int8_product", turned)
     found = _agree(recipe)
     assert not found.agrees
     assert "batch 1" in found.why
@@ -86,15 +86,15 @@ def test_nothing_is_drawn_and_a_batch_without_room_is_cut(
 
 def _batch(loss: float = 1.0, **cosines: float) -> BatchAgreement:
     found = {kind: {"lora_a": value, "lora_b": 0.99} for kind, value in cosines.items()}
-    return BatchAgreement(num_examples=1, loss_bf16=1.0, loss_fp8=loss, cosines=found)
+    return BatchAgreement(num_examples=1, loss_bf16=1.0, loss_int8=loss, cosines=found)
 
 
 @pytest.mark.parametrize(
     ("batch", "said"),
     [
         (_batch(1.02, all=0.96, q_proj=0.91), None),
-        (_batch(1.04, all=0.99), "loss 1.0400 in FP8, 1.0000 in bf16"),
-        (_batch(0.96, all=0.99), "loss 0.9600 in FP8"),
+        (_batch(1.04, all=0.99), "loss 1.0400 in int8, 1.0000 in bf16"),
+        (_batch(0.96, all=0.99), "loss 0.9600 in int8"),
         (_batch(float("nan"), all=0.99), "loss nan"),
         (_batch(all=0.94), "the gradients of all's lora_a have a cosine of 0.940"),
         (_batch(all=0.99, q_proj=0.89), "the gradients of q_proj's lora_a"),

@@ -7,7 +7,6 @@ import torch
 
 from tests.tiny import tiny_model
 from tunefork.errors import ModelError
-from tunefork.kernels.layout import Storage
 from tunefork.model.build import build
 from tunefork.model.fused import fuse
 from tunefork.recipe import Compile, LoraSection, Method, TrainSection
@@ -16,23 +15,23 @@ from tunefork.train.engine import BaseForm, base_form, compiles, form_of
 
 
 @pytest.mark.parametrize(
-    ("method", "kind", "fp8", "expected"),
+    ("method", "kind", "int8", "expected"),
     [
         (Method.LORA, "cuda", False, BaseForm("bf16", "bf16")),
-        (Method.LORA, "cuda", True, BaseForm("e4m5", "fp8")),
+        (Method.LORA, "cuda", True, BaseForm("int8", "int8")),
         (Method.LORA, "cpu", False, None),
-        (Method.LORA, "cpu", True, BaseForm("e4m5", "fp8")),
+        (Method.LORA, "cpu", True, BaseForm("int8", "int8")),
         (Method.QLORA, "cuda", False, BaseForm("nf4", "bf16")),
-        (Method.QLORA, "cuda", True, BaseForm("nf4", "fp8")),
+        (Method.QLORA, "cuda", True, BaseForm("nf4", "int8")),
         (Method.QLORA, "cpu", False, None),
         (Method.FULL, "cuda", True, None),
     ],
 )
 def test_the_form_of_a_base(
-    method: Method, kind: str, fp8: bool, expected: BaseForm | None
+    method: Method, kind: str, int8: bool, expected: BaseForm | None
 ) -> None:
     def form(dtype: torch.dtype = torch.bfloat16, is_dora: bool = False) -> BaseForm | None:
-        return form_of(method, kind=kind, dtype=dtype, wants_fp8=fp8, is_dora=is_dora)
+        return form_of(method, kind=kind, dtype=dtype, wants_int8=int8, is_dora=is_dora)
 
     assert form() == expected
     assert form(torch.float32) is None and form(is_dora=True) is None
@@ -40,32 +39,32 @@ def test_the_form_of_a_base(
 
 def _recipe(*, dora: bool = False) -> Any:
     class Part:
-        train = TrainSection(precision="fp8")
+        train = TrainSection(precision="int8")
         lora = LoraSection(dora=dora)
 
     return Part
 
 
-def test_what_fp8_cannot_be_had_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_int8_cannot_be_had_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, bf16 = torch.device("cuda"), torch.bfloat16
     with pytest.raises(ModelError, match=r"no form of lora\.dora"):
         base_form(_recipe(dora=True), Method.LORA, device=torch.device("cpu"), dtype=bf16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(engine, "has_fp8", lambda device: False)
-    with pytest.raises(ModelError, match=r"8\.9 or later\), and this is one of 8\.0"):
+    monkeypatch.setattr(engine, "has_int8", lambda device: False)
+    with pytest.raises(ModelError, match=r"Hopper GPU .* and this is one of 8\.0"):
         base_form(_recipe(), Method.LORA, device=cuda, dtype=bf16)
-    monkeypatch.setattr(engine, "has_fp8", lambda device: True)
+    monkeypatch.setattr(engine, "has_int8", lambda device: True)
     form = base_form(_recipe(), Method.LORA, device=cuda, dtype=bf16)
-    assert form == BaseForm("e4m5", "fp8")
+    assert form == BaseForm("int8", "int8")
 
 
-@pytest.mark.parametrize("storage", ["fp8", "e4m5"])
-def test_sizes_that_fp8_products_do_not_take_are_refused(storage: Storage) -> None:
+@pytest.mark.parametrize("storage", ["int8", "fp8"])
+def test_sizes_that_8_bit_products_do_not_take_are_refused(storage: Any) -> None:
     model = tiny_model("llama").bfloat16()
     model.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 40, bias=False).bfloat16()
     build(model, Method.LORA, LoraSection(rank=4), seed=0)
     with pytest.raises(ModelError, match=r"multiples of 16, and .*up_proj is 32 -> 40"):
-        fuse(model, storage, "fp8", torch.device("cpu"))
+        fuse(model, storage, storage, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_the_update_is_the_cpus() -> None:
 
 
 LORAS = [LoraSection(rank=rank) for rank in (8, 16, 64, 4)]
-FORMS: list[tuple[Storage, Products]] = [("bf16", "bf16"), ("e4m5", "fp8"), ("nf4", "fp8")]
+FORMS: list[tuple[Storage, Products]] = [("bf16", "bf16"), ("int8", "int8"), ("nf4", "int8")]
 
 
 def _bank(storage: Storage, products: Products) -> Bank:
@@ -206,7 +206,7 @@ def test_one_that_diverges_is_told_late_and_changes_no_bit_of_the_others() -> No
     sick = list(healthy)
     sick[1] = replace(healthy[1], learning_rates=[1e-3, 1e38, *[1e-3] * 6])
     deterministic.prepare(True)
-    groups = [_group(("e4m5", "fp8"), members, is_fast=True) for members in (healthy, sick)]
+    groups = [_group(("int8", "int8"), members, is_fast=True) for members in (healthy, sick)]
     with deterministic.deterministic(True):
         told = [run(group) for group in groups]
     [failed] = [event for event in told[1] if isinstance(event, MemberFailed)]

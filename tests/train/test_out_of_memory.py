@@ -75,15 +75,15 @@ def test_what_out_of_memory_looks_like(error: Exception, is_it: bool) -> None:
         ),
         (
             "backward",
-            {"least_tokens": 4096, "checkpointing": "full", "may_be_fp8": True},
-            "train.precision: fp8",
+            {"least_tokens": 4096, "checkpointing": "full", "may_be_int8": True},
+            "train.precision: int8",
         ),
         (
             "backward",
             {"least_tokens": 4096, "checkpointing": "full", "on_gpu": True},
             "train.activation_checkpointing: offload",
         ),
-        ("load", {"may_be_fp8": True}, "train.precision: fp8"),
+        ("load", {"may_be_int8": True}, "train.precision: int8"),
         ("optimiser step", {"method": Method.FULL}, "full.optimizer: adamw_8bit"),
         ("optimiser step", {"method": Method.FULL, "eight_bit": True}, "full.weights: bf16"),
         (

@@ -1,4 +1,4 @@
-"""`train.precision: auto`: what lets it be FP8, and that what it came to is kept."""
+"""`train.precision: auto`: what lets it be int8, and that what it came to is kept."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,16 +36,16 @@ def recipe(tmp_path: Path) -> Recipe:
 
 @pytest.fixture
 def tried(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """A GPU that has FP8, and two batches that agree (true) or not, or cannot be had (none)."""
+    """A GPU that has int8, and two batches that agree (true) or not, or cannot be had (none)."""
     answers: list[bool] = []
 
     def answer(*_: object, **__: object) -> Agreement:
         if not answers:
-            raise ModelError("train.precision: fp8 needs layers whose sizes are multiples of 16")
-        batch = BatchAgreement(num_examples=1, loss_bf16=1.0, loss_fp8=1.0, cosines={})
+            raise ModelError("train.precision: int8 needs layers whose sizes are multiples of 16")
+        batch = BatchAgreement(num_examples=1, loss_bf16=1.0, loss_int8=1.0, cosines={})
         return Agreement(batches=(batch,), agrees=answers[0], why="as it was asked", seconds=1.0)
 
-    monkeypatch.setattr(precision, "has_fp8", lambda device: True)
+    monkeypatch.setattr(precision, "has_int8", lambda device: True)
     monkeypatch.setattr(precision, "agree", answer)
     monkeypatch.setattr(precision, "verdicts", lambda: (PASSED,))
     return answers
@@ -69,11 +69,11 @@ def settle(recipe: Recipe, tmp_path: Path) -> Settle:
     return call
 
 
-def test_batches_that_agree_make_it_fp8(tried: list[bool], settle: Settle, tmp_path: Path) -> None:
+def test_batches_that_agree_make_it_int8(tried: list[bool], settle: Settle, tmp_path: Path) -> None:
     tried.append(True)
     found = settle()
-    assert found.recipe.train.precision == "fp8"
-    assert found.choice is not None and found.choice.precision == "fp8"
+    assert found.recipe.train.precision == "int8"
+    assert found.choice is not None and found.choice.precision == "int8"
     assert found.choice.agreement is not None
     kept = PrecisionChoice.model_validate_json((tmp_path / FILE).read_bytes())
     assert kept == found.choice
@@ -99,19 +99,19 @@ def test_what_cannot_be_chosen_is_not_tried(
     assert short is not None and "fewer than 100 steps" in short.why
     other = settle(Method.QLORA).choice
     assert other is not None and "gate has not been run for qlora of llama" in other.why
-    monkeypatch.setattr(precision, "has_fp8", lambda device: False)
+    monkeypatch.setattr(precision, "has_int8", lambda device: False)
     old = settle().choice
-    assert old is not None and "no FP8 products" in old.why
+    assert old is not None and "no int8 products" in old.why
     for nothing_to_decide in (
         settle(Method.FULL),
         settle(precision="bf16"),
-        settle(precision="fp8"),
+        settle(precision="int8"),
         settle(device=torch.device("cpu")),
     ):
         assert nothing_to_decide.choice is None
 
 
-@pytest.mark.parametrize(("begun", "kept"), [("fp8", "fp8"), ("auto", "bf16")])
+@pytest.mark.parametrize(("begun", "kept"), [("int8", "int8"), ("auto", "bf16")])
 def test_a_run_that_goes_on_keeps_its_precision(
     tried: list[bool],
     settle: Settle,
@@ -121,9 +121,9 @@ def test_a_run_that_goes_on_keeps_its_precision(
     kept: str,
 ) -> None:
     monkeypatch.setattr(precision, "last_setting", lambda folder: {"train.precision": begun})
-    tried.append(begun != "fp8")  # it would come out the other way now
+    tried.append(begun != "int8")  # it would come out the other way now
     found = settle()
-    assert found.recipe.train.precision == ("fp8" if kept == "fp8" else "auto")
+    assert found.recipe.train.precision == ("int8" if kept == "int8" else "auto")
     assert found.choice == PrecisionChoice(precision=kept, why="as the run began")  # type: ignore[arg-type]
     figures = PrecisionChoice(precision=kept, why="then")  # type: ignore[arg-type]
     (tmp_path / FILE).write_text(figures.model_dump_json())
@@ -131,7 +131,7 @@ def test_a_run_that_goes_on_keeps_its_precision(
 
 
 def test_what_the_gate_has_passed() -> None:
-    """Where this changes, docs/fp8.md and the recipe's docstring have to say so."""
+    """Where this changes, docs/int8.md and the recipe's docstring have to say so."""
     for method in (Method.LORA, Method.QLORA):
         assert f"not passed for {method}" in str(gate("llama", method, 134_515_008))
     assert "has not been run" in str(gate("llama", Method.LORA, 8_000_000_000))
@@ -148,4 +148,4 @@ def test_what_did_not_pass_is_told_with_its_finding(monkeypatch: pytest.MonkeyPa
     )
     passed = failed.model_copy(update={"passed": True, "pays": False})
     monkeypatch.setattr(precision, "verdicts", lambda: (passed,))
-    assert "passed, but FP8 is no faster, for lora" in str(gate("llama", Method.LORA, 134_515_008))
+    assert "passed, but int8 is no faster, for lora" in str(gate("llama", Method.LORA, 134_515_008))

@@ -198,27 +198,27 @@ def test_the_best_state_is_saved_and_said(make_recipe: Make, tmp_path: Path) -> 
 def test_what_auto_came_to_is_recorded_told_and_trained_in(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = BatchAgreement(num_examples=1, loss_bf16=1.0, loss_fp8=1.0, cosines={})
+    batch = BatchAgreement(num_examples=1, loss_bf16=1.0, loss_int8=1.0, cosines={})
     agreement = Agreement(batches=(batch,), agrees=True, why="they agree", seconds=1.0)
-    choice = PrecisionChoice(precision="fp8", why="they agree", agreement=agreement)
+    choice = PrecisionChoice(precision="int8", why="they agree", agreement=agreement)
     built: list[str] = []
 
     def as_on_a_gpu(recipe: Recipe, *_: object, **__: object) -> Settled:
-        train = recipe.train.model_copy(update={"precision": "fp8"})
+        train = recipe.train.model_copy(update={"precision": "int8"})
         return Settled(recipe.model_copy(update={"train": train}), choice)
 
     def noted(recipe: Recipe, *args: Any, **kwargs: Any) -> Any:
         built.append(recipe.train.precision)
-        assert kwargs["examples"]  # FP8 products are corrected for
+        assert kwargs["examples"]  # int8 products are corrected for
         return load_for_training(recipe, *args, **kwargs)
 
     monkeypatch.setattr(trial, "settle_precision", as_on_a_gpu)
     monkeypatch.setattr(training, "load_for_training", noted)
     said: list[str] = []
     record = train_run(make_recipe(), tmp_path / "run", say=said.append)
-    assert built == ["fp8"]
+    assert built == ["int8"]
     assert record.precision == choice and read_record(tmp_path / "run") == record
-    told = "train.precision: auto is fp8: they agree"
+    told = "train.precision: auto is int8: they agree"
     assert told in said and told in (tmp_path / "run" / EVENTS).read_text()
 
 

@@ -38,17 +38,6 @@ def gated_down(gate_sd: Tensor, up_sd: Tensor, a_rd: Tensor) -> tuple[Tensor, Te
     return gated_down_reference(gate_sd, up_sd, a_rd)
 
 
-def gated_down_and_squares(
-    gate_sd: Tensor, up_sd: Tensor, a_rd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `gated_down` gives, bit for bit, and the sum of the squares of each of h's rows, as it
-    is rounded: (S, 1), fp32."""
-    if has_kernels(gate_sd, a_rd.shape[0]):
-        h_sd, u_sr, squares_s1 = torch.ops.tunefork.gated_down_and_squares(gate_sd, up_sd, a_rd)
-        return h_sd, u_sr, squares_s1
-    return gated_down_and_squares_reference(gate_sd, up_sd, a_rd)
-
-
 def gated_gradients(
     gate_sd: Tensor, up_sd: Tensor, dh_sd: Tensor, du_sr: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,21 +53,21 @@ def gated_gradients(
     return gated_gradients_reference(gate_sd, up_sd, dh_sd, du_sr)
 
 
-def gated_gradients_and_squares(
+def gated_gradients_and_maxima(
     gate_sd: Tensor, up_sd: Tensor, dh_sd: Tensor, du_sr: Tensor, fold_1o: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `gated_gradients` gives, bit for bit, and the sum of each row's squares, (S, 1): of
-    [dgate | dup], as they are rounded, times `fold`.
+    """What `gated_gradients` gives, bit for bit, and the largest magnitude of each row, (S, 1): of
+    [dgate | dup], as they are rounded, times `fold`. It is NaN where one is.
 
-    `fold` (1, 2 D) and the sums are fp32. dh may be written over.
+    `fold` (1, 2 D) and the magnitudes are fp32. dh may be written over.
     """
     if has_kernels(gate_sd, du_sr.shape[1]):
         dup_sd = dh_sd.contiguous()
-        dgate_sd, da_rd, squares_s1 = torch.ops.tunefork.gated_gradients_and_squares(
+        dgate_sd, da_rd, most_s1 = torch.ops.tunefork.gated_gradients_and_maxima(
             gate_sd, up_sd, dup_sd, du_sr, fold_1o
         )
-        return dgate_sd, dup_sd, da_rd, squares_s1
-    return gated_gradients_and_squares_reference(gate_sd, up_sd, dh_sd, du_sr, fold_1o)
+        return dgate_sd, dup_sd, da_rd, most_s1
+    return gated_gradients_and_maxima_reference(gate_sd, up_sd, dh_sd, du_sr, fold_1o)
 
 
 def swiglu(gate_sd: Tensor, up_sd: Tensor) -> Tensor:
@@ -92,14 +81,6 @@ def gated_down_reference(gate_sd: Tensor, up_sd: Tensor, a_rd: Tensor) -> tuple[
     return h_sd, h_sd @ a_rd.t()
 
 
-def gated_down_and_squares_reference(
-    gate_sd: Tensor, up_sd: Tensor, a_rd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition of `gated_down_and_squares`."""
-    h_sd, u_sr = gated_down_reference(gate_sd, up_sd, a_rd)
-    return h_sd, u_sr, h_sd.float().square().sum(1, keepdim=True)
-
-
 def gated_gradients_reference(
     gate_sd: Tensor, up_sd: Tensor, dh_sd: Tensor, du_sr: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,13 +92,13 @@ def gated_gradients_reference(
     return dgate_sd, (dh * silu).to(dtype), du_sr.t() @ (silu * up).to(dtype)
 
 
-def gated_gradients_and_squares_reference(
+def gated_gradients_and_maxima_reference(
     gate_sd: Tensor, up_sd: Tensor, dh_sd: Tensor, du_sr: Tensor, fold_1o: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The definition of `gated_gradients_and_squares`."""
+    """The definition of `gated_gradients_and_maxima`."""
     dgate_sd, dup_sd, da_rd = gated_gradients_reference(gate_sd, up_sd, dh_sd, du_sr)
     folded = torch.cat([dgate_sd, dup_sd], dim=1).float() * fold_1o
-    return dgate_sd, dup_sd, da_rd, folded.square().sum(1, keepdim=True)
+    return dgate_sd, dup_sd, da_rd, folded.abs().amax(1, keepdim=True)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -130,29 +111,12 @@ def _gated_down(gate: Tensor, up: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         return gated_down_reference(gate, up, a)
     from tunefork.kernels.gated_triton import forward  # needs Triton: it comes with CUDA
 
-    h, u = forward(gate, up, a)
-    return h, u
+    return forward(gate, up, a)
 
 
 @_gated_down.register_fake
 def _(gate: Tensor, up: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape[0], a.shape[0])
-
-
-@torch.library.custom_op("tunefork::gated_down_and_squares", mutates_args=(), device_types="cuda")
-def _gated_down_and_squares(gate: Tensor, up: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if gate.numel() == 0:
-        return gated_down_and_squares_reference(gate, up, a)
-    from tunefork.kernels.gated_triton import forward
-
-    h, u, squares = forward(gate, up, a, has_squares=True)
-    return h, u, squares
-
-
-@_gated_down_and_squares.register_fake
-def _(gate: Tensor, up: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    squares = gate.new_empty(gate.shape[0], 1, dtype=torch.float32)
-    return gate.new_empty(gate.shape), gate.new_empty(gate.shape[0], a.shape[0]), squares
 
 
 @torch.library.custom_op("tunefork::gated_gradients", mutates_args=("dh",), device_types="cuda")
@@ -173,21 +137,21 @@ def _(gate: Tensor, up: Tensor, dh: Tensor, du: Tensor) -> tuple[Tensor, Tensor]
 
 
 @torch.library.custom_op(
-    "tunefork::gated_gradients_and_squares", mutates_args=("dh",), device_types="cuda"
+    "tunefork::gated_gradients_and_maxima", mutates_args=("dh",), device_types="cuda"
 )
-def _gated_gradients_and_squares(
+def _gated_gradients_and_maxima(
     gate: Tensor, up: Tensor, dh: Tensor, du: Tensor, fold: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     if gate.numel() == 0:
-        dgate, _, da, squares = gated_gradients_and_squares_reference(gate, up, dh, du, fold)
-        return dgate, da, squares
+        dgate, _, da, most = gated_gradients_and_maxima_reference(gate, up, dh, du, fold)
+        return dgate, da, most
     from tunefork.kernels.gated_triton import backward
 
-    dgate, da, squares = backward(gate, up, dh, du, fold_1o=fold.contiguous())
-    return dgate, da, squares
+    dgate, da, most = backward(gate, up, dh, du, fold_1o=fold.contiguous())
+    return dgate, da, most
 
 
-@_gated_gradients_and_squares.register_fake
+@_gated_gradients_and_maxima.register_fake
 def _(
     gate: Tensor, up: Tensor, dh: Tensor, du: Tensor, fold: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

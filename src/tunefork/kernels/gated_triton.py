@@ -6,8 +6,10 @@ columns by a stretch of rows, and it is the share of dA that stays. A last kerne
 a fixed order, so that the same bits come each time. At 16,384 x 14,336 and rank 16 shares, written
 and read, are 1 % of what else is moved.
 
-Both kernels are bound by memory: 6 bytes a value forward, 10 backward. The rows' sums of squares
-cost 4 bytes a row and column block, and arithmetic that memory leaves room for.
+Both kernels are bound by memory: 6 bytes a value forward, 10 backward. The rows' largest magnitudes
+cost an atomic operation a row and column block, and arithmetic that memory leaves room for. They
+are compared as the whole numbers that their bits are, which puts a NaN above all others, and is the
+same in any order.
 """
 
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunefork.kernels.int8_rows_triton import magnitude
 from tunefork.kernels.lora_gradients_triton import sum_shares
 
 _SUM_VALUES, _SUM_SHARES = 256, 16
@@ -42,16 +45,16 @@ class Blocks:
 FORWARD = Blocks(rows=64, columns=128, programs=1024, warps=8, stages=3)
 WIDE_FORWARD = Blocks(rows=32, columns=128, programs=1024, warps=4, stages=3)
 BACKWARD = Blocks(rows=32, columns=128, programs=784, warps=8, stages=3)
-"""For an H200: 0.36 and 0.59 ms at 16,384 x 14,336 and rank 16, 0.39 forward at ranks of 17 to 64
-and with squares; of a dozen forms that were tried these are the quickest. Without spills two
-programs of the first and the last share a Hopper GPU's multiprocessor and have up to 144 and 104 KB
-on their way there, and an 8B model's 16,384 tokens are four and three turns of 132 of them."""
+"""For an H200: 0.36 and 0.59 ms at 16,384 x 14,336 and rank 16, 0.39 forward at ranks of 17 to 64;
+of a dozen forms that were tried these are the quickest. Without spills two programs of the first
+and the last share a Hopper GPU's multiprocessor and have up to 144 and 104 KB on their way there,
+and an 8B model's 16,384 tokens are four and three turns of 132 of them."""
 
 _NARROW = 16
 """Largest rank of the forms that are cut for what most adapters have."""
 _REGISTERS = 128
-"""A thread of the backward kernel has so many at most where it sums squares too: with more, as it
-would take, a multiprocessor has no room for two programs of the blocks above."""
+"""A thread of the backward kernel has so many at most where it compares magnitudes too: with more,
+as it would take, a multiprocessor has no room for two programs of the blocks above."""
 
 
 @triton.jit
@@ -75,7 +78,7 @@ def _silu(gate):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _forward(
-    gate, stride_gate, up, stride_up, a, stride_a, h, shares, squares,
+    gate, stride_gate, up, stride_up, a, stride_a, h, shares,
     num_rows, features, columns_each,
     rank: tl.constexpr, block_r: tl.constexpr, block_s: tl.constexpr, block_d: tl.constexpr,
     is_whole: tl.constexpr, stages: tl.constexpr,
@@ -91,7 +94,6 @@ def _forward(
     up += start * stride_up
     h += start * features
     u_sr = tl.zeros([block_s, block_r], tl.float32)
-    squares_s = tl.zeros([block_s], tl.float32)
     for begin in tl.range(first, last, block_d, num_stages=stages):
         at = begin + column
         mask_so, mask_or = mask_s, mask_r
@@ -106,21 +108,15 @@ def _forward(
         _, silu_so = _silu(gate_so)
         h_so = _rounded(silu_so * up_so)
         tl.store(h + row[:, None] * features + at[None, :], h_so, mask=mask_so)
-        if squares is not None:
-            wide_so = h_so.to(tl.float32)  # of what is rounded, as it is read then
-            squares_s += tl.sum(wide_so * wide_so, axis=1)
         u_sr = tl.dot(h_so, a_or, u_sr)
     shares += (tl.program_id(0).to(tl.int64) * num_rows + start) * rank
     tl.store(shares + row[:, None] * rank + place[None, :], u_sr, mask=mask_s & mask_r)
-    if squares is not None:
-        squares += tl.program_id(0).to(tl.int64) * num_rows + start
-        tl.store(squares + row, squares_s, mask=row < left)
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows_each"])
 def _backward(
     gate, stride_gate, up, stride_up, dh, stride_dh, du, stride_du, dgate, dup, shares,
-    fold, squares, num_rows, rows_each, features,
+    fold, most, num_rows, rows_each, features,
     rank: tl.constexpr, block_r: tl.constexpr, block_s: tl.constexpr, block_d: tl.constexpr,
     is_whole: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
@@ -136,8 +132,6 @@ def _backward(
     du += start * stride_du
     dgate += start * features
     dup += start * features
-    if fold is not None:
-        squares += tl.program_id(0).to(tl.int64) * num_rows
     da_or = tl.zeros([block_d, block_r], tl.float32)
     for begin in tl.range(first, last, block_s, num_stages=stages):
         mask_s = (begin + row < last)[:, None]
@@ -167,8 +161,8 @@ def _backward(
             fold_up = tl.load(fold + features + at, mask=mask_o, other=0.0)[None, :]
             gate_so = dgate_so.to(tl.float32) * fold_gate  # of what is rounded, as it is read then
             up_so = dup_so.to(tl.float32) * fold_up
-            squares_s = tl.sum(gate_so * gate_so + up_so * up_so, axis=1)
-            tl.store(squares + begin + row, squares_s, mask=begin + row < last)
+            most_s = tl.max(tl.maximum(magnitude(gate_so), magnitude(up_so)), axis=1)
+            tl.atomic_max(most + begin + row, most_s, mask=begin + row < last, sem="relaxed")
         da_or = tl.dot(tl.trans(h_so), du_sr, da_or)
         gate += block_s * stride_gate
         up += block_s * stride_up
@@ -190,15 +184,9 @@ def _add(shares, out, num_shares, size, block_n: tl.constexpr, block_k: tl.const
 
 
 def forward(
-    gate_sd: Tensor,
-    up_sd: Tensor,
-    a_rd: Tensor,
-    blocks: Blocks | None = None,
-    *,
-    has_squares: bool = False,
-) -> tuple[Tensor, ...]:
-    """h (S, D) and u (S, R), as `gated.gated_down` says; the rows' squares (S, 1) too, as
-    `gated.gated_down_and_squares` does."""
+    gate_sd: Tensor, up_sd: Tensor, a_rd: Tensor, blocks: Blocks | None = None
+) -> tuple[Tensor, Tensor]:
+    """h (S, D) and u (S, R), as `gated.gated_down` says."""
     blocks = blocks or (FORWARD if a_rd.shape[0] <= _NARROW else WIDE_FORWARD)
     gate_sd, up_sd, a_rd = map(_in_rows, (gate_sd, up_sd, a_rd))
     (tokens, features), rank = gate_sd.shape, a_rd.shape[0]
@@ -207,7 +195,6 @@ def forward(
     pieces = triton.cdiv(features, each)
     h_sd, u_sr = gate_sd.new_empty(tokens, features), gate_sd.new_empty(tokens, rank)
     shares = gate_sd.new_empty(pieces, tokens, rank, dtype=torch.float32)
-    squares = shares.new_empty(pieces, tokens, 1) if has_squares else None
     _forward[(pieces, down)](
         gate_sd,
         gate_sd.stride(0),
@@ -217,7 +204,6 @@ def forward(
         a_rd.stride(0),
         h_sd,
         shares,
-        squares,
         tokens,
         features,
         each,
@@ -229,10 +215,7 @@ def forward(
         blocks.stages,
         num_warps=blocks.warps,
     )
-    u_sr = _summed(shares, u_sr)
-    if squares is None:
-        return h_sd, u_sr
-    return h_sd, u_sr, _summed(squares, squares.new_empty(tokens, 1))
+    return h_sd, _summed(shares, u_sr)
 
 
 def backward(
@@ -244,7 +227,7 @@ def backward(
     fold_1o: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """dgate (S, D) and dA (R, D), as `gated.gated_gradients` says, and dh becomes dup; with `fold`
-    the rows' squares (S, 1) too, as `gated.gated_gradients_and_squares` does.
+    the rows' largest magnitudes (S, 1) too, as `gated.gated_gradients_and_maxima` does.
 
     Raises ValueError for a dh that is not contiguous.
     """
@@ -257,7 +240,7 @@ def backward(
     stretches = triton.cdiv(tokens, each)
     dgate_sd, da_rd = gate_sd.new_empty(gate_sd.shape), gate_sd.new_empty(rank, features)
     shares = gate_sd.new_empty(stretches, rank, features, dtype=torch.float32)
-    squares = None if fold_1o is None else shares.new_empty(across, tokens, 1)
+    most_s1 = None if fold_1o is None else shares.new_zeros(tokens, 1)
     _backward[(across, stretches)](
         gate_sd,
         gate_sd.stride(0),
@@ -271,7 +254,7 @@ def backward(
         dh_sd,
         shares,
         fold_1o,
-        squares,
+        None if most_s1 is None else most_s1.view(torch.int32),
         tokens,
         each,
         features,
@@ -285,9 +268,9 @@ def backward(
         maxnreg=None if fold_1o is None else _REGISTERS,
     )
     da_rd = _summed(shares, da_rd)
-    if squares is None:
+    if most_s1 is None:
         return dgate_sd, da_rd
-    return dgate_sd, da_rd, _summed(squares, squares.new_empty(tokens, 1))
+    return dgate_sd, da_rd, most_s1
 
 
 def _in_rows(tensor: Tensor) -> Tensor:

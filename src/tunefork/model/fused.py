@@ -54,8 +54,12 @@ class FusedGroup(nn.Module):
     ) -> None:
         super().__init__()
         bases: list[Any] = [_base(member) for member in members]
-        # With dropout a delta's input is not the base's, so it stays a product of its own.
-        self.deltas = [m for m in members if isinstance(m, LoraLinear) and m.dropout == 0.0]
+        # With dropout a delta's input is not the base's, so it stays a product of its own; over a
+        # base in e4m3, which is not trained over, each does.
+        adds = products != "fp8"
+        self.deltas = [
+            m for m in members if adds and isinstance(m, LoraLinear) and m.dropout == 0.0
+        ]
         self.banks = {
             at: m for at, m in enumerate(members) if isinstance(m, BankLinear) and m.dropout == 0.0
         }

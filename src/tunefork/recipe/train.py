@@ -172,3 +172,10 @@ class TrainSection(Section):
     def _from_bool(cls, value: object) -> object:
         """It was true or false before there was a choice."""
         return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_fp8(cls, value: object) -> object:
+        if value == "fp8":
+            raise ValueError("fp8 is no more: int8 is faster and trains nearer to bf16")
+        return value

@@ -1,8 +1,10 @@
-"""The kernels of `kernels/fp8_gradients.py`: codes, du and B's gradient from one reading of dy.
+"""The kernels of `kernels/int8_gradients.py`: codes, du and B's gradient from one reading of dy.
 
 The first goes over dy as `lora_gradients_triton.py` does, whose shares it leaves to be summed. A
 tile that is in shared memory for the products is there for its codes too: scaled, it is written
-into the wide operand at the layer's own columns. The last kernel writes du's columns beside them.
+into the wide operand at the layer's own columns. No code exceeds 127 and none is cut off: over a
+scale that is its row's largest magnitude / 127, four roundings of fp32 are what a number may be
+above 127 by, far less than the half that would take it further.
 """
 
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tunefork.kernels.e4m3_triton import saturated
+from tunefork.kernels.int8_rows_triton import nearest
 from tunefork.kernels.lora_gradients_triton import Blocks, add_shares, new_shares
 
 
@@ -23,20 +25,19 @@ class Tiling:
     """How dy is cut, and how its codes are written."""
 
     blocks: Blocks
-    codes: int = 8
+    codes: int = 16
     """That a thread writes at once. It reads as many numbers of a tile: 16 bytes with 8, and with
-    16 twice as many, in two halves."""
+    16 twice as many, in two halves, which takes fewer registers."""
 
 
-_TILINGS = {16: Tiling(Blocks(stages=4), codes=16), 32: Tiling(Blocks())}
+_TILINGS = {16: Tiling(Blocks(stages=4)), 32: Tiling(Blocks())}
 """By the rank as the kernel has it, a power of two: no more than what registers (no spills) and
-shared memory (227 KiB) hold. Rank 16 is the quickest of twelve on an H200: 0.451 ms for two layers
-of 14,336 and 16,384 tokens, where `lora_gradients` and `quantize_rows` take 0.736, and 0.075 for
-one of 4,096 (0.105). The hardware's copies (TMA) fetch a tile: by each thread its part, 0.529."""
+shared memory (227 KiB) hold. When codes were e4m3's, rank 16's was the quickest of twelve on an
+H200: 0.451 ms for two layers of 14,336 and 16,384 tokens, where two readings took 0.736, and 0.075
+for one of 4,096 (0.105). The hardware's copies (TMA) fetch a tile: by each thread its part,
+0.529."""
 _SIMPLE = 8, 1024
 """Rows and columns of a program that makes codes alone."""
-_DELTA = 4096
-"""Codes of a program that writes du's columns."""
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows_each"])
@@ -77,7 +78,7 @@ def _gradients(
         db_or = tl.dot(tl.trans(dy_so), u_sr, db_or)
         du_sr = tl.dot(dy_so, b_or)
         scaled = dy_so.to(tl.float32) * fold_o[None, :] * inverse_s[:, None]
-        tl.store(codes + codes_at, scaled.to(tl.float8e4nv), mask=mask_so)
+        tl.store(codes + codes_at, nearest(scaled), mask=mask_so)
         tl.store(du_shares + du_at, du_sr, mask=mask_sr)
         u += block_s * stride_u
         inverse += block_s
@@ -103,31 +104,7 @@ def _codes(
     inverse_s = tl.load(inverse + row, mask=mask_s, other=0.0)
     scaled = dy_so.to(tl.float32) * fold_o[None, :] * inverse_s[:, None]
     at = row[:, None] * stride_codes + column[None, :]
-    tl.store(codes + at, scaled.to(tl.float8e4nv), mask=inside)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _delta_columns(
-    du, inverse, balance, codes, stride_codes, num_rows,
-    stride_du: tl.constexpr, rank: tl.constexpr, width: tl.constexpr,
-    block_s: tl.constexpr, block_p: tl.constexpr,
-    largest_code: tl.constexpr, low_factor: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * block_s + tl.arange(0, block_s)
-    column = tl.arange(0, block_p)
-    has_row, kind = (row < num_rows)[:, None], (column // rank)[None, :]
-    is_filled = kind < 3
-    at = row[:, None] * stride_du + (column % rank)[None, :]
-    v = tl.load(du + at, mask=has_row & is_filled, other=0.0).to(tl.float32)
-    inverse_s = tl.load(inverse + row, mask=row < num_rows, other=0.0)
-    v = saturated(v * tl.load(balance) * inverse_s[:, None], largest_code)
-    high = v.to(tl.float8e4nv).to(tl.float32)
-    v = tl.where(
-        kind == 0, high, tl.where(kind == 1, (v - high) * low_factor, high * (1.0 / low_factor))
-    )
-    v = tl.where(is_filled, v, 0.0)
-    to = codes + row[:, None] * stride_codes + column[None, :]
-    tl.store(to, v.to(tl.float8e4nv), mask=has_row & (column < width)[None, :])
+    tl.store(codes + at, nearest(scaled), mask=inside)
 
 
 def launch(
@@ -140,10 +117,10 @@ def launch(
     codes: Tensor,
     tilings: dict[int, Tiling] | None = None,
 ) -> list[Tensor]:
-    """du (S, R) and each layer's gradient of B; fills dy's columns of `codes` (S, O + P).
+    """du (S, R) and each layer's gradient of B; fills `codes` (S, O), which are contiguous.
 
-    As `fp8_gradients.gradient_codes` says, with the inverse of its scale, contiguous. All but that
-    and fold are in bf16, ranks up to 32; O_i and the stride of `codes` are multiples of 16.
+    As `int8_gradients.gradient_codes` says, with the inverse of its scale, contiguous. All but that
+    and fold are in bf16, ranks up to 32; O_i are multiples of 16.
     """
     du_sr, db = torch.empty(u_sr.shape, dtype=u_sr.dtype, device=u_sr.device), []
     fold_1o = fold_1o.contiguous()
@@ -205,7 +182,7 @@ def _launch_one(
 
 
 def simple_codes(dys: Sequence[Tensor], fold_1o: Tensor, inverse_s1: Tensor, codes: Tensor) -> None:
-    """Fill dy's columns of `codes` (S, O + P), of any sizes and strides."""
+    """Fill `codes` (S, O), contiguous, from dy of any sizes and strides."""
     fold_1o, left = fold_1o.contiguous(), 0
     rows, columns = _SIMPLE
     for dy in dys:
@@ -224,36 +201,3 @@ def simple_codes(dys: Sequence[Tensor], fold_1o: Tensor, inverse_s1: Tensor, cod
             columns,
         )
         left += features
-
-
-def delta_columns(
-    du_sr: Tensor,
-    inverse_s1: Tensor,
-    balance: Tensor,
-    codes: Tensor,
-    *,
-    largest_code: float,
-    low_factor: float,
-) -> None:
-    """Fill `codes` (S, P) with du's columns and the zeros beside them.
-
-    `largest_code` and `low_factor` are `e4m3.py`'s LARGEST and LOW.
-    """
-    (tokens, rank), width = du_sr.shape, codes.shape[1]
-    block_p = triton.next_power_of_2(width)
-    rows = max(1, _DELTA // block_p)
-    _delta_columns[(triton.cdiv(tokens, rows),)](
-        du_sr,
-        inverse_s1,
-        balance,
-        codes,
-        codes.stride(0),
-        tokens,
-        du_sr.stride(0),
-        rank,
-        width,
-        rows,
-        block_p,
-        largest_code,
-        low_factor,
-    )

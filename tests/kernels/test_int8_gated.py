@@ -1,4 +1,4 @@
-"""A whole MLP with FP8 products against SwiGLU between the two groups that it stands in for."""
+"""A whole MLP with int8 products against SwiGLU between the two groups that it stands in for."""
 
 from typing import Any
 
@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunefork.kernels.fp8 import fp8_lora
-from tunefork.kernels.fp8_gated import fp8_gated, takes
-from tunefork.kernels.fp8_weight import dense, fp8_weights, set_apart
 from tunefork.kernels.gated import LARGEST_RANK, swiglu
+from tunefork.kernels.int8 import int8_lora
+from tunefork.kernels.int8_gated import int8_gated, takes
+from tunefork.kernels.int8_weight import dense, int8_weights, set_apart
 from tunefork.kernels.layout import Layout, Storage
 from tunefork.kernels.quantized import nf4_tensors, quantize_nf4
 
 Operands = tuple[Layout, tuple[Tensor, ...], Layout, tuple[Tensor, ...]]
-STORAGES: list[Storage] = ["e4m5", "nf4"]
+STORAGES: list[Storage] = ["int8", "nf4"]
 D, E = 64, 96
 
 
@@ -24,7 +24,7 @@ def _weights(layout: Layout, features_in: int, device: str) -> tuple[Tensor, ...
     drawn = [weight.to(device) for weight in drawn]
     if layout.storage == "nf4":
         drawn = [part for weight in drawn for part in nf4_tensors(*quantize_nf4(weight))]
-    return fp8_weights(drawn, layout, features_in)
+    return int8_weights(drawn, layout, features_in)
 
 
 def operands(
@@ -37,8 +37,8 @@ def operands(
     """The two groups; x, then A and B of gate, up and down."""
     torch.manual_seed(0)
     d, e = sizes
-    pair = Layout(storage, "fp8", (e, e), ranks[:2], 2.0)
-    last = Layout(storage, "fp8", (d,), ranks[2:], 0.5)
+    pair = Layout(storage, "int8", (e, e), ranks[:2], 2.0)
+    last = Layout(storage, "int8", (d,), ranks[2:], 0.5)
     groups = (pair, _weights(pair, d, device), last, _weights(last, e, device))
     inputs: list[Tensor] = [torch.randn(2, tokens // 2, d).bfloat16()]
     for size_in, size_out, rank in zip((d, d, e), (e, e, d), ranks, strict=True):
@@ -50,18 +50,18 @@ def gated(groups: Operands, x: Tensor, *trained: Tensor) -> Tensor:
     pair, pair_weights, last, last_weights = groups
     gate_a, gate_b, up_a, up_b, a, b = trained
     lora_a, lora_b = [gate_a, up_a], [gate_b, up_b]
-    return fp8_gated(x, pair, pair_weights, lora_a, lora_b, last, last_weights, a, b)
+    return int8_gated(x, pair, pair_weights, lora_a, lora_b, last, last_weights, a, b)
 
 
 def of_groups(groups: Operands, x: Tensor, *trained: Tensor) -> Tensor:
     pair, pair_weights, last, last_weights = groups
     gate_a, gate_b, up_a, up_b, a, b = trained
-    gate, up = fp8_lora(x, pair, pair_weights, [gate_a, up_a], [gate_b, up_b])
-    return fp8_lora(swiglu(gate, up), last, last_weights, [a], [b])[0]
+    gate, up = int8_lora(x, pair, pair_weights, [gate_a, up_a], [gate_b, up_b])
+    return int8_lora(swiglu(gate, up), last, last_weights, [a], [b])[0]
 
 
 def _exact(groups: Operands, x: Tensor, *trained: Tensor) -> Tensor:
-    """In float64, of weights that are not drawn."""
+    """In float64."""
     pair, pair_weights, last, last_weights = groups
     gate_a, gate_b, up_a, up_b, a, b = (t.double() for t in trained)
     own = [dense(pair, pair_weights, D, torch.float32, at, at + 1).double() for at in (0, 1)]
@@ -91,7 +91,7 @@ def test_equals_the_groups(
     assert takes(pair, last)
     if has_directions:
         x, *trained = inputs
-        gate, up = fp8_lora(x, pair, pair_weights, trained[::2][:2], trained[1::2][:2])
+        gate, up = int8_lora(x, pair, pair_weights, trained[::2][:2], trained[1::2][:2])
         set_apart(x.detach().view(-1, D), pair_weights, pair)
         set_apart(swiglu(gate, up).detach().view(-1, E), last_weights, last)
     ours, theirs = gated(groups, *inputs), of_groups(groups, *inputs)
@@ -102,8 +102,8 @@ def test_equals_the_groups(
     for gradient, truth, operand in zip(found, want, inputs[1:], strict=True):
         assert gradient.dtype == operand.dtype and gradient.shape == operand.shape
         assert _error(gradient, truth) <= 2**-7
-    # These codes lie over another scale: three bits of mantissa, on either side.
-    assert _error(dx, dx_want) < 0.05
+    # Of gradients that were rounded on the way, codes on either side.
+    assert _error(dx, dx_want) < 0.01
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -112,19 +112,9 @@ def test_gradients_are_as_near_to_float64s_as_the_groups(storage: Storage) -> No
     truth = _gradients(_exact(groups, *inputs), inputs)
     ours, theirs = (_gradients(run(groups, *inputs), inputs) for run in (gated, of_groups))
     for found, other, exact in zip(ours, theirs, truth, strict=True):
-        # Two products stand before dx: of drawn weights, 3.6 % each, and of rounded rows.
-        assert _error(found, exact) < 0.12
+        # Two products stand before dx, of rounded weights and of rounded rows.
+        assert _error(found, exact) < 0.03
         assert _error(found, exact) < 1.02 * _error(other, exact)
-
-
-def test_it_is_the_weight_of_now_that_is_drawn() -> None:
-    """Of a seed that changes in its place, as a step's does."""
-    groups, inputs = operands("e4m5")
-    before = gated(groups, *inputs)
-    for weights in (groups[1], groups[3]):
-        weights[3].add_(1)
-    after = gated(groups, *inputs)
-    assert not torch.equal(before, after) and torch.equal(after, of_groups(groups, *inputs))
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -167,7 +157,7 @@ def test_compiled_equals_launched(storage: Storage) -> None:
 
 
 def test_the_tokens_may_be_none() -> None:
-    groups, inputs = operands("e4m5", tokens=0)
+    groups, inputs = operands("int8", tokens=0)
     y = gated(groups, *inputs)
     assert y.shape == (2, 0, D)
     for gradient in torch.autograd.grad(y.sum(), inputs[1:]):
@@ -175,7 +165,7 @@ def test_the_tokens_may_be_none() -> None:
 
 
 def test_what_is_not_finite_stays_in_its_row() -> None:
-    groups, inputs = operands("e4m5")
+    groups, inputs = operands("int8")
     before = gated(groups, *inputs)
     spoilt = inputs[0].detach().clone()
     spoilt[1, 3, 5] = torch.nan
@@ -190,7 +180,7 @@ def test_what_is_not_finite_stays_in_its_row() -> None:
 
 
 def _layout(**changed: Any) -> Layout:
-    return Layout("e4m5", "fp8", (32, 32), (4, 4), 1.0)._replace(**changed)
+    return Layout("int8", "int8", (32, 32), (4, 4), 1.0)._replace(**changed)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +197,7 @@ def _layout(**changed: Any) -> Layout:
         ({"sizes": (32,), "ranks": (4,)}, {}, False),
         ({"sizes": (32, 32, 32), "ranks": (4, 4, 4)}, {}, False),
         ({}, {"sizes": (32, 32), "ranks": (4, 4)}, False),
-        ({"storage": "fp8"}, {"storage": "fp8"}, False),
+        ({"storage": "fp8", "products": "fp8"}, {"storage": "fp8", "products": "fp8"}, False),
         ({"storage": "nf4", "products": "bf16"}, {"storage": "nf4", "products": "bf16"}, False),
     ],
 )

@@ -1,8 +1,8 @@
 """The Triton kernels that make codes, du and B's gradient from one reading of dy, on a GPU.
 
-Codes of dy are the definition's bit for bit: one product is rounded on the way, the other is with a
-power of two. So are du's columns of a du; that, and B's gradient, are bound as in
-`test_gpu_lora_gradients.py`.
+Codes are the nearest to float64's quotients but where these lie next to the middle of two: there a
+multiplication and an addition may be rounded once or twice, of numbers up to 127. du and B's
+gradient are bound as in `test_gpu_lora_gradients.py`.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.test_fp8_gradients import SCALE, Operands, operands
-from tunefork.kernels import fp8_gradients as dispatch
-from tunefork.kernels.e4m3 import LARGEST, LOW, left_columns
-from tunefork.kernels.fp8_gradients import gradient_codes, gradient_codes_reference
+from tests.kernels.test_int8_gradients import SCALE, Operands, operands
+from tunefork.kernels import int8_gradients as dispatch
+from tunefork.kernels.int8_gradients import gradient_codes
+from tunefork.kernels.int8_rows import LARGEST, scale_of
 from tunefork.kernels.lora_gradients import LEAST_TOKENS, lora_gradients_reference
 
 pytestmark = [
@@ -25,7 +25,7 @@ pytestmark = [
         reason="needs a Hopper GPU",
     ),
 ]
-Found = tuple[Tensor, Tensor, list[Tensor]]
+Found = tuple[Tensor, Tensor, Tensor, list[Tensor]]
 CASES = [
     (16_384, (14_336, 14_336), (16, 16), 0),  # gate and up
     (16_384, (4096, 1024, 1024), (16, 16, 16), 0),  # q, k and v
@@ -40,30 +40,22 @@ def _not_asked(*_: Any) -> Any:
     raise AssertionError("this way was not to be taken")
 
 
-def _bits(codes: Tensor) -> Tensor:
-    return codes.contiguous().view(torch.uint8)
-
-
 def _assert_codes(found: Found, given: Operands) -> None:
-    """Those of the definition, of the du that was found."""
-    codes, du, _ = found
-    features = given.fold.shape[1]
-    assert codes.shape == (len(du), features + given.width)
-    want = gradient_codes_reference(*given)[0]
-    assert torch.equal(_bits(codes[:, :features]), _bits(want[:, :features]))
-    columns = left_columns(du.float() * given.balance * given.scale.reciprocal())
-    rank = du.shape[1]
-    for at, column in enumerate(columns):
-        first = features + at * rank
-        assert torch.equal(_bits(codes[:, first : first + rank]), _bits(column))
-    assert bool((codes[:, features + 3 * rank :].float() == 0).all())
+    codes, scale, _, _ = found
+    assert codes.dtype == torch.int8 and codes.shape == (len(scale), given.fold.shape[1])
+    assert torch.equal(scale, scale_of(given.most))
+    exact = torch.cat(given.dys, dim=1).float() * given.fold  # as `most` is of
+    exact = exact.double() / scale.double()
+    assert bool(((codes.double() - exact).abs() <= 0.5 + 1e-4).all())
+    has_numbers = given.most[:, 0] > 0
+    assert bool((codes.int().abs().amax(1) == LARGEST * has_numbers).all())
 
 
 def _assert_exact(found: Found, given: Operands) -> None:
     """Within one rounding to bf16 of float64's."""
     exact = [dy.double() for dy in given.dys], given.u.double(), [b.double() for b in given.lora_b]
     want_du, want_db = lora_gradients_reference(*exact, given.lora_scale)
-    for ours, truth in zip([found[1], *found[2]], [want_du, *want_db], strict=True):
+    for ours, truth in zip([found[2], *found[3]], [want_du, *want_db], strict=True):
         assert ours.shape == truth.shape and ours.dtype == torch.bfloat16
         cancelled = 1e-4 * truth.abs().max()
         assert bool(((ours.double() - truth).abs() <= 2**-8 * truth.abs() + cancelled).all())
@@ -71,8 +63,8 @@ def _assert_exact(found: Found, given: Operands) -> None:
 
 def _assert_equal(a: Found, b: Found) -> None:
     """Bit for bit."""
-    assert torch.equal(_bits(a[0]), _bits(b[0])) and torch.equal(a[1], b[1])
-    assert all(torch.equal(x, y) for x, y in zip(a[2], b[2], strict=True))
+    for x, y in zip([*a[:3], *a[3]], [*b[:3], *b[3]], strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize(("tokens", "sizes", "ranks", "first"), CASES)
@@ -84,10 +76,11 @@ def test_the_kernel_is_the_definition(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = operands(tokens, sizes, ranks, first=first, device="cuda")
-    given.dys[0][1] = 0
+    for dy in given.dys:
+        dy[1] = 0
     given.dys[-1][2] *= 1e4
     given.dys[0][3, 5] = 3e3
-    given = given.rescaled()
+    given = given.remeasured()
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "lora_gradients_reference", _not_asked)
         found = gradient_codes(*given)
@@ -96,7 +89,7 @@ def test_the_kernel_is_the_definition(
     _assert_exact(found, given)
 
 
-@pytest.mark.parametrize("tiling", [(64, 256, 4, 3, 8), (64, 512, 8, 3, 16), (128, 256, 8, 3, 8)])
+@pytest.mark.parametrize("tiling", [(64, 256, 4, 3, 8), (64, 512, 8, 3, 8), (128, 256, 8, 3, 16)])
 @pytest.mark.parametrize(("tokens", "sizes", "ranks", "first"), CASES[1:4])
 def test_so_it_is_with_other_tilings(
     tokens: int,
@@ -106,7 +99,7 @@ def test_so_it_is_with_other_tilings(
     tiling: tuple[int, int, int, int, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from tunefork.kernels import fp8_gradients_triton as triton_code
+    from tunefork.kernels import int8_gradients_triton as triton_code
     from tunefork.kernels.lora_gradients_triton import Blocks
 
     rows, columns, warps, stages, at_once = tiling
@@ -120,14 +113,13 @@ def test_so_it_is_with_other_tilings(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "sizes", "ranks", "first", "width"),
+    ("tokens", "sizes", "ranks", "first"),
     [
-        (300, (1000, 513, 7), (16, 8, 32), 0, 192),  # rows are not aligned,
-        (300, (1024, 512), (16, 16), 8, 128),  # in the wider tensor,
-        (300, (1024, 512), (16, 16), 0, 100),  # of codes,
-        (LEAST_TOKENS - 1, (1024, 512), (16, 16), 0, 128),  # or few,
-        (300, (1024, 512), (16, 64), 0, 256),  # or a rank is large
-        (0, (1024, 512), (16, 16), 0, 128),
+        (300, (1000, 513, 7), (16, 8, 32), 0),  # rows are not aligned,
+        (300, (1024, 512), (16, 16), 8),  # in the wider tensor,
+        (LEAST_TOKENS - 1, (1024, 512), (16, 16), 0),  # or few,
+        (300, (1024, 512), (16, 64), 0),  # or a rank is large
+        (0, (1024, 512), (16, 16), 0),
     ],
 )
 def test_what_is_not_worth_a_kernel_takes_two_products(
@@ -135,74 +127,64 @@ def test_what_is_not_worth_a_kernel_takes_two_products(
     sizes: Sequence[int],
     ranks: Sequence[int],
     first: int,
-    width: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from tunefork.kernels import fp8_gradients_triton as triton_code
+    from tunefork.kernels import int8_gradients_triton as triton_code
 
-    given = operands(tokens, sizes, ranks, first=first, device="cuda")._replace(width=width)
+    given = operands(tokens, sizes, ranks, first=first, device="cuda")
     monkeypatch.setattr(triton_code, "launch", _not_asked)
     found = gradient_codes(*given)
     _assert_codes(found, given)
     want_du, want_db = lora_gradients_reference(*given[:4])
-    assert torch.equal(found[1], want_du)
-    assert all(torch.equal(a, b) for a, b in zip(found[2], want_db, strict=True))
+    assert torch.equal(found[2], want_du)
+    assert all(torch.equal(a, b) for a, b in zip(found[3], want_db, strict=True))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_is_seen_in_its_row_and_column(value: float) -> None:
     given = operands(LEAST_TOKENS, (1024, 512), (16, 8), device="cuda")
-    before, before_du, before_db = gradient_codes(*given)
+    before = gradient_codes(*given)
     given.dys[0][77, 33] = value
-    given = given.rescaled()
-    codes, du, db = gradient_codes(*given)
+    codes, scale, du, db = gradient_codes(*given.remeasured())
     rows = torch.arange(LEAST_TOKENS, device="cuda") != 77
     columns = torch.arange(1024, device="cuda") != 33
-    assert bool((codes[77].float() * given.scale[77]).isnan().all())
-    assert not bool(du[77, :16].isfinite().any() | db[0][33].isfinite().any())
-    assert torch.equal(_bits(codes)[rows], _bits(before)[rows])
-    assert torch.equal(du[rows], before_du[rows]) and torch.equal(db[1], before_db[1])
-    assert torch.equal(db[0][columns], before_db[0][columns])
-
-
-def test_what_exceeds_the_scale_saturates() -> None:
-    given = operands(LEAST_TOKENS, (1024,), (16,), device="cuda")
-    small = given._replace(scale=given.scale * 2**-20)
-    found = gradient_codes(*small)
-    _assert_codes(found, small)
-    assert float(found[0].float().abs().max()) == LARGEST > LOW
+    assert not bool(scale[77].isfinite().any() | du[77, :16].isfinite().any())
+    for ours, theirs in zip((codes, scale, du), before[:3], strict=True):
+        assert torch.equal(ours[rows], theirs[rows])
+    assert not db[0][33].isfinite().any() and torch.equal(db[1], before[3][1])
+    assert torch.equal(db[0][columns], before[3][0][columns])
 
 
 def test_of_more_numbers_than_32_bits_count() -> None:
     given = operands(2**17, (16384 + 512,), (16,), device="cuda")
-    codes, du, _ = gradient_codes(*given)
-    last = given._replace(dys=[given.dys[0][-4096:]], u=given.u[-4096:], scale=given.scale[-4096:])
-    _assert_codes((codes[-4096:], du[-4096:], []), last)
+    codes, scale, du, _ = gradient_codes(*given)
+    last = slice(2**17 - 4096, None)
+    few = given._replace(dys=[given.dys[0][last]], u=given.u[last], most=given.most[last])
+    _assert_codes((codes[last], scale[last], du[last], []), few)
 
 
 def test_the_operator_is_one_to_the_compiler() -> None:
     for tokens in (100, LEAST_TOKENS):  # the definition's products, the kernel
         given = operands(tokens, (256, 96), (16, 8), first=16, device="cuda")
-        torch.library.opcheck(torch.ops.tunefork.gradient_codes.default, tuple(given))
+        torch.library.opcheck(torch.ops.tunefork.int8_gradient_codes.default, tuple(given))
 
 
 def test_compiled_once_it_serves_all_lengths() -> None:
     def run(
-        dys: list[Tensor], u: Tensor, lora_b: list[Tensor], fold: Tensor, scale: Tensor
+        dys: list[Tensor], u: Tensor, lora_b: list[Tensor], fold: Tensor, most: Tensor
     ) -> tuple[Tensor, ...]:
-        balance = torch.full((), 4.0, device="cuda")
         doubled = [dy * 2 for dy in dys]
-        codes, du, db = gradient_codes(doubled, u, lora_b, SCALE, fold, scale, balance, 128)
-        return codes, du, *db
+        codes, scale, du, db = gradient_codes(doubled, u, lora_b, SCALE, fold, most * 2)
+        return codes, scale, du, *db
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for tokens in (LEAST_TOKENS + 40, 96, 16384):
             given = operands(tokens, (1024, 512), (16, 8), device="cuda")
             dys = [dy.contiguous() for dy in given.dys]
-            inputs = dys, given.u.contiguous(), given.lora_b, given.fold, given.scale
+            inputs = dys, given.u.contiguous(), given.lora_b, given.fold, given.most
             for a, b in zip(compiled(*inputs), run(*inputs), strict=True):
-                assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+                assert torch.equal(a, b)
     torch._dynamo.reset()
 
 
@@ -216,6 +198,6 @@ def test_captured_it_reads_what_is_there_at_each_replay() -> None:
     for _ in range(3):
         for dy in given.dys:
             dy.normal_()
-        given.scale.copy_(given.rescaled().scale)
+        given.most.copy_(given.remeasured().most)
         graph.replay()
         _assert_equal(found, gradient_codes(*given))

@@ -1,4 +1,4 @@
-"""A run over an FP8 base on a CPU: it learns, resumes bit for bit, and its adapter fits."""
+"""A run over an int8 base on a CPU: it learns, resumes bit for bit, and its adapter fits."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def _run(
 ) -> tuple[Any, list[float]]:
     model = tiny_model("llama").bfloat16()
     build(model, method, LORA, seed=0)
-    form = form_of(method, kind="cpu", dtype=torch.bfloat16, wants_fp8=True, is_dora=False)
+    form = form_of(method, kind="cpu", dtype=torch.bfloat16, wants_int8=True, is_dora=False)
     assert form is not None
     fuse(model, form.storage, form.products, torch.device("cpu"))
     losses: list[float] = []
