@@ -9,7 +9,7 @@
 The same seeds, examples, order and recipe with `train.precision` bf16 and int8, for LoRA and QLoRA.
 What is judged is in `int8_verdict.py`: the evaluation's loss, the paired interval of the accuracy,
 and the gradients against float64 (`int8_gradients.py`). A model trained in int8 is evaluated twice:
-as it was trained, and with its adapter over the base in bf16, as a server would have it.
+over the base that it was trained over, and over that in bf16, as a server would have it.
 `--precisions fp32 bf16_cut` adds yardsticks: how far from a run on the same seed that computes in
 fp32 each precision ends, bf16 too, and how far from bf16 one whose steps are cut into other
 micro-batches. Less than that is chance.

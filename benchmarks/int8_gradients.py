@@ -38,7 +38,9 @@ def compare(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
     examples, others = data.eval[:NUM_EXAMPLES], data.eval[NUM_EXAMPLES : 2 * NUM_EXAMPLES]
     found: dict[str, Gradients] = {}
     trained: dict[str, Tensor] | None = None
-    for precision in sorted(arguments.precisions, reverse=True):  # int8 first: its A and B serve all
+    for precision in sorted(
+        arguments.precisions, reverse=True
+    ):  # int8 first: its A and B serve all
         model = _built(arguments, Trial(method, precision, 0), data.train)
         if trained is None:
             _train(arguments, Trial(method, precision, 0), model, data, tokenizer)

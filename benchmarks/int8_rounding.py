@@ -82,9 +82,7 @@ def measure(storage: Storage, recipe: Any, data: Any) -> list[dict[str, Any]]:
     rows = []
     for kind, each in found.items():
         mean = {str(count): sum(of[count] for of in each) / len(each) for count in each[0]}
-        rows.append(
-            {"case": f"{storage} {kind}", "groups": len(each), "error_by_directions": mean}
-        )
+        rows.append({"case": f"{storage} {kind}", "groups": len(each), "error_by_directions": mean})
         print(rows[-1], flush=True)
     return rows
 

@@ -1,4 +1,4 @@
-"""One run of benchmarks/int8_gate.py: train by a method in a precision from a seed, and evaluate."""
+"""One run of benchmarks/int8_gate.py: train by a method in a precision from a seed; evaluate."""
 
 import argparse
 import base64

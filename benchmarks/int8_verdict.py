@@ -115,7 +115,9 @@ def summary(method: str, judged: list[_Row], pairs: list[tuple[_Row, _Row]]) -> 
     losses = [row["as_trained"]["loss"]["bf16"] for row in judged]
     relative = [row["as_trained"]["loss_relative_difference"] for row in judged]
     trained = loss_difference(*sides)
-    served = loss_difference([unpack_columns(int8["served_columns"]) for _, int8 in pairs], sides[1])
+    served = loss_difference(
+        [unpack_columns(int8["served_columns"]) for _, int8 in pairs], sides[1]
+    )
     points = [100 * x for x in (paired.value, paired.low, paired.high)]
     return {
         "case": f"{method}_all_seeds",
