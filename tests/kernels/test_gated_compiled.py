@@ -1,7 +1,6 @@
 """SwiGLU's gradients in a compiled backward pass: dup is written over dh, of which no copy is made.
 
-The operators are a GPU's; here definitions that write as they do stand in for them, and one
-operation for a product over scales.
+The operators are a GPU's; here definitions that write as they do stand in for them.
 """
 
 import math
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
-from tests.kernels import test_fp8_gated, test_gated_lora
-from tunefork.kernels import fp8
+from tests.kernels import test_gated_lora, test_int8_gated
 from tunefork.kernels import gated as kernel
+from tunefork.kernels import int8, int8_product
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # the compiler's about itself
 
@@ -35,16 +34,6 @@ def _gradients_and_maxima(
     return dgate, da, most
 
 
-@torch.library.custom_op("tunefork_tests::scaled_mm", mutates_args=())
-def _scaled_mm(a: Tensor, b: Tensor, of_rows: Tensor, of_columns: Tensor) -> Tensor:
-    return ((a.float() @ b.float().t()) * of_rows * of_columns).bfloat16()
-
-
-@_scaled_mm.register_fake
-def _(a: Tensor, b: Tensor, of_rows: Tensor, of_columns: Tensor) -> Tensor:
-    return of_rows.new_empty(len(a), len(b), dtype=torch.bfloat16)
-
-
 @pytest.fixture
 def operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """On a CPU too; to be called once what they are compared with is there."""
@@ -53,7 +42,8 @@ def operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
         library.impl("gated_down", kernel.gated_down_reference, "CPU")
         library.impl("gated_gradients", _gradients, "CPU")
         library.impl("gated_gradients_and_maxima", _gradients_and_maxima, "CPU")
-        monkeypatch.setattr(fp8, "scaled_mm", _scaled_mm)
+        library.impl("int8_product", int8_product.int8_product_reference, "CPU")
+        monkeypatch.setattr(int8, "int8_product", torch.ops.tunefork.int8_product)
         yield lambda: monkeypatch.setattr(kernel, "has_kernels", lambda *_: True)
     torch._dynamo.reset()
 
@@ -104,15 +94,15 @@ def test_of_a_last_layer(operators: Callable[[], None]) -> None:
 
 
 @pytest.mark.parametrize("has_gradient", [True, False])
-def test_of_an_mlp_in_fp8(has_gradient: bool, operators: Callable[[], None]) -> None:
-    groups, inputs = test_fp8_gated.operands("e4m5")
+def test_of_an_mlp_in_int8(has_gradient: bool, operators: Callable[[], None]) -> None:
+    groups, inputs = test_int8_gated.operands("int8")
     inputs[0].requires_grad_(has_gradient)
 
     def function(*inputs: Tensor) -> Tensor:
-        return test_fp8_gated.gated(groups, *inputs)
+        return test_int8_gated.gated(groups, *inputs)
 
     want = _differentiated(function, inputs)
     operators()
     found, code = _compiled(function, inputs)
-    assert _copies(code, "tunefork_tests.scaled_mm", 40 * test_fp8_gated.E) == 0
+    assert _copies(code, "tunefork.int8_product", 40 * test_int8_gated.E) == 0
     _assert_near(found[has_gradient:], want[has_gradient:])

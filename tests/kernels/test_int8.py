@@ -119,7 +119,10 @@ def test_what_a_plain_product_is_made_of_is_nearer_than_the_codes_are() -> None:
     truth = x.double() @ weight.double().t()
 
     def off() -> float:
-        return _error(x.double() @ int8_weight.dense(layout, weights, 64, torch.float32, 0, 1).double().t(), truth)
+        return _error(
+            x.double() @ int8_weight.dense(layout, weights, 64, torch.float32, 0, 1).double().t(),
+            truth,
+        )
 
     before = off()
     int8_weight.set_apart(x, weights, layout, [weight])

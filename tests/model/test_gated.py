@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tests.tiny import CONFIGS, tiny_model
 from tunefork.kernels import gated_lora as function
-from tunefork.kernels.int8_gated import int8_gated
 from tunefork.kernels.gated import gated_down
+from tunefork.kernels.int8_gated import int8_gated
 from tunefork.kernels.layout import Products, Storage
 from tunefork.model import gated
 from tunefork.model.build import build
@@ -80,7 +80,7 @@ def test_those_that_multiply_by_silu_of_a_layer_do(name: str) -> None:
         ({"lora": LoraSection(rank=4, dropout=0.1)}, False),
         ({"lora": LoraSection(rank=4, targets="attention", modules_to_save=("down_proj",))}, False),
         ({"lora": LoraSection(rank=4, targets="attention", modules_to_save=("up_proj",))}, False),
-        ({"storage": "int8", "products": "int8"}, False),
+        ({"storage": "fp8", "products": "fp8"}, False),
         ({"storage": "nf4", "products": "int8", "method": Method.QLORA}, True),
         ({"storage": "int8", "products": "int8"}, True),
         ({**INT8, "lora": LoraSection(rank=4, targets=("down_proj",))}, False),

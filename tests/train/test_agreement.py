@@ -9,7 +9,7 @@ import torch
 from tests.folders import save_model
 from tests.train.test_loss import examples
 from tunefork.errors import NoMemoryError
-from tunefork.kernels import int8
+from tunefork.kernels.int8_product import int8_product
 from tunefork.recipe import LoraSection, Method, Recipe
 from tunefork.recipe_file import parse
 from tunefork.train.agreement import agree, judge
@@ -51,12 +51,12 @@ def test_what_is_measured(recipe: Recipe, method: Method) -> None:
 
 
 def test_a_wrong_product_is_found(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = int8.int8_product
+    real = int8_product
 
     def turned(*operands: Any) -> torch.Tensor:
         return -real(*operands)
 
-    monkeypatch.setattr(int8, "int8_product", turned)
+    monkeypatch.setattr("tunefork.kernels.int8.int8_product", turned)
     found = _agree(recipe)
     assert not found.agrees
     assert "batch 1" in found.why

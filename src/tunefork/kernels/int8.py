@@ -2,9 +2,9 @@
 
 Activations, their gradients and the weight are rounded to whole numbers of at most 127, one scale a
 row, so a product is `codes_x @ codes_w^T * scale_x * scale_w`, which a Hopper GPU does at twice
-bf16's rate, and exactly but for that rounding. (Outliers are what such scales cannot stand: Dettmers
-et al. 2022, https://arxiv.org/abs/2208.07339. An activation's lie along a few directions; these are
-multiplied apart, see `directions.py`.) The delta's product and theirs are bf16's and go into the
+bf16's rate, and exactly but for that rounding. What such scales cannot stand is outliers (Dettmers
+et al. 2022, https://arxiv.org/abs/2208.07339); those of activations lie along few directions, which
+are multiplied apart (`directions.py`). The delta's product and theirs are bf16's and go into the
 same sums (`int8_product.py`). For the input's gradient the codes are transposed on the way, and the
 weight's scales, along which is summed then, are taken into dy before it is rounded.
 

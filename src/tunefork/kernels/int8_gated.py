@@ -1,4 +1,4 @@
-"""An MLP over two frozen bases with int8 products and a LoRA on each of its layers, as one function.
+"""An MLP over frozen bases with int8 products and a LoRA on each of its layers, as one function.
 
 What `kernels/int8.py` is for layers with one input, for y = W h with h = silu(gate) * up, where
 gate and up are such layers. Between the passes x, gate and up are kept, and h is not: in the
@@ -41,6 +41,7 @@ from tunefork.kernels.int8_gradients import gradient_codes
 from tunefork.kernels.int8_weight import rows_of
 from tunefork.kernels.layout import Layout
 from tunefork.kernels.lora_gradients import lora_gradients
+
 
 def takes(pair: Layout, last: Layout) -> bool:
     """Whether `int8_gated` can do an MLP of these layouts: gate's and up's, the last layer's."""
@@ -134,8 +135,8 @@ def int8_gated(
     """y = W h + scale * B A h with h = silu(gate) * up, for frozen W; gate and up the same of x.
 
     x_d (..., D) and the result (..., O) are bf16; h is rounded to bf16 once. `pair` and its weights
-    are gate's and up's, as `int8.int8_lora` has them, with A (R_i, D) and B (E, R_i) of both; `takes`
-    has taken the two layouts. A and B get gradients in their own dtype.
+    are gate's and up's, as `int8.int8_lora` has them, with A (R_i, D) and B (E, R_i) of both;
+    `takes` has taken the two layouts. A and B get gradients in their own dtype.
     """
     apply: Callable[..., Tensor] = _Int8Gated.apply
     a_rd = torch.cat([a.to(x_d.dtype) for a in lora_a])

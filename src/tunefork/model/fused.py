@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tunefork.errors import ModelError
 from tunefork.kernels import fp8, int8, int8_weight
 from tunefork.kernels.cuda_source import CudaSourceError
 from tunefork.kernels.int8_product import check_kernel
 from tunefork.kernels.layout import Layout, Products, Storage
 from tunefork.kernels.lora_group import is_widened, lora_group, with_room, write_delta
-from tunefork.errors import ModelError
 from tunefork.kernels.quantized import nf4_tensors
 from tunefork.model.bank_linear import BankLinear, deltas
 from tunefork.model.fused_checks import check_finite, check_sizes
@@ -33,7 +33,6 @@ from tunefork.model.joint_banks import JointBanks
 from tunefork.model.linear import LoraLinear
 from tunefork.model.own_rows import OwnRows
 from tunefork.model.shared_inputs import find_groups
-
 
 _FORMS = {("bf16", "bf16"), ("nf4", "bf16"), ("int8", "int8"), ("nf4", "int8"), ("fp8", "fp8")}
 """Storage and products that go together."""

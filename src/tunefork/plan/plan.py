@@ -49,8 +49,8 @@ _SELECTIVE = (
     "{torch} would have it on this machine, and a run elsewhere may take twice as much"
 )
 _MAY_BE_INT8 = (
-    "{method} is planned in bf16; train.precision: auto will try int8 when the run begins, and take "
-    "it if two batches agree (--set train.precision=int8 plans that)"
+    "{method} is planned in bf16; train.precision: auto will try int8 when the run begins, and "
+    "take it if two batches agree (--set train.precision=int8 plans that)"
 )
 
 

@@ -94,8 +94,8 @@ def judge(batches: Sequence[BatchAgreement]) -> tuple[bool, str]:
     for number, batch in enumerate(batches, start=1):
         if not abs(batch.loss_difference) <= LOSS_BOUND:
             return False, (
-                f"batch {number}: loss {batch.loss_int8:.4f} in int8, {batch.loss_bf16:.4f} in bf16 "
-                f"(at most {LOSS_BOUND:.0%} apart)"
+                f"batch {number}: loss {batch.loss_int8:.4f} in int8, {batch.loss_bf16:.4f} in "
+                f"bf16 (at most {LOSS_BOUND:.0%} apart)"
             )
         for kind, parts in batch.cosines.items():
             bound = WHOLE_BOUND if kind == "all" else KIND_BOUND

@@ -1,9 +1,9 @@
 """`train.precision: auto` on a GPU: int8 where it is known to train as well, else bf16.
 
-Two things must hold. The gate (benchmarks/int8_gate.py: the same fine-tuning in both, on a real task
-and three seeds) was passed for the model's family, method and size: int8_gate.yaml has its verdicts.
-And two batches on the user's own model and data agree (`agreement.py`). What was decided, and why,
-goes into the run's record; where nothing can be decided, the run is a bf16 one.
+Two things must hold. The gate (benchmarks/int8_gate.py: the same fine-tuning in both, on a real
+task and three seeds) was passed for the model's family, method and size: int8_gate.yaml has its
+verdicts. And two batches on the user's own model and data agree (`agreement.py`). What was decided,
+and why, goes into the run's record; where nothing can be decided, the run is a bf16 one.
 """
 
 from collections.abc import Sequence
