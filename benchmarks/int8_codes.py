@@ -71,8 +71,8 @@ def measured(device: str = "cuda") -> Iterator[dict[str, Any]]:
         weight_od = draw(size, features)
         tensors = nf4_tensors(*quantize_nf4(weight_od))
         rows = Nf4Rows(tensors, nf4_scales(tensors, [size], features), [size], features)
-        yield _row("nf4_int8", [size, features], Nf4Rows.codes, _of_nf4, rows)
-        yield _row("nf4_int8_turned", [size, features], Nf4Rows.codes_turned, _of_nf4_turned, rows)
+        yield _row("of_nf4", [size, features], Nf4Rows.codes, _of_nf4, rows)
+        yield _row("of_nf4_turned", [size, features], Nf4Rows.codes_turned, _of_nf4_turned, rows)
         codes_od, _ = rounded(weight_od)
         yield _row("turned", [size, features], turned, _turned, codes_od)
 

@@ -141,7 +141,11 @@ def test_a_newer_run_without_a_peer_is_the_row_and_the_older_stays(
 ) -> None:
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     raw = tmp_path / "raw.jsonl"
-    lines = [_speed("int8", "1", 300.0), _speed("unsloth", "1", 100.0), _speed("int8", "2", 250.0)]
+    lines = [
+        _speed("int8", "1", 300.0).replace('"int8"', '"fp8"'),  # as it was called then
+        _speed("unsloth", "1", 100.0),
+        _speed("int8", "2", 250.0),
+    ]
     raw.write_text("\n".join(lines) + "\n", encoding="utf-8")
     rows = json.loads(collect([raw], "table").read_text(encoding="utf-8"))["rows"]
     by = {row["case"]: row for row in rows if row.get("ours")}
