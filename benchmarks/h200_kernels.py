@@ -8,8 +8,9 @@ delta_order      a base's product and a delta of rank 16: added to it by `addmm_
                  (`lora_deltas`, and by cuBLAS) and the product added to that; replayed in turn
 gated            an MLP's h = silu(gate) * up and u = h A^T; backward the gradients of gate, up and
                  A; beside the compiler's SwiGLU and a cuBLAS product that reads h once more
-                 (backward an h that was kept); with the squares of the gradients' rows too;
-                 replayed in turn
+                 (backward an h that was kept); with the gradients' rows' largest magnitudes
+                 too; replayed in turn
+int8_*           codes of activations, gradients and weights for int8 products (`int8_codes.py`)
 adamw_bf16       the update of all weights of a 1.7B and an 8B model: from the call to the GPU's
                  last kernel, and until the call returns
 adamw_fp32_moments  the same update of bf16 weights with fp32 moments, beside PyTorch's fused AdamW
@@ -28,6 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import int8_codes
+from benchmarks.graph_times import graph_ms, in_turns
 from benchmarks.results import write
 
 TOKENS, SCALE = 16_384, 0.5
@@ -38,7 +41,7 @@ PRODUCTS = ((1024, 16), (4096, 16), (14_336, 16), (4096, 32), (4096, 64))
 """Features out and rank."""
 GATED = ((14_336, 16), (14_336, 32), (14_336, 64), (6144, 16))
 """Features of an MLP, and rank."""
-_TURNS, _STEPS = 8, 12
+_STEPS = 12
 
 
 def main() -> None:
@@ -48,6 +51,7 @@ def main() -> None:
     rows = [_print(gradients(features, rank)) for features, rank in PRODUCTS]
     rows += [_print(delta_order(*sizes)) for sizes in ORDERS]
     rows += [_print(gated(features, rank)) for features, rank in GATED]
+    rows += [_print(row) for row in int8_codes.measured()]
     rows += [_print(row) for name, shapes in SHAPES.items() for row in updates(name, shapes)]
     print(write("h200_kernels", rows, device=torch.cuda.get_device_name()))
 
@@ -66,8 +70,8 @@ def gradients(features: int, rank: int) -> dict[str, Any]:
     )
     found = launch([dys[0]], u, [b], SCALE)
     wrong = max(map(_error, found, [exact_du, exact_db]))
-    ours = _graph_ms([lambda dy=dy: launch([dy], u, [b], SCALE) for dy in dys])
-    theirs = _graph_ms([lambda dy=dy: (dy @ b, dy.t() @ u) for dy in dys])
+    ours = graph_ms([lambda dy=dy: launch([dy], u, [b], SCALE) for dy in dys])
+    theirs = graph_ms([lambda dy=dy: (dy @ b, dy.t() @ u) for dy in dys])
     return {
         "case": "lora_gradients",
         "features": features,
@@ -105,25 +109,18 @@ def delta_order(features_in: int, features_out: int) -> dict[str, Any]:
         torch.mm(x, weight, out=y)
 
     forms = (added, written_first, by_cublas, no_delta)
-    graphs = [_graph([lambda y=y, form=form: form(y) for y in ys]) for form in forms]
-    times: list[list[float]] = [[] for _ in forms]
-    for _ in range(_TURNS):
-        for found, graph in zip(times, graphs, strict=True):
-            found.append(_replay_ms(graph) / len(ys))
+    ms = in_turns({form.__name__: [lambda y=y, form=form: form(y) for y in ys] for form in forms})
     for y, form in zip(ys, forms, strict=False):
         form(y)
     return {
         "case": "delta_order",
         "in": features_in,
         "out": features_out,
-        "ms": {
-            form.__name__: round(statistics.median(found[1:]), 4)
-            for form, found in zip(forms, times, strict=True)
-        },
+        "ms": ms,
         "same_bits": torch.equal(ys[0], ys[1]),
         "delta_alone_ms": {
-            "lora_deltas": _graph_ms([lambda y=y: write_delta(y, u, b, SCALE) for y in ys]),
-            "cublas": _graph_ms(
+            "lora_deltas": graph_ms([lambda y=y: write_delta(y, u, b, SCALE) for y in ys]),
+            "cublas": graph_ms(
                 [lambda y=y: torch.addmm(y, u, b.t(), beta=0, alpha=SCALE, out=y) for y in ys]
             ),
         },
@@ -156,30 +153,25 @@ def gated(features: int, rank: int) -> dict[str, Any]:
         "forward": lambda: forward(gate, up, a),
         "forward_swiglu_and_product": lambda: swiglu(gate, up) @ a.t(),
         "backward": lambda: backward(gate, up, dh, du),
-        "backward_and_squares": lambda: backward(gate, up, dh, du, fold_1o=fold),
+        "backward_and_maxima": lambda: backward(gate, up, dh, du, fold_1o=fold),
         "backward_swiglu_and_product": lambda: (swiglu_backward(gate, up, dh), du.t() @ h),
     }
     few = slice(0, 2048)  # float64 of all would take 10 GB
-    exact = definition.gated_down_reference(gate[few].double(), up[few].double(), a.double())
-    ours = forward(gate[few], up[few], a)
+    exact: tuple[Tensor, ...] = definition.gated_down_reference(
+        gate[few].double(), up[few].double(), a.double()
+    )
+    ours: tuple[Tensor, ...] = forward(gate[few], up[few], a)
     operands = gate[few], up[few], dh[few].clone(), du[few]
     exact += definition.gated_gradients_reference(*(x.double() for x in operands))
     dgate, da = backward(*operands)
     ours += dgate, operands[2], da  # dup is written over dh
-    graphs = [_graph([form] * 3) for form in forms.values()]
-    times: list[list[float]] = [[] for _ in forms]
-    for _ in range(_TURNS):
-        for found, graph in zip(times, graphs, strict=True):
-            dh.normal_()  # or it shrinks with each call
-            found.append(_replay_ms(graph) / 3)
+    # Normal again, or it shrinks with each call.
+    ms = in_turns({name: [form] * 3 for name, form in forms.items()}, before=dh.normal_)
     return {
         "case": "gated",
         "features": features,
         "rank": rank,
-        "ms": {
-            name: round(statistics.median(found[1:]), 4)
-            for name, found in zip(forms, times, strict=True)
-        },
+        "ms": ms,
         "error": max(map(_error, ours, exact)),
     }
 
@@ -193,35 +185,6 @@ def _error(ours: Tensor, exact: Tensor) -> float:
     if not math.isfinite(error):
         raise ValueError("a result that is not finite")
     return error
-
-
-def _graph_ms(calls: Sequence[Callable[[], Any]]) -> float:
-    """Of one call."""
-    for call in calls[:2]:
-        call()
-    graph = _graph(calls)
-    times = [_replay_ms(graph) / len(calls) for _ in range(_TURNS)]
-    return round(statistics.median(times[1:]), 4)
-
-
-def _graph(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
-
-
-def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()  # type: ignore[no-untyped-call]
-    graph.replay()
-    last.record()  # type: ignore[no-untyped-call]
-    last.synchronize()
-    return first.elapsed_time(last)
 
 
 def _qwen3_1_7b() -> list[tuple[int, ...]]:

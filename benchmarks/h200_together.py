@@ -63,7 +63,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], float, tuple[str, float] | None]] =
 """Our run, what it is compared with, and what issue 7 asks: tokens/s, times a peer."""
 ASKED = list(dict.fromkeys(name for own, peers, *_ in CASES.values() for name in (own, *peers)))
 _SAID = {
-    "looped_16x512": "mLoRA's way: a loop over the adapters' slices over our layers and FP8 base",
+    "looped_16x512": "mLoRA's way: a loop over the adapters' slices over our layers and int8 base",
     "group_16x512_kept": "as group_16x512, the bf16 forms of A and B kept for the backward pass",
     "unsloth_512": "one of sixteen runs in turn, use_gradient_checkpointing=False, rank 16",
     "unsloth_128": "one of sixty-four runs in turn, use_gradient_checkpointing=False, rank 16",
@@ -116,7 +116,7 @@ def measure(arguments: argparse.Namespace) -> None:
 def _setting(run: Run) -> str:
     if run.name in _SAID:
         return _SAID[run.name]
-    given = {"precision": "fp8", "compile": "always", **run.options.get("train", {})}
+    given = {"precision": "int8", "compile": "always", **run.options.get("train", {})}
     return ", ".join(f"train.{key}: {value}" for key, value in given.items())
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import training_runs
-from benchmarks.training_cases import CASES, TOOLS, TRIALS, chosen_runs, setting
+from benchmarks.training_cases import CASES, TOOLS, chosen_runs, setting
 from benchmarks.training_runs import (
     BATCHES,
     EIGHT_B,
@@ -65,7 +65,7 @@ def measure(arguments: argparse.Namespace) -> None:
         if tiny:
             run = replace(run, rows=2, length=min(run.length, 64) // 4)
         is_plain = run.name.startswith("plain")
-        is_ours = run.tool in ("tunefork", *TRIALS)
+        is_ours = run.tool == "tunefork"
         if is_ours and not is_plain:
             run = replace(run, options=run.options | overrides)
         timed = arguments.steps if is_ours else arguments.peer_steps
@@ -89,7 +89,7 @@ def in_a_process(
     environment = os.environ | {"PYTHONPATH": ":".join(paths)}
     if run.tool != "unsloth":  # which sets its own
         environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    if run.tool in ("tunefork", *TRIALS):
+    if run.tool == "tunefork":
         environment.setdefault("TORCHINDUCTOR_CACHE_DIR", "/tmp/tunefork_inductor")
     command = [sys.executable, "-m", module, "one", json.dumps(asdict(run)), str(folder)]
     try:
@@ -128,7 +128,7 @@ def _arguments() -> argparse.Namespace:
     run = verbs.add_parser("measure")
     run.add_argument("--out", type=Path, required=True)
     run.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    run.add_argument("--tools", nargs="+", choices=TOOLS + TRIALS, default=list(TOOLS))
+    run.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     run.add_argument("--without", nargs="+", default=[], metavar="RUN", help="by name")
     run.add_argument("--steps", type=int, default=NUM_LOSSES - WARM_UP, help="timed, ours")
     run.add_argument("--peer-steps", type=int, default=9, help="timed, peers")

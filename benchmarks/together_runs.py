@@ -139,7 +139,7 @@ def _recipe(run: Run, folder: Path, num_steps: int) -> Any:
         "micro_batch_tokens": run.rows * run.length,
         "epochs": num_steps,
         "max_steps": num_steps,
-        "precision": "fp8",
+        "precision": "int8",
         "compile": "never" if run.options.get("looped") else "always",
         "packing": False,  # a row is an example, as the peers' are
     }

@@ -126,11 +126,6 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
     if run.tool == "tunefork":
         found = ours(run, folder)
-    elif run.tool == "int8":
-        from benchmarks.int8_trial import built
-
-        with built():
-            found = ours(run, folder)
     else:
         from benchmarks.training_peers import PEERS
 

@@ -15,6 +15,8 @@ _KEPT = (
     *("load_s", "first_step_s", "compile_cache", "trained_parameters", "trained_dtype"),
     *("repeats", "compiled", "losses", "error", "device", "call"),
 )
+_FORMER = {"fp8": "int8", "fp8_20gib": "int8_20gib", "fp8_short": "int8_short"}
+"""Names of our runs in lines of before there was int8; their setting says what they were."""
 _LORA = ("lora_8x2048_fp8", "lora_8x2048_bf16")
 
 
@@ -23,7 +25,8 @@ def collect(files: list[Path], name: str) -> Path:
     raw = [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
     found: dict[str, dict[str, list[_Row]]] = {}
     for row in raw:
-        found.setdefault(row["call"], {}).setdefault(row["run"], []).append(row)
+        run = _FORMER.get(row["run"], row["run"])
+        found.setdefault(row["call"], {}).setdefault(run, []).append(row)
     by_call = {
         call: {run: _of_repeats(rows) for run, rows in runs.items()} for call, runs in found.items()
     }

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import h200_training, results, training_peers, training_runs
-from benchmarks.training_cases import CASES, RUNS, TOOLS, TRIALS, chosen_runs
+from benchmarks.training_cases import CASES, RUNS, TOOLS, chosen_runs
 from benchmarks.training_runs import TINY, WARM_UP, Run
 from benchmarks.training_table import collect
 
@@ -69,7 +69,7 @@ def test_a_case_names_runs_that_exist_and_its_own_tool_first() -> None:
         assert RUNS[case.ours].tool == RUNS[case.plain].tool == "tunefork"
         sizes = {(RUNS[n].rows, RUNS[n].length) for n in (case.ours, case.plain, *case.peers)}
         assert len(sizes) == 1
-    runs = chosen_runs(list(CASES), [*TOOLS, *TRIALS])
+    runs = chosen_runs(list(CASES), list(TOOLS))
     assert len(runs) == len({run.name for run in runs}) == len(RUNS)
     assert [r.name for r in chosen_runs(["full_8x2048"], ["tunefork"])] == ["full"]
 
@@ -109,9 +109,9 @@ def test_ratios_are_of_one_call_and_of_the_best_setting(
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     raw = tmp_path / "raw.jsonl"
     lines = [
-        _raw("fp8", "1", error="killed"),
-        _speed("fp8", "1", 290.0, first_step_s=30.0),
-        _speed("fp8", "1", 310.0, first_step_s=8.0),
+        _raw("int8", "1", error="killed"),
+        _speed("int8", "1", 290.0, first_step_s=30.0),
+        _speed("int8", "1", 310.0, first_step_s=8.0),
         _speed("unsloth", "1", 100.0),
         _speed("peft_liger", "1", 50.0),
         _speed("peft_liger_defaults", "1", 60.0),
@@ -119,7 +119,7 @@ def test_ratios_are_of_one_call_and_of_the_best_setting(
         _speed("plain_lora", "0", 40.0, losses=[2.0, 1.5]),
         _speed("full", "2", 30.0),
         _speed("unsloth", "2", 500.0),  # of another machine
-        _raw("fp8", "3", error="killed"),
+        _raw("int8", "3", error="killed"),
     ]
     raw.write_text("\n".join(lines) + "\n", encoding="utf-8")
     table = json.loads(collect([raw], "table").read_text(encoding="utf-8"))
@@ -141,7 +141,11 @@ def test_a_newer_run_without_a_peer_is_the_row_and_the_older_stays(
 ) -> None:
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     raw = tmp_path / "raw.jsonl"
-    lines = [_speed("fp8", "1", 300.0), _speed("unsloth", "1", 100.0), _speed("fp8", "2", 250.0)]
+    lines = [
+        _speed("int8", "1", 300.0).replace('"int8"', '"fp8"'),  # as it was called then
+        _speed("unsloth", "1", 100.0),
+        _speed("int8", "2", 250.0),
+    ]
     raw.write_text("\n".join(lines) + "\n", encoding="utf-8")
     rows = json.loads(collect([raw], "table").read_text(encoding="utf-8"))["rows"]
     by = {row["case"]: row for row in rows if row.get("ours")}

@@ -1,7 +1,7 @@
-"""A's and B's gradients in bf16 and in FP8 against float64, on one batch of the gate's data.
+"""A's and B's gradients in bf16 and in int8 against float64, on one batch of the gate's data.
 
 All three have the same frozen weights (bf16's, or what NF4 stores) and the same A and B: those that
-a few steps in FP8 have left, for at the start B is zero and A has no gradient. The reference is
+a few steps in int8 have left, for at the start B is zero and A has no gradient. The reference is
 transformers' model in float64 with the delta added by hooks, example by example, and PyTorch's
 cross-entropy: none of tunefork's kernels, packing or loss. (transformers' norms and rotary angles
 compute in float32 whatever the dtype, which is a thousand times finer than what is judged.)
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.fp8_run import Trial, adapter, load, put_adapter, recipe_of
+from benchmarks.int8_run import Trial, adapter, load, put_adapter, recipe_of
 from tunefork.data.example import Encoded
 from tunefork.evaluate.evaluate import pad_id
 from tunefork.model.device import pick_device, pick_dtype
@@ -38,7 +38,9 @@ def compare(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
     examples, others = data.eval[:NUM_EXAMPLES], data.eval[NUM_EXAMPLES : 2 * NUM_EXAMPLES]
     found: dict[str, Gradients] = {}
     trained: dict[str, Tensor] | None = None
-    for precision in sorted(arguments.precisions, reverse=True):  # fp8 first: its A and B serve all
+    for precision in sorted(
+        arguments.precisions, reverse=True
+    ):  # int8 first: its A and B serve all
         model = _built(arguments, Trial(method, precision, 0), data.train)
         if trained is None:
             _train(arguments, Trial(method, precision, 0), model, data, tokenizer)

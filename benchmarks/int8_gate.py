@@ -1,19 +1,18 @@
-"""Whether FP8 products train as well as bf16 ones: the gate of issue 6, on a real model and task.
+"""Whether int8 products train as well as bf16 ones: the gate of issue 6, on a real model and task.
 
-    python -m benchmarks.fp8_gate prepare SOURCE --out DATA              anywhere
-    python -m benchmarks.fp8_gate encode --model M --data DATA           anywhere
-    python -m benchmarks.fp8_gate measure --model M --data DATA --out RAW.jsonl [--done OLD.jsonl]
-    python -m benchmarks.fp8_gate gradients --model M --data DATA --out RAW.jsonl
-    python -m benchmarks.fp8_gate collect RAW.jsonl [MORE.jsonl ...]
+    python -m benchmarks.int8_gate prepare SOURCE --out DATA              anywhere
+    python -m benchmarks.int8_gate encode --model M --data DATA           anywhere
+    python -m benchmarks.int8_gate measure --model M --data DATA --out RAW.jsonl [--done OLD.jsonl]
+    python -m benchmarks.int8_gate gradients --model M --data DATA --out RAW.jsonl
+    python -m benchmarks.int8_gate collect RAW.jsonl [MORE.jsonl ...]
 
-The same seeds, examples, order and recipe with `train.precision` bf16 and fp8, for LoRA and QLoRA.
-What is judged is in `fp8_verdict.py`: the evaluation's loss, the paired interval of the accuracy,
-and the gradients against float64 (`fp8_gradients.py`). A model trained in FP8 is evaluated twice:
-as it was trained, and with its adapter over the base in bf16, as a server would have it.
+The same seeds, examples, order and recipe with `train.precision` bf16 and int8, for LoRA and QLoRA.
+What is judged is in `int8_verdict.py`: the evaluation's loss, the paired interval of the accuracy,
+and the gradients against float64 (`int8_gradients.py`). A model trained in int8 is evaluated twice:
+over the base that it was trained over, and over that in bf16, as a server would have it.
 `--precisions fp32 bf16_cut` adds yardsticks: how far from a run on the same seed that computes in
 fp32 each precision ends, bf16 too, and how far from bf16 one whose steps are cut into other
-micro-batches. Less than that is chance. `--precisions int8` is a form that is not built
-(`int8_emulated.py`), for LoRA.
+micro-batches. Less than that is chance.
 
 The task: to which of 45 lexicographer files of WordNet does a gloss belong? SOURCE is the folder
 with wordnet_lexname_{train,test}.jsonl.gz. Each run is a line of RAW as it ends, and one that is in
@@ -31,8 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fp8_run import (
-    EMULATED,
+from benchmarks.int8_run import (
     METHODS,
     PRECISIONS,
     YARDSTICKS,
@@ -85,8 +83,6 @@ def prepare(source: Path, out: Path, num_train: int, num_eval: int) -> None:
 
 def measure(arguments: argparse.Namespace) -> None:
     """Run what has no line yet, one seed's runs after the other."""
-    if {*EMULATED} & {*arguments.precisions} and arguments.methods != ["lora"]:
-        raise SystemExit(f"--precisions {' '.join(EMULATED)} is of LoRA alone: give --methods lora")
     deadline = time.monotonic() + arguments.seconds
     lines = read([*arguments.done, arguments.out])
     done = {row["run"] for row in lines if row.get("shared") == shared(arguments)}
@@ -154,7 +150,7 @@ def _arguments() -> argparse.Namespace:
         run.add_argument(
             "--precisions",
             nargs="+",
-            choices=[*PRECISIONS, *YARDSTICKS, *(EMULATED if verb == "measure" else ())],
+            choices=[*PRECISIONS, *YARDSTICKS],
             default=list(PRECISIONS),
         )
         run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -162,7 +158,7 @@ def _arguments() -> argparse.Namespace:
         run.add_argument("--seconds", type=float, default=560.0)
     gather = verbs.add_parser("collect")
     gather.add_argument("raw", type=Path, nargs="+")
-    gather.add_argument("--name", default="fp8_gate")
+    gather.add_argument("--name", default="int8_gate")
     return parser.parse_args()
 
 
@@ -177,12 +173,12 @@ def main() -> None:
         case "measure":
             measure(arguments)
         case "gradients":
-            from benchmarks.fp8_gradients import compare
+            from benchmarks.int8_gradients import compare
 
             for method in arguments.methods:
                 _write(arguments.out, compare(arguments, method))
         case "collect":
-            from benchmarks.fp8_verdict import collect
+            from benchmarks.int8_verdict import collect
 
             print(collect(arguments.raw, arguments.name))
 

@@ -1,14 +1,14 @@
-"""How far FP8 products are from exact ones on a real model's inputs: results/fp8_rounding.json.
+"""How far int8 products are from exact ones on a real model's inputs: results/int8_rounding.json.
 
-    python -m benchmarks.fp8_rounding --model M --data DATA        on a CPU, some minutes
+    python -m benchmarks.int8_rounding --model M --data DATA        on a CPU, some minutes
 
-M and DATA are those of fp8_gate.py. The inputs of every group of layers (q, k and v; o; gate and
-up; down) on examples of the evaluation are kept from a pass of the plain model. Each group's FP8
+M and DATA are those of int8_gate.py. The inputs of every group of layers (q, k and v; o; gate and
+up; down) on examples of the evaluation are kept from a pass of the plain model. Each group's int8
 product of them, through the kernels that training takes (on a CPU: their definitions), is compared
-with the product of the same frozen weights in float64: as one draw of them has it, and with the
-main directions of training examples' inputs apart (`kernels/directions.py`). The error is the root
-of the mean over tokens of |y - exact|^2 / |exact|^2, so that each token counts alike; a row is its
-mean over the model's layers.
+with the product of the same frozen weights in float64: with no direction multiplied apart, and with
+the main ones of training examples' inputs (`kernels/directions.py`). The error is the root of the
+mean over tokens of |y - exact|^2 / |exact|^2, so that each token counts alike; a row is its mean
+over the model's layers, by the number of directions.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import results
-from benchmarks.fp8_run import Trial, load, recipe_of
+from benchmarks.int8_run import Trial, load, recipe_of
 from tunefork.data.example import Encoded
 from tunefork.kernels.layout import Storage
 from tunefork.model.build import build
@@ -31,7 +31,7 @@ from tunefork.recipe import LoraSection, Method
 from tunefork.train.method import calibration_ids
 
 CPU = torch.device("cpu")
-STORAGES: dict[Storage, Method] = {"e4m5": Method.LORA, "nf4": Method.QLORA}
+STORAGES: dict[Storage, Method] = {"int8": Method.LORA, "nf4": Method.QLORA}
 _EXAMPLES = 16
 
 
@@ -66,30 +66,23 @@ def measure(storage: Storage, recipe: Any, data: Any) -> list[dict[str, Any]]:
     groups = find_groups(model)
     seen = inputs(model, groups, _ids(data.train))
     asked = inputs(model, groups, _ids(data.eval[:_EXAMPLES]))
-    found = defaultdict[str, list[tuple[float, float]]](list)
+    found = defaultdict[str, list[dict[int, float]]](list)
     for paths in groups:
         members = [model.get_submodule(path) for path in paths]
-        group = FusedGroup(members, storage, "fp8", CPU)
+        group = FusedGroup(members, storage, "int8", CPU)
         exact_od = torch.cat([member.materialize() for member in members]).double()
         x_sd = asked[paths[0]]
         exact_so = x_sd.double() @ exact_od.t()
-        before = error(group, x_sd, exact_so)
+        errors = {0: error(group, x_sd, exact_so)}
         group.is_calibrated = False
         group(seen[paths[0]])
-        pair = (before, error(group, x_sd, exact_so))
+        errors[group.layout.apart] = error(group, x_sd, exact_so)
         for kind in ("+".join(path.rpartition(".")[2] for path in paths), "all"):
-            found[kind].append(pair)
+            found[kind].append(errors)
     rows = []
-    for kind, pairs in found.items():
-        as_drawn, apart = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
-        rows.append(
-            {
-                "case": f"{storage} {kind}",
-                "groups": len(pairs),
-                "as_drawn": as_drawn,
-                "directions_apart": apart,
-            }
-        )
+    for kind, each in found.items():
+        mean = {str(count): sum(of[count] for of in each) / len(each) for count in each[0]}
+        rows.append({"case": f"{storage} {kind}", "groups": len(each), "error_by_directions": mean})
         print(rows[-1], flush=True)
     return rows
 
@@ -121,8 +114,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for storage in STORAGES:
         rows += measure(storage, recipe_of(arguments, trial), data)
-    command = "python -m benchmarks.fp8_rounding --model SmolLM2-135M-Instruct --data DATA"
-    print(results.write("fp8_rounding", rows, device="cpu", command=command))
+    command = "python -m benchmarks.int8_rounding --model SmolLM2-135M-Instruct --data DATA"
+    print(results.write("int8_rounding", rows, device="cpu", command=command))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One run of benchmarks/fp8_gate.py: train by a method in a precision from a seed, and evaluate."""
+"""One run of benchmarks/int8_gate.py: train by a method in a precision from a seed; evaluate."""
 
 import argparse
 import base64
@@ -8,7 +8,6 @@ import io
 import json
 import pickle
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.int8_emulated import emulated
 from benchmarks.training_runs import versions
 from tunefork.data.chat import Renderer
 from tunefork.data.loader import load_data
@@ -28,12 +26,10 @@ from tunefork.recipe import Recipe
 from tunefork.recipe_file import parse
 from tunefork.train.method import load_for_training, train_method
 
-METHODS, PRECISIONS = ("lora", "qlora"), ("bf16", "fp8")
+METHODS, PRECISIONS = ("lora", "qlora"), ("bf16", "int8")
 YARDSTICKS = ("fp32", "bf16_cut")
 """Runs that differ from bf16's harmlessly: how far apart such runs end is what chance alone does.
 `bf16_cut` is bf16 with its steps cut into smaller micro-batches, so that sums round otherwise."""
-EMULATED = ("int8",)
-"""Forms of LoRA that are not built (`int8_emulated.py`)."""
 _CUT, _SMALLER_CUT = 8192, 2048
 """Tokens of a micro-batch."""
 _MAX_LENGTH = 128
@@ -74,9 +70,7 @@ def recipe_of(arguments: argparse.Namespace, trial: Trial) -> Recipe:
             "epochs": 100.0,
             "max_steps": arguments.steps,
             "learning_rate": arguments.learning_rate,
-            "precision": "fp8"
-            if trial.precision in EMULATED
-            else trial.precision.removesuffix("_cut"),
+            "precision": trial.precision.removesuffix("_cut"),
         },
         "evaluate": {"metrics": ["loss", "accuracy"], "forgetting": None},
     }
@@ -130,11 +124,6 @@ def load(arguments: argparse.Namespace, trial: Trial) -> Any:
 
 def run(arguments: argparse.Namespace, trial: Trial, loaded: Any) -> dict[str, Any]:
     """Train and evaluate."""
-    with emulated() if trial.precision in EMULATED else nullcontext():
-        return _run(arguments, trial, loaded)
-
-
-def _run(arguments: argparse.Namespace, trial: Trial, loaded: Any) -> dict[str, Any]:
     data, tokenizer = loaded
     recipe, device = recipe_of(arguments, trial), pick_device()
     method, began = recipe.method, time.perf_counter()
@@ -167,7 +156,7 @@ def _run(arguments: argparse.Namespace, trial: Trial, loaded: Any) -> dict[str, 
         "versions": versions(),
     }
     row |= _evaluated(model, tokenizer, data, recipe, "")
-    if trial.precision in ("fp8", *EMULATED):
+    if trial.precision == "int8":
         trained = adapter(model)
         del model
         forget()
