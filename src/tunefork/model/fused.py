@@ -117,7 +117,8 @@ class FusedGroup(nn.Module):
         outputs: tuple[Tensor, ...] | None = None
         if self.joint is None or not self.joint.features_out:
             if self.layout.products == "fp8":
-                outputs = fp8.fp8_linear(x_d, *self.weights, self.layout.sizes)
+                codes_od, scale_1o = self.weights
+                outputs = fp8.fp8_linear(x_d, codes_od, scale_1o, self.layout.sizes)
             else:
                 # Evaluated by bf16 products, as it is served.
                 is_int8 = self.layout.products == "int8" and is_trained
