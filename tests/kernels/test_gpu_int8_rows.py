@@ -1,7 +1,8 @@
 """Rows in int8 on a GPU against their definitions.
 
 A quotient next to the middle of two codes may go to either, as it may have been rounded once or
-twice on the way, and bf16's numbers over one another often are next to it; the scales are the same but for their last bit.
+twice on the way, and bf16's numbers over one another often lie there. The scales are the same but
+for their last bit.
 """
 
 import pytest
