@@ -26,7 +26,7 @@ from tunefork.kernels.e4m3 import E4M3
 from tunefork.kernels.e4m3 import LARGEST as LARGEST_E4M3
 from tunefork.kernels.fp8 import scaled_mm
 from tunefork.kernels.int8_product import int8_product
-from tunefork.kernels.int8_rows import LARGEST
+from tunefork.kernels.int8_range import LARGEST
 
 TOKENS = 16_384
 _LAUNCHES, _TURNS = 8, 5

@@ -15,7 +15,8 @@ from torch import Tensor
 from tests.kernels.test_int8_gradients import SCALE, Operands, operands
 from tunefork.kernels import int8_gradients as dispatch
 from tunefork.kernels.int8_gradients import gradient_codes
-from tunefork.kernels.int8_rows import LARGEST, scale_of
+from tunefork.kernels.int8_range import LARGEST
+from tunefork.kernels.int8_rows import scale_of
 from tunefork.kernels.lora_gradients import LEAST_TOKENS, lora_gradients_reference
 
 pytestmark = [

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tunefork.kernels.int8_range import LARGEST
 from tunefork.kernels.int8_rows import (
-    LARGEST,
     round_apart,
     round_apart_reference,
     round_rows,

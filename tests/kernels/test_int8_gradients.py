@@ -14,7 +14,8 @@ from torch import Tensor
 from tunefork.kernels import int8_gradients as kernel
 from tunefork.kernels.compiled import standing_for_gpu
 from tunefork.kernels.int8_gradients import gradient_codes
-from tunefork.kernels.int8_rows import LARGEST, LEAST, round_rows_reference
+from tunefork.kernels.int8_range import LARGEST, LEAST
+from tunefork.kernels.int8_rows import round_rows_reference
 from tunefork.kernels.lora_gradients import lora_gradients_reference
 
 SCALE = 0.7

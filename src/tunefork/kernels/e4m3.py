@@ -55,7 +55,7 @@ def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
     codes, scale = _empty(x)
     if codes.numel():
-        quantize_rows(x, codes, scale)
+        quantize_rows(x, codes, scale, least=LEAST, largest=LARGEST)
     return codes, scale
 
 

@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tunefork.kernels.e4m3 import LARGEST, LEAST
 from tunefork.kernels.int8_rows_triton import magnitude, scale_of
 
 
@@ -23,12 +22,15 @@ def _quantize_rows(
     tl.store(codes + row * size + column, units.to(tl.float8e4nv), mask=inside)
 
 
-def quantize_rows(x_sd: Tensor, codes_sd: Tensor, scale_s1: Tensor) -> None:
-    """Fill codes and scales, contiguous, as `e4m3.quantize_rows` says."""
+def quantize_rows(
+    x_sd: Tensor, codes_sd: Tensor, scale_s1: Tensor, *, least: float, largest: float
+) -> None:
+    """Fill codes and scales, contiguous, as `e4m3.quantize_rows` says, whose LEAST and LARGEST
+    `least` and `largest` are."""
     x_sd = x_sd if x_sd.stride(1) == 1 else x_sd.contiguous()
     size = x_sd.shape[1]
     _quantize_rows[(len(codes_sd),)](
         x_sd, x_sd.stride(0), codes_sd, scale_s1,
-        size, triton.next_power_of_2(size), LEAST, LARGEST,
+        size, triton.next_power_of_2(size), least, largest,
         num_warps=4,  # measured on an H200: more are slower at 4,096 columns, and at 28,672
     )  # fmt: skip

@@ -18,10 +18,7 @@ import torch
 from torch import Tensor
 
 from tunefork.kernels.compiled import is_on_gpu
-
-LARGEST = 127
-LEAST = 1e-30
-"""What the largest magnitude of a row of zeros is taken for."""
+from tunefork.kernels.int8_range import LARGEST, LEAST
 
 
 def scale_of(most_s1: Tensor) -> Tensor:

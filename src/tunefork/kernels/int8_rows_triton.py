@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tunefork.kernels.int8_rows import LARGEST, LEAST
+from tunefork.kernels.int8_range import LARGEST, LEAST
 
 _MOST_PARTS = 3
 _TURNED = 128
