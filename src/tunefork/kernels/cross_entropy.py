@@ -7,8 +7,9 @@ softmax - onehot, so the backward pass only scales what the forward pass has lef
 `IGNORED` add nothing, to the loss or to a gradient. On a GPU one kernel makes both of a chunk's
 logits (`kernels/cross_entropy_triton.py`).
 
-The head stays in bf16 where the layers before it multiply in FP8: logits from an e4m3 head were off
-by enough to change the loss by a tenth on a fine-tuned SmolLM2, and A's and B's gradients by half.
+The head stays in bf16 where the layers before it multiply in int8: logits from a head of 8-bit
+floats (e4m3) were off by enough to change the loss by a tenth on a fine-tuned SmolLM2, and A's and
+B's gradients by half.
 
 Shape legend as in `reference.py`; C is the tokens of one chunk.
 """

@@ -29,8 +29,9 @@ _LENGTHS = ((7, 5, 4), (9, 7))
 _AGREEMENT = {torch.float32: 1e-3}
 _LOW_PRECISION = 0.2
 """Most by which hidden states may differ, in the mean, relative. Two kernels' rounding in bf16 is
-0.021 (SmolLM2-135M, 30 layers, SDPA against products), and FP8 layers would make it larger; to see
-a row's other segments is 0.33. This is for the gross; that attention is exact, the first pass says.
+0.021 (SmolLM2-135M, 30 layers, SDPA against products), and int8 layers would make it larger; to
+see a row's other segments is 0.33. This is for the gross; that attention is exact, the first pass
+says.
 """
 
 _LARGE_HEADS = ((8, 0), (9, 0), (10, 0))

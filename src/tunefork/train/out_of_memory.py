@@ -59,7 +59,7 @@ class Remedies:
     releases: bool = False
     """Full fine-tuning updates in the backward pass, so that a step is one micro-batch."""
     may_be_int8: bool = False
-    """LoRA's frozen base could be kept in ten bits a weight, and is not."""
+    """LoRA's frozen base could be kept in eight bits a weight, and is not."""
 
     @classmethod
     def of(cls, recipe: Recipe, method: Method, device: torch.device | None = None) -> "Remedies":
