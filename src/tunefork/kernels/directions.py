@@ -8,8 +8,8 @@ which would take a row's scale for themselves. (A low-rank correction
 weighted by the activations: Zhang et al. 2024, LQER, https://arxiv.org/abs/2402.02446.) V^T x is
 read through rows that are appended to A, so that costs no further pass over x.
 
-The input's gradient has none of this: dy's main directions are not x's, and its rounding alone
-turns A's and B's gradients by a cosine of 0.999 (docs/int8.md).
+The input's gradient has none of this: dy's main directions are not x's, and what its rounding
+costs is another error in each step, which averages out.
 
 Shape legend as in `int8.py`; m directions.
 """
