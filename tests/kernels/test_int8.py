@@ -67,6 +67,37 @@ def test_values_and_gradients_are_within_int8s_rounding(
     assert _error(got[2], want[2]) < 4 * 2**-9
 
 
+@pytest.mark.parametrize("storage", ["int8", "nf4"])
+def test_layers_with_one_input_are_as_each_is_alone(storage: Storage) -> None:
+    """Two with deltas of other ranks, one between them without; their gradients too."""
+    sizes, ranks = (64, 32, 64), (5, 0, 12)
+    given = [
+        _operands(40, 64, o, r, seed=at) for at, (o, r) in enumerate(zip(sizes, ranks, strict=True))
+    ]
+    x, weights = given[0]["x"], [each["weight"] for each in given]
+    if storage == "nf4":
+        weights = [dequantize_nf4(*quantize_nf4(weight)) for weight in weights]
+    own = [nf4_tensors(*quantize_nf4(w)) if storage == "nf4" else [w] for w in weights]
+    layout = Layout(storage, "int8", sizes, ranks, 2.0)
+    kept = int8_weight.int8_weights([t for each in own for t in each], layout, 64)
+    deltas = [each for each, rank in zip(given, ranks, strict=True) if rank]
+    lora_a, lora_b = [each["a"] for each in deltas], [each["b"] for each in deltas]
+    ys = int8.int8_lora(x, layout, kept, lora_a, lora_b)
+    exact = [t.detach().double().requires_grad_() for t in (x, *lora_a, *lora_b)]
+    x_64, a_0, a_2, b_0, b_2 = exact
+    truths = [x_64 @ weight.double().t() for weight in weights]
+    truths[0] = truths[0] + 2 * (x_64 @ a_0.t()) @ b_0.t()
+    truths[2] = truths[2] + 2 * (x_64 @ a_2.t()) @ b_2.t()
+    random = torch.Generator().manual_seed(9)
+    dys = [torch.randn(y.shape, generator=random).bfloat16() for y in ys]
+    got = torch.autograd.grad(ys, (x, *lora_a, *lora_b), dys)
+    want = torch.autograd.grad(truths, exact, [dy.double() for dy in dys])
+    for ours, theirs in zip((*ys, got[0]), (*truths, want[0]), strict=True):
+        assert _error(ours, theirs) < 0.015
+    for ours, theirs in zip(got[1:], want[1:], strict=True):
+        assert _error(ours, theirs) < 4 * 2**-9
+
+
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])
 def test_the_delta_is_bf16s_at_every_size(size: float) -> None:
     operands = _operands(64, 128, 96, 5)
