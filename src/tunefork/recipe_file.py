@@ -29,6 +29,16 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     return parse(absolute(fields, path.resolve().parent), where=str(path), overridden=keys)
 
 
+def load_of_run(path: Path) -> Recipe:
+    """The recipe in the folder of a run that has ended, as `load` reads it. `fp8`, a precision of
+    before int8's, is left out: what was trained in it is opened and served as ever."""
+    fields = read_fields(path)
+    train = fields.get("train")
+    if isinstance(train, dict) and train.get("precision") == "fp8":
+        del train["precision"]
+    return parse(absolute(fields, path.resolve().parent), where=str(path))
+
+
 def read_fields(path: Path) -> dict[str, Any]:
     """A recipe file's sections, not yet validated. Raises RecipeError."""
     try:

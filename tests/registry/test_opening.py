@@ -23,6 +23,8 @@ from tunefork.model.fingerprint import identify, identify_trained
 from tunefork.model.linear import LoraLinear, Nf4Linear
 from tunefork.model.load import load_model
 from tunefork.recipe import Method, ModelSection
+from tunefork.recipe_file import load
+from tunefork.registry.lineage import read_lineage
 from tunefork.registry.opening import Opened, open_model
 from tunefork.registry.peft_format import CONFIG, WEIGHTS
 from tunefork.registry.provenance import Provenance, write_provenance
@@ -301,6 +303,17 @@ def test_a_run_with_a_broken_recipe_names_it(run: Path) -> None:
     (run / RECIPE).write_text("- no recipe")
     with pytest.raises(RecipeError, match=r"recipe\.yaml: must be a mapping"):
         _open(run)
+
+
+def test_a_run_of_when_there_was_fp8_opens_and_keeps_saying_so(run: Path) -> None:
+    written = (run / RECIPE).read_text()
+    (run / RECIPE).write_text(written.replace("precision: auto", "precision: fp8"))
+    with pytest.raises(RecipeError, match=r"train\.precision: fp8 is no more; set int8"):
+        load(run / RECIPE)
+    opened = _open(run)
+    assert opened.data is not None and opened.data.system == "Be kind"
+    recipe = read_lineage(run / ADAPTER, run=run).recipe
+    assert recipe is not None and recipe["train"]["precision"] == "fp8"
 
 
 def test_an_adapter_over_another_architecture_is_refused(run: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tunefork.export.proof import Proof
 from tunefork.model.load import find
 from tunefork.model.packaged import PACKAGED
 from tunefork.recipe import Method, ModelSection, Recipe
-from tunefork.recipe_file import load
+from tunefork.recipe_file import load_of_run
 from tunefork.registry.opening import Parts
 from tunefork.registry.provenance import Provenance
 from tunefork.registry.run import RECIPE, RunRecord, read_record
@@ -221,7 +221,7 @@ def _recipe(parts: Parts, origin: Provenance | None) -> str:
 def _recipe_of(parts: Parts, origin: Provenance | None) -> Recipe | None:
     for folder in (parts.run, *(parts.run.parents[:2] if parts.run else ())):
         if folder is not None and (folder / RECIPE).is_file():
-            return load(folder / RECIPE)
+            return load_of_run(folder / RECIPE)
     try:
         return Recipe.model_validate(origin.recipe) if origin and origin.recipe else None
     except ValidationError:  # of another version of tunefork

@@ -13,7 +13,7 @@ from tunefork.data.loader import load_data
 from tunefork.errors import DataError
 from tunefork.evaluate.forgetting import GENERAL, encode_each
 from tunefork.recipe import Recipe
-from tunefork.recipe_file import load
+from tunefork.recipe_file import load_of_run
 from tunefork.registry.opening import Parts
 from tunefork.registry.run import RECIPE
 
@@ -33,7 +33,7 @@ def recipe_of(parts: Parts) -> Recipe | None:
         return None
     for folder in (parts.run, *parts.run.parents[:2]):
         if (folder / RECIPE).is_file():
-            return load(folder / RECIPE)
+            return load_of_run(folder / RECIPE)
     return None
 
 

@@ -177,5 +177,5 @@ class TrainSection(Section):
     @classmethod
     def _no_fp8(cls, value: object) -> object:
         if value == "fp8":
-            raise ValueError("fp8 is no more: int8 is faster and trains nearer to bf16")
+            raise ValueError("fp8 is no more; set int8, which is faster and trains nearer to bf16")
         return value

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tunefork.errors import StoreError
-from tunefork.recipe_file import load
+from tunefork.recipe_file import absolute, read_fields
 from tunefork.registry.claim import CLAIM
 from tunefork.registry.intake import ADAPTER_CONFIG
 from tunefork.registry.provenance import FILE
@@ -89,7 +89,7 @@ def _of_run(run: Path) -> Lineage:
     recipe, claim = None, None
     for folder in (run, *run.parents[:2]):  # a comparison's run has both in the comparison's folder
         if (folder / RECIPE).is_file():
-            recipe = load(folder / RECIPE).model_dump(mode="json")
+            recipe = absolute(read_fields(folder / RECIPE), folder.resolve())
             claim = _read(folder / CLAIM) or {}
             break
     return Lineage(

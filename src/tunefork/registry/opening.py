@@ -20,7 +20,7 @@ from tunefork.model.fingerprint import check_identity, check_rendering, identify
 from tunefork.model.identity import Identity
 from tunefork.model.load import load_model, load_tokenizer
 from tunefork.recipe import DataSection, Method, ModelSection
-from tunefork.recipe_file import load
+from tunefork.recipe_file import load_of_run
 from tunefork.registry.peft_format import CONFIG, base_section, load_adapter
 from tunefork.registry.provenance import FILE, Provenance, read_provenance
 from tunefork.registry.run import ADAPTER, MODEL, RECIPE, RunRecord, read_record
@@ -188,5 +188,5 @@ def _data_section(run: Path) -> DataSection | None:
     """Of the recipe in the run's folder or, for a comparison's run, in the comparison's."""
     for folder in (run, *run.parents[:2]):
         if (folder / RECIPE).is_file():
-            return load(folder / RECIPE).data
+            return load_of_run(folder / RECIPE).data
     return None
