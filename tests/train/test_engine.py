@@ -9,6 +9,7 @@ from tests.tiny import tiny_model
 from tunefork.errors import ModelError
 from tunefork.model.build import build
 from tunefork.model.fused import fuse
+from tunefork.model.fused_checks import check_sizes
 from tunefork.recipe import Compile, LoraSection, Method, TrainSection
 from tunefork.train import engine
 from tunefork.train.engine import BaseForm, base_form, compiles, form_of
@@ -58,13 +59,30 @@ def test_what_int8_cannot_be_had_for_is_refused(monkeypatch: pytest.MonkeyPatch)
     assert form == BaseForm("int8", "int8")
 
 
-@pytest.mark.parametrize("storage", ["int8", "fp8"])
-def test_sizes_that_8_bit_products_do_not_take_are_refused(storage: Any) -> None:
+@pytest.mark.parametrize(
+    ("storage", "says"),
+    [
+        ("int8", r"train\.precision: int8 needs .* of 16, and .*up_proj is 32 -> 40; set bf16"),
+        ("fp8", r"embedded\.base_storage: fp8 needs .*up_proj is 32 -> 40; set dense"),
+    ],
+)
+def test_sizes_that_8_bit_products_do_not_take_are_refused(storage: Any, says: str) -> None:
     model = tiny_model("llama").bfloat16()
     model.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 40, bias=False).bfloat16()
     build(model, Method.LORA, LoraSection(rank=4), seed=0)
-    with pytest.raises(ModelError, match=r"multiples of 16, and .*up_proj is 32 -> 40"):
+    with pytest.raises(ModelError, match=says):
         fuse(model, storage, storage, torch.device("cpu"))
+
+
+def test_sums_that_32_bits_do_not_hold_are_refused() -> None:
+    def layers(*sizes: int) -> dict[str, Any]:
+        made = [torch.nn.Linear(64, size, bias=False, device="meta") for size in sizes]
+        return {str(at): layer for at, layer in enumerate(made)}
+
+    check_sizes(layers(66_560, 66_560), "int8")
+    check_sizes(layers(66_576, 66_576), "fp8")
+    with pytest.raises(ModelError, match=r"int8 sums over 133,144 numbers .* have 133,152; set"):
+        check_sizes(layers(66_576, 66_576), "int8")
 
 
 @pytest.mark.parametrize(

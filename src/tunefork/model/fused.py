@@ -233,7 +233,7 @@ def fuse(
     for paths in find_groups(model):
         members = [model.get_submodule(path) for path in paths]
         if products != "bf16":
-            check_sizes({path: _base(m) for path, m in zip(paths, members, strict=True)})
+            check_sizes(dict(zip(paths, map(_base, members), strict=True)), products)
         group = FusedGroup(members, storage, products, device)
         if calibration_ids is None:
             group.exact = ()

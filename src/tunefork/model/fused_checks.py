@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tunefork.errors import ModelError
 from tunefork.kernels.int8_product import MOST_SUMMED, STEP
+from tunefork.kernels.layout import Products
 
 
 def check_finite(weights: Sequence[Tensor], paths: Sequence[str]) -> None:
@@ -22,18 +23,22 @@ def check_finite(weights: Sequence[Tensor], paths: Sequence[str]) -> None:
             )
 
 
-def check_sizes(layers: Mapping[str, Any]) -> None:
-    """Raise ModelError for a group of layers, by their paths, of sizes that products of int8 or
-    e4m3 do not take."""
+def check_sizes(layers: Mapping[str, Any], products: Products) -> None:
+    """Raise ModelError for a group of layers, by their paths, of sizes that `products`, int8 or
+    fp8, do not take."""
+    is_int8 = products == "int8"
+    asked, remedy = (
+        ("train.precision: int8", "bf16") if is_int8 else ("embedded.base_storage: fp8", "dense")
+    )
     for path, layer in layers.items():
         if layer.in_features % STEP or layer.out_features % STEP:
             raise ModelError(
-                f"8-bit products need layers whose sizes are multiples of {STEP}, and {path} is "
-                f"{layer.in_features} -> {layer.out_features}; set bf16"
+                f"{asked} needs layers whose sizes are multiples of {STEP}, and {path} is "
+                f"{layer.in_features} -> {layer.out_features}; set {remedy}"
             )
     most = max(sum(layer.out_features for layer in layers.values()), layer.in_features)
-    if most > MOST_SUMMED:
+    if is_int8 and most > MOST_SUMMED:
         raise ModelError(
-            f"8-bit products sum over {MOST_SUMMED:,} numbers at most, and {path} and the layers "
-            f"with its input have {most:,}; set bf16"
+            f"{asked} sums over {MOST_SUMMED:,} numbers at most, and {path} and the layers with "
+            f"its input have {most:,}; set {remedy}"
         )
