@@ -114,7 +114,10 @@ def _driver() -> ctypes.CDLL:
     driver = _library("libcuda.so.1")
     # Addresses are 64 bits, which ctypes takes no Python integer for unless told.
     word, number, pointer = ctypes.c_uint, ctypes.c_int, _POINTER
-    encode, launch = driver.cuTensorMapEncodeTiled, driver.cuLaunchKernel
+    try:
+        encode, launch = driver.cuTensorMapEncodeTiled, driver.cuLaunchKernel
+    except AttributeError as error:
+        raise CudaSourceError(f"CUDA's driver is older than CUDA 12: {error}") from None
     encode.argtypes = (pointer, number, word, *[pointer] * 5, *[number] * 4)
     launch.argtypes = (pointer, *[word] * 7, pointer, pointer, pointer)
     return driver
