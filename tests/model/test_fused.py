@@ -19,7 +19,10 @@ from transformers import (
 
 from tests.tiny import CONFIGS, tiny_model
 from tunefork.errors import ModelError
+from tunefork.kernels.cuda_source import CudaSourceError
+from tunefork.kernels.directions import along
 from tunefork.kernels.layout import Products, Storage
+from tunefork.model import fused
 from tunefork.model.build import build
 from tunefork.model.fused import fuse
 from tunefork.model.linear import LoraLinear
@@ -109,19 +112,33 @@ def test_loss_and_gradients_point_where_the_plain_layers_do(
             )
 
 
-def test_a_written_delta_is_heeded() -> None:
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_a_written_delta_is_heeded(form: Any) -> None:
     model = _trained()
-    groups = fuse(model, "int8", "int8", torch.device("cpu"))
+    groups = fuse(model, form, form, torch.device("cpu"))
     for group in groups:
         group.write_delta()
     before = model(input_ids=IDS).logits
     with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, LoraLinear):
+                layer.lora_b.zero_()
         for group in groups:
-            for member in group.deltas:
-                member.lora_b.zero_()
             group.write_delta()
     without = model(input_ids=IDS).logits
     assert (before - without).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("ids", [None, IDS])
+def test_what_is_multiplied_apart_is_of_the_weights_as_they_came(ids: torch.Tensor | None) -> None:
+    """And these are let go of, whether it is made of them or not."""
+    paths = find_groups(plain := _trained())
+    groups = fuse(_trained(), "int8", "int8", torch.device("cpu"), ids)
+    for group, names in zip(groups, paths, strict=True):
+        apart_om, probe_md = group.weights[-2:]
+        bases: list[Any] = [plain.get_submodule(name).base for name in names]
+        assert group.exact == () and bool(probe_md.any()) == (ids is not None)
+        assert torch.equal(apart_om, torch.cat([along(base.weight, probe_md) for base in bases]))
 
 
 def test_deltas_are_current_in_a_model_whose_head_goes_past_its_base_model() -> None:
@@ -266,3 +283,14 @@ def test_forms_that_there_are_not_are_refused(storage: Storage, products: Produc
     model = _trained()
     with pytest.raises(ValueError, match=f"a base kept in {storage}"):
         fuse(model, storage, products, torch.device("cpu"))
+
+
+def test_a_kernel_that_cannot_be_had_names_field_and_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: torch.device) -> None:
+        raise CudaSourceError("libnvrtc.so.12 is not found")
+
+    monkeypatch.setattr(fused, "check_kernel", refuse)
+    with pytest.raises(ModelError, match=r"train\.precision: int8 .* is not found; set bf16"):
+        fuse(_trained(), "int8", "int8", torch.device("cuda"))
