@@ -1,4 +1,4 @@
-"""The product of int8 codes with a bf16 one inside, on a Hopper GPU."""
+"""The product of int8 codes with a bf16 one inside, on a Hopper GPU, by both kernels."""
 
 import pytest
 import torch
@@ -121,3 +121,30 @@ def test_a_kernel_that_errs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "int8_product_reference", wrong)
     with pytest.raises(CudaSourceError, match="is wrong"):
         check_kernel(device)
+
+
+@pytest.mark.parametrize("has_scale", [True, False])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "p"),
+    [(2048, 4096, 4096, 64), (1000, 624, 4096, 0), (77, 144, 592, 16), (1, 16, 16, 8)],
+)
+def test_the_kernel_of_other_gpus_is_as_exact(
+    m: int, n: int, k: int, p: int, has_scale: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_kernel", lambda index: None)
+    given = _operands(m, n, k, p, has_scale=has_scale)
+    y, exact = int8_product(*given), _exact(*given)
+    assert ((y.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-5 * exact.std()).all()
+
+
+def test_without_a_compiler_the_other_kernel_is_taken(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise CudaSourceError("no NVRTC")
+
+    monkeypatch.setattr(dispatch, "CudaKernel", refused)
+    dispatch._kernel.cache_clear()
+    check_kernel(torch.device("cuda", 0))
+    assert "int8_product.cu is not used" in caplog.text and "no NVRTC" in caplog.text
+    dispatch._kernel.cache_clear()

@@ -50,9 +50,9 @@ def test_what_int8_cannot_be_had_for_is_refused(monkeypatch: pytest.MonkeyPatch)
     cuda, bf16 = torch.device("cuda"), torch.bfloat16
     with pytest.raises(ModelError, match=r"no form of lora\.dora"):
         base_form(_recipe(dora=True), Method.LORA, device=torch.device("cpu"), dtype=bf16)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(engine, "has_int8", lambda device: False)
-    with pytest.raises(ModelError, match=r"Hopper GPU .* and this is one of 8\.0"):
+    with pytest.raises(ModelError, match=r"8\.0 or later \(Ampere\), and this is one of 7\.5"):
         base_form(_recipe(), Method.LORA, device=cuda, dtype=bf16)
     monkeypatch.setattr(engine, "has_int8", lambda device: True)
     form = base_form(_recipe(), Method.LORA, device=cuda, dtype=bf16)

@@ -1,16 +1,18 @@
-"""Products of int8 codes with narrow bf16 products inside, by a kernel of our own on Hopper.
+"""Products of int8 codes with narrow bf16 products inside, by kernels of our own.
 
 y = (a * scale_m) (b * scale_n)^T + u v^T: the codes of activations and of a frozen weight, and
 beside them what LoRA's delta and the directions apart are products of. Added afterwards, that would
 read and write y once more, which for 8B-sized layers costs a quarter of the product itself.
-PyTorch's int8 product gives int32, half as fast; `int8_product.cu` takes the sums of both in the
-same registers, at the rate of cuBLAS's e4m3 (benchmarks/h200_products.py). The definition is here,
-and runs elsewhere.
+PyTorch's int8 product gives int32, half as fast; a kernel has the sums of both in the same
+registers. On Hopper that is `int8_product.cu`, at the rate of cuBLAS's e4m3
+(benchmarks/h200_products.py), on other GPUs with int8 tensor cores, and where the first is not to
+be had, `int8_product_triton.py`. The definition is here, and runs elsewhere.
 
 Shape legend: M rows of the result, N its columns, K features of the codes, P of the narrow ones.
 """
 
 import ctypes
+import logging
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from torch import Tensor
 from tunefork.kernels.compiled import is_on_gpu
 from tunefork.kernels.cuda_source import CudaKernel, CudaSourceError
 
+_HOPPER = (9, 0)
 STEP, NARROW_STEP = 16, 8
 """What K and N are multiples of, and P: rows start at multiples of 16 bytes."""
 MOST_SUMMED = 2**31 // 127**2
@@ -73,9 +76,9 @@ def int8_product_reference(
 
 
 def check_kernel(device: torch.device) -> None:
-    """Build the kernel for `device`, a Hopper GPU, and have it multiply something.
+    """Build the kernel for `device`, a GPU, and have it multiply something.
 
-    Raises CudaSourceError where it cannot be had, or gives other results than the definition.
+    Raises CudaSourceError where it gives other results than the definition.
     """
     made = torch.Generator().manual_seed(0)
 
@@ -96,11 +99,19 @@ def check_kernel(device: torch.device) -> None:
 
 
 @cache
-def _kernel(index: int) -> CudaKernel:
+def _kernel(index: int) -> CudaKernel | None:
+    """The CUDA kernel on a GPU; None where Triton's takes its place."""
+    device, name = torch.device("cuda", index), "int8_product"
+    if torch.cuda.get_device_capability(device) != _HOPPER:
+        return None
     source = Path(__file__).with_suffix(".cu").read_text(encoding="utf-8")
-    device = torch.device("cuda", index)
-    name = "int8_product"
-    return CudaKernel(source, name, device, threads=_THREADS, shared_bytes=_SHARED_BYTES)
+    try:
+        return CudaKernel(source, name, device, threads=_THREADS, shared_bytes=_SHARED_BYTES)
+    except CudaSourceError as error:
+        logging.getLogger(__name__).warning(
+            "%s.cu is not used, but a kernel of Triton's, which is slower: %s", name, error
+        )
+        return None
 
 
 def launch(
@@ -140,8 +151,13 @@ def _int8_product(
     narrow = None if u is None or v is None else (u.contiguous(), v.contiguous())
     scales = scale_m.contiguous(), None if scale_n is None else scale_n.contiguous()
     with torch.cuda.device(a.device):
-        kernel = _kernel(a.device.index)
-        launch(kernel, (a.contiguous(), b.contiguous()), scales, narrow, y)
+        kernel, operands = _kernel(a.device.index), (a.contiguous(), b.contiguous())
+        if kernel is not None:
+            launch(kernel, operands, scales, narrow, y)
+        else:
+            from tunefork.kernels import int8_product_triton  # Triton comes with CUDA
+
+            int8_product_triton.launch(operands, scales, narrow, y)
     return y
 
 

@@ -49,7 +49,8 @@ _FP8_CAPABILITY = (8, 9)
 """First CUDA compute capability with FP8 products (Ada; Hopper is 9.0)."""
 
 
-_HOPPER = (9, 0)
+_INT8_CAPABILITY = (8, 0)
+"""The first with asynchronous copies, bf16, and int8 products of such tiles (Ampere)."""
 
 
 def has_fp8(device: torch.device | None) -> bool:
@@ -59,9 +60,9 @@ def has_fp8(device: torch.device | None) -> bool:
 
 
 def has_int8(device: torch.device | None) -> bool:
-    """Whether `device` has the kernel of int8 products (`kernels/int8_product.py`)."""
+    """Whether `device` has what int8 products take (`kernels/int8_product.py`)."""
     is_cuda = device is not None and device.type == "cuda"
-    return is_cuda and torch.cuda.get_device_capability(device) == _HOPPER
+    return is_cuda and torch.cuda.get_device_capability(device) >= _INT8_CAPABILITY
 
 
 def reset_peak(device: torch.device) -> None:

@@ -34,7 +34,7 @@ class Gpu:
     bf16_flops: float
     """Dense, a second."""
     int8_ops: float | None
-    """Likewise; None where tunefork has no int8 kernel."""
+    """Likewise; None where tunefork's int8 products were never timed."""
     bandwidth: float
     """Bytes a second of device memory."""
     link_bandwidth: float

@@ -74,7 +74,7 @@ class TimeFit(_Model):
 
     gemm: float
     gemm_int8: float
-    """Over the data sheet's int8 rate; bf16's where tunefork has no kernel."""
+    """Over the data sheet's int8 rate; bf16's where none is given."""
     fused: float
     """What a compiled layer does between its products."""
     skinny: float

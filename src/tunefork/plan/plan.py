@@ -52,9 +52,8 @@ _MAY_BE_INT8 = (
     "{method} is planned in bf16; train.precision: auto will try int8 when the run begins, and "
     "take it if two batches agree (--set train.precision=int8 plans that)"
 )
-_NO_KERNEL = (
-    "tunefork has no int8 kernel for {gpu}, where a run with train.precision: int8 is refused; "
-    "here its products are planned at bf16's rate"
+_NEVER_TIMED = (
+    "tunefork's int8 products were never timed on {gpu}; here they are planned at bf16's rate"
 )
 
 
@@ -241,9 +240,9 @@ def _plan(
     if selective and not target.is_here:
         said = _SELECTIVE.format(methods=" and ".join(selective), torch=minor(torch.__version__))
         notes.append(said)
-    lacks_kernel = target.kind == "cuda" and target.rates.int8_ops is None
-    if forms.precision == "int8" and lacks_kernel and set(methods) != {Method.FULL}:
-        notes.append(_NO_KERNEL.format(gpu=target.id))
+    is_timed = target.kind != "cuda" or target.rates.int8_ops is not None
+    if forms.precision == "int8" and not is_timed and set(methods) != {Method.FULL}:
+        notes.append(_NEVER_TIMED.format(gpu=target.id))
     notes += [
         _MAY_BE_INT8.format(method=method)
         for method in methods

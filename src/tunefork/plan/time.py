@@ -33,7 +33,7 @@ class Rates:
     bandwidth: float
     """Bytes a second."""
     int8_ops: float | None = None
-    """int8 operations a second; None where tunefork has no kernel for them."""
+    """int8 operations a second; None where tunefork's were never timed."""
 
 
 def pass_seconds(

@@ -54,8 +54,8 @@ def base_form(
     if wants_int8 and device.type == "cuda" and not has_int8(device):
         capability = torch.cuda.get_device_capability(device)
         raise ModelError(
-            "train.precision: int8 needs a Hopper GPU (compute capability 9.0), for which its "
-            f"kernel is made, and this is one of {capability[0]}.{capability[1]}; set bf16"
+            "train.precision: int8 needs a GPU of compute capability 8.0 or later (Ampere), "
+            f"and this is one of {capability[0]}.{capability[1]}; set bf16"
         )
     return form_of(
         method,
