@@ -55,12 +55,13 @@ def _product(
     y_mn = sums.to(tl.float32) * tl.load(scale_m + row, mask=has_row, other=0.0)[:, None]
     if has_scale_n:
         y_mn = y_mn * tl.load(scale_n + column, mask=has_column, other=0.0)[None, :]
-    for begin in tl.range(0, narrow, block_p):
-        p = begin + at_p[None, :]
-        u_at, v_at = u + row[:, None] * narrow + p, v + column[:, None] * narrow + p
-        u_mp = tl.load(u_at, mask=has_row[:, None] & (p < narrow), other=0.0)
-        v_np = tl.load(v_at, mask=has_column[:, None] & (p < narrow), other=0.0)
-        y_mn = tl.dot(u_mp, tl.trans(v_np), y_mn)
+    if narrow > 0:  # else u and v are codes, of which no such product is compiled
+        for begin in tl.range(0, narrow, block_p):
+            p = begin + at_p[None, :]
+            u_at, v_at = u + row[:, None] * narrow + p, v + column[:, None] * narrow + p
+            u_mp = tl.load(u_at, mask=has_row[:, None] & (p < narrow), other=0.0)
+            v_np = tl.load(v_at, mask=has_column[:, None] & (p < narrow), other=0.0)
+            y_mn = tl.dot(u_mp, tl.trans(v_np), y_mn)
     to = y + row[:, None] * num_columns + column[None, :]
     tl.store(to, y_mn.to(tl.bfloat16), mask=has_row[:, None] & has_column[None, :])
 
