@@ -52,6 +52,8 @@ and an 8B model's 16,384 tokens are four and three turns of 132 of them."""
 
 _NARROW = 16
 """Largest rank of the forms that are cut for what most adapters have."""
+_REFUSES_STAGES = 10
+"""Major compute capability that the backward kernel is only compiled for without them."""
 _REGISTERS = 128
 """A thread of the backward kernel has so many at most where it compares magnitudes too: with more,
 as it would take, a multiprocessor has no room for two programs of the blocks above."""
@@ -263,7 +265,7 @@ def backward(
         blocks.rows,
         blocks.columns,
         features % blocks.columns == 0,
-        _stages(rank, blocks),
+        _stages(rank, blocks, gate_sd.device),
         num_warps=blocks.warps,
         maxnreg=None if fold_1o is None else _REGISTERS,
     )
@@ -284,9 +286,11 @@ def _each(tiles: int, others: int, blocks: Blocks) -> int:
     return -(-tiles // programs)
 
 
-def _stages(rank: int, blocks: Blocks) -> int:
-    """Tiles of a larger rank's du would not fit beside those of gate and up."""
-    return blocks.stages if rank <= _NARROW else 1
+def _stages(rank: int, blocks: Blocks, device: torch.device) -> int:
+    """Tiles of a larger rank's du would not fit beside those of gate and up; and for a GPU of
+    compute capability 10 (B200) the compiler (3.6) refuses to fetch ahead around `_rounded`."""
+    is_refused = torch.cuda.get_device_capability(device)[0] == _REFUSES_STAGES
+    return blocks.stages if rank <= _NARROW and not is_refused else 1
 
 
 def _summed(shares: Tensor, out: Tensor) -> Tensor:
