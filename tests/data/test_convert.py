@@ -105,10 +105,12 @@ def test_a_rows_own_system_field_is_its_system_turn(fields: dict[str, Any], form
     assert first == ("system", "of the recipe")
 
 
-def test_a_system_turn_beats_the_field() -> None:
-    rows = [{"role": "system", "content": "turn"}, *TURNS]
-    assert turns(converted({"messages": rows, "system": "S"}, "messages"))[0][1] == "turn"
+def test_a_system_turn_and_a_field_that_says_otherwise() -> None:
+    rows = [{"role": "system", "content": "S"}, *TURNS]
+    assert turns(converted({"messages": rows, "system": " S\n"}, "messages"))[0] == ("system", "S")
     assert len(turns(converted({"messages": rows, "system": "S"}, "messages"))) == 3
+    found = convert(Row("f:1", {"messages": rows, "system": "T"}), "messages")
+    assert isinstance(found, RowProblem) and "'system' says otherwise" in found.what
 
 
 def test_rename() -> None:

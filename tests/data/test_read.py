@@ -1,3 +1,4 @@
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,6 +102,15 @@ def test_parquet(tmp_path: Path) -> None:
         Row("a.parquet:1", {"messages": turns, "n": 1}),
         Row("a.parquet:2", {"messages": None, "n": 2}),
     ]
+    for metadata, label in (
+        ({"info": {"features": {"label": {"names": ["no", "yes"], "_type": "ClassLabel"}}}}, "yes"),
+        ({"info": {"features": {"label": {"dtype": "int64", "_type": "Value"}}}}, 1),
+        (["somebody else's"], 1),
+    ):
+        table = pyarrow.table({"text": ["t"], "label": [1]})
+        kept = {"huggingface": json.dumps(metadata)}
+        parquet.write_table(table.replace_schema_metadata(kept), path)
+        assert list(read_rows(str(path))) == [Row("a.parquet:1", {"text": "t", "label": label})]
     path.write_bytes(b"not parquet at all")
     with pytest.raises(DataError, match="is damaged"):
         list(read_rows(str(path)))

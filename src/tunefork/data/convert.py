@@ -176,7 +176,12 @@ def _sharegpt(fields: Fields) -> list[Message]:
 
 
 def _with_system(fields: Fields, turns: list[Message]) -> list[Message]:
-    return turns if turns[0].role == "system" else [*_system(fields), *turns]
+    own = _system(fields)
+    if turns[0].role != "system":
+        return [*own, *turns]
+    if own and own[0].content.strip() != turns[0].content.strip():
+        raise _Unusable("the field 'system' says otherwise than the first turn; keep one of them")
+    return turns
 
 
 _TURNS: dict[str, Callable[[Fields], list[Message]]] = {

@@ -159,12 +159,26 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            class_names = _class_names(file.schema_arrow.metadata or {})
             for batch in file.iter_batches(batch_size=1024):
                 for fields in batch.to_pylist():
                     number += 1
-                    yield Row(f"{path.name}:{number}", fields)
+                    yield Row(f"{path.name}:{number}", _with_names(fields, class_names))
     except (OSError, pyarrow.ArrowException) as error:
         raise _unreadable(path, error) from error
+
+
+def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
+    """Of the columns that the package datasets, which writes so, calls class labels."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        return {
+            column: list(map(str, feature["names"]))
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return {}  # somebody else's, or none
 
 
 def _read_hub(name: str, split: str) -> Iterator[Row]:
@@ -192,7 +206,7 @@ def _read_hub(name: str, split: str) -> Iterator[Row]:
 
 
 def _with_names(fields: dict[str, Any], class_names: dict[str, list[str]]) -> dict[str, Any]:
-    """Put a hub class label's name in place of its number; the numbers mean nothing to a model."""
+    """Put a class label's name in place of its number; the numbers mean nothing to a model."""
     named = {
         column: names[fields[column]] if 0 <= fields[column] < len(names) else None
         for column, names in class_names.items()
