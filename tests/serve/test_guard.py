@@ -67,6 +67,9 @@ def test_what_the_operator_allows_may(settings: ServeSettings) -> None:
         assert answer.headers["access-control-allow-origin"] == "https://app.example"
         asked = headers | {"Access-Control-Request-Method": "POST"}
         assert http.options("/v1/chat/completions", headers=asked).status_code == 200
+        refused = http.get("/v1/models", headers=headers | {"Host": "evil.example"})
+        assert refused.status_code == 403  # and its page may read why
+        assert refused.headers["access-control-allow-origin"] == "https://app.example"
 
 
 HOSTILE: list[tuple[str, bytes, int]] = [

@@ -60,15 +60,16 @@ def create_app(
 
     origins = settings.allowed_origins
     middleware = [Middleware(Guard, settings=settings)]
-    if origins:
-        middleware.append(
+    if origins:  # around the guard: a browser shows a page no refusal that does not name its origin
+        middleware.insert(
+            0,
             Middleware(
                 CORSMiddleware,
                 allow_origins=origins,
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
                 expose_headers=["*"],
-            )
+            ),
         )
     app = FastAPI(
         title="tunefork",
