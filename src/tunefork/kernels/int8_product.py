@@ -104,7 +104,7 @@ def _kernel(index: int) -> CudaKernel | None:
     device, name = torch.device("cuda", index), "int8_product"
     if torch.cuda.get_device_capability(device) != _HOPPER:
         return None
-    source = Path(__file__).with_suffix(".cu").read_text(encoding="utf-8")
+    source = Path(__file__).with_name("narrow_product.cu").read_text(encoding="utf-8")
     try:
         return CudaKernel(source, name, device, threads=_THREADS, shared_bytes=_SHARED_BYTES)
     except CudaSourceError as error:

@@ -60,8 +60,18 @@ struct __align__(64) Map { u64 opaque[16]; };  // CUtensorMap
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\nwgmma.mma_async.sync.aligned." shape " {" REGISTERS \
                  "}, %128, %129, p" signs ";\n}\n" : SUMS : "l"(a), "l"(b), "r"(adds)); \
   }
-MULTIPLY(multiply_int8, "m64n256k32.s32.s8.s8", "")
+#ifdef TURNED
+MULTIPLY(multiply_bf16, "m64n256k16.f32.bf16.bf16", ", 1, 1, 0, 1")
+#else
 MULTIPLY(multiply_bf16, "m64n256k16.f32.bf16.bf16", ", 1, 1, 0, 0")
+#endif
+#ifdef BF16
+#define multiply multiply_bf16
+#define K_COLUMNS 64
+#else
+MULTIPLY(multiply, "m64n256k32.s32.s8.s8", "")
+#define K_COLUMNS 128
+#endif
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -69,6 +79,16 @@ __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvt
 __device__ __forceinline__ u64 descriptor(u32 address) {
   return (u64)((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
+#ifdef TURNED
+// Of one whose rows, of K, are 128 bytes of N: 64 columns of N lie 8,192 bytes from the next 64.
+__device__ __forceinline__ u64 descriptor_b(u32 address) {
+  return (u64)((address & 0x3FFFF) >> 4) | (512ull << 16) | (64ull << 32) | (1ull << 62);
+}
+#define STEP_B 128  // 16 rows of K, in units of 16 bytes
+#else
+#define descriptor_b descriptor
+#define STEP_B 2
+#endif
 __device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count));
 }
@@ -129,13 +149,21 @@ __device__ __forceinline__ Place place_of(int tile, int tiles_m, int tiles_n) {
   return {first + rest % size, rest / size};
 }
 
+#ifdef BF16
+// a's columns are those of up to three matrices, one beside the other; the second's tiles of K begin at `second`, ...
+extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
+bf16_product(const __grid_constant__ Map a, const __grid_constant__ Map a2, const __grid_constant__ Map a3,
+             const __grid_constant__ Map b, const __grid_constant__ Map u, const __grid_constant__ Map v,
+             const __grid_constant__ Map y, int M, int N, int second, int third, int k_tiles, int p_steps) {
+#else
 extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
 int8_product(const __grid_constant__ Map a, const __grid_constant__ Map b, const __grid_constant__ Map u,
-         const __grid_constant__ Map v, const __grid_constant__ Map y, const float* __restrict__ scale_m,
-         const float* __restrict__ scale_n, int M, int N, int k_tiles, int p_steps) {
+             const __grid_constant__ Map v, const __grid_constant__ Map y, const float* __restrict__ scale_m,
+             const float* __restrict__ scale_n, int M, int N, int k_tiles, int p_steps) {
+  __shared__ float scales[2][COLUMNS];
+#endif
   extern __shared__ __align__(1024) unsigned char memory[];
   __shared__ __align__(8) u64 full[STAGES], empty[STAGES];
-  __shared__ float scales[2][COLUMNS];
   u32 base = shared_address(memory), full0 = shared_address(full), empty0 = shared_address(empty), rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   int thread = threadIdx.x, group = thread >> 7;
@@ -160,10 +188,21 @@ int8_product(const __grid_constant__ Map a, const __grid_constant__ Map b, const
           barrier_wait(empty0 + 8 * stage, phase ^ 1);
           u32 bar = full0 + 8 * stage, to = base + stage * STAGE_BYTES;
           bool is_narrow = k >= k_tiles;  // 64 numbers of bf16 are as many bytes as 128 codes
-          int x = is_narrow ? (k - k_tiles) * 64 : k * 128;
+          int x = is_narrow ? (k - k_tiles) * 64 : k * K_COLUMNS, x_a = x;
+          const Map* of_a = is_narrow ? &u : &a;
+#ifdef BF16
+          if (!is_narrow && k >= second) of_a = k < third ? &a2 : &a3, x_a = (k - (k < third ? second : third)) * 64;
+#endif
           barrier_expect(bar, STAGE_BYTES);
-          load(to, is_narrow ? &u : &a, bar, x, row);
-          load_into_both(to + A_BYTES + rank * (B_BYTES / 2), is_narrow ? &v : &b, bar, x, column);
+          load(to, of_a, bar, x_a, row);
+          const Map* of_b = is_narrow ? &v : &b;
+          to += A_BYTES + rank * (B_BYTES / 2);
+#ifdef TURNED
+          load_into_both(to, of_b, bar, column, x);
+          load_into_both(to + B_BYTES / 4, of_b, bar, column + 64, x);
+#else
+          load_into_both(to, of_b, bar, x, column);
+#endif
           if (++stage == STAGES) stage = 0, phase ^= 1;
         }
       }
@@ -175,23 +214,27 @@ int8_product(const __grid_constant__ Map a, const __grid_constant__ Map b, const
     bool speaks = local == 0, tells = local < 2;  // to whom: block `local` of the cluster
     u32 out = base + STAGES * STAGE_BYTES + group * BATCH * PART_BYTES;
     u32 own_row = (warp * 16 + (lane & 15)) * ROW_BYTES;  // the row that stmatrix takes this lane's address of
+#ifndef BF16
     float* own_scales = scales[group];
+#endif
     for (int tile = blockIdx.x >> 1; tile < tiles; tile += step) {
       Place at = place_of(tile, tiles_m, tiles_n);
       int row = (at.m * 2 + rank) * ROWS + group * 64, column = at.n * COLUMNS;
+#ifndef BF16
       int left = column + local, right = left + 128;
       float scale_left = scale_n && left < N ? scale_n[left] : 1.0f;  // on their way until the sums are there
       float scale_right = scale_n && right < N ? scale_n[right] : 1.0f;
       int upper = row + warp * 16 + (lane >> 2), lower = upper + 8;
       float scale_upper = upper < M ? scale_m[upper] : 0.0f, scale_lower = lower < M ? scale_m[lower] : 0.0f;
+#endif
       int sums[128], before = 0;
       for (int k = 0; k < k_tiles; k++) {
         barrier_wait(full0 + 8 * stage, phase);
         u32 place = base + stage * STAGE_BYTES;
-        u64 da = descriptor(place + group * PART_BYTES), db = descriptor(place + A_BYTES);
+        u64 da = descriptor(place + group * PART_BYTES), db = descriptor_b(place + A_BYTES);
         fence();
 #pragma unroll
-        for (int i = 0; i < 4; i++) multiply_int8(sums, da + 2 * i, db + 2 * i, k | i);
+        for (int i = 0; i < 4; i++) multiply(sums, da + 2 * i, db + STEP_B * i, k | i);
         commit();
         if (k) {
           wait_for<1>();
@@ -203,6 +246,7 @@ int8_product(const __grid_constant__ Map a, const __grid_constant__ Map b, const
       wait_for<0>();
       settle(sums);
       if (tells) barrier_arrive(empty0 + 8 * before, local);
+#ifndef BF16
       own_scales[local] = scale_left;
       own_scales[local + 128] = scale_right;
       meet(group);
@@ -214,22 +258,23 @@ int8_product(const __grid_constant__ Map a, const __grid_constant__ Map b, const
         scale_in_place(sums[4 * i + 2], scale_lower * w.x);
         scale_in_place(sums[4 * i + 3], scale_lower * w.y);
       }
+#endif
       for (int p = 0; p < p_tiles; p++) {
         barrier_wait(full0 + 8 * stage, phase);
         u32 place = base + stage * STAGE_BYTES;
-        u64 da = descriptor(place + group * PART_BYTES), db = descriptor(place + A_BYTES);
+        u64 da = descriptor(place + group * PART_BYTES), db = descriptor_b(place + A_BYTES);
         int steps = p_steps - 4 * p;
         if (steps >= 4) {
           fence();
 #pragma unroll
-          for (int i = 0; i < 4; i++) multiply_bf16(sums, da + 2 * i, db + 2 * i, 1);
+          for (int i = 0; i < 4; i++) multiply_bf16(sums, da + 2 * i, db + STEP_B * i, 1);
           commit();
           wait_for<0>();
         } else {
 #pragma unroll 1
           for (int i = 0; i < steps; i++) {
             fence();
-            multiply_bf16(sums, da + 2 * i, db + 2 * i, 1);
+            multiply_bf16(sums, da + 2 * i, db + STEP_B * i, 1);
             commit();
             wait_for<0>();
           }

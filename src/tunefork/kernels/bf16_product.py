@@ -1,0 +1,97 @@
+"""Products in bf16 with narrow ones inside, rounded once, by a kernel of our own on Hopper.
+
+y = a b^T + u v^T, and for a layer's input gradient a b + u v of several a side by side:
+`narrow_product.cu`, with bf16 where `int8_product.py` has codes. Added onto a delta, or a delta onto
+it, cuBLAS's result is read and written once more, and may be rounded twice, which loses what a
+small delta is (benchmarks/rounded_once.py). The definition is here, and runs elsewhere.
+
+Shape legend: M rows of the result, N its columns, K features (of all parts), P of the narrow ones.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunefork.kernels.compiled import is_on_gpu
+from tunefork.kernels.cuda_source import CudaKernel
+
+_STAGES, _STAGE_BYTES, _PARTS_BYTES, _THREADS = 4, 49_152, 32_768, 384
+"""As in `narrow_product.cu`."""
+_TILE = 64
+"""Columns of a tile of K; what parts' sizes are multiples of where there are several."""
+_MOST_PARTS = 3
+
+
+def bf16_product(
+    parts: Sequence[Tensor], b: Tensor, u_mp: Tensor, v: Tensor, *, is_turned: bool
+) -> Tensor:
+    """(M, N) in bf16: a b^T + u v^T of b (N, K) and v (N, P); turned, a b + u v of b (K, N) and
+    v (P, N).
+
+    a is `parts` (M, K_i) side by side. All are bf16; K_i, N and P are multiples of 8.
+    """
+    if is_on_gpu(u_mp):
+        return torch.ops.tunefork.bf16_product(list(parts), b, u_mp, v, is_turned)  # type: ignore[no-any-return]
+    return bf16_product_reference(parts, b, u_mp, v, is_turned=is_turned)
+
+
+def bf16_product_reference(
+    parts: Sequence[Tensor], b: Tensor, u_mp: Tensor, v: Tensor, *, is_turned: bool
+) -> Tensor:
+    """The definition of `bf16_product`."""
+    a_mk, u_mp, b, v = torch.cat(list(parts), dim=1).float(), u_mp.float(), b.float(), v.float()
+    y_mn = a_mk @ b + u_mp @ v if is_turned else a_mk @ b.t() + u_mp @ v.t()
+    return y_mn.bfloat16()
+
+
+@cache
+def _kernel(index: int, is_turned: bool) -> CudaKernel:
+    source = Path(__file__).with_name("narrow_product.cu").read_text(encoding="utf-8")
+    defined = "#define BF16\n" + ("#define TURNED\n" if is_turned else "")
+    room = _STAGES * _STAGE_BYTES + _PARTS_BYTES
+    device = torch.device("cuda", index)
+    return CudaKernel(defined + source, "bf16_product", device, threads=_THREADS, shared_bytes=room)
+
+
+@torch.library.custom_op("tunefork::bf16_product", mutates_args=(), device_types="cuda")
+def _bf16_product(
+    parts: Sequence[Tensor], b: Tensor, u: Tensor, v: Tensor, is_turned: bool
+) -> Tensor:
+    y = _empty(b, u, is_turned)
+    if not y.numel():
+        return y
+    is_even = all(part.shape[1] % _TILE == 0 for part in parts)
+    if len(parts) > _MOST_PARTS or (len(parts) > 1 and not is_even):
+        parts = [torch.cat(list(parts), dim=1)]
+    rows = [part if part.stride(1) == 1 else part.contiguous() for part in parts]
+    u, b, v = (t if t.stride(1) == 1 else t.contiguous() for t in (u, b, v))
+    with torch.cuda.device(u.device):
+        kernel = _kernel(u.device.index, is_turned)
+        box = (_TILE, _TILE) if is_turned else (_TILE, 128)
+        maps = [
+            *(kernel.map(part, _TILE, 128) for part in (rows + rows[:1] * 2)[:_MOST_PARTS]),
+            kernel.map(b, *box),
+            kernel.map(u, _TILE, 128),
+            kernel.map(v, *box),
+            kernel.map(y, _TILE, _TILE),
+        ]
+        tiles = [-(-part.shape[1] // _TILE) for part in rows]
+        second, third = tiles[0], sum(tiles[:2])
+        counts = (*y.shape, second, third, sum(tiles), -(-u.shape[1] // 16))
+        arguments: list[Any] = [*maps, *map(ctypes.c_int, counts)]
+        kernel.launch(kernel.processors // 2 * 2, arguments)  # two are a cluster
+    return y
+
+
+@_bf16_product.register_fake
+def _(parts: Sequence[Tensor], b: Tensor, u: Tensor, v: Tensor, is_turned: bool) -> Tensor:
+    return _empty(b, u, is_turned)
+
+
+def _empty(b: Tensor, u: Tensor, is_turned: bool) -> Tensor:
+    return u.new_empty(u.shape[0], b.shape[1 if is_turned else 0])
