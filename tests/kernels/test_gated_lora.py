@@ -10,7 +10,7 @@ from torch import Tensor
 from tunefork.kernels.gated import LARGEST_RANK
 from tunefork.kernels.gated_lora import gated_lora, takes
 from tunefork.kernels.layout import Layout, Storage
-from tunefork.kernels.lora_group import lora_group, with_room
+from tunefork.kernels.lora_group import lora_group
 from tunefork.kernels.quantized import nf4_tensors, quantize_nf4
 
 SCALE, INNER, OUT, RANK = 0.5, 48, 32, 4
@@ -23,9 +23,7 @@ def _operands(
     torch.manual_seed(0)
     layout = Layout(storage, "bf16", (OUT,), (RANK,), SCALE)
     weight = torch.randn(OUT, INNER).to(dtype)
-    weights = (
-        nf4_tensors(*quantize_nf4(weight)) if storage == "nf4" else (with_room([weight], layout),)
-    )
+    weights = nf4_tensors(*quantize_nf4(weight)) if storage == "nf4" else (weight,)
     inputs = [torch.randn(2, 5, INNER).to(dtype) for _ in range(2)]
     inputs += [torch.randn(RANK, INNER), torch.randn(OUT, RANK)]
     return layout, weights, [x.requires_grad_() for x in inputs]

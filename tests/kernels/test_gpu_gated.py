@@ -23,7 +23,7 @@ from tunefork.kernels.gated import (
 )
 from tunefork.kernels.gated_lora import gated_lora
 from tunefork.kernels.layout import Layout
-from tunefork.kernels.lora_group import lora_group, with_room
+from tunefork.kernels.lora_group import lora_group
 
 pytestmark = [
     pytest.mark.gpu,
@@ -230,7 +230,7 @@ def test_captured_they_read_what_is_there_at_each_replay() -> None:
 def test_a_backward_pass_makes_two_tensors(is_compiled: bool) -> None:
     """As large as gate: h's gradient, over which up's is written, and gate's. No copy."""
     layout = Layout("bf16", "bf16", (512,), (16,), 0.7)
-    room = with_room([torch.randn(512, 8192, device="cuda").bfloat16() / 20], layout)
+    room = torch.randn(512, 8192, device="cuda").bfloat16() / 20
     inputs: list[Any] = [torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2)]
     inputs += [torch.randn(16, 8192, device="cuda") / 20, torch.randn(512, 16, device="cuda") / 4]
     inputs = [x.requires_grad_() for x in inputs]
@@ -256,7 +256,7 @@ def test_a_backward_pass_makes_two_tensors(is_compiled: bool) -> None:
 def test_a_layers_gradients_are_those_of_swiglu_and_a_group(is_compiled: bool) -> None:
     torch.manual_seed(0)
     layout = Layout("bf16", "bf16", (512,), (16,), 0.7)
-    room = with_room([torch.randn(512, 1536, device="cuda").bfloat16() / 20], layout)
+    room = torch.randn(512, 1536, device="cuda").bfloat16() / 20
     inputs: list[Any] = [torch.randn(2, 300, 1536, device="cuda").bfloat16() for _ in range(2)]
     inputs += [torch.randn(16, 1536, device="cuda") / 20, torch.randn(512, 16, device="cuda") / 4]
     inputs = [x.requires_grad_() for x in inputs]

@@ -9,7 +9,7 @@ from torch import Tensor
 from tunefork.kernels import int8_weight, reference
 from tunefork.kernels import lora_group as kernel
 from tunefork.kernels.layout import Layout, Storage
-from tunefork.kernels.lora_group import is_widened, lora_group, with_room, write_delta
+from tunefork.kernels.lora_group import lora_group
 from tunefork.kernels.quantized import (
     dequantize_nf4,
     dequantize_nf4_tensors,
@@ -19,21 +19,20 @@ from tunefork.kernels.quantized import (
 
 SCALE = 0.5
 GROUPS = [
-    ((24,), (4,), False),
-    ((32, 16, 16), (4, 0, 2), False),
-    ((64, 48), (4, 3), True),
-    ((64, 48), (0, 3), True),
-    ((32, 16), (0, 0), False),
+    ((24,), (4,)),
+    ((32, 16, 16), (4, 0, 2)),
+    ((64, 48), (4, 3)),
+    ((64, 48), (0, 3)),
+    ((32, 16), (0, 0)),
 ]
 
 
 @pytest.mark.parametrize(("storage", "in_pieces"), [("bf16", False), ("nf4", False), ("nf4", True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("sizes", "ranks", "wide"), GROUPS)
+@pytest.mark.parametrize(("sizes", "ranks"), GROUPS)
 def test_equals_the_definition(
     sizes: tuple[int, ...],
     ranks: tuple[int, ...],
-    wide: bool,
     dtype: torch.dtype,
     storage: Storage,
     in_pieces: bool,
@@ -44,7 +43,6 @@ def test_equals_the_definition(
         monkeypatch.setattr(kernel, "WHOLE_BYTES", 0)
     features = 32
     layout = Layout(storage, "bf16", sizes, ranks, SCALE)
-    assert is_widened(layout, features) == (wide and storage == "bf16")
     x = torch.randn(2, 5, features).to(dtype).requires_grad_()
     weights = [torch.randn(size, features).to(dtype) for size in sizes]
     lora_a = [torch.randn(r, features, requires_grad=True) for r in ranks if r]
@@ -54,10 +52,7 @@ def test_equals_the_definition(
         operands: tuple[Tensor, ...] = sum((nf4_tensors(*q) for q in quantized), ())
         weights = [dequantize_nf4(*q) for q in quantized]
     else:
-        room = with_room(weights, layout)
-        if wide:
-            write_delta(room, lora_b, layout)
-        operands = (room,)
+        operands = (torch.cat(weights),)
     actual = lora_group(x, layout, operands, lora_a, lora_b)
     a, b = iter(lora_a), iter(lora_b)
     inputs = [x, *lora_a, *lora_b]
@@ -109,7 +104,7 @@ def test_of_large_4_bit_layers_one_is_dequantised_at_a_time(
         sizes.clear()
 
 
-def test_of_large_layers_in_ten_bits_one_is_made_dense_at_a_time(
+def test_of_large_layers_in_eight_bits_one_is_made_dense_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[tuple[int, ...]] = []

@@ -1,9 +1,11 @@
 """Products in bf16 with narrow ones inside, rounded once, by a kernel of our own on Hopper.
 
 y = a b^T + u v^T, and for a layer's input gradient a b + u v of several a side by side:
-`narrow_product.cu`, with bf16 where `int8_product.py` has codes. Added onto a delta, or a delta onto
-it, cuBLAS's result is read and written once more, and may be rounded twice, which loses what a
-small delta is (benchmarks/rounded_once.py). The definition is here, and runs elsewhere.
+`narrow_product.cu`, with bf16 where `int8_product.py` has codes. cuBLAS rounds a product to bf16
+before it adds it to a matrix: of a delta that is small beside it, which LoRA's are at first, most
+is lost so (benchmarks/rounded_once.py), and the matrix is read and written once more. The
+definition is here, and runs elsewhere but for few tokens, and GPUs that the kernel is not for: they
+sum in fp32 what they multiply in bf16.
 
 Shape legend: M rows of the result, N its columns, K features (of all parts), P of the narrow ones.
 """
@@ -25,17 +27,20 @@ _STAGES, _STAGE_BYTES, _PARTS_BYTES, _THREADS = 4, 49_152, 32_768, 384
 _TILE = 64
 """Columns of a tile of K; what parts' sizes are multiples of where there are several."""
 _MOST_PARTS = 3
+_LEAST_ROWS = 1024
+"""For the kernel, whose tiles are 256 rows: with fewer its blocks are too few. Not measured."""
+_HOPPER = (9, 0)
 
 
 def bf16_product(
     parts: Sequence[Tensor], b: Tensor, u_mp: Tensor, v: Tensor, *, is_turned: bool
 ) -> Tensor:
-    """(M, N) in bf16: a b^T + u v^T of b (N, K) and v (N, P); turned, a b + u v of b (K, N) and
-    v (P, N).
+    """(M, N): a b^T + u v^T of b (N, K) and v (N, P); turned, a b + u v of b (K, N) and v (P, N).
 
-    a is `parts` (M, K_i) side by side. All are bf16; K_i, N and P are multiples of 8.
+    a is `parts` (M, K_i) side by side. All are of one dtype, and summed in fp32 at least; in bf16
+    on a GPU K_i, N and P are multiples of 8.
     """
-    if is_on_gpu(u_mp):
+    if is_on_gpu(u_mp) and u_mp.dtype == torch.bfloat16:
         return torch.ops.tunefork.bf16_product(list(parts), b, u_mp, v, is_turned)  # type: ignore[no-any-return]
     return bf16_product_reference(parts, b, u_mp, v, is_turned=is_turned)
 
@@ -43,10 +48,11 @@ def bf16_product(
 def bf16_product_reference(
     parts: Sequence[Tensor], b: Tensor, u_mp: Tensor, v: Tensor, *, is_turned: bool
 ) -> Tensor:
-    """The definition of `bf16_product`."""
-    a_mk, u_mp, b, v = torch.cat(list(parts), dim=1).float(), u_mp.float(), b.float(), v.float()
-    y_mn = a_mk @ b + u_mp @ v if is_turned else a_mk @ b.t() + u_mp @ v.t()
-    return y_mn.bfloat16()
+    """The definition of `bf16_product`, of any dtype."""
+    wide = torch.promote_types(u_mp.dtype, torch.float32)
+    a_mk = torch.cat(list(parts), dim=1).to(wide)
+    b, u, v = (tensor.to(wide) for tensor in (b, u_mp, v))
+    return (a_mk @ b + u @ v if is_turned else a_mk @ b.t() + u @ v.t()).to(u_mp.dtype)
 
 
 @cache
@@ -65,6 +71,9 @@ def _bf16_product(
     y = _empty(b, u, is_turned)
     if not y.numel():
         return y
+    # Asked in here, where it is no question of torch.compile's: one form serves all lengths.
+    if not _takes([*parts, b, u, v, y]):
+        return _by_sums(parts, b, u, v, is_turned)
     is_even = all(part.shape[1] % _TILE == 0 for part in parts)
     if len(parts) > _MOST_PARTS or (len(parts) > 1 and not is_even):
         parts = [torch.cat(list(parts), dim=1)]
@@ -86,6 +95,25 @@ def _bf16_product(
         arguments: list[Any] = [*maps, *map(ctypes.c_int, counts)]
         kernel.launch(kernel.processors // 2 * 2, arguments)  # two are a cluster
     return y
+
+
+def _takes(matrices: Sequence[Tensor]) -> bool:
+    """Whether the kernel does: a Hopper GPU, many rows, addresses that its copies have."""
+    in_order = (t for t in matrices if t.stride(1) == 1)  # others are copied
+    is_aligned = all(t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in in_order)
+    is_aligned &= all(t.shape[1] % 8 == 0 for t in matrices)
+    is_hopper = torch.cuda.get_device_capability(matrices[0].device) == _HOPPER
+    return is_hopper and is_aligned and len(matrices[0]) >= _LEAST_ROWS
+
+
+def _by_sums(parts: Sequence[Tensor], b: Tensor, u: Tensor, v: Tensor, is_turned: bool) -> Tensor:
+    factors = [v, *torch.split(b, [part.shape[1] for part in parts], dim=0 if is_turned else 1)]
+    y_mn: Tensor | None = None
+    for left, right in zip([u, *parts], factors, strict=True):
+        product = torch.mm(left, right if is_turned else right.t(), out_dtype=torch.float32)
+        y_mn = product if y_mn is None else y_mn.add_(product)
+    assert y_mn is not None
+    return y_mn.bfloat16()
 
 
 @_bf16_product.register_fake

@@ -1,8 +1,7 @@
 """An MLP's `down` layer with a LoRA, over a frozen bf16 or NF4 base, from gate and up on.
 
 What `kernels/lora_group.py` is for a layer of its input, for h = silu(gate) * up, which is that
-layer's input: between the passes gate, up and u are kept, and h is not (`kernels/gated.py`). Made
-to be compiled, with its deltas first, as that file has them.
+layer's input: between the passes gate, up and u are kept, and h is not (`kernels/gated.py`).
 
 Shape legend as in `gated.py`; O features out.
 """
@@ -14,17 +13,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tunefork.kernels.bf16_product import bf16_product
 from tunefork.kernels.gated import LARGEST_RANK, gated_down, gated_gradients
+from tunefork.kernels.int8_weight import padded
 from tunefork.kernels.layout import Layout
-from tunefork.kernels.lora_deltas import lora_deltas
 from tunefork.kernels.lora_gradients import lora_gradients
-from tunefork.kernels.lora_group import base_of, is_widened, product_onto
+from tunefork.kernels.lora_group import base_of, beside
 
 
 def takes(layout: Layout, features_in: int) -> bool:
     """Whether `gated_lora` can do a product: one layer's, in bf16, as it is."""
     is_one = len(layout.sizes) == 1 and 0 < layout.rank <= LARGEST_RANK
-    return is_one and layout.products == "bf16" and not is_widened(layout, features_in)
+    return is_one and layout.products == "bf16"
 
 
 class _GatedLora(torch.autograd.Function):
@@ -38,9 +38,10 @@ class _GatedLora(torch.autograd.Function):
         b_or: Tensor,
         *weights: Tensor,
     ) -> Tensor:
-        h_sd, u_sr = gated_down(gate_sd, up_sd, a_rd)
-        y_so = lora_deltas(u_sr, [b_or], layout.scale)
-        y_so = product_onto(y_so, h_sd, _weight(layout, weights, gate_sd).t())
+        h_sd, u_sp = gated_down(gate_sd, up_sd, padded(a_rd, 0))
+        b_op = padded(beside([b_or], layout, (0, 1)), 1)
+        y_so = bf16_product([h_sd], _weight(layout, weights, gate_sd), u_sp, b_op, is_turned=False)
+        u_sr = u_sp[:, : layout.rank]
         ctx.save_for_backward(gate_sd, up_sd, u_sr, a_rd, b_or, *weights)
         ctx.layout = layout
         return y_so
@@ -50,8 +51,9 @@ class _GatedLora(torch.autograd.Function):
     def backward(ctx: Any, dy_so: Tensor) -> tuple[Tensor | None, ...]:
         gate_sd, up_sd, u_sr, a_rd, b_or, *weights = ctx.saved_tensors
         du_sr, [db_or] = lora_gradients([dy_so], u_sr, [b_or], ctx.layout.scale)
-        dh_sd = lora_deltas(du_sr, [a_rd.t()], 1.0)
-        dh_sd = product_onto(dh_sd, dy_so, _weight(ctx.layout, weights, gate_sd))
+        weight_od = _weight(ctx.layout, weights, gate_sd)
+        narrow = padded(du_sr, 1), padded(a_rd, 0)
+        dh_sd = bf16_product([dy_so], weight_od, *narrow, is_turned=True)
         dgate_sd, dup_sd, da_rd = gated_gradients(gate_sd, up_sd, dh_sd, du_sr)
         return None, dgate_sd, dup_sd, da_rd, db_or, *(None for _ in weights)
 

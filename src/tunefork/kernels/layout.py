@@ -14,10 +14,6 @@ trained over), 4-bit NormalFloat."""
 Products = Literal["bf16", "int8", "fp8"]
 """What is multiplied: bf16, int8 or e4m3 with bf16 results."""
 
-_STEP = 64
-"""A widened bf16 product is filled up to a multiple of this. A GEMM on Hopper takes the inner
-dimension in such pieces, and is slower than without the part where it ends inside one (measured on
-an H200: K + 48 costs 13 to 29 %, K + 64 at most 5 %)."""
 _APART = 48
 """Directions that are multiplied apart beside int8's codes: they leave 0.63 % of error in
 SmolLM2-135M's products, none 2.55 (docs/int8.md). On some of its layers 16, 48 and 64 left 0.83,
@@ -45,11 +41,6 @@ class Layout(NamedTuple):
     def apart(self) -> int:
         """Directions of x that are taken out of it and multiplied apart, as the delta's R are."""
         return _APART if self.products == "int8" else 0
-
-    @property
-    def bf16_width(self) -> int:
-        """Columns by which a bf16 product is widened for the delta (`kernels/lora_group.py`)."""
-        return -(-self.rank // _STEP) * _STEP
 
     @property
     def bounds(self) -> list[tuple[int, int]]:

@@ -25,7 +25,7 @@ from tunefork.kernels import fp8, int8, int8_weight
 from tunefork.kernels.cuda_source import CudaSourceError
 from tunefork.kernels.int8_product import check_kernel
 from tunefork.kernels.layout import Layout, Products, Storage
-from tunefork.kernels.lora_group import is_widened, lora_group, with_room, write_delta
+from tunefork.kernels.lora_group import lora_group
 from tunefork.kernels.quantized import nf4_tensors
 from tunefork.model.bank_linear import BankLinear, deltas
 from tunefork.model.fused_checks import check_finite, check_sizes
@@ -84,7 +84,7 @@ class FusedGroup(nn.Module):
         elif products == "fp8":
             self.weights = fp8.fp8_weight(self.weights)
         elif storage == "bf16":
-            self.weights = (with_room(self.weights, self.layout),)
+            self.weights = (torch.cat(self.weights),)
         self.joint: JointBanks | None = None
         """All layers' banks, where they are read token by token (`join_banks`)."""
         self.own_rows: OwnRows | None = None
@@ -160,16 +160,11 @@ class FusedGroup(nn.Module):
         int8_weight.set_apart(x_sd, self.weights, self.layout, self.exact)
         self.is_calibrated, self.exact = True, ()
 
-    def write_delta(self) -> None:
-        """Take over A and B as they are now; due before a forward pass after a change of theirs."""
-        if is_widened(self.layout, self.features_in):
-            write_delta(self.weights[0], [member.lora_b for member in self.deltas], self.layout)
-
     @torch.no_grad()
     def materialize(self, index: int) -> Tensor:
         """Member `index`'s frozen weight, (O_i, D), in bf16 or as it came."""
         if self.layout.storage == "bf16":
-            return self.weights[0][slice(*self.layout.bounds[index]), : self.features_in]
+            return self.weights[0][slice(*self.layout.bounds[index])]
         if self.layout.storage == "fp8":
             rows = slice(*self.layout.bounds[index])
             codes_od, scale_1o = self.weights
@@ -210,8 +205,7 @@ def fuse(
     """Move the frozen weights of `model`'s linear layers, but the head's, into groups on `device`.
 
     In place, group by group, so that a model in host memory never takes more of a GPU than one of
-    its groups does beside the quantised rest. Layers that are trained whole stay as they are. Each
-    forward pass of the model takes over A and B as they are then.
+    its groups does beside the quantised rest. Layers that are trained whole stay as they are.
 
     int8 products have the main directions of inputs such as those of `calibration_ids` (rows,
     length) multiplied apart (`kernels/directions.py`), found in a pass of their own; None: none.
@@ -247,7 +241,7 @@ def fuse(
                 fused = FusedLinear(group, index, _base(member).bias)
                 setattr(model.get_submodule(parent), name, fused)
         groups.append(group)
-        _owner(model, paths[0]).register_forward_pre_hook(partial(_write_delta, group))
+        _owner(model, paths[0]).register_forward_pre_hook(partial(_forget, group))
     model.to(device)
     if products == "int8" and calibration_ids is not None:
         calibrate(model, groups, calibration_ids.to(device))
@@ -293,6 +287,5 @@ def _base(member: nn.Module) -> Any:
     return member.base if isinstance(member, LoraLinear | BankLinear) else member
 
 
-def _write_delta(group: FusedGroup, *_: Any) -> None:
+def _forget(group: FusedGroup, *_: Any) -> None:
     group.input, group.outputs = None, ()  # of a pass that was cut short: they hold all of it
-    group.write_delta()

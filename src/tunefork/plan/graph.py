@@ -22,16 +22,16 @@ from torch.utils._pytree import tree_leaves
 
 from tunefork.plan.program import Kernel, Program, Size
 from tunefork.plan.trace import (
+    BF16_PRODUCT,
     FLASH,
     INT8_PRODUCT,
-    LORA_DELTAS,
     LORA_GRADIENTS,
     PRODUCTS,
     READ_TWICE,
     WRITTEN_OVER,
+    bf16_product,
     int8_product,
     kernels_of,
-    lora_deltas_flops,
     lora_gradients_flops,
     product,
 )
@@ -223,10 +223,10 @@ def _work(node: Node) -> dict[str, Any]:
         work = _size(lora_gradients_flops(dys, lora_b))
         launches = 2 * len(dys) + LORA_GRADIENTS[target]
         return {"kind": "skinny", "flops": work, "launches": launches}
-    if target is LORA_DELTAS:
-        lora_b = [_shape(n) for n in arguments[1]]
-        work = _size(lora_deltas_flops(_shape(arguments[0])[0], lora_b))
-        return {"kind": "skinny", "flops": work, "launches": len(lora_b)}
+    if target is BF16_PRODUCT:
+        right, narrow, is_turned = arguments[1], arguments[2], arguments[4]
+        kind, flops = bf16_product(_shape(narrow), _shape(right), is_turned)
+        return {"kind": kind, "flops": _size(flops)}
     if target in FLASH:
         query, keys = (_shape(n) for n in arguments[FLASH[target] > 1.0 :][:2])
         shape = (query[1], keys[1], query[2])

@@ -22,7 +22,7 @@ from tunefork.plan import meta_results
 from tunefork.plan.graph import UnknownOperationError
 from tunefork.plan.trace import WRITTEN_OVER
 
-_IN_PLACE = {torch.ops.tunefork.add_product_.default: 0, **WRITTEN_OVER}
+_IN_PLACE = WRITTEN_OVER
 """What changes an argument -> where that stands."""
 _FUNCTIONAL = torch.ops.higher_order.auto_functionalized_v2
 

@@ -25,7 +25,7 @@ import tunefork.kernels.gated  # registers gated_gradients, gated_gradients_and_
 import tunefork.kernels.int8_gradients  # registers int8_gradient_codes
 import tunefork.kernels.int8_product  # registers int8_product
 import tunefork.kernels.int8_rows  # registers round_apart
-import tunefork.kernels.lora_group  # registers add_product_, lora_deltas, lora_gradients
+import tunefork.kernels.lora_group  # registers bf16_product, lora_gradients
 import tunefork.kernels.nf4_int8  # noqa: F401  registers nf4_int8, nf4_int8_turned
 from tunefork.plan import meta_results
 from tunefork.plan.schema import Part
@@ -42,9 +42,10 @@ PRODUCTS = {
     torch.ops.aten.addmm.default: 1,
     torch.ops.aten.addmm_.default: 1,
     torch.ops.aten.baddbmm.default: 1,
-    torch.ops.tunefork.add_product_.default: 1,
 }
 """Matrix products -> where their left operand stands; the right one follows it."""
+BF16_PRODUCT = torch.ops.tunefork.bf16_product.default
+"""One with a narrow one inside."""
 INT8_PRODUCT = torch.ops.tunefork.int8_product.default
 """One of int8 codes, the right ones as they lie, with a narrow one in bf16 inside or without."""
 LORA_GRADIENTS = {
@@ -68,8 +69,6 @@ _KERNELS = {torch.ops.tunefork.round_apart.default: 3}
 """Bound by memory, and several kernels: the two that read x, and what clears the magnitudes."""
 _OF_NF4 = {torch.ops.tunefork.nf4_int8.default, torch.ops.tunefork.nf4_int8_turned.default}
 """Bound by memory, a kernel for each layer, of which they are given five tensors."""
-LORA_DELTAS = torch.ops.tunefork.lora_deltas.default
-"""Skinny products side by side, each by a kernel."""
 FLASH = {
     torch.ops.aten._flash_attention_forward.default: 1.0,
     torch.ops.aten._flash_attention_backward.default: 2.5,
@@ -189,9 +188,13 @@ def lora_gradients_flops(dys: Sequence[Sequence[int]], lora_b: Sequence[Sequence
     return sum(2 * product(dy, b)[1] for dy, b in pairs)
 
 
-def lora_deltas_flops(tokens: float, lora_b: Sequence[Sequence[int]]) -> float:
-    """Operations of `LORA_DELTAS`, of u's first dimension and the shapes (O_i, R_i)."""
-    return sum(2.0 * tokens * features * rank for features, rank in lora_b)
+def bf16_product(narrow: Sequence[int], right: Sequence[int], is_turned: bool) -> tuple[str, float]:
+    """Kind and operations of `BF16_PRODUCT`, of the shapes (M, P), and (K, N) where it is turned,
+    else (N, K)."""
+    inner, columns = right if is_turned else right[::-1]
+    rows, width = narrow
+    kind, flops = product((rows, inner), (inner, columns))
+    return kind, flops + 2.0 * rows * width * columns
 
 
 def flash_flops(query: Sequence[int], squares: float) -> float:
@@ -266,9 +269,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 shapes = [[tensor.shape for tensor in args[at]] for at in (0, 2)]
                 kernels = 2 * len(args[0]) + LORA_GRADIENTS[func]
                 self.count("skinny", lora_gradients_flops(*shapes), moved, kernels)
-            elif func is LORA_DELTAS:
-                flops = lora_deltas_flops(args[0].shape[0], [b.shape for b in args[1]])
-                self.count("skinny", flops, moved, len(args[1]))
+            elif func is BF16_PRODUCT:
+                self.count(*bf16_product(args[2].shape, args[1].shape, args[4]), moved)
             elif func in FLASH:
                 query = args[0 if FLASH[func] == 1.0 else 1]
                 if FLASH[func] > 1.0:
