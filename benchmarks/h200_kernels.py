@@ -4,8 +4,6 @@
 
 lora_gradients   du and dB from one reading of dy, beside two cuBLAS products; dy of 16,384 tokens.
                  Every call of a CUDA graph reads another dy, a GiB of them: none is in the cache.
-delta_order      a base's product and a delta of rank 16: added to it by `addmm_`, or written first
-                 (`lora_deltas`, and by cuBLAS) and the product added to that; replayed in turn
 gated            an MLP's h = silu(gate) * up and u = h A^T; backward the gradients of gate, up and
                  A; beside the compiler's SwiGLU and a cuBLAS product that reads h once more
                  (backward an h that was kept); with the gradients' rows' largest magnitudes
@@ -34,9 +32,6 @@ from benchmarks.graph_times import graph_ms, in_turns
 from benchmarks.results import write
 
 TOKENS, SCALE = 16_384, 0.5
-ORDERS = ((4096, 6144), (4096, 4096), (14_336, 4096), (4096, 14_336))
-"""Features in and out of a product with W (out, in); the last one with W (in, out), as a backward
-pass has it."""
 PRODUCTS = ((1024, 16), (4096, 16), (14_336, 16), (4096, 32), (4096, 64))
 """Features out and rank."""
 GATED = ((14_336, 16), (14_336, 32), (14_336, 64), (6144, 16))
@@ -49,7 +44,6 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("needs a CUDA device")
     rows = [_print(gradients(features, rank)) for features, rank in PRODUCTS]
-    rows += [_print(delta_order(*sizes)) for sizes in ORDERS]
     rows += [_print(gated(features, rank)) for features, rank in GATED]
     rows += [_print(row) for row in int8_codes.measured()]
     rows += [_print(row) for name, shapes in SHAPES.items() for row in updates(name, shapes)]
@@ -79,51 +73,6 @@ def gradients(features: int, rank: int) -> dict[str, Any]:
         "one_reading_ms": ours,
         "two_products_ms": theirs,
         "error": wrong,
-    }
-
-
-def delta_order(features_in: int, features_out: int) -> dict[str, Any]:
-    """A product and its delta."""
-    from tunefork.kernels.lora_deltas_triton import write as write_delta
-
-    torch.manual_seed(0)
-    x, u, b = _draw(TOKENS, features_in), _draw(TOKENS, 16), _draw(features_out, 16)
-    weight = _draw(features_out, features_in).t()
-    if features_out > features_in:
-        weight = _draw(features_in, features_out)
-    ys = [x @ weight for _ in range(3)]
-
-    def added(y: Tensor) -> None:
-        torch.mm(x, weight, out=y)
-        y.addmm_(u, b.t(), alpha=SCALE)
-
-    def written_first(y: Tensor) -> None:
-        write_delta(y, u, b, SCALE)
-        y.addmm_(x, weight)
-
-    def by_cublas(y: Tensor) -> None:
-        torch.addmm(y, u, b.t(), beta=0, alpha=SCALE, out=y)
-        y.addmm_(x, weight)
-
-    def no_delta(y: Tensor) -> None:
-        torch.mm(x, weight, out=y)
-
-    forms = (added, written_first, by_cublas, no_delta)
-    ms = in_turns({form.__name__: [lambda y=y, form=form: form(y) for y in ys] for form in forms})
-    for y, form in zip(ys, forms, strict=False):
-        form(y)
-    return {
-        "case": "delta_order",
-        "in": features_in,
-        "out": features_out,
-        "ms": ms,
-        "same_bits": torch.equal(ys[0], ys[1]),
-        "delta_alone_ms": {
-            "lora_deltas": graph_ms([lambda y=y: write_delta(y, u, b, SCALE) for y in ys]),
-            "cublas": graph_ms(
-                [lambda y=y: torch.addmm(y, u, b.t(), beta=0, alpha=SCALE, out=y) for y in ys]
-            ),
-        },
     }
 
 

@@ -6,8 +6,8 @@
 kernel as the codes' own. Of an 8B model's four groups of layers, forward and backward, for 16,384
 tokens this says what they take so, and what cuBLAS takes: in e4m3 with scales, the codes alone, and
 widened by the columns of codes that stood for the narrow products before there was int8; in int8
-without scales (`torch._int_mm`, whose results are int32); in bf16, with nothing beside it. The
-kernel is checked against float64 first, at sizes that fill no tile too.
+without scales (`torch._int_mm`, whose results are int32); in bf16, with nothing beside it, added
+onto the delta, and by our kernel with the delta inside (`kernels/bf16_product.py`). int8's is checked against float64 first, at sizes that fill no tile too.
 
 The GPU's clock falls while products run, so forms take turns, and a row has each one's median.
 Writes results/h200_products.json.
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks import results
 from benchmarks.training_runs import versions
+from tunefork.kernels.bf16_product import bf16_product
 from tunefork.kernels.e4m3 import E4M3
 from tunefork.kernels.e4m3 import LARGEST as LARGEST_E4M3
 from tunefork.kernels.fp8 import scaled_mm
@@ -30,6 +31,8 @@ from tunefork.kernels.int8_range import LARGEST
 
 TOKENS = 16_384
 _LAUNCHES, _TURNS = 8, 5
+_APART = 48
+"""Directions, of the narrow columns forward (`kernels/layout.py`)."""
 _DEVIATIONS = 4.2
 """Of a normal distribution, that the largest number of a row is off by: what codes are over."""
 
@@ -119,6 +122,19 @@ def measure(product: Product) -> dict[str, Any]:
         "cuBLAS e4m3, codes alone": lambda: scaled_mm(floats[0], floats[1], scale_m1, scale_1n),
         "torch._int_mm, codes alone": lambda: torch._int_mm(a, b.t()),
         "bf16, nothing beside it": lambda: torch.mm(wide[0], wide[1].t()),
+    }
+    # bf16 has the delta alone beside it, and the input gradient's weight as it lies.
+    is_back = product.name.endswith("backward")
+    rank = product.narrow - (0 if is_back else _APART)
+    x, weight = wide[0], wide[1].t().contiguous() if is_back else wide[1]
+    own_u = u[:, :rank].contiguous()
+    own_v = v[:, :rank].t().contiguous() if is_back else v[:, :rank].contiguous()
+    factors = (weight, own_v) if is_back else (weight.t(), own_v.t())
+    calls |= {
+        "bf16, delta inside": lambda: bf16_product([x], weight, own_u, own_v, is_turned=is_back),
+        "bf16, added onto the delta by cuBLAS": lambda: torch.mm(own_u, factors[1]).addmm_(
+            x, factors[0]
+        ),
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(_TURNS):

@@ -8,7 +8,8 @@ numbers. Where the base product is rounded first, it lies on one of them, and a 
 half a step is lost. This measures the share that is kept, <y - base, delta> / <delta, delta> with
 the exact base product, for deltas of several sizes and the ways that the engine and its peers have:
 
-    onto      the product is added in place onto the delta (`kernels/lora_group.py`)
+    inside    the delta is inside the product (`kernels/bf16_product.py`)
+    onto      the product is added in place onto the delta, by cuBLAS on a GPU
     onto, no reduced precision      the same, where cuBLAS may not sum in bf16
     widened   [x | u] [W | B]^T, one product (where y is much wider than x)
     plain     the product, then the delta added to it (PEFT, Unsloth)
@@ -25,9 +26,9 @@ from torch import Tensor
 
 from benchmarks import results
 from benchmarks.training_runs import pick, versions
+from tunefork.kernels.bf16_product import bf16_product
 from tunefork.kernels.int8_product import int8_product
 from tunefork.kernels.int8_rows import rounded
-from tunefork.kernels.lora_group import product_onto
 
 _SHAPES = ((8192, 576, 576), (8192, 1536, 576), (8192, 576, 960), (16_384, 4096, 6144))
 """Tokens, features in and out: SmolLM2-135M's o, down, and q, k, v; q, k, v of an 8B model."""
@@ -58,7 +59,7 @@ def kept(shape: tuple[int, int, int], size: float, device: torch.device) -> dict
         return float(((y.double() - of) * delta).sum() / delta.square().sum())
 
     def onto() -> Tensor:
-        return product_onto((u @ b.t()).clone(), x, weight.t())
+        return (u @ b.t()).addmm_(x, weight.t())
 
     def exactly_onto() -> Tensor:
         before = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
@@ -69,6 +70,7 @@ def kept(shape: tuple[int, int, int], size: float, device: torch.device) -> dict
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before
 
     ways: dict[str, Callable[[], Tensor]] = {
+        "inside": lambda: bf16_product([x], weight, u, b, is_turned=False),
         "onto": onto,
         "onto, no reduced precision": exactly_onto,
         "widened": lambda: torch.cat([x, u], dim=1) @ torch.cat([weight, b], dim=1).t(),

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from tests.kernels import test_gated_lora, test_int8_gated
+from tunefork.kernels import bf16_product, gated_lora, int8, int8_product
 from tunefork.kernels import gated as kernel
-from tunefork.kernels import int8, int8_product
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # the compiler's about itself
 
@@ -34,6 +34,14 @@ def _gradients_and_maxima(
     return dgate, da, most
 
 
+def _bf16_product(parts: list[Tensor], b: Tensor, u: Tensor, v: Tensor, is_turned: bool) -> Tensor:
+    return bf16_product.bf16_product_reference(parts, b, u, v, is_turned=is_turned)
+
+
+def _by_operator(*operands: Any, is_turned: bool) -> Any:
+    return torch.ops.tunefork.bf16_product(*operands, is_turned)
+
+
 @pytest.fixture
 def operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """On a CPU too; to be called once what they are compared with is there."""
@@ -44,6 +52,8 @@ def operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
         library.impl("gated_gradients_and_maxima", _gradients_and_maxima, "CPU")
         library.impl("int8_product", int8_product.int8_product_reference, "CPU")
         monkeypatch.setattr(int8, "int8_product", torch.ops.tunefork.int8_product)
+        library.impl("bf16_product", _bf16_product, "CPU")
+        monkeypatch.setattr(gated_lora, "bf16_product", _by_operator)
         yield lambda: monkeypatch.setattr(kernel, "has_kernels", lambda *_: True)
     torch._dynamo.reset()
 
@@ -89,7 +99,7 @@ def test_of_a_last_layer(operators: Callable[[], None]) -> None:
     want = _differentiated(function, inputs)
     operators()
     found, code = _compiled(function, inputs)
-    assert _copies(code, "tunefork.add_product_", 10 * test_gated_lora.INNER) == 0
+    assert _copies(code, "tunefork.bf16_product", 10 * test_gated_lora.INNER) == 0
     _assert_near(found, want)
 
 

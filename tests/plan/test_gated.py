@@ -140,8 +140,8 @@ def test_a_compiled_layer_does_not_keep_h(
         program, results = found[0].forward, found[0].num_results
         sizes = [program.sizes[name].per_token for name in program.outputs[results:] if name]
         kept.append(sum(size == 2 * INNER for size in sizes))
-    # NF4's and int8's gate and up are views of one product.
-    assert kept == ([2, 3] if method is Method.LORA and not wants_int8 else [0, 1])
+    # Gate and up are views of one product.
+    assert kept == [0, 1]
 
 
 @pytest.mark.parametrize("wants_int8", [False, True])

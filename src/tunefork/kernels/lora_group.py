@@ -64,7 +64,7 @@ class _LoraGroup(torch.autograd.Function):
             a_rd = tensors[num_weights]
             u_sp = x_sd @ padded(a_rd, 0).t()
             saved = (x_sd, u_sp[:, : layout.rank], *tensors[num_weights:])
-        ys = tuple[Tensor, ...]()
+        ys: tuple[Tensor, ...] = ()
         for piece in _pieces(layout, x_sd.shape[1], x_sd.dtype):
             weight_od = base_of(layout, weights, x_sd.shape[1], x_sd.dtype, piece)
             if layout.rank:
