@@ -7,7 +7,8 @@ kernel as the codes' own. Of an 8B model's four groups of layers, forward and ba
 tokens this says what they take so, and what cuBLAS takes: in e4m3 with scales, the codes alone, and
 widened by the columns of codes that stood for the narrow products before there was int8; in int8
 without scales (`torch._int_mm`, whose results are int32); in bf16, with nothing beside it, added
-onto the delta, and by our kernel with the delta inside (`kernels/bf16_product.py`). int8's is checked against float64 first, at sizes that fill no tile too.
+onto the delta, and by our kernel with the delta inside (`kernels/bf16_product.py`). int8's is
+checked against float64 first, at sizes that fill no tile too.
 
 The GPU's clock falls while products run, so forms take turns, and a row has each one's median.
 Writes results/h200_products.json.
