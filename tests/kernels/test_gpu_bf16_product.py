@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tunefork.kernels import bf16_product as dispatch
 from tunefork.kernels.bf16_product import bf16_product
 
 pytestmark = [
@@ -19,6 +20,7 @@ def _draw(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda").bfloat16()
 
 
+@pytest.mark.parametrize("columns", [128, 256])
 @pytest.mark.parametrize("is_turned", [False, True])
 @pytest.mark.parametrize(
     ("m", "n", "sizes", "p"),
@@ -33,8 +35,16 @@ def _draw(*shape: int) -> Tensor:
     ],
 )
 def test_it_is_float64s_but_for_one_rounding(
-    m: int, n: int, sizes: tuple[int, ...], p: int, is_turned: bool
+    m: int,
+    n: int,
+    sizes: tuple[int, ...],
+    p: int,
+    is_turned: bool,
+    columns: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(dispatch, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(dispatch, "columns_for", lambda *_: columns)
     torch.manual_seed(0)
     parts, u, k = [_draw(m, size) for size in sizes], _draw(m, p), sum(sizes)
     b, v = (_draw(k, n), _draw(p, n)) if is_turned else (_draw(n, k), _draw(n, p))
@@ -45,7 +55,8 @@ def test_it_is_float64s_but_for_one_rounding(
     assert ((y.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-4 * exact.std()).all()
 
 
-def test_parts_of_wider_matrices_and_captured() -> None:
+def test_parts_of_wider_matrices_and_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_LEAST_ROWS", 1)
     wide = _draw(512, 3 * 256 + 64)
     parts = [wide[:, at * 256 : at * 256 + 256] for at in range(3)]
     b, u, v = _draw(768, 320), _draw(512, 64)[:, :16], _draw(16, 320)

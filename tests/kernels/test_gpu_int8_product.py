@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from tunefork.kernels import int8_product as dispatch
+from tunefork.kernels import narrow_product
 from tunefork.kernels.cuda_source import CudaSourceError
 from tunefork.kernels.int8_product import check_kernel, int8_product
 
@@ -35,6 +36,7 @@ def _exact(a: Tensor, b: Tensor, *rest: Tensor | None) -> Tensor:
     return y if u is None or v is None else y + u @ v.t()
 
 
+@pytest.mark.parametrize("columns", [128, 256])
 @pytest.mark.parametrize("has_scale", [True, False])
 @pytest.mark.parametrize(
     ("m", "n", "k", "p"),
@@ -51,8 +53,9 @@ def _exact(a: Tensor, b: Tensor, *rest: Tensor | None) -> Tensor:
     ],
 )
 def test_it_is_float64s_but_for_bf16s_rounding(
-    m: int, n: int, k: int, p: int, has_scale: bool
+    m: int, n: int, k: int, p: int, has_scale: bool, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(dispatch, "columns_for", lambda *_: columns)
     given = _operands(m, n, k, p, has_scale=has_scale)
     y, exact = int8_product(*given), _exact(*given)
     assert y.shape == (m, n) and y.dtype == torch.bfloat16
@@ -131,7 +134,7 @@ def test_a_kernel_that_errs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_kernel_of_other_gpus_is_as_exact(
     m: int, n: int, k: int, p: int, has_scale: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "_kernel", lambda index: None)
+    monkeypatch.setattr(dispatch, "kernel", lambda *_: None)
     given = _operands(m, n, k, p, has_scale=has_scale)
     y, exact = int8_product(*given), _exact(*given)
     assert ((y.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-5 * exact.std()).all()
@@ -143,8 +146,8 @@ def test_without_a_compiler_the_other_kernel_is_taken(
     def refused(*_: object, **__: object) -> None:
         raise CudaSourceError("no NVRTC")
 
-    monkeypatch.setattr(dispatch, "CudaKernel", refused)
-    dispatch._kernel.cache_clear()
+    monkeypatch.setattr(narrow_product, "CudaKernel", refused)
+    narrow_product.kernel.cache_clear()
     check_kernel(torch.device("cuda", 0))
-    assert "int8_product.cu is not used" in caplog.text and "no NVRTC" in caplog.text
-    dispatch._kernel.cache_clear()
+    assert "narrow_product.cu is not used" in caplog.text and "no NVRTC" in caplog.text
+    narrow_product.kernel.cache_clear()

@@ -12,24 +12,19 @@ Shape legend: M rows of the result, N its columns, K features (of all parts), P 
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tunefork.kernels.compiled import is_on_gpu
-from tunefork.kernels.cuda_source import CudaKernel
+from tunefork.kernels.narrow_product import HOPPER, PART, ROWS, columns_for, kernel
 
-_STAGES, _STAGE_BYTES, _PARTS_BYTES, _THREADS = 4, 49_152, 32_768, 384
-"""As in `narrow_product.cu`."""
 _TILE = 64
 """Columns of a tile of K; what parts' sizes are multiples of where there are several."""
 _MOST_PARTS = 3
 _LEAST_ROWS = 1024
 """For the kernel, whose tiles are 256 rows: with fewer its blocks are too few. Not measured."""
-_HOPPER = (9, 0)
 
 
 def bf16_product(
@@ -55,15 +50,6 @@ def bf16_product_reference(
     return (a_mk @ b + u @ v if is_turned else a_mk @ b.t() + u @ v.t()).to(u_mp.dtype)
 
 
-@cache
-def _kernel(index: int, is_turned: bool) -> CudaKernel:
-    source = Path(__file__).with_name("narrow_product.cu").read_text(encoding="utf-8")
-    defined = "#define BF16\n" + ("#define TURNED\n" if is_turned else "")
-    room = _STAGES * _STAGE_BYTES + _PARTS_BYTES
-    device = torch.device("cuda", index)
-    return CudaKernel(defined + source, "bf16_product", device, threads=_THREADS, shared_bytes=room)
-
-
 @torch.library.custom_op("tunefork::bf16_product", mutates_args=(), device_types="cuda")
 def _bf16_product(
     parts: Sequence[Tensor], b: Tensor, u: Tensor, v: Tensor, is_turned: bool
@@ -80,20 +66,23 @@ def _bf16_product(
     rows = [part if part.stride(1) == 1 else part.contiguous() for part in parts]
     u, b, v = (t if t.stride(1) == 1 else t.contiguous() for t in (u, b, v))
     with torch.cuda.device(u.device):
-        kernel = _kernel(u.device.index, is_turned)
-        box = (_TILE, _TILE) if is_turned else (_TILE, 128)
+        columns = columns_for(y.shape[0], y.shape[1], u.device)
+        found = kernel(u.device.index, ("BF16", "TURNED") if is_turned else ("BF16",), columns)
+        if found is None:
+            return _by_sums(parts, b, u, v, is_turned)
+        box = (_TILE, _TILE) if is_turned else (_TILE, columns // 2)
         maps = [
-            *(kernel.map(part, _TILE, 128) for part in (rows + rows[:1] * 2)[:_MOST_PARTS]),
-            kernel.map(b, *box),
-            kernel.map(u, _TILE, 128),
-            kernel.map(v, *box),
-            kernel.map(y, _TILE, _TILE),
+            *(found.map(part, _TILE, ROWS) for part in (rows + rows[:1] * 2)[:_MOST_PARTS]),
+            found.map(b, *box),
+            found.map(u, _TILE, ROWS),
+            found.map(v, *box),
+            found.map(y, PART, PART),
         ]
         tiles = [-(-part.shape[1] // _TILE) for part in rows]
         second, third = tiles[0], sum(tiles[:2])
         counts = (*y.shape, second, third, sum(tiles), -(-u.shape[1] // 16))
         arguments: list[Any] = [*maps, *map(ctypes.c_int, counts)]
-        kernel.launch(kernel.processors // 2 * 2, arguments)  # two are a cluster
+        found.launch(found.processors // 2 * 2, arguments)  # two are a cluster
     return y
 
 
@@ -102,7 +91,7 @@ def _takes(matrices: Sequence[Tensor]) -> bool:
     in_order = (t for t in matrices if t.stride(1) == 1)  # others are copied
     is_aligned = all(t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in in_order)
     is_aligned &= all(t.shape[1] % 8 == 0 for t in matrices)
-    is_hopper = torch.cuda.get_device_capability(matrices[0].device) == _HOPPER
+    is_hopper = torch.cuda.get_device_capability(matrices[0].device) == HOPPER
     return is_hopper and is_aligned and len(matrices[0]) >= _LEAST_ROWS
 
 

@@ -4,7 +4,7 @@ y = (a * scale_m) (b * scale_n)^T + u v^T: the codes of activations and of a fro
 beside them what LoRA's delta and the directions apart are products of. Added afterwards, that would
 read and write y once more, which for 8B-sized layers costs a quarter of the product itself.
 PyTorch's int8 product gives int32, half as fast; a kernel has the sums of both in the same
-registers. On Hopper that is `int8_product.cu`, at the rate of cuBLAS's e4m3
+registers. On Hopper that is `narrow_product.cu`, at the rate of cuBLAS's e4m3
 (benchmarks/h200_products.py), on other GPUs with int8 tensor cores, and where the first is not to
 be had, `int8_product_triton.py`. The definition is here, and runs elsewhere.
 
@@ -12,9 +12,6 @@ Shape legend: M rows of the result, N its columns, K features of the codes, P of
 """
 
 import ctypes
-import logging
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,17 +19,19 @@ from torch import Tensor
 
 from tunefork.kernels.compiled import is_on_gpu
 from tunefork.kernels.cuda_source import CudaKernel, CudaSourceError
+from tunefork.kernels.narrow_product import (
+    PART,
+    ROW_BYTES,
+    ROWS,
+    WIDTHS,
+    columns_for,
+    kernel,
+)
 
-_HOPPER = (9, 0)
 STEP, NARROW_STEP = 16, 8
 """What K and N are multiples of, and P: rows start at multiples of 16 bytes."""
 MOST_SUMMED = 2**31 // 127**2
 """K at most: int32 holds any such sum."""
-_ROWS, _COLUMNS, _ROW_BYTES, _STAGES, _BATCH = 128, 256, 128, 4, 2
-"""As in `int8_product.cu`; _BATCH parts of 64 columns a warpgroup."""
-_SHARED_BYTES = _STAGES * (_ROWS + _COLUMNS) * _ROW_BYTES + 2 * _BATCH * 64 * _ROW_BYTES
-_PART = 64
-_THREADS = 384
 _CHECKED = ((77, 144, 592, 16), (256, 256, 128, 0), (300, 624, 1024, 72))
 """M, N, K and P."""
 _TOLERANCE = 0.004
@@ -93,43 +92,31 @@ def check_kernel(device: torch.device) -> None:
         narrow = [normal(rows, p).bfloat16() if p else None for rows in (m, n)]
         scales = normal(m, 1).abs() / k**0.5 / 5000, (normal(1, n).abs() if p else None)
         given = codes(m, k), codes(n, k), *scales, *narrow
-        wanted, found = int8_product_reference(*given).float(), int8_product(*given).float()
-        if not (found - wanted).norm() <= _TOLERANCE * wanted.norm():
-            raise CudaSourceError(f"the int8 product of ({m}, {k}) by ({n}, {k}) is wrong")
-
-
-@cache
-def _kernel(index: int) -> CudaKernel | None:
-    """The CUDA kernel on a GPU; None where Triton's takes its place."""
-    device, name = torch.device("cuda", index), "int8_product"
-    if torch.cuda.get_device_capability(device) != _HOPPER:
-        return None
-    source = Path(__file__).with_name("narrow_product.cu").read_text(encoding="utf-8")
-    try:
-        return CudaKernel(source, name, device, threads=_THREADS, shared_bytes=_SHARED_BYTES)
-    except CudaSourceError as error:
-        logging.getLogger(__name__).warning(
-            "%s.cu is not used, but a kernel of Triton's, which is slower: %s", name, error
-        )
-        return None
+        wanted = int8_product_reference(*given).float()
+        for columns in WIDTHS:
+            found = _product(*given, columns=columns).float()
+            if not (found - wanted).norm() <= _TOLERANCE * wanted.norm():
+                raise CudaSourceError(f"the int8 product of ({m}, {k}) by ({n}, {k}) is wrong")
 
 
 def launch(
     kernel: CudaKernel,
+    columns: int,
     operands: tuple[Tensor, Tensor],
     scales: tuple[Tensor, Tensor | None],
     narrow: tuple[Tensor, Tensor] | None,
     y_mn: Tensor,
 ) -> None:
-    """Fill `y`, on the current device; all is contiguous."""
+    """Fill `y`, on the current device; all is contiguous. `columns` are those of tiles."""
     is_narrow, (u_mp, v_np) = narrow is not None, narrow or operands
-    columns = 64 if is_narrow else _ROW_BYTES  # unread where there are none
+    box = 64 if is_narrow else ROW_BYTES  # unread where there are none
+    rows = (ROWS, columns // 2)  # of a's tile, and of the half of b's that a block copies
     maps = [
-        *(kernel.map(codes, _ROW_BYTES, _ROWS) for codes in operands),
-        *(kernel.map(each, columns, _ROWS) for each in (u_mp, v_np)),
-        kernel.map(y_mn, _PART, _PART),
+        *(kernel.map(codes, ROW_BYTES, n) for codes, n in zip(operands, rows, strict=True)),
+        *(kernel.map(each, box, n) for each, n in zip((u_mp, v_np), rows, strict=True)),
+        kernel.map(y_mn, PART, PART),
     ]
-    k_tiles = -(-operands[0].shape[1] // _ROW_BYTES)
+    k_tiles = -(-operands[0].shape[1] // ROW_BYTES)
     counts = *y_mn.shape, k_tiles, -(-u_mp.shape[1] // 16) if is_narrow else 0
     addresses = (None if scale is None else scale.data_ptr() for scale in scales)
     arguments: list[Any] = [*maps, *map(ctypes.c_void_p, addresses), *map(ctypes.c_int, counts)]
@@ -145,15 +132,30 @@ def _int8_product(
     u: Tensor | None,
     v: Tensor | None,
 ) -> Tensor:
+    return _product(a, b, scale_m, scale_n, u, v)
+
+
+def _product(
+    a: Tensor,
+    b: Tensor,
+    scale_m: Tensor,
+    scale_n: Tensor | None,
+    u: Tensor | None,
+    v: Tensor | None,
+    columns: int | None = None,
+) -> Tensor:
+    """`int8_product` on a GPU; `columns`, of the CUDA kernel's tiles: those that suit y."""
     y = a.new_empty(a.shape[0], b.shape[0], dtype=torch.bfloat16)
     if not y.numel():
         return y
     narrow = None if u is None or v is None else (u.contiguous(), v.contiguous())
     scales = scale_m.contiguous(), None if scale_n is None else scale_n.contiguous()
+    operands = a.contiguous(), b.contiguous()
     with torch.cuda.device(a.device):
-        kernel, operands = _kernel(a.device.index), (a.contiguous(), b.contiguous())
-        if kernel is not None:
-            launch(kernel, operands, scales, narrow, y)
+        columns = columns or columns_for(len(a), len(b), a.device)
+        found = kernel(a.device.index, (), columns)
+        if found is not None:
+            launch(found, columns, operands, scales, narrow, y)
         else:
             from tunefork.kernels import int8_product_triton  # Triton comes with CUDA
 

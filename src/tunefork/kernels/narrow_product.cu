@@ -15,11 +15,16 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-#define STAGES 4
+// Defined where it is compiled: BF16, a and b are bf16, without scales, a up to three matrices side by side; TURNED,
+// with BF16, b is (K, N) and v (P, N); COLUMNS 128, tiles of half the width, where there are few.
+#ifndef COLUMNS
+#define COLUMNS 256
+#endif
+#define STAGES (COLUMNS == 256 ? 4 : 6)
+#define NUM_SUMS (COLUMNS / 2)  // a thread's
 #define GROUP 8  // clusters' tiles, one below the other, that take all columns before the next GROUP's
 #define BATCH 2  // parts of 64 columns of y between two barriers; of four forms on an H200 the quickest
 #define ROWS 128
-#define COLUMNS 256
 #define ROW_BYTES 128
 #define A_BYTES (ROWS * ROW_BYTES)
 #define B_BYTES (COLUMNS * ROW_BYTES)
@@ -28,16 +33,17 @@ typedef unsigned long long u64;
 
 struct __align__(64) Map { u64 opaque[16]; };  // CUtensorMap
 
-#define REGISTERS \
+#define REGISTERS_LOW \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define REGISTERS_HIGH \
   "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
   "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define SUMS \
+#define SUMS_LOW \
   "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]), \
   "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]), \
   "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]), \
@@ -45,7 +51,8 @@ struct __align__(64) Map { u64 opaque[16]; };  // CUtensorMap
   "+r"(d[32]), "+r"(d[33]), "+r"(d[34]), "+r"(d[35]), "+r"(d[36]), "+r"(d[37]), "+r"(d[38]), "+r"(d[39]), \
   "+r"(d[40]), "+r"(d[41]), "+r"(d[42]), "+r"(d[43]), "+r"(d[44]), "+r"(d[45]), "+r"(d[46]), "+r"(d[47]), \
   "+r"(d[48]), "+r"(d[49]), "+r"(d[50]), "+r"(d[51]), "+r"(d[52]), "+r"(d[53]), "+r"(d[54]), "+r"(d[55]), \
-  "+r"(d[56]), "+r"(d[57]), "+r"(d[58]), "+r"(d[59]), "+r"(d[60]), "+r"(d[61]), "+r"(d[62]), "+r"(d[63]), \
+  "+r"(d[56]), "+r"(d[57]), "+r"(d[58]), "+r"(d[59]), "+r"(d[60]), "+r"(d[61]), "+r"(d[62]), "+r"(d[63])
+#define SUMS_HIGH \
   "+r"(d[64]), "+r"(d[65]), "+r"(d[66]), "+r"(d[67]), "+r"(d[68]), "+r"(d[69]), "+r"(d[70]), "+r"(d[71]), \
   "+r"(d[72]), "+r"(d[73]), "+r"(d[74]), "+r"(d[75]), "+r"(d[76]), "+r"(d[77]), "+r"(d[78]), "+r"(d[79]), \
   "+r"(d[80]), "+r"(d[81]), "+r"(d[82]), "+r"(d[83]), "+r"(d[84]), "+r"(d[85]), "+r"(d[86]), "+r"(d[87]), \
@@ -54,22 +61,35 @@ struct __align__(64) Map { u64 opaque[16]; };  // CUtensorMap
   "+r"(d[104]), "+r"(d[105]), "+r"(d[106]), "+r"(d[107]), "+r"(d[108]), "+r"(d[109]), "+r"(d[110]), "+r"(d[111]), \
   "+r"(d[112]), "+r"(d[113]), "+r"(d[114]), "+r"(d[115]), "+r"(d[116]), "+r"(d[117]), "+r"(d[118]), "+r"(d[119]), \
   "+r"(d[120]), "+r"(d[121]), "+r"(d[122]), "+r"(d[123]), "+r"(d[124]), "+r"(d[125]), "+r"(d[126]), "+r"(d[127])
-// Of a warpgroup, 64 x 256 sums, 128 a thread: d += a b^T, or d = a b^T where `adds` is 0.
-#define MULTIPLY(name, shape, signs) \
-  __device__ __forceinline__ void name(int (&d)[128], u64 a, u64 b, int adds) { \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\nwgmma.mma_async.sync.aligned." shape " {" REGISTERS \
-                 "}, %128, %129, p" signs ";\n}\n" : SUMS : "l"(a), "l"(b), "r"(adds)); \
+#if COLUMNS == 256
+#define REGISTERS REGISTERS_LOW ", " REGISTERS_HIGH
+#define SUMS SUMS_LOW, SUMS_HIGH
+#define OPERANDS "%128, %129"
+#define ADDS "%130"
+#define WIDTH "256"
+#else
+#define REGISTERS REGISTERS_LOW
+#define SUMS SUMS_LOW
+#define OPERANDS "%64, %65"
+#define ADDS "%66"
+#define WIDTH "128"
+#endif
+// Of a warpgroup, 64 x COLUMNS sums: d += a b^T, or d = a b^T where `adds` is 0.
+#define MULTIPLY(name, kind, signs) \
+  __device__ __forceinline__ void name(int (&d)[NUM_SUMS], u64 a, u64 b, int adds) { \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADDS ", 0;\nwgmma.mma_async.sync.aligned.m64n" WIDTH kind " {" \
+                 REGISTERS "}, " OPERANDS ", p" signs ";\n}\n" : SUMS : "l"(a), "l"(b), "r"(adds)); \
   }
 #ifdef TURNED
-MULTIPLY(multiply_bf16, "m64n256k16.f32.bf16.bf16", ", 1, 1, 0, 1")
+MULTIPLY(multiply_bf16, "k16.f32.bf16.bf16", ", 1, 1, 0, 1")
 #else
-MULTIPLY(multiply_bf16, "m64n256k16.f32.bf16.bf16", ", 1, 1, 0, 0")
+MULTIPLY(multiply_bf16, "k16.f32.bf16.bf16", ", 1, 1, 0, 0")
 #endif
 #ifdef BF16
 #define multiply multiply_bf16
 #define K_COLUMNS 64
 #else
-MULTIPLY(multiply, "m64n256k32.s32.s8.s8", "")
+MULTIPLY(multiply, "k32.s32.s8.s8", "")
 #define K_COLUMNS 128
 #endif
 
@@ -126,9 +146,9 @@ template <int N> __device__ __forceinline__ void wait_for() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 // What the compiler must not take from registers before the wait above: it knows no other order.
-__device__ __forceinline__ void settle(int (&sums)[128]) {
+__device__ __forceinline__ void settle(int (&sums)[NUM_SUMS]) {
 #pragma unroll
-  for (int i = 0; i < 128; i++) asm volatile("" : "+r"(sums[i])::"memory");
+  for (int i = 0; i < NUM_SUMS; i++) asm volatile("" : "+r"(sums[i])::"memory");
 }
 __device__ __forceinline__ void meet(int group) {  // of a warpgroup's threads
   if (group) asm volatile("bar.sync 2, 128;" ::: "memory");
@@ -198,8 +218,8 @@ int8_product(const __grid_constant__ Map a, const __grid_constant__ Map b, const
           const Map* of_b = is_narrow ? &v : &b;
           to += A_BYTES + rank * (B_BYTES / 2);
 #ifdef TURNED
-          load_into_both(to, of_b, bar, column, x);
-          load_into_both(to + B_BYTES / 4, of_b, bar, column + 64, x);
+#pragma unroll
+          for (int i = 0; i < COLUMNS / 128; i++) load_into_both(to + i * 8192, of_b, bar, column + 64 * i, x);
 #else
           load_into_both(to, of_b, bar, x, column);
 #endif
@@ -221,13 +241,13 @@ int8_product(const __grid_constant__ Map a, const __grid_constant__ Map b, const
       Place at = place_of(tile, tiles_m, tiles_n);
       int row = (at.m * 2 + rank) * ROWS + group * 64, column = at.n * COLUMNS;
 #ifndef BF16
-      int left = column + local, right = left + 128;
+      int left = column + local, right = left + 128;  // the latter where a tile is so wide
       float scale_left = scale_n && left < N ? scale_n[left] : 1.0f;  // on their way until the sums are there
       float scale_right = scale_n && right < N ? scale_n[right] : 1.0f;
       int upper = row + warp * 16 + (lane >> 2), lower = upper + 8;
       float scale_upper = upper < M ? scale_m[upper] : 0.0f, scale_lower = lower < M ? scale_m[lower] : 0.0f;
 #endif
-      int sums[128], before = 0;
+      int sums[NUM_SUMS], before = 0;
       for (int k = 0; k < k_tiles; k++) {
         barrier_wait(full0 + 8 * stage, phase);
         u32 place = base + stage * STAGE_BYTES;
@@ -248,10 +268,10 @@ int8_product(const __grid_constant__ Map a, const __grid_constant__ Map b, const
       if (tells) barrier_arrive(empty0 + 8 * before, local);
 #ifndef BF16
       own_scales[local] = scale_left;
-      own_scales[local + 128] = scale_right;
+      if (COLUMNS == 256) own_scales[local + 128] = scale_right;
       meet(group);
 #pragma unroll
-      for (int i = 0; i < 32; i++) {
+      for (int i = 0; i < COLUMNS / 8; i++) {
         float2 w = *(float2*)&own_scales[8 * i + 2 * (lane & 3)];
         scale_in_place(sums[4 * i], scale_upper * w.x);
         scale_in_place(sums[4 * i + 1], scale_upper * w.y);
@@ -284,7 +304,7 @@ int8_product(const __grid_constant__ Map a, const __grid_constant__ Map b, const
         if (++stage == STAGES) stage = 0, phase ^= 1;
       }
 #pragma unroll
-      for (int first = 0; first < 4; first += BATCH) {
+      for (int first = 0; first < COLUMNS / 64; first += BATCH) {
         if (speaks) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
         meet(group);
 #pragma unroll
