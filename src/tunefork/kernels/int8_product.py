@@ -89,12 +89,12 @@ def check_kernel(device: torch.device) -> None:
         return torch.randn(*shape, generator=made).to(device)
 
     for m, n, k, p in _CHECKED:
-        narrow = [normal(rows, p).bfloat16() if p else None for rows in (m, n)]
-        scales = normal(m, 1).abs() / k**0.5 / 5000, (normal(1, n).abs() if p else None)
-        given = codes(m, k), codes(n, k), *scales, *narrow
-        wanted = int8_product_reference(*given).float()
+        u, v = (normal(rows, p).bfloat16() if p else None for rows in (m, n))
+        scale_m, scale_n = normal(m, 1).abs() / k**0.5 / 5000, normal(1, n).abs() if p else None
+        a, b = codes(m, k), codes(n, k)
+        wanted = int8_product_reference(a, b, scale_m, scale_n, u, v).float()
         for columns in WIDTHS:
-            found = _product(*given, columns=columns).float()
+            found = _product(a, b, scale_m, scale_n, u, v, columns).float()
             if not (found - wanted).norm() <= _TOLERANCE * wanted.norm():
                 raise CudaSourceError(f"the int8 product of ({m}, {k}) by ({n}, {k}) is wrong")
 
