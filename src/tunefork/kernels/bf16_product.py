@@ -25,6 +25,9 @@ _TILE = 64
 _MOST_PARTS = 3
 _LEAST_ROWS = 1024
 """For the kernel, whose tiles are 256 rows: with fewer its blocks are too few. Not measured."""
+_SUMMED_AT_A_TIME, _LEAST_SUMMED_ROWS = 2**25, 1024
+"""Numbers of y whose sums are in memory at one time without the kernel (128 MiB, and a product's
+beside them), and rows at least."""
 
 
 def bf16_product(
@@ -63,8 +66,8 @@ def _bf16_product(
     is_even = all(part.shape[1] % _TILE == 0 for part in parts)
     if len(parts) > _MOST_PARTS or (len(parts) > 1 and not is_even):
         parts = [torch.cat(list(parts), dim=1)]
-    rows = [part if part.stride(1) == 1 else part.contiguous() for part in parts]
-    u, b, v = (t if t.stride(1) == 1 else t.contiguous() for t in (u, b, v))
+    rows = [part if _is_in_order(part) else part.contiguous() for part in parts]
+    u, b, v = (t if _is_in_order(t) else t.contiguous() for t in (u, b, v))
     with torch.cuda.device(u.device):
         columns = columns_for(y.shape[0], y.shape[1], u.device)
         found = kernel(u.device.index, ("BF16", "TURNED") if is_turned else ("BF16",), columns)
@@ -88,21 +91,32 @@ def _bf16_product(
 
 def _takes(matrices: Sequence[Tensor]) -> bool:
     """Whether the kernel does: a Hopper GPU, many rows, addresses that its copies have."""
-    in_order = (t for t in matrices if t.stride(1) == 1)  # others are copied
+    in_order = [t for t in matrices if _is_in_order(t)]  # others are copied
     is_aligned = all(t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in in_order)
     is_aligned &= all(t.shape[1] % 8 == 0 for t in matrices)
     is_hopper = torch.cuda.get_device_capability(matrices[0].device) == HOPPER
     return is_hopper and is_aligned and len(matrices[0]) >= _LEAST_ROWS
 
 
+def _is_in_order(matrix: Tensor) -> bool:
+    """Whether its rows lie one after the other: those of a sum's gradient are one, expanded."""
+    return matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+
+
 def _by_sums(parts: Sequence[Tensor], b: Tensor, u: Tensor, v: Tensor, is_turned: bool) -> Tensor:
+    """The same by cuBLAS, some rows at a time: all of y's sums in fp32 take four times its room."""
     factors = [v, *torch.split(b, [part.shape[1] for part in parts], dim=0 if is_turned else 1)]
-    y_mn: Tensor | None = None
-    for left, right in zip([u, *parts], factors, strict=True):
-        product = torch.mm(left, right if is_turned else right.t(), out_dtype=torch.float32)
-        y_mn = product if y_mn is None else y_mn.add_(product)
-    assert y_mn is not None
-    return y_mn.bfloat16()
+    if not is_turned:
+        factors = [factor.t() for factor in factors]
+    y_mn = _empty(b, u, is_turned)
+    height = max(_LEAST_SUMMED_ROWS, _SUMMED_AT_A_TIME // y_mn.shape[1])
+    for first in range(0, y_mn.shape[0], height):
+        rows = slice(first, first + height)
+        sums = torch.mm(u[rows], factors[0], out_dtype=torch.float32)
+        for part, factor in zip(parts, factors[1:], strict=True):
+            sums += torch.mm(part[rows], factor, out_dtype=torch.float32)
+        y_mn[rows] = sums
+    return y_mn
 
 
 @_bf16_product.register_fake

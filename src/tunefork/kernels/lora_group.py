@@ -97,10 +97,11 @@ class _LoraGroup(torch.autograd.Function):
                 own = dys[slice(*piece)]
                 if layout.rank and dx_sd is None:
                     narrow = padded(du_sr, 1), padded(a_rd, 0)
-                    part_sd = bf16_product(own, weight_od, *narrow, is_turned=True)
-                else:
-                    part_sd = torch.cat(own, dim=1) @ weight_od
-                dx_sd = part_sd if dx_sd is None else dx_sd + part_sd
+                    dx_sd = bf16_product(own, weight_od, *narrow, is_turned=True)
+                    continue
+                dy_so = own[0] if len(own) == 1 else torch.cat(own, dim=1)  # of one it is a copy
+                # Added to what there is where it is summed, in fp32: rounded once less.
+                dx_sd = dy_so @ weight_od if dx_sd is None else dx_sd.addmm(dy_so, weight_od)
         return None, None, dx_sd, *(None for _ in weights), *gradients
 
 

@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-import tunefork.kernels.lora_group  # noqa: F401  registers add_product_
+import tunefork.kernels.lora_group  # noqa: F401  registers bf16_product
 from tunefork.plan import meta_results
 from tunefork.plan.graph import UnknownOperationError
 from tunefork.plan.trace import WRITTEN_OVER
