@@ -10,7 +10,8 @@ from tunefork.kernels.compiled import standing_for_gpu
 from tunefork.kernels.int8_product import int8_product
 from tunefork.kernels.int8_rows import round_apart
 from tunefork.plan.graph import TOKENS, program_of
-from tunefork.plan.trace import Trace, kernels_of
+from tunefork.plan.operators import kernels_of
+from tunefork.plan.trace import Trace
 
 INNER, COLUMNS, NARROW, APART = 160, 96, 72, 48
 

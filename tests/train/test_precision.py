@@ -45,7 +45,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         batch = BatchAgreement(num_examples=1, loss_bf16=1.0, loss_int8=1.0, cosines={})
         return Agreement(batches=(batch,), agrees=answers[0], why="as it was asked", seconds=1.0)
 
-    monkeypatch.setattr(precision, "has_int8", lambda device: True)
+    monkeypatch.setattr(precision, "has_timed_int8", lambda device: True)
     monkeypatch.setattr(precision, "agree", answer)
     monkeypatch.setattr(precision, "verdicts", lambda: (PASSED,))
     return answers
@@ -99,9 +99,9 @@ def test_what_cannot_be_chosen_is_not_tried(
     assert short is not None and "fewer than 100 steps" in short.why
     other = settle(Method.QLORA).choice
     assert other is not None and "gate has not been run for qlora of llama" in other.why
-    monkeypatch.setattr(precision, "has_int8", lambda device: False)
+    monkeypatch.setattr(precision, "has_timed_int8", lambda device: False)
     old = settle().choice
-    assert old is not None and "no int8 products" in old.why
+    assert old is not None and "timed on Hopper GPUs alone" in old.why
     for nothing_to_decide in (
         settle(Method.FULL),
         settle(precision="bf16"),

@@ -41,7 +41,7 @@ class CudaKernel:
         self.processors: int = torch.cuda.get_device_properties(device).multi_processor_count
         image, module, self.function = compiled(source, name), _POINTER(), _POINTER()
         with torch.cuda.device(device):
-            torch.cuda.current_stream()  # which makes the device's context the current one
+            torch.cuda.synchronize()  # a call of the runtime's: its context is the current one
             self.check(self.driver.cuModuleLoadData(ctypes.byref(module), image))
             named = ctypes.byref(self.function), module, name.encode()
             self.check(self.driver.cuModuleGetFunction(*named))

@@ -1,7 +1,7 @@
 """`kernels/int8_product.py` where `narrow_product.cu` is not for: GPUs before Hopper and after.
 
 The same sums in one kernel of Triton's: codes into int32, scaled in registers, the narrow product
-added to them there. On an H200 such a kernel is some 15 % behind (docs/performance.md).
+added to them there. Compiled for the GPUs from Ampere on, and measured on none.
 """
 
 from typing import NamedTuple

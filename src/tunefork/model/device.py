@@ -49,6 +49,7 @@ _FP8_CAPABILITY = (8, 9)
 """First CUDA compute capability with FP8 products (Ada; Hopper is 9.0)."""
 
 
+_HOPPER = (9, 0)
 _INT8_CAPABILITY = (8, 0)
 """The first with asynchronous copies, bf16, and int8 products of such tiles (Ampere)."""
 
@@ -63,6 +64,12 @@ def has_int8(device: torch.device | None) -> bool:
     """Whether `device` has what int8 products take (`kernels/int8_product.py`)."""
     is_cuda = device is not None and device.type == "cuda"
     return is_cuda and torch.cuda.get_device_capability(device) >= _INT8_CAPABILITY
+
+
+def has_timed_int8(device: torch.device | None) -> bool:
+    """Whether `device` is a GPU of the kind that int8 products were timed on."""
+    is_cuda = device is not None and device.type == "cuda"
+    return is_cuda and torch.cuda.get_device_capability(device) == _HOPPER
 
 
 def reset_peak(device: torch.device) -> None:

@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from tunefork.plan.program import Kernel, Program, Size
-from tunefork.plan.trace import (
+from tunefork.plan.operators import (
     BF16_PRODUCT,
     FLASH,
     INT8_PRODUCT,
@@ -35,6 +34,7 @@ from tunefork.plan.trace import (
     lora_gradients_flops,
     product,
 )
+from tunefork.plan.program import Kernel, Program, Size
 
 TOKENS = 1009
 """Of the captured pass: a prime."""

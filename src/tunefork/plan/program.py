@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass, field
 
-from tunefork.plan.trace import flash_flops, flash_room
+from tunefork.plan.operators import flash_flops, flash_room
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 import tunefork.kernels.lora_group  # noqa: F401  registers bf16_product
 from tunefork.plan import meta_results
 from tunefork.plan.graph import UnknownOperationError
-from tunefork.plan.trace import WRITTEN_OVER
+from tunefork.plan.operators import WRITTEN_OVER
 
 _IN_PLACE = WRITTEN_OVER
 """What changes an argument -> where that stands."""

@@ -67,12 +67,12 @@ class TrainSection(Section):
     """Dtype of weights and activations in the forward pass. `int8`: products with a frozen base in
     whole numbers of 8 bits over a scale a row, for methods that have one (lora, qlora; `full` then
     computes in bf16), with everything else in bf16. Made for Hopper GPUs; others from Ampere on
-    have it too, not measured; a CPU computes it slowly. `auto`: int8 on a GPU where its gate was
-    passed for the model's family, method and size and int8 is faster (train/int8_gate.yaml; so far
-    nowhere), the run has at least 100 steps, and two batches of its own agree in both (run.json has
-    the figures); else bf16 on a GPU and on a CPU with bf16 instructions; else fp32. `train` and the
-    final runs of `compare` choose so; searches, sweeps and groups take bf16. int8 is for training
-    alone: what is evaluated or generated is computed in bf16, as a server does."""
+    have it too, not measured; a CPU computes it slowly. `auto`: int8 on a Hopper GPU where its gate
+    was passed for the model's family, method and size and int8 is faster (train/int8_gate.yaml; so
+    far nowhere), the run has at least 100 steps, and two batches of its own agree in both (run.json
+    has the figures); else bf16 on a GPU and on a CPU with bf16 instructions; else fp32. `train` and
+    the final runs of `compare` choose so; searches, sweeps and groups take bf16. int8 is for
+    training alone: what is evaluated or generated is computed in bf16, as a server does."""
 
     activation_checkpointing: CheckpointingChoice = "auto"
     """What is kept for the backward pass. `none`: every activation. `full` (or true): each layer's

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tunefork.data.example import Encoded
 from tunefork.errors import ModelError, NoMemoryError
-from tunefork.model.device import has_int8
+from tunefork.model.device import has_timed_int8
 from tunefork.model.load import load_skeleton
 from tunefork.recipe import Method, Recipe
 from tunefork.train.agreement import agree
@@ -137,8 +137,8 @@ def reason_against(
     """Why int8 is not even tried, or None."""
     if recipe.lora.dora:
         return "int8 has no form of lora.dora"
-    if not has_int8(device):
-        return "this GPU has no int8 products"
+    if not has_timed_int8(device):
+        return "int8 products were timed on Hopper GPUs alone"
     skeleton = load_skeleton(recipe.model)
     num_params = sum(p.numel() for p in skeleton.parameters())
     why_not = gate(skeleton.config.model_type, method, num_params)
