@@ -21,8 +21,14 @@ typedef unsigned long long u64;
 #define COLUMNS 256
 #endif
 #define STAGES (COLUMNS == 256 ? 4 : 6)
+#ifndef LEAD
+#define LEAD 0
+#endif
 #define NUM_SUMS (COLUMNS / 2)  // a thread's
-#define GROUP 8  // clusters' tiles, one below the other, that take all columns before the next GROUP's
+#ifndef GROUP
+#define GROUP 8
+#endif
+// clusters' tiles, one below the other, that take all columns before the next GROUP's
 #define BATCH 2  // parts of 64 columns of y between two barriers; of four forms on an H200 the quickest
 #define ROWS 128
 #define ROW_BYTES 128
@@ -186,7 +192,7 @@ int8_product(const __grid_constant__ Map a, const __grid_constant__ Map b, const
   __shared__ __align__(8) u64 full[STAGES], empty[STAGES];
   u32 base = shared_address(memory), full0 = shared_address(full), empty0 = shared_address(empty), rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  int thread = threadIdx.x, group = thread >> 7;
+  int thread = threadIdx.x, group = __shfl_sync(~0u, thread >> 7, 0);
   if (thread == 0) {
     for (int i = 0; i < STAGES; i++) {
       barrier_init(full0 + 8 * i, 1);
@@ -204,7 +210,12 @@ int8_product(const __grid_constant__ Map a, const __grid_constant__ Map b, const
       for (int tile = blockIdx.x >> 1; tile < tiles; tile += step) {
         Place at = place_of(tile, tiles_m, tiles_n);
         int row = (at.m * 2 + rank) * ROWS, column = at.n * COLUMNS + rank * (COLUMNS / 2);
-        for (int k = 0; k < k_tiles + p_tiles; k++) {
+        for (int turn = 0; turn < k_tiles + p_tiles; turn++) {
+#ifdef BF16
+          int k = turn < p_tiles ? turn + k_tiles : turn - p_tiles;
+#else
+          int k = turn;
+#endif
           barrier_wait(empty0 + 8 * stage, phase ^ 1);
           u32 bar = full0 + 8 * stage, to = base + stage * STAGE_BYTES;
           bool is_narrow = k >= k_tiles;  // 64 numbers of bf16 are as many bytes as 128 codes
@@ -231,6 +242,9 @@ int8_product(const __grid_constant__ Map a, const __grid_constant__ Map b, const
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     int lane = thread & 31, warp = (thread >> 5) & 3, local = thread & 127;
     int stage = 0, phase = 0;
+#if LEAD
+    bool leads = !group && k_tiles > STAGES, follows = group && k_tiles > STAGES;
+#endif
     bool speaks = local == 0, tells = local < 2;  // to whom: block `local` of the cluster
     u32 out = base + STAGES * STAGE_BYTES + group * BATCH * PART_BYTES;
     u32 own_row = (warp * 16 + (lane & 15)) * ROW_BYTES;  // the row that stmatrix takes this lane's address of
@@ -248,15 +262,45 @@ int8_product(const __grid_constant__ Map a, const __grid_constant__ Map b, const
       float scale_upper = upper < M ? scale_m[upper] : 0.0f, scale_lower = lower < M ? scale_m[lower] : 0.0f;
 #endif
       int sums[NUM_SUMS], before = 0;
+      auto multiply_narrow = [&](int is_begun) {
+        for (int p = 0; p < p_tiles; p++) {
+          barrier_wait(full0 + 8 * stage, phase);
+          u32 place = base + stage * STAGE_BYTES;
+          u64 da = descriptor(place + group * PART_BYTES), db = descriptor_b(place + A_BYTES);
+          int steps = min(p_steps - 4 * p, 4);
+          fence();
+#pragma unroll 1
+          for (int i = 0; i < steps; i++) multiply_bf16(sums, da + 2 * i, db + STEP_B * i, is_begun | p | i);
+          commit();
+          if (p) {
+            wait_for<1>();
+            if (tells) barrier_arrive(empty0 + 8 * before, local);
+          }
+          before = stage;
+          if (++stage == STAGES) stage = 0, phase ^= 1;
+        }
+      };
+#ifdef BF16
+      multiply_narrow(0);  // first: behind the others it would be waited for by itself
+      int is_begun = p_tiles;
+#else
+      const int is_begun = 0;
+#endif
+#if LEAD
+      if (follows) asm volatile("bar.sync 3, 256;" ::: "memory");
+#endif
       for (int k = 0; k < k_tiles; k++) {
+#if LEAD
+        if (leads && k == LEAD) asm volatile("bar.arrive 3, 256;" ::: "memory");
+#endif
         barrier_wait(full0 + 8 * stage, phase);
         u32 place = base + stage * STAGE_BYTES;
         u64 da = descriptor(place + group * PART_BYTES), db = descriptor_b(place + A_BYTES);
         fence();
 #pragma unroll
-        for (int i = 0; i < 4; i++) multiply(sums, da + 2 * i, db + STEP_B * i, k | i);
+        for (int i = 0; i < 4; i++) multiply(sums, da + 2 * i, db + STEP_B * i, is_begun | k | i);
         commit();
-        if (k) {
+        if (is_begun | k) {
           wait_for<1>();
           if (tells) barrier_arrive(empty0 + 8 * before, local);
         }
@@ -278,31 +322,13 @@ int8_product(const __grid_constant__ Map a, const __grid_constant__ Map b, const
         scale_in_place(sums[4 * i + 2], scale_lower * w.x);
         scale_in_place(sums[4 * i + 3], scale_lower * w.y);
       }
-#endif
-      for (int p = 0; p < p_tiles; p++) {
-        barrier_wait(full0 + 8 * stage, phase);
-        u32 place = base + stage * STAGE_BYTES;
-        u64 da = descriptor(place + group * PART_BYTES), db = descriptor_b(place + A_BYTES);
-        int steps = p_steps - 4 * p;
-        if (steps >= 4) {
-          fence();
-#pragma unroll
-          for (int i = 0; i < 4; i++) multiply_bf16(sums, da + 2 * i, db + STEP_B * i, 1);
-          commit();
-          wait_for<0>();
-        } else {
-#pragma unroll 1
-          for (int i = 0; i < steps; i++) {
-            fence();
-            multiply_bf16(sums, da + 2 * i, db + STEP_B * i, 1);
-            commit();
-            wait_for<0>();
-          }
-        }
+      if (p_tiles) {
+        multiply_narrow(1);
+        wait_for<0>();
         settle(sums);
-        if (tells) barrier_arrive(empty0 + 8 * stage, local);
-        if (++stage == STAGES) stage = 0, phase ^= 1;
+        if (tells) barrier_arrive(empty0 + 8 * before, local);
       }
+#endif
 #pragma unroll
       for (int first = 0; first < COLUMNS / 64; first += BATCH) {
         if (speaks) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
