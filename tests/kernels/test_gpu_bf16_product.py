@@ -20,6 +20,32 @@ def _draw(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda").bfloat16()
 
 
+def _operands(
+    m: int, n: int, sizes: tuple[int, ...], p: int, is_turned: bool
+) -> tuple[list[Tensor], Tensor, Tensor | None, Tensor | None]:
+    """Parts, b, u and v; without the latter where P is 0."""
+    parts, k = [_draw(m, size) for size in sizes], sum(sizes)
+    b = _draw(k, n) if is_turned else _draw(n, k)
+    if not p:
+        return parts, b, None, None
+    return parts, b, _draw(m, p), _draw(p, n) if is_turned else _draw(n, p)
+
+
+def _check(
+    parts: list[Tensor], b: Tensor, u: Tensor | None, v: Tensor | None, is_turned: bool
+) -> None:
+    """That y is float64's but for one rounding."""
+    y = bf16_product(parts, b, u, v, is_turned=is_turned)
+    a, b = torch.cat(parts, dim=1).double(), b.double()
+    exact = a @ b if is_turned else a @ b.t()
+    if u is not None and v is not None:
+        exact += u.double() @ (v if is_turned else v.t()).double()
+    assert y.shape == exact.shape and y.dtype == torch.bfloat16
+    # Tensor cores cut sums off where others round: that adds up with K.
+    slack = (1e-4 + 3e-8 * a.shape[1]) * exact.std()
+    assert ((y.double() - exact).abs() <= 2**-8 * exact.abs() + slack).all()
+
+
 @pytest.mark.parametrize("columns", [128, 256])
 @pytest.mark.parametrize("is_turned", [False, True])
 @pytest.mark.parametrize(
@@ -27,10 +53,12 @@ def _draw(*shape: int) -> Tensor:
     [
         (16_384, 4096, (4096,), 16),
         (2048, 4096, (4096, 1024, 1024), 48),
+        (2048, 4096, (4096, 1024, 1024), 0),
         (1000, 4096, (14_336, 14_336), 32),
         (77, 144, (592,), 16),
         (1, 16, (16,), 8),
         (300, 272, (144, 80), 200),
+        (300, 272, (144, 80), 0),
         (130, 640, (64, 128, 64, 64), 24),
     ],
 )
@@ -46,15 +74,7 @@ def test_it_is_float64s_but_for_one_rounding(
     monkeypatch.setattr(dispatch, "_LEAST_ROWS", 1)
     monkeypatch.setattr(dispatch, "columns_for", lambda *_: columns)
     torch.manual_seed(0)
-    parts, u, k = [_draw(m, size) for size in sizes], _draw(m, p), sum(sizes)
-    b, v = (_draw(k, n), _draw(p, n)) if is_turned else (_draw(n, k), _draw(n, p))
-    y = bf16_product(parts, b, u, v, is_turned=is_turned)
-    a, b, u, v = torch.cat(parts, dim=1).double(), b.double(), u.double(), v.double()
-    exact = a @ b + u @ v if is_turned else a @ b.t() + u @ v.t()
-    assert y.shape == exact.shape and y.dtype == torch.bfloat16
-    # Tensor cores cut sums off where others round: that adds up with K.
-    slack = (1e-4 + 3e-8 * k) * exact.std()
-    assert ((y.double() - exact).abs() <= 2**-8 * exact.abs() + slack).all()
+    _check(*_operands(m, n, sizes, p, is_turned), is_turned)
 
 
 @pytest.mark.parametrize("is_turned", [False, True])

@@ -81,6 +81,24 @@ def test_equals_the_definition(
         assert gradient.dtype == operand.dtype
 
 
+def test_gradients_of_a_group_without_deltas_are_multiplied_as_they_lie(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+    product = kernel.bf16_product
+
+    def noting(parts: Any, *more: Any, **named: Any) -> Tensor:
+        seen.extend(part.data_ptr() for part in parts)
+        return product(parts, *more, **named)
+
+    monkeypatch.setattr(kernel, "bf16_product", noting)
+    layout = Layout("bf16", "bf16", (32, 16), (0, 0), SCALE)
+    x = torch.randn(3, 8, requires_grad=True)
+    upstream = [torch.randn(3, size) for size in layout.sizes]
+    torch.autograd.backward(lora_group(x, layout, [torch.randn(48, 8)], [], []), upstream)
+    assert seen == [dy.data_ptr() for dy in upstream]
+
+
 def test_of_large_4_bit_layers_one_is_dequantised_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

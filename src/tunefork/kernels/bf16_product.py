@@ -31,48 +31,52 @@ beside them), and rows at least."""
 
 
 def bf16_product(
-    parts: Sequence[Tensor], b: Tensor, u_mp: Tensor, v: Tensor, *, is_turned: bool
+    parts: Sequence[Tensor], b: Tensor, u_mp: Tensor | None, v: Tensor | None, *, is_turned: bool
 ) -> Tensor:
     """(M, N): a b^T + u v^T of b (N, K) and v (N, P); turned, a b + u v of b (K, N) and v (P, N).
 
-    a is `parts` (M, K_i) side by side. All are of one dtype, and summed in fp32 at least; in bf16
-    on a GPU K_i, N and P are multiples of 8.
+    a is `parts` (M, K_i) side by side; u and v may both be None. All are of one dtype, and summed
+    in fp32 at least; the kernel takes K_i, N and P that are multiples of 8.
     """
-    if is_on_gpu(u_mp) and u_mp.dtype == torch.bfloat16:
+    if is_on_gpu(b) and b.dtype == torch.bfloat16:
         return torch.ops.tunefork.bf16_product(list(parts), b, u_mp, v, is_turned)  # type: ignore[no-any-return]
     return bf16_product_reference(parts, b, u_mp, v, is_turned=is_turned)
 
 
 def bf16_product_reference(
-    parts: Sequence[Tensor], b: Tensor, u_mp: Tensor, v: Tensor, *, is_turned: bool
+    parts: Sequence[Tensor], b: Tensor, u_mp: Tensor | None, v: Tensor | None, *, is_turned: bool
 ) -> Tensor:
     """The definition of `bf16_product`, of any dtype."""
-    wide = torch.promote_types(u_mp.dtype, torch.float32)
-    a_mk = torch.cat(list(parts), dim=1).to(wide)
-    b, u, v = (tensor.to(wide) for tensor in (b, u_mp, v))
-    return (a_mk @ b + u @ v if is_turned else a_mk @ b.t() + u @ v.t()).to(u_mp.dtype)
+    pairs = [(torch.cat(list(parts), dim=1), b)]
+    if u_mp is not None and v is not None:
+        pairs.append((u_mp, v))
+    wide = torch.promote_types(b.dtype, torch.float32)
+    products = [x.to(wide) @ (w if is_turned else w.t()).to(wide) for x, w in pairs]
+    return sum(products[1:], products[0]).to(b.dtype)
 
 
 @torch.library.custom_op("tunefork::bf16_product", mutates_args=(), device_types="cuda")
 def _bf16_product(
-    parts: Sequence[Tensor], b: Tensor, u: Tensor, v: Tensor, is_turned: bool
+    parts: Sequence[Tensor], b: Tensor, u: Tensor | None, v: Tensor | None, is_turned: bool
 ) -> Tensor:
-    y = _empty(b, u, is_turned)
+    y = _empty(parts, b, is_turned)
     if not y.numel():
         return y
+    narrow = () if u is None or v is None else (u, v)
     # Asked in here, where it is no question of torch.compile's: one form serves all lengths.
-    if not _takes([*parts, b, u, v, y]):
-        return _by_sums(parts, b, u, v, is_turned)
+    if not _takes([*parts, b, *narrow, y]):
+        return _by_sums(parts, b, narrow, is_turned)
     is_even = all(part.shape[1] % _TILE == 0 for part in parts)
     if len(parts) > _MOST_PARTS or (len(parts) > 1 and not is_even):
         parts = [torch.cat(list(parts), dim=1)]
-    rows = [part if _is_in_order(part) else part.contiguous() for part in parts]
-    u, b, v = (t if _is_in_order(t) else t.contiguous() for t in (u, b, v))
-    with torch.cuda.device(u.device):
-        columns = columns_for(y.shape[0], y.shape[1], u.device)
-        found = kernel(u.device.index, ("BF16", "TURNED") if is_turned else ("BF16",), columns)
+    with torch.cuda.device(b.device):
+        columns = columns_for(y.shape[0], y.shape[1], b.device)
+        found = kernel(b.device.index, ("BF16", "TURNED") if is_turned else ("BF16",), columns)
         if found is None:
-            return _by_sums(parts, b, u, v, is_turned)
+            return _by_sums(parts, b, narrow, is_turned)
+        *rows, b = (t if _is_in_order(t) else t.contiguous() for t in (*parts, b))
+        # Without narrow ones their maps are not read.
+        u, v = (t if _is_in_order(t) else t.contiguous() for t in narrow or (rows[0], b))
         box = (_TILE, _TILE) if is_turned else (_TILE, columns // 2)
         maps = [
             *(found.map(part, _TILE, ROWS) for part in (rows + rows[:1] * 2)[:_MOST_PARTS]),
@@ -83,7 +87,7 @@ def _bf16_product(
         ]
         tiles = [-(-part.shape[1] // _TILE) for part in rows]
         second, third = tiles[0], sum(tiles[:2])
-        counts = (*y.shape, second, third, sum(tiles), -(-u.shape[1] // 16))
+        counts = (*y.shape, second, third, sum(tiles), -(-u.shape[1] // 16) if narrow else 0)
         arguments: list[Any] = [*maps, *map(ctypes.c_int, counts)]
         found.launch(found.processors // 2 * 2, arguments)  # two are a cluster
     return y
@@ -103,26 +107,33 @@ def _is_in_order(matrix: Tensor) -> bool:
     return matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
 
 
-def _by_sums(parts: Sequence[Tensor], b: Tensor, u: Tensor, v: Tensor, is_turned: bool) -> Tensor:
+def _by_sums(
+    parts: Sequence[Tensor], b: Tensor, narrow: Sequence[Tensor], is_turned: bool
+) -> Tensor:
     """The same by cuBLAS, some rows at a time: all of y's sums in fp32 take four times its room."""
-    factors = [v, *torch.split(b, [part.shape[1] for part in parts], dim=0 if is_turned else 1)]
+    factors = [*torch.split(b, [part.shape[1] for part in parts], dim=0 if is_turned else 1)]
+    columns, factors = [*parts, *narrow[:1]], [*factors, *narrow[1:]]
     if not is_turned:
         factors = [factor.t() for factor in factors]
-    y_mn = _empty(b, u, is_turned)
+    if len(columns) == 1:
+        return columns[0] @ factors[0]
+    y_mn = _empty(parts, b, is_turned)
     height = max(_LEAST_SUMMED_ROWS, _SUMMED_AT_A_TIME // y_mn.shape[1])
     for first in range(0, y_mn.shape[0], height):
         rows = slice(first, first + height)
-        sums = torch.mm(u[rows], factors[0], out_dtype=torch.float32)
-        for part, factor in zip(parts, factors[1:], strict=True):
+        sums = torch.mm(columns[0][rows], factors[0], out_dtype=torch.float32)
+        for part, factor in zip(columns[1:], factors[1:], strict=True):
             sums += torch.mm(part[rows], factor, out_dtype=torch.float32)
         y_mn[rows] = sums
     return y_mn
 
 
 @_bf16_product.register_fake
-def _(parts: Sequence[Tensor], b: Tensor, u: Tensor, v: Tensor, is_turned: bool) -> Tensor:
-    return _empty(b, u, is_turned)
+def _(
+    parts: Sequence[Tensor], b: Tensor, u: Tensor | None, v: Tensor | None, is_turned: bool
+) -> Tensor:
+    return _empty(parts, b, is_turned)
 
 
-def _empty(b: Tensor, u: Tensor, is_turned: bool) -> Tensor:
-    return u.new_empty(u.shape[0], b.shape[1 if is_turned else 0])
+def _empty(parts: Sequence[Tensor], b: Tensor, is_turned: bool) -> Tensor:
+    return b.new_empty(parts[0].shape[0], b.shape[1 if is_turned else 0])
