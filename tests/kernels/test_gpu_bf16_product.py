@@ -92,15 +92,39 @@ def test_what_is_beyond_an_edge_is_not_read(is_turned: bool) -> None:
     assert y.isfinite().all()
 
 
-def test_without_the_kernel_and_of_an_expanded_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expanded_row_is_copied_first() -> None:
     b, u, v = _draw(256, 512), _draw(2048, 16), _draw(16, 512)
     a = _draw(1, 256).expand(2048, 256)
     by_kernel = bf16_product([a], b, u, v, is_turned=True)
     assert torch.equal(by_kernel, bf16_product([a.contiguous()], b, u, v, is_turned=True))
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("is_turned", [False, True])
+@pytest.mark.parametrize(
+    ("m", "n", "sizes", "p"),
+    [
+        (4096, 4096, (4096, 1024, 1024), 48),
+        (2600, 272, (592,), 24),
+        (2600, 272, (144, 80), 0),
+        (77, 144, (592,), 16),
+        (77, 144, (592,), 0),
+    ],
+)
+def test_without_the_kernel_it_is_rounded_once_too(
+    m: int,
+    n: int,
+    sizes: tuple[int, ...],
+    p: int,
+    is_turned: bool,
+    copies: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(dispatch, "_takes", lambda _: False)
-    monkeypatch.setattr(dispatch, "_SUMMED_AT_A_TIME", 1)
-    by_sums = bf16_product([a], b, u, v, is_turned=True)
-    torch.testing.assert_close(by_kernel, by_sums, rtol=2**-7, atol=1e-3)
+    monkeypatch.setattr(dispatch, "_copying_is_less", lambda *_: copies)
+    monkeypatch.setattr(dispatch, "_AT_A_TIME", 1)
+    torch.manual_seed(0)
+    _check(*_operands(m, n, sizes, p, is_turned), is_turned)
 
 
 def test_parts_of_wider_matrices_and_captured(monkeypatch: pytest.MonkeyPatch) -> None:

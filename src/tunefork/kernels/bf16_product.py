@@ -11,7 +11,7 @@ Shape legend: M rows of the result, N its columns, K features (of all parts), P 
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,9 @@ _TILE = 64
 _MOST_PARTS = 3
 _LEAST_ROWS = 1024
 """For the kernel, whose tiles are 256 rows: with fewer its blocks are too few. Not measured."""
-_SUMMED_AT_A_TIME, _LEAST_SUMMED_ROWS = 2**25, 1024
-"""Numbers of y whose sums are in memory at one time without the kernel (128 MiB, and a product's
-beside them), and rows at least."""
+_AT_A_TIME, _LEAST_AT_A_TIME = 2**25, 1024
+"""Numbers that are in memory at one time without the kernel, of y's sums (128 MiB, and a product's
+beside them) or of operands side by side (64 MiB), and rows at least."""
 
 
 def bf16_product(
@@ -65,7 +65,7 @@ def _bf16_product(
     narrow = () if u is None or v is None else (u, v)
     # Asked in here, where it is no question of torch.compile's: one form serves all lengths.
     if not _takes([*parts, b, *narrow, y]):
-        return _by_sums(parts, b, narrow, is_turned)
+        return _by_cublas(parts, b, narrow, is_turned)
     is_even = all(part.shape[1] % _TILE == 0 for part in parts)
     if len(parts) > _MOST_PARTS or (len(parts) > 1 and not is_even):
         parts = [torch.cat(list(parts), dim=1)]
@@ -73,7 +73,7 @@ def _bf16_product(
         columns = columns_for(y.shape[0], y.shape[1], b.device)
         found = kernel(b.device.index, ("BF16", "TURNED") if is_turned else ("BF16",), columns)
         if found is None:
-            return _by_sums(parts, b, narrow, is_turned)
+            return _by_cublas(parts, b, narrow, is_turned)
         *rows, b = (t if _is_in_order(t) else t.contiguous() for t in (*parts, b))
         # Without narrow ones their maps are not read.
         u, v = (t if _is_in_order(t) else t.contiguous() for t in narrow or (rows[0], b))
@@ -107,25 +107,61 @@ def _is_in_order(matrix: Tensor) -> bool:
     return matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
 
 
-def _by_sums(
+def _by_cublas(
     parts: Sequence[Tensor], b: Tensor, narrow: Sequence[Tensor], is_turned: bool
 ) -> Tensor:
-    """The same by cuBLAS, some rows at a time: all of y's sums in fp32 take four times its room."""
-    factors = [*torch.split(b, [part.shape[1] for part in parts], dim=0 if is_turned else 1)]
-    columns, factors = [*parts, *narrow[:1]], [*factors, *narrow[1:]]
-    if not is_turned:
-        factors = [factor.t() for factor in factors]
+    """The same without the kernel, rounded once too."""
+    columns, y_mn = [*parts, *narrow[:1]], _empty(parts, b, is_turned)
+    m, n, k = *y_mn.shape, sum(column.shape[1] for column in columns)
     if len(columns) == 1:
-        return columns[0] @ factors[0]
-    y_mn = _empty(parts, b, is_turned)
-    height = max(_LEAST_SUMMED_ROWS, _SUMMED_AT_A_TIME // y_mn.shape[1])
-    for first in range(0, y_mn.shape[0], height):
-        rows = slice(first, first + height)
-        sums = torch.mm(columns[0][rows], factors[0], out_dtype=torch.float32)
-        for part, factor in zip(columns[1:], factors[1:], strict=True):
-            sums += torch.mm(part[rows], factor, out_dtype=torch.float32)
-        y_mn[rows] = sums
+        torch.mm(columns[0], b if is_turned else b.t(), out=y_mn)
+    elif _copying_is_less(m, n, k, len(columns)):
+        _by_copies(columns, [b, *narrow[1:]], is_turned, y_mn)
+    else:
+        factors = torch.split(b, [part.shape[1] for part in parts], dim=0 if is_turned else 1)
+        _by_sums(columns, [*factors, *narrow[1:]], is_turned, y_mn)
     return y_mn
+
+
+def _copying_is_less(m: int, n: int, k: int, count: int) -> bool:
+    """Whether operands side by side, of K features in all, move fewer bytes than y's sums of
+    `count` products do: it is so with many rows, and with few the weight's copy is more than y.
+
+    Copied, numbers of both are read and written, 4 bytes. A sum is written in 4 bytes; each other
+    product is written, both are read and the sum written, 16; in the end it is read, 4.
+    """
+    return 4 * (m + n) * k < (16 * count - 8) * m * n
+
+
+def _by_copies(
+    columns: Sequence[Tensor], factors: Sequence[Tensor], is_turned: bool, y_mn: Tensor
+) -> None:
+    """Fill `y` by one product of all columns side by side. Beside y there is the whole weight once
+    more, but the columns of some rows only."""
+    dim = 0 if is_turned else 1
+    whole = torch.cat(list(factors), dim=dim) if len(factors) > 1 else factors[0]
+    for rows in _some_rows(len(y_mn), whole.shape[dim]):
+        side_by_side = torch.cat([column[rows] for column in columns], dim=1)
+        torch.mm(side_by_side, whole if is_turned else whole.t(), out=y_mn[rows])
+
+
+def _by_sums(
+    columns: Sequence[Tensor], factors: Sequence[Tensor], is_turned: bool, y_mn: Tensor
+) -> None:
+    """Fill `y` by a product each, some rows at a time: all sums in fp32 take four times y's
+    room."""
+    factors = [factor if is_turned else factor.t() for factor in factors]
+    for rows in _some_rows(len(y_mn), y_mn.shape[1]):
+        sums = torch.mm(columns[0][rows], factors[0], out_dtype=torch.float32)
+        for column, factor in zip(columns[1:], factors[1:], strict=True):
+            sums += torch.mm(column[rows], factor, out_dtype=torch.float32)
+        y_mn[rows] = sums
+
+
+def _some_rows(count: int, width: int) -> Iterator[slice]:
+    """Those of `count` whose `width` numbers are in memory at one time."""
+    height = max(_LEAST_AT_A_TIME, _AT_A_TIME // width)
+    return (slice(first, first + height) for first in range(0, count, height))
 
 
 @_bf16_product.register_fake
