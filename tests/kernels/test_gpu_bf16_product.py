@@ -1,11 +1,14 @@
 """The bf16 product with another one inside, on a Hopper GPU."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from tunefork.kernels import bf16_product as dispatch
-from tunefork.kernels.bf16_product import bf16_product
+from tunefork.kernels.bf16_product import bf16_product, check_kernel
+from tunefork.kernels.cuda_source import CudaSourceError
 
 pytestmark = [
     pytest.mark.gpu,
@@ -125,6 +128,19 @@ def test_without_the_kernel_it_is_rounded_once_too(
     monkeypatch.setattr(dispatch, "_AT_A_TIME", 1)
     torch.manual_seed(0)
     _check(*_operands(m, n, sizes, p, is_turned), is_turned)
+
+
+def test_a_kernel_that_errs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    check_kernel(device)
+    real = dispatch.bf16_product_reference
+
+    def wrong(*operands: Any, **named: Any) -> Tensor:
+        return real(*operands, **named) * 1.01
+
+    monkeypatch.setattr(dispatch, "bf16_product_reference", wrong)
+    with pytest.raises(CudaSourceError, match="is wrong"):
+        check_kernel(device)
 
 
 def test_parts_of_wider_matrices_and_captured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -278,12 +278,17 @@ def test_forms_that_there_are_not_are_refused(storage: Storage, products: Produc
         fuse(model, storage, products, torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("products", "module", "instead"),
+    [("int8", fused.int8_product, "bf16"), ("bf16", fused.bf16_product, "fp32")],
+)
 def test_a_kernel_that_cannot_be_had_names_field_and_remedy(
-    monkeypatch: pytest.MonkeyPatch,
+    products: Any, module: Any, instead: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_: torch.device) -> None:
-        raise CudaSourceError("libnvrtc.so.12 is not found")
+        raise CudaSourceError("the product is wrong")
 
-    monkeypatch.setattr(fused, "check_kernel", refuse)
-    with pytest.raises(ModelError, match=r"train\.precision: int8 .* is not found; set bf16"):
-        fuse(_trained(), "int8", "int8", torch.device("cuda"))
+    monkeypatch.setattr(module, "check_kernel", refuse)
+    message = rf"train\.precision: {products} .* is wrong; set {instead}"
+    with pytest.raises(ModelError, match=message):
+        fuse(_trained(), products, products, torch.device("cuda"))

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from tunefork.kernels.compiled import is_on_gpu
-from tunefork.kernels.narrow_product import HOPPER, PART, ROWS, columns_for, kernel
+from tunefork.kernels.cuda_source import CudaSourceError
+from tunefork.kernels.narrow_product import HOPPER, PART, ROWS, WIDTHS, columns_for, kernel
 
 _TILE = 64
 """Columns of a tile of K; what parts' sizes are multiples of where there are several."""
@@ -28,6 +29,10 @@ _LEAST_ROWS = 1024
 _AT_A_TIME, _LEAST_AT_A_TIME = 2**25, 1024
 """Numbers that are in memory at one time without the kernel, of y's sums (128 MiB, and a product's
 beside them) or of operands side by side (64 MiB), and rows at least."""
+_CHECKED = ((1100, 272, (64, 128, 192), 24), (1280, 512, (592,), 0))
+"""M, N, each K_i and P; rows as many as the kernel asks for."""
+_TOLERANCE = 0.004
+"""Of y's error, relative to all of it; bf16's rounding alone is 0.0017."""
 
 
 def bf16_product(
@@ -55,10 +60,46 @@ def bf16_product_reference(
     return sum(products[1:], products[0]).to(b.dtype)
 
 
+def check_kernel(device: torch.device) -> None:
+    """Build the kernel's forms for `device`, a GPU, and have them multiply something.
+
+    Raises CudaSourceError where one gives other results than the definition.
+    """
+    made = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=made).bfloat16().to(device)
+
+    for m, n, sizes, p in _CHECKED:
+        parts, b, u, v = [normal(m, k) for k in sizes], normal(n, sum(sizes)), None, None
+        if p:
+            u, v = normal(m, p), normal(n, p)
+        wanted = bf16_product_reference(parts, b, u, v, is_turned=False).float()
+        b_kn, v_pn = b.t().contiguous(), None if v is None else v.t().contiguous()
+        for columns in WIDTHS:
+            plain = _product(parts, b, u, v, False, columns)
+            turned = _product(parts, b_kn, u, v_pn, True, columns)
+            for found in (plain, turned):
+                if not (found.float() - wanted).norm() <= _TOLERANCE * wanted.norm():
+                    raise CudaSourceError(f"the bf16 product of ({m}, {sizes}) by {n} is wrong")
+
+
 @torch.library.custom_op("tunefork::bf16_product", mutates_args=(), device_types="cuda")
 def _bf16_product(
     parts: Sequence[Tensor], b: Tensor, u: Tensor | None, v: Tensor | None, is_turned: bool
 ) -> Tensor:
+    return _product(parts, b, u, v, is_turned)
+
+
+def _product(
+    parts: Sequence[Tensor],
+    b: Tensor,
+    u: Tensor | None,
+    v: Tensor | None,
+    is_turned: bool,
+    columns: int | None = None,
+) -> Tensor:
+    """`bf16_product` on a GPU; `columns`, of the kernel's tiles: those that suit y."""
     y = _empty(parts, b, is_turned)
     if not y.numel():
         return y
@@ -70,7 +111,7 @@ def _bf16_product(
     if len(parts) > _MOST_PARTS or (len(parts) > 1 and not is_even):
         parts = [torch.cat(list(parts), dim=1)]
     with torch.cuda.device(b.device):
-        columns = columns_for(y.shape[0], y.shape[1], b.device)
+        columns = columns or columns_for(y.shape[0], y.shape[1], b.device)
         found = kernel(b.device.index, ("BF16", "TURNED") if is_turned else ("BF16",), columns)
         if found is None:
             return _by_cublas(parts, b, narrow, is_turned)
