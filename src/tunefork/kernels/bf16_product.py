@@ -3,9 +3,9 @@
 y = a b^T + u v^T, and for a layer's input gradient a b + u v of several a side by side:
 `narrow_product.cu`, with bf16 where `int8_product.py` has codes. cuBLAS rounds a product to bf16
 before it adds it to a matrix: of a delta that is small beside it, which LoRA's are at first, most
-is lost so (benchmarks/rounded_once.py), and the matrix is read and written once more. The
-definition is here, and runs elsewhere but for few tokens, and GPUs that the kernel is not for: they
-sum in fp32 what they multiply in bf16.
+is lost so (benchmarks/rounded_once.py), and the matrix is read and written once more. Few tokens,
+and GPUs that the kernel is not for, have cuBLAS's products in forms that are rounded once too
+(`_by_cublas`). The definition is here, and runs elsewhere.
 
 Shape legend: M rows of the result, N its columns, K features (of all parts), P of the narrow ones.
 """
