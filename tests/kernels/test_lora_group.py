@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tunefork.kernels import int8_weight, reference
 from tunefork.kernels import lora_group as kernel
+from tunefork.kernels.bf16_product import bf16_product
 from tunefork.kernels.layout import Layout, Storage
 from tunefork.kernels.lora_group import lora_group
 from tunefork.kernels.quantized import (
@@ -85,7 +86,7 @@ def test_gradients_of_a_group_without_deltas_are_multiplied_as_they_lie(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[int] = []
-    product = kernel.bf16_product
+    product = bf16_product
 
     def noting(parts: Any, *more: Any, **named: Any) -> Tensor:
         seen.extend(part.data_ptr() for part in parts)

@@ -19,10 +19,10 @@ from transformers import (
 
 from tests.tiny import CONFIGS, tiny_model
 from tunefork.errors import ModelError
+from tunefork.kernels import bf16_product, int8_product
 from tunefork.kernels.cuda_source import CudaSourceError
 from tunefork.kernels.directions import along
 from tunefork.kernels.layout import Products, Storage
-from tunefork.model import fused
 from tunefork.model.build import build
 from tunefork.model.fused import fuse
 from tunefork.model.linear import LoraLinear
@@ -280,7 +280,7 @@ def test_forms_that_there_are_not_are_refused(storage: Storage, products: Produc
 
 @pytest.mark.parametrize(
     ("products", "module", "instead"),
-    [("int8", fused.int8_product, "bf16"), ("bf16", fused.bf16_product, "fp32")],
+    [("int8", int8_product, "bf16"), ("bf16", bf16_product, "fp32")],
 )
 def test_a_kernel_that_cannot_be_had_names_field_and_remedy(
     products: Any, module: Any, instead: str, monkeypatch: pytest.MonkeyPatch
