@@ -34,7 +34,9 @@ def _gradients_and_maxima(
     return dgate, da, most
 
 
-def _bf16_product(parts: list[Tensor], b: Tensor, u: Tensor, v: Tensor, is_turned: bool) -> Tensor:
+def _bf16_product(
+    parts: list[Tensor], b: Tensor, u: Tensor | None, v: Tensor | None, is_turned: bool
+) -> Tensor:
     return bf16_product.bf16_product_reference(parts, b, u, v, is_turned=is_turned)
 
 

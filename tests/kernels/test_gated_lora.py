@@ -45,7 +45,7 @@ def _gated(layout: Layout, weights: tuple[Tensor, ...], *inputs: Tensor) -> Tens
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_the_group(storage: Storage, dtype: torch.dtype) -> None:
     layout, weights, inputs = _operands(storage, dtype)
-    assert takes(layout, INNER)
+    assert takes(layout)
     ours, theirs = _gated(layout, weights, *inputs), _of_a_group(layout, weights, *inputs)
     assert torch.equal(ours, theirs)
     upstream = torch.randn(2, 5, OUT).to(dtype)
@@ -108,4 +108,4 @@ def test_the_tokens_may_be_none() -> None:
     ],
 )
 def test_what_it_takes(layout: Layout, is_taken: bool) -> None:
-    assert takes(layout, INNER) == is_taken
+    assert takes(layout) == is_taken

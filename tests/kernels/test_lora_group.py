@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tunefork.kernels import int8_weight, reference
 from tunefork.kernels import lora_group as kernel
+from tunefork.kernels.bf16_product import bf16_product
 from tunefork.kernels.layout import Layout, Storage
 from tunefork.kernels.lora_group import lora_group
 from tunefork.kernels.quantized import (
@@ -79,6 +80,24 @@ def test_equals_the_definition(
         assert (ours.double() - truth).norm() <= bound * truth.double().norm()
     for gradient, operand in zip(got, inputs, strict=True):
         assert gradient.dtype == operand.dtype
+
+
+def test_gradients_of_a_group_without_deltas_are_multiplied_as_they_lie(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+    product = bf16_product
+
+    def noting(parts: Any, *more: Any, **named: Any) -> Tensor:
+        seen.extend(part.data_ptr() for part in parts)
+        return product(parts, *more, **named)
+
+    monkeypatch.setattr(kernel, "bf16_product", noting)
+    layout = Layout("bf16", "bf16", (32, 16), (0, 0), SCALE)
+    x = torch.randn(3, 8, requires_grad=True)
+    upstream = [torch.randn(3, size) for size in layout.sizes]
+    torch.autograd.backward(lora_group(x, layout, [torch.randn(48, 8)], [], []), upstream)
+    assert seen == [dy.data_ptr() for dy in upstream]
 
 
 def test_of_large_4_bit_layers_one_is_dequantised_at_a_time(

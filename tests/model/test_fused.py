@@ -19,10 +19,10 @@ from transformers import (
 
 from tests.tiny import CONFIGS, tiny_model
 from tunefork.errors import ModelError
+from tunefork.kernels import bf16_product, int8_product
 from tunefork.kernels.cuda_source import CudaSourceError
 from tunefork.kernels.directions import along
 from tunefork.kernels.layout import Products, Storage
-from tunefork.model import fused
 from tunefork.model.build import build
 from tunefork.model.fused import fuse
 from tunefork.model.linear import LoraLinear
@@ -278,12 +278,17 @@ def test_forms_that_there_are_not_are_refused(storage: Storage, products: Produc
         fuse(model, storage, products, torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("products", "module", "instead"),
+    [("int8", int8_product, "bf16"), ("bf16", bf16_product, "fp32")],
+)
 def test_a_kernel_that_cannot_be_had_names_field_and_remedy(
-    monkeypatch: pytest.MonkeyPatch,
+    products: Any, module: Any, instead: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_: torch.device) -> None:
-        raise CudaSourceError("libnvrtc.so.12 is not found")
+        raise CudaSourceError("the product is wrong")
 
-    monkeypatch.setattr(fused, "check_kernel", refuse)
-    with pytest.raises(ModelError, match=r"train\.precision: int8 .* is not found; set bf16"):
-        fuse(_trained(), "int8", "int8", torch.device("cuda"))
+    monkeypatch.setattr(module, "check_kernel", refuse)
+    message = rf"train\.precision: {products} .* is wrong; set {instead}"
+    with pytest.raises(ModelError, match=message):
+        fuse(_trained(), products, products, torch.device("cuda"))

@@ -21,7 +21,7 @@ from tunefork.kernels.lora_gradients import lora_gradients
 from tunefork.kernels.lora_group import base_of, beside
 
 
-def takes(layout: Layout, features_in: int) -> bool:
+def takes(layout: Layout) -> bool:
     """Whether `gated_lora` can do a product: one layer's, in bf16, as it is."""
     is_one = len(layout.sizes) == 1 and 0 < layout.rank <= LARGEST_RANK
     return is_one and layout.products == "bf16"

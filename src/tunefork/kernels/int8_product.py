@@ -4,9 +4,10 @@ y = (a * scale_m) (b * scale_n)^T + u v^T: the codes of activations and of a fro
 beside them what LoRA's delta and the directions apart are products of. Added afterwards, that would
 read and write y once more, which for 8B-sized layers costs a quarter of the product itself.
 PyTorch's int8 product gives int32, half as fast; a kernel has the sums of both in the same
-registers. On Hopper that is `narrow_product.cu`, at the rate of cuBLAS's e4m3
-(benchmarks/h200_products.py), on other GPUs with int8 tensor cores, and where the first is not to
-be had, `int8_product_triton.py`. The definition is here, and runs elsewhere.
+registers. On Hopper that is `narrow_product.cu`, 6 % slower than cuBLAS's e4m3 with columns of
+codes for the narrow ones (benchmarks/h200_products.py), on other GPUs with int8 tensor cores, and
+where the first is not to be had, `int8_product_triton.py`. The definition is here, and runs
+elsewhere.
 
 Shape legend: M rows of the result, N its columns, K features of the codes, P of the narrow ones.
 """

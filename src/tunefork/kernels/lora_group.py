@@ -95,13 +95,13 @@ class _LoraGroup(torch.autograd.Function):
             for piece in _pieces(layout, ctx.features_in, dys[0].dtype):
                 weight_od = base_of(layout, weights, ctx.features_in, dys[0].dtype, piece)
                 own = dys[slice(*piece)]
-                if layout.rank and dx_sd is None:
-                    narrow = padded(du_sr, 1), padded(a_rd, 0)
-                    dx_sd = bf16_product(own, weight_od, *narrow, is_turned=True)
-                    continue
-                dy_so = own[0] if len(own) == 1 else torch.cat(own, dim=1)  # of one it is a copy
-                # Added to what there is where it is summed, in fp32: rounded once less.
-                dx_sd = dy_so @ weight_od if dx_sd is None else dx_sd.addmm(dy_so, weight_od)
+                if dx_sd is None:
+                    u, v = (padded(du_sr, 1), padded(a_rd, 0)) if layout.rank else (None, None)
+                    dx_sd = bf16_product(own, weight_od, u, v, is_turned=True)
+                else:
+                    # One layer's, of a large group. cuBLAS rounds it before it adds it, and the sum
+                    # again; the delta, which is small, is in the first one's sums.
+                    dx_sd = dx_sd.addmm(own[0], weight_od)
         return None, None, dx_sd, *(None for _ in weights), *gradients
 
 

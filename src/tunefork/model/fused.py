@@ -21,9 +21,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tunefork.errors import ModelError
-from tunefork.kernels import fp8, int8, int8_weight
+from tunefork.kernels import bf16_product, fp8, int8, int8_product, int8_weight
 from tunefork.kernels.cuda_source import CudaSourceError
-from tunefork.kernels.int8_product import check_kernel
 from tunefork.kernels.layout import Layout, Products, Storage
 from tunefork.kernels.lora_group import lora_group
 from tunefork.kernels.quantized import nf4_tensors
@@ -216,13 +215,8 @@ def fuse(
     """
     if (storage, products) not in _FORMS:
         raise ValueError(f"a base kept in {storage} has no {products} products")
-    if products == "int8" and device.type == "cuda":
-        try:
-            check_kernel(device)
-        except CudaSourceError as error:
-            raise ModelError(
-                f"train.precision: int8 has no kernel here: {error}; set bf16"
-            ) from error
+    if device.type == "cuda":
+        _check_kernel(model, products, device)
     groups = []
     for paths in find_groups(model):
         members = [model.get_submodule(path) for path in paths]
@@ -246,6 +240,21 @@ def fuse(
     if products == "int8" and calibration_ids is not None:
         calibrate(model, groups, calibration_ids.to(device))
     return groups
+
+
+def _check_kernel(model: PreTrainedModel, products: Products, device: torch.device) -> None:
+    """Raises ModelError where it errs or cannot be had. bf16's is for what is trained only: a
+    server's products are PyTorch's."""
+    try:
+        if products == "int8":
+            int8_product.check_kernel(device)
+        elif products == "bf16" and any(p.requires_grad for p in model.parameters()):
+            bf16_product.check_kernel(device)
+    except CudaSourceError as error:
+        instead = "bf16" if products == "int8" else "fp32"
+        raise ModelError(
+            f"train.precision: {products} has no kernel here: {error}; set {instead}"
+        ) from error
 
 
 @torch.no_grad()

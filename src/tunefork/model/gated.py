@@ -133,7 +133,7 @@ def _names(linear: dict[str, nn.Module]) -> tuple[str, str, str] | None:
 def _takes(pair: Any, last: Any, gate: nn.Module, up: nn.Module) -> bool:
     """Whether one of the two functions can do an MLP of these groups."""
     if last.layout.products == "bf16":
-        return takes(last.layout, last.features_in)
+        return takes(last.layout)
     return takes_int8(pair.layout, last.layout) and _are_int8(gate, up)
 
 

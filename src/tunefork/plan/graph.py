@@ -224,8 +224,9 @@ def _work(node: Node) -> dict[str, Any]:
         launches = 2 * len(dys) + LORA_GRADIENTS[target]
         return {"kind": "skinny", "flops": work, "launches": launches}
     if target is BF16_PRODUCT:
-        right, narrow, is_turned = arguments[1], arguments[2], arguments[4]
-        kind, flops = bf16_product(_shape(narrow), _shape(right), is_turned)
+        parts, right, narrow, _, is_turned = arguments
+        columns = None if narrow is None else _shape(narrow)
+        kind, flops = bf16_product(_shape(parts[0]), _shape(right), columns, is_turned)
         return {"kind": kind, "flops": _size(flops)}
     if target in FLASH:
         query, keys = (_shape(n) for n in arguments[FLASH[target] > 1.0 :][:2])

@@ -96,13 +96,14 @@ def lora_gradients_flops(dys: Sequence[Sequence[int]], lora_b: Sequence[Sequence
     return sum(2 * product(dy, b)[1] for dy, b in pairs)
 
 
-def bf16_product(narrow: Sequence[int], right: Sequence[int], is_turned: bool) -> tuple[str, float]:
-    """Kind and operations of `BF16_PRODUCT`, of the shapes (M, P), and (K, N) where it is turned,
-    else (N, K)."""
+def bf16_product(
+    part: Sequence[int], right: Sequence[int], narrow: Sequence[int] | None, is_turned: bool
+) -> tuple[str, float]:
+    """Kind and operations of `BF16_PRODUCT`, of the shapes (M, K_i), (K, N) where it is turned,
+    else (N, K), and (M, P)."""
     inner, columns = right if is_turned else right[::-1]
-    rows, width = narrow
-    kind, flops = product((rows, inner), (inner, columns))
-    return kind, flops + 2.0 * rows * width * columns
+    kind, flops = product((part[0], inner), (inner, columns))
+    return kind, flops + (0 if narrow is None else product(narrow, (narrow[1], columns))[1])
 
 
 def flash_flops(query: Sequence[int], squares: float) -> float:

@@ -180,7 +180,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 kernels = 2 * len(args[0]) + LORA_GRADIENTS[func]
                 self.count("skinny", lora_gradients_flops(*shapes), moved, kernels)
             elif func is BF16_PRODUCT:
-                self.count(*bf16_product(args[2].shape, args[1].shape, args[4]), moved)
+                narrow = None if args[2] is None else args[2].shape
+                part, right = args[0][0].shape, args[1].shape
+                self.count(*bf16_product(part, right, narrow, args[4]), moved)
             elif func in FLASH:
                 query = args[0 if FLASH[func] == 1.0 else 1]
                 if FLASH[func] > 1.0:
