@@ -21,14 +21,8 @@ typedef unsigned long long u64;
 #define COLUMNS 256
 #endif
 #define STAGES (COLUMNS == 256 ? 4 : 6)
-#ifndef LEAD
-#define LEAD 0
-#endif
 #define NUM_SUMS (COLUMNS / 2)  // a thread's
-#ifndef GROUP
-#define GROUP 8
-#endif
-// clusters' tiles, one below the other, that take all columns before the next GROUP's
+#define GROUP 8  // clusters' tiles, one below the other, that take all columns before the next GROUP's
 #define BATCH 2  // parts of 64 columns of y between two barriers; of four forms on an H200 the quickest
 #define ROWS 128
 #define ROW_BYTES 128
@@ -242,9 +236,6 @@ int8_product(const __grid_constant__ Map a, const __grid_constant__ Map b, const
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     int lane = thread & 31, warp = (thread >> 5) & 3, local = thread & 127;
     int stage = 0, phase = 0;
-#if LEAD
-    bool leads = !group && k_tiles > STAGES, follows = group && k_tiles > STAGES;
-#endif
     bool speaks = local == 0, tells = local < 2;  // to whom: block `local` of the cluster
     u32 out = base + STAGES * STAGE_BYTES + group * BATCH * PART_BYTES;
     u32 own_row = (warp * 16 + (lane & 15)) * ROW_BYTES;  // the row that stmatrix takes this lane's address of
@@ -286,13 +277,7 @@ int8_product(const __grid_constant__ Map a, const __grid_constant__ Map b, const
 #else
       const int is_begun = 0;
 #endif
-#if LEAD
-      if (follows) asm volatile("bar.sync 3, 256;" ::: "memory");
-#endif
       for (int k = 0; k < k_tiles; k++) {
-#if LEAD
-        if (leads && k == LEAD) asm volatile("bar.arrive 3, 256;" ::: "memory");
-#endif
         barrier_wait(full0 + 8 * stage, phase);
         u32 place = base + stage * STAGE_BYTES;
         u64 da = descriptor(place + group * PART_BYTES), db = descriptor_b(place + A_BYTES);
