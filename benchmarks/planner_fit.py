@@ -205,6 +205,12 @@ def fit(raw: Path, *, writes: bool = True) -> None:
     print(file)
 
 
+def judge(raw: Path) -> None:
+    """Print how far the constants as they are go wrong on each run."""
+    for row in (_judged(run.traced()) for run in runs(raw)):
+        print(f"{row['case']:34s} {row['measured_step_s']:.4f} s {row['errors']}")
+
+
 def _worst(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Largest relative error of each figure."""
     figures = ("tensor", "process", "step")

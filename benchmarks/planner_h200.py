@@ -7,6 +7,7 @@ token supervised, by the code that `tunefork train` runs.
     python benchmarks/planner_h200.py estimate                    anywhere: how long each will take
     python benchmarks/planner_h200.py measure --out RAW.jsonl     on the GPU, 8 to 10 minutes
     python benchmarks/planner_h200.py fit RAW.jsonl               anywhere: fits, writes the results
+    python benchmarks/planner_h200.py judge RAW.jsonl             anywhere: by today's constants
 
 `measure` appends a line a case as it goes, and goes on with what is missing when called again.
 First it compiles all cases side by side, on models of two layers, into PyTorch's cache on the disk,
@@ -45,7 +46,7 @@ from benchmarks.planner_cases import (
     lengths,
     read_case,
 )
-from benchmarks.planner_fit import fit, read_raw
+from benchmarks.planner_fit import fit, judge, read_raw
 from benchmarks.workers import Worker
 
 _SIDE_BY_SIDE = max(1, min(8, (os.cpu_count() or 1) // 2))
@@ -272,6 +273,7 @@ def main() -> None:
     fitting = verbs.add_parser("fit")
     fitting.add_argument("raw", type=Path)
     fitting.add_argument("--dry", action="store_true", help="write nothing")
+    verbs.add_parser("judge").add_argument("raw", type=Path)
     options = parser.parse_args()
     match options.verb:
         case "prepare" | "run":
@@ -282,6 +284,8 @@ def main() -> None:
             measure(options.out, options.cases, options.seconds, only_prepare=options.only_prepare)
         case "estimate":
             estimate(options.cases)
+        case "judge":
+            judge(options.raw)
         case _:
             fit(options.raw, writes=not options.dry)
 
