@@ -74,6 +74,7 @@ def test_a_case_names_runs_that_exist_and_its_own_tool_first() -> None:
     assert [r.name for r in chosen_runs(["full_8x2048"], ["tunefork"])] == ["full"]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_or_hangs_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run("none", "no such tool", 1, 4)
     config = tmp_path / "config.json"

@@ -50,6 +50,7 @@ def arguments(tmp_path: Path) -> argparse.Namespace:
     )
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_judged_and_not_measured_twice(
     arguments: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
