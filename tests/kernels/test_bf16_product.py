@@ -51,6 +51,7 @@ def _rows(rows: int, columns: int) -> Tensor:
     [
         ("few tokens", _rows(dispatch._LEAST_ROWS - 1, 64)),
         ("features in", _rows(2048, 100)),
+        ("a part of a wider matrix", _rows(2048, 104)[:, :100]),
         ("a vocabulary of 32,003", _rows(2048, 32_003)),
         ("rows that start anywhere", _rows(2048, 100)[:, :64]),
         ("an address that is no multiple of 16", _rows(2048, 128)[:, 4:68]),
