@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from tunefork.kernels import bf16_product as dispatch
 
@@ -39,3 +40,34 @@ def test_side_by_side_they_give_the_definition(
     given = (u, v) if has_narrow else (None, None)
     wanted = dispatch.bf16_product_reference(parts, b, *given, is_turned=is_turned)
     torch.testing.assert_close(found, wanted)
+
+
+def _rows(rows: int, columns: int) -> Tensor:
+    return torch.empty(rows, columns, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("name", "matrix"),
+    [
+        ("few tokens", _rows(dispatch._LEAST_ROWS - 1, 64)),
+        ("features in", _rows(2048, 100)),
+        ("a part of a wider matrix", _rows(2048, 104)[:, :100]),
+        ("a vocabulary of 32,003", _rows(2048, 32_003)),
+        ("rows that start anywhere", _rows(2048, 100)[:, :64]),
+        ("an address that is no multiple of 16", _rows(2048, 128)[:, 4:68]),
+    ],
+)
+def test_the_kernel_is_asked_for_nothing_that_it_cannot_do(
+    name: str, matrix: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: dispatch.HOPPER)
+    one, many = _rows(2048, 64), _rows(64, 64)
+    assert dispatch._takes([one, many, one])
+    assert not dispatch._takes([matrix, many, one])
+    if name != "few tokens":
+        assert not dispatch._takes([one, matrix, one])
+        assert not dispatch._takes([one, many, matrix])
+    # Copied first: where they lie now is of no account.
+    assert dispatch._takes([one, _rows(1, 64)[:, 4:].expand(64, -1)[:, :56], one])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 1))
+    assert not dispatch._takes([one, many, one])

@@ -76,6 +76,19 @@ def test_it_is_float64s_but_for_one_rounding(
 ) -> None:
     monkeypatch.setattr(dispatch, "_LEAST_ROWS", 1)
     monkeypatch.setattr(dispatch, "columns_for", lambda *_: columns)
+    monkeypatch.setattr(dispatch, "_by_cublas", None)  # not where there is no kernel either
+    torch.manual_seed(0)
+    _check(*_operands(m, n, sizes, p, is_turned), is_turned)
+
+
+@pytest.mark.parametrize("is_turned", [False, True])
+@pytest.mark.parametrize(
+    ("m", "n", "sizes", "p"),
+    [(2048, 1003, (64,), 8), (2048, 64, (100,), 8), (1500, 64, (100, 36), 8), (7, 1003, (36,), 8)],
+)
+def test_sizes_that_are_no_multiples_of_8(
+    m: int, n: int, sizes: tuple[int, ...], p: int, is_turned: bool
+) -> None:
     torch.manual_seed(0)
     _check(*_operands(m, n, sizes, p, is_turned), is_turned)
 

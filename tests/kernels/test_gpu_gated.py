@@ -230,13 +230,13 @@ def test_captured_they_read_what_is_there_at_each_replay() -> None:
 def test_a_backward_pass_makes_two_tensors(is_compiled: bool) -> None:
     """As large as gate: h's gradient, over which up's is written, and gate's. No copy."""
     layout = Layout("bf16", "bf16", (512,), (16,), 0.7)
-    room = torch.randn(512, 8192, device="cuda").bfloat16() / 20
+    weight = torch.randn(512, 8192, device="cuda").bfloat16() / 20
     inputs: list[Any] = [torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2)]
     inputs += [torch.randn(16, 8192, device="cuda") / 20, torch.randn(512, 16, device="cuda") / 4]
     inputs = [x.requires_grad_() for x in inputs]
 
     def function(gate: Tensor, up: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return gated_lora(gate, up, layout, (room,), a, b)
+        return gated_lora(gate, up, layout, (weight,), a, b)
 
     run = torch.compile(function, fullgraph=True) if is_compiled else function
     for _ in range(2):  # the first compiles
@@ -256,18 +256,18 @@ def test_a_backward_pass_makes_two_tensors(is_compiled: bool) -> None:
 def test_a_layers_gradients_are_those_of_swiglu_and_a_group(is_compiled: bool) -> None:
     torch.manual_seed(0)
     layout = Layout("bf16", "bf16", (512,), (16,), 0.7)
-    room = torch.randn(512, 1536, device="cuda").bfloat16() / 20
+    weight = torch.randn(512, 1536, device="cuda").bfloat16() / 20
     inputs: list[Any] = [torch.randn(2, 300, 1536, device="cuda").bfloat16() for _ in range(2)]
     inputs += [torch.randn(16, 1536, device="cuda") / 20, torch.randn(512, 16, device="cuda") / 4]
     inputs = [x.requires_grad_() for x in inputs]
     upstream = torch.randn(2, 300, 512, device="cuda").bfloat16()
 
     def ours(gate: Tensor, up: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return gated_lora(gate, up, layout, (room,), a, b)
+        return gated_lora(gate, up, layout, (weight,), a, b)
 
     def theirs(gate: Tensor, up: Tensor, a: Tensor, b: Tensor) -> Tensor:
         h = (F.silu(gate.float()) * up.float()).bfloat16()
-        return lora_group(h, layout, (room,), [a], [b])[0]
+        return lora_group(h, layout, (weight,), [a], [b])[0]
 
     run = torch.compile(ours, fullgraph=True) if is_compiled else ours
     y, want = run(*inputs), theirs(*inputs)

@@ -82,6 +82,19 @@ def test_equals_the_definition(
         assert gradient.dtype == operand.dtype
 
 
+def test_in_double_precision_nothing_is_rounded_to_less() -> None:
+    torch.manual_seed(0)
+    layout = Layout("bf16", "bf16", (6, 4), (3, 2), 0.7)  # a scale that fp32 rounds
+    shapes = ((5, 8), (3, 8), (2, 8), (6, 3), (4, 2))
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    weight = torch.randn(10, 8, dtype=torch.float64)
+
+    def both(x: Tensor, *lora: Tensor) -> tuple[Tensor, ...]:
+        return lora_group(x, layout, (weight,), lora[:2], lora[2:])
+
+    assert torch.autograd.gradcheck(both, inputs)
+
+
 def test_gradients_of_a_group_without_deltas_are_multiplied_as_they_lie(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -50,7 +50,7 @@ def beside(lora_b: Sequence[Tensor], layout: Layout, piece: tuple[int, int]) -> 
     """scale * B of a piece's layers on a diagonal, (O, R), R of all layers: what u is multiplied
     with."""
     first, last = layout.bounds[piece[0]][0], layout.bounds[piece[1] - 1][1]
-    return (diagonal(lora_b, layout)[first:last].float() * layout.scale).to(lora_b[0].dtype)
+    return diagonal(lora_b, layout)[first:last] * layout.scale
 
 
 class _LoraGroup(torch.autograd.Function):

@@ -17,13 +17,10 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-import tunefork.kernels.lora_group  # noqa: F401  registers bf16_product
 from tunefork.plan import meta_results
 from tunefork.plan.graph import UnknownOperationError
 from tunefork.plan.operators import WRITTEN_OVER
 
-_IN_PLACE = WRITTEN_OVER
-"""What changes an argument -> where that stands."""
 _FUNCTIONAL = torch.ops.higher_order.auto_functionalized_v2
 
 
@@ -101,7 +98,7 @@ class _Recorder(TorchDispatchMode):
                 result = NotImplemented if simpler is None else simpler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if func in _IN_PLACE:
+        if func in WRITTEN_OVER:
             return self._change(func, args, kwargs)
         if func._schema.is_mutable:
             raise UnknownOperationError(str(func))
@@ -113,7 +110,7 @@ class _Recorder(TorchDispatchMode):
     def _change(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         """An argument, changed in place: the tensor that it is a view of is another then."""
         result = func(*args, **kwargs)
-        place = _IN_PLACE[func]
+        place = WRITTEN_OVER[func]
         storage = args[place].untyped_storage()._cdata
         self.constants.discard(storage)
         whole = self.wholes[storage]
