@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from tunefork.kernels import bf16_product as dispatch
+from tunefork.kernels.narrow_product import HOPPER
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def _rows(rows: int, columns: int) -> Tensor:
 def test_the_kernel_is_asked_for_nothing_that_it_cannot_do(
     name: str, matrix: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: dispatch.HOPPER)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: HOPPER)
     one, many = _rows(2048, 64), _rows(64, 64)
     assert dispatch._takes([one, many, one])
     assert not dispatch._takes([matrix, many, one])

@@ -1,7 +1,8 @@
 """The trials of one rung of the learning-rate search, trained in one pass over one base.
 
-They differ in the rate alone, so that each ends as it would by itself, to float tolerance, and the
-base is loaded once for the whole search. A recipe that a group cannot train, or whose trials do not
+They differ in the rate alone, so that each ends as it would by itself, to float tolerance (on a GPU
+but for a rounding of the base's product: `train/together.py`), and the base is loaded once for the
+whole search. A recipe that a group cannot train, or whose trials do not
 fit in memory side by side, is searched one trial after the other (`search.py`).
 """
 

@@ -243,12 +243,12 @@ def fuse(
 
 
 def _check_kernel(model: PreTrainedModel, products: Products, device: torch.device) -> None:
-    """Raises ModelError where it errs or cannot be had. bf16's is for what is trained only: a
-    server's products are PyTorch's."""
+    """Raises ModelError where it errs or cannot be had. bf16's is for what is trained only, in int8
+    too, as evaluation has bf16 products: a server's are PyTorch's."""
     try:
         if products == "int8":
             int8_product.check_kernel(device)
-        elif products == "bf16" and any(p.requires_grad for p in model.parameters()):
+        if products != "fp8" and any(p.requires_grad for p in model.parameters()):
             bf16_product.check_kernel(device)
     except CudaSourceError as error:
         instead = "bf16" if products == "int8" else "fp32"

@@ -9,7 +9,9 @@
 A group step is one optimiser step of every live member: their examples share passes of at most
 `micro_batch_tokens` tokens (`together_layout.py`), each member's summed loss is divided by its own
 supervised tokens, and each has its own clipping, moments, learning rate and step count
-(`adamw_bank.py`). So a member's weights are those of its run alone but for the order of sums.
+(`adamw_bank.py`). So a member's weights are those of its run alone but for the order of sums; on a
+GPU but for a rounding too: a run alone has its delta in the base's product (`bf16_product.py`,
+`int8_product.py`), a group adds each member's to what is rounded.
 
 Nothing of a member reaches another. One that fails (a loss or gradient that is not finite, an
 example that cannot be read) is set aside with its reason; its slot is emptied and its tokens go on
