@@ -2,8 +2,8 @@
 
 They differ in the rate alone, so that each ends as it would by itself, to float tolerance (on a GPU
 but for a rounding of the base's product: `train/together.py`), and the base is loaded once for the
-whole search. A recipe that a group cannot train, or whose trials do not
-fit in memory side by side, is searched one trial after the other (`search.py`).
+whole search. A recipe that a group cannot train, or whose trials do not fit in memory side by side,
+is searched one trial after the other (`search.py`).
 """
 
 from collections.abc import Sequence
