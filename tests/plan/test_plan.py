@@ -69,7 +69,7 @@ def test_full_70b_with_bf16_moments_just_fits_eight_80_gb_gpus() -> None:
     states = full.phases["optimizer"].parts
     a_gpu = states["weights"] + states["gradients"] + states["optimizer"]
     assert 8 * a_gpu / GB == pytest.approx(564, rel=0.01)  # 8 bytes a parameter
-    assert full.fits and 0.0 < full.margin_bytes < 5e9
+    assert full.fits and 0.0 < full.margin_bytes < 6e9
 
 
 def test_full_bf16_70b_with_fp32_moments_needs_more_than_eight_80_gb_gpus() -> None:
