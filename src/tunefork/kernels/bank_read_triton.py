@@ -20,6 +20,8 @@ _ROWS = 64
 """Up to so many rows are looked through by one form, which compiles once for all graphs."""
 _VALUES = 4096
 """Of B that a warp holds."""
+_NONE = tl.constexpr(2**31 - 1)
+"""Behind any row."""
 
 
 @triton.jit
@@ -50,9 +52,16 @@ def own_b(b, slot, num_slots, column, first, size, mask_r, mask_o, rank: tl.cons
 
 @triton.jit
 def _next(is_mine, row):
-    """The first of the rows, and the others."""
-    at = tl.min(tl.where(is_mine, row, 2147483647), axis=0)
+    """The first of the rows, or `_NONE`, and the others."""
+    at = tl.min(tl.where(is_mine, row, _NONE), axis=0)
     return at, is_mine & (row > at)
+
+
+@triton.jit
+def _added(y_o, b_ro, u_r):
+    """y + u B, summed in fp32, in y's dtype."""
+    sum_o = tl.sum(b_ro.to(tl.float32) * u_r.to(tl.float32)[:, None], axis=0)
+    return (y_o.to(tl.float32) + sum_o).to(y_o.dtype)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -95,19 +104,24 @@ def _add_own(
                 y_so = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
                 y_so = y_so + tl.dot(u_sr, b_ro)
                 tl.store(y_at, y_so.to(y.dtype.element_ty), mask=mask)
-    elif count > 0:  # row by row, by sums that stay within a thread
+    elif count > 0:  # by sums that stay within a thread
         column = begin + tl.arange(0, block_o)
         mask_o = column < size
         b_ro = own_b(b, slot, num_slots, column, first, size, mask_r, mask_o, rank, block_rank)
         if is_early:
             tl.extra.cuda.gdc_wait()
-        for _ in range(count):
-            found, is_mine = _next(is_mine, row)
-            u_r = tl.load(u + found * stride_u + place, mask=mask_r, other=0.0).to(tl.float32)
-            y_at = y + found * stride_y + column
-            y_o = tl.load(y_at, mask=mask_o, other=0.0).to(tl.float32)
-            y_o = y_o + tl.sum(b_ro.to(tl.float32) * u_r[:, None], axis=0)
-            tl.store(y_at, y_o.to(y.dtype.element_ty), mask=mask_o)
+        for _ in range(0, count, 2):  # two, so that what they read is under way together
+            one, is_mine = _next(is_mine, row)
+            two, is_mine = _next(is_mine, row)
+            has_two = two < _NONE
+            two = tl.where(has_two, two, one)
+            u_one = tl.load(u + one * stride_u + place, mask=mask_r, other=0.0)
+            u_two = tl.load(u + two * stride_u + place, mask=mask_r, other=0.0)
+            at_one, at_two = y + one * stride_y + column, y + two * stride_y + column
+            y_one = tl.load(at_one, mask=mask_o, other=0.0)
+            y_two = tl.load(at_two, mask=mask_o, other=0.0)
+            tl.store(at_one, _added(y_one, b_ro, u_one), mask=mask_o)
+            tl.store(at_two, _added(y_two, b_ro, u_two), mask=mask_o & has_two)
     elif is_early:  # or what comes next would be told that the kernel before has ended
         tl.extra.cuda.gdc_wait()
 
