@@ -149,13 +149,13 @@ def loss_difference(sides: list[Any], of_bf16: list[Any]) -> list[float]:
 
 
 def yardsticks(method: str, raw: dict[str, _Row]) -> list[_Row]:
-    """How far each precision ends from fp32, as it is served, and how far from bf16 one that
-    differs from it harmlessly does: the floor of chance.
+    """How far each precision ends from fp32, as it is served, how far from bf16 one that differs
+    from it harmlessly does, the floor of chance, and how far from that one int8.
 
     bf16 is held to fp32 by the same bounds: what it misses no other precision can be asked for.
     """
     rows = []
-    pairs = [("fp32", other) for other in PRECISIONS] + [("bf16", "bf16_cut")]
+    pairs = [("fp32", other) for other in PRECISIONS] + [("bf16", "bf16_cut"), ("bf16_cut", "int8")]
     for base, other in pairs:
         found = pairs_of(method, raw, other, base)
         if not found:
