@@ -69,8 +69,10 @@ def test_usage_is_summed_by_tenant_and_version(home: Path) -> None:
 
     asyncio.run(fill())
     ledger.close()
-    with pytest.raises(BadInputError, match="--since: 'Nov' is no date; write 2026, 2026-11"):
-        _run("usage", "--since", "Nov")
+    for no_date in ("Nov", "2026-13", "2026-02-30", "2026-1"):
+        with pytest.raises(BadInputError, match=f"--since: '{no_date}' is no date; write 2026, "):
+            _run("usage", "--since", no_date)
+    assert _run("usage", "--since", "2026") == _run("usage", "--since", "2026-10-01")
     assert _run("usage", "--tenant", "a", "--since", "2026-11") == (
         "a  x:v1  2 requests  20 + 10 tokens"
     )

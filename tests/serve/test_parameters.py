@@ -140,6 +140,21 @@ def test_a_refusal_names_its_parameter(
     }
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"store": True}, "store: should be false"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls: should be null"),
+        ({"response_format": "json"}, "response_format: should be an object"),
+        ({"stop": ["a"] * 5}, "stop: should have at most 4 items, not 5"),
+        ({"messages": []}, "messages: should have at least 1 item, not 0"),
+        ({"stop": ""}, "stop: should have at least 1 character"),
+    ],
+)
+def test_a_refusal_speaks_of_json(shared: Running, fields: dict[str, Any], message: str) -> None:
+    assert _ask(shared, **fields).json()["error"]["message"] == message
+
+
 def test_what_is_meant_is_a_field_that_there_is(shared: Running) -> None:
     """Never the unknown field itself, which another route or part may have."""
     for fields, hint in (

@@ -247,7 +247,7 @@ def usage(
     from tunefork.page.units import counted
     from tunefork.serve.ledger import read_usage
 
-    if not re.fullmatch(r"(\d{4}(-\d\d(-\d\d)?)?)?", since):
+    if since and not _is_date(since):
         raise BadInputError(f"--since: {since!r} is no date; write 2026, 2026-11 or 2026-11-26")
     file = _file(tenants)
     rows = read_usage(file, tenant=tenant, since=since) if file.exists() else []
@@ -259,6 +259,19 @@ def usage(
             f"{row.tenant}  {row.model}  {counted(row.requests, 'request')}  "
             f"{row.prompt_tokens:,} + {counted(row.completion_tokens, 'token')}"
         )
+
+
+def _is_date(text: str) -> bool:
+    """A year, a month or a day that there is."""
+    from datetime import date
+
+    if not re.fullmatch(r"[0-9]{4}(-[0-9]{2}){0,2}", text):
+        return False
+    try:
+        date.fromisoformat(text + "-01-01"[len(text) - 4 :])
+    except ValueError:
+        return False
+    return True
 
 
 def _file(tenants: Path | None) -> Path:

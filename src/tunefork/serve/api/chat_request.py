@@ -85,9 +85,9 @@ class JsonSchemaFormat(ApiModel):
     json_schema: NamedSchema
 
 
-def _is_bool(value: Any) -> Any:
+def _is_false(value: Any) -> Any:
     """To Python, 0 is False."""
-    if not isinstance(value, bool):
+    if value is not False:
         raise ValueError("should be false")
     return value
 
@@ -115,7 +115,7 @@ class ChatRequest(SamplingFields):
     modalities: TextOnly | None = None
     parallel_tool_calls: None = None
     tool_choice: Literal["none"] | None = None
-    store: Annotated[Literal[False], BeforeValidator(_is_bool)] | None = None
+    store: Annotated[Literal[False], BeforeValidator(_is_false)] | None = None
     service_tier: Literal["auto", "default"] | None = None
     reasoning_effort: Literal["none"] | None = None
     verbosity: Literal["medium"] | None = None

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.responses import JSONResponse
 
 from tunefork.errors import nearest
@@ -139,8 +140,22 @@ def from_validation(
     if kind == "union_tag_invalid":  # whose message quotes what was sent
         allowed = detail["ctx"]["expected_tags"]
         return bad(f"{param}.type: should be one of {allowed}", f"{param}.type")
-    message = str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    message = _said(detail)
     return bad(f"{param}: {message}" if param else message, param or None)
+
+
+def _said(detail: ErrorDetails) -> str:
+    """pydantic's message in the words of JSON, not of Python."""
+    match detail["type"]:
+        case "none_required":
+            return "should be null"
+        case "model_attributes_type" | "model_type" | "dict_type":
+            return "should be an object"
+    message = str(detail["msg"]).removeprefix("Value error, ").removesuffix(" after validation")
+    message = message.replace(" after validation,", ",")
+    for subject in ("Input ", "List ", "String ", "Dictionary "):
+        message = message.removeprefix(subject)
+    return message
 
 
 def _joined(parts: list[int | str]) -> str:
