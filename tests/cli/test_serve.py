@@ -43,6 +43,12 @@ def test_another_key_leaves_what_is_not_given(home: Path) -> None:
     assert "acme: acme/* (weight 2, not the base)" in _run("keys", "list")
 
 
+def test_an_empty_pattern_is_refused(home: Path) -> None:
+    with pytest.raises(BadInputError, match="--models: a pattern is empty"):
+        _run("keys", "add", "acme", "--models", "")
+    assert not (home / "serve.sqlite").exists()
+
+
 def test_usage_is_summed_by_tenant_and_version(home: Path) -> None:
     ledger = Ledger(home / "serve.sqlite")
 

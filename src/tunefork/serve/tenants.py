@@ -104,6 +104,8 @@ def add_key(file: Path, tenant: Tenant) -> str:
             f"{tenant.name!r} stands for whoever asks a server without keys; give the tenant "
             "another name"
         )
+    if "" in tenant.models:  # of a shell's variable that is not set, say
+        raise BadInputError("--models: a pattern is empty; '*' is every adapter, 'none' is none")
     key_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
     key = f"tf_{key_id}_{secret}"
     values = (
