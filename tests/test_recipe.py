@@ -221,6 +221,7 @@ def test_unknown_keys_name_the_nearest(sections: dict[str, Any], message: str) -
         ({"lora": {"rank": "many"}}, "lora.rank: should be a whole number"),
         ({"lora": {"rank": 1.5}}, "lora.rank: should be a whole number"),
         ({"lora": {"rank": True}}, "lora.rank: must not be True"),
+        ({"train": {"compile": True}}, "as); should be 'auto', 'always' or 'never'"),
         ({"lora": {"targets": []}}, "lora.targets: is an empty list"),
         ({"lora": {"targets": ["q", 5]}}, "lora.targets.1: should be a valid string (found 5)"),
         ({"lora": {"targets": "mlpp"}}, "lora.targets: should be 'all-linear', 'attention' or"),

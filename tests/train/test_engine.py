@@ -10,8 +10,8 @@ from tunefork.errors import ModelError
 from tunefork.model.build import build
 from tunefork.model.fused import fuse
 from tunefork.model.fused_checks import check_sizes
-from tunefork.recipe import Compile, LoraSection, Method, TrainSection
-from tunefork.train import engine
+from tunefork.recipe import Compile, LoraSection, Method, Recipe, TrainSection
+from tunefork.train import engine, method
 from tunefork.train.engine import BaseForm, base_form, compiles, form_of
 
 
@@ -57,6 +57,21 @@ def test_what_int8_cannot_be_had_for_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(engine, "has_int8", lambda device: True)
     form = base_form(_recipe(), Method.LORA, device=cuda, dtype=bf16)
     assert form == BaseForm("int8", "int8")
+
+
+def test_what_int8_cannot_be_had_for_is_refused_before_the_base_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(method, "load_model", load)
+    fields = {"lora": {"dora": True}, "train": {"precision": "int8"}}
+    recipe = Recipe.model_validate({"model": "any", "data": {"train": "any.jsonl"}, **fields})
+    with pytest.raises(ModelError, match=r"no form of lora\.dora"):
+        method.load_for_training(
+            recipe, Method.LORA, dtype=torch.bfloat16, device=torch.device("cpu"), seed=0
+        )
 
 
 @pytest.mark.parametrize(

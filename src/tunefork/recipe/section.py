@@ -1,7 +1,7 @@
 """What every section of a recipe is made of: the closed base class, and the words of its fields."""
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -48,7 +48,9 @@ class Section(BaseModel):
         """Pydantic would read YAML's `yes` as 1."""
         field = cls.model_fields[info.field_name or ""]
         if isinstance(value, bool) and field.annotation is not bool:
+            words = [repr(one) for one in get_args(field.annotation) if isinstance(one, str)]
+            instead = f"; should be {', '.join(words[:-1])} or {words[-1]}" if words else ""
             raise ValueError(
-                f"must not be {value} (which is also what YAML reads yes, no, on, off as)"
+                f"must not be {value} (which is also what YAML reads yes, no, on, off as){instead}"
             )
         return value

@@ -2,10 +2,10 @@
 
 The first batch is passed with B = 0, as a run begins. The second is passed with a random B whose
 delta is as large as training makes it, where A has a gradient too. (A few steps of training would
-not do: their deltas are so small that bf16, which rounds the base's product before it adds them,
-loses part of them, and the two forms differ for that.) Both forms of the base see the same batches,
-A and B; what is compared is the loss and the cosine of A's and B's gradients, all together and by
-kind of layer.
+not do: where a layer's bf16 product is rounded before the delta is added, with `lora.dropout` say,
+part of so small a one is lost, and the two forms differ for that.) Both forms of the base see the
+same batches, A and B; what is compared is the loss and the cosine of A's and B's gradients, all
+together and by kind of layer.
 
 One form is on the device at a time: the base is loaded for each, int8 group by group as for a run.
 """

@@ -71,8 +71,8 @@ def load_and_fuse(
     `put` is given the model and the device that it must be on then.
     """
     deterministic.prepare(recipe.train.deterministic)
+    form = base_form(recipe, method, device=device, dtype=dtype)  # a refusal waits for no load
     model = load_model(recipe.model, dtype=dtype, device=device, in_host_memory=True)
-    form = base_form(recipe, method, device=device, dtype=dtype)
     # An int8 base is quantised group by group on its way from the host to the device.
     at = torch.device("cpu") if form is not None and form.storage != "nf4" else device
     put(model, at)
