@@ -42,7 +42,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 """SmolLM2-135M and -360M, Qwen3-0.6B, Llama-3.2-1B, Qwen3-1.7B, Llama-3.2-3B, Llama-3.1-8B; and one
 to try the script on a CPU with."""
 
-_TRIED = "tiny"
 HELD_OUT_SHAPE = "1.7b"
 """A size that no run had been measured of when the model of time and memory was settled."""
 SALT = "tunefork planner, third grid"
@@ -195,14 +194,6 @@ def build_of(case: Case) -> Any:
         wants_int8=case.int8,
         is_compiled=case.compiled,
     )
-
-
-def is_case(name: str) -> bool:
-    """Whether a run of that name is of the grid, or to try the script with.
-
-    Raw files go on holding what was measured of forms that are gone.
-    """
-    return name in CASES or name.startswith(f"{_TRIED}-")
 
 
 def held_out() -> list[str]:

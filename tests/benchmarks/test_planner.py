@@ -14,7 +14,6 @@ from benchmarks.planner_cases import (
     HELD_OUT_FILE,
     HELD_OUT_SHAPE,
     held_out,
-    is_case,
     read_case,
 )
 from benchmarks.results import FOLDER
@@ -62,8 +61,8 @@ def test_the_held_out_are_those_of_the_hash_and_a_whole_size() -> None:
 def test_intervals_hold_every_measurement(every: list[Any]) -> None:
     lines = [json.loads(line) for line in RAW.read_text(encoding="utf-8").splitlines()]
     names = [line["case"] for line in lines if "step_s" in line]
-    assert [run.name for run in every] == [name for name in names if is_case(name)]
-    assert not is_case("8b-lora-8x2048-fp8"), "a form that is gone, or taken for bf16's"
+    assert [run.name for run in every] == names
+    assert set(names) == set(CASES), "a case that was not measured, or a run of none"
     outside = [
         (name, figure, took)
         for name, figure, low, high, took in _intervals(every)
@@ -76,10 +75,8 @@ def test_the_results_are_the_packaged_fits(every: list[Any]) -> None:
     results = json.loads((FOLDER / "planner_h200.json").read_text(encoding="utf-8"))["rows"]
     judged = {run.name: planner_fit._judged(run)["errors"] for run in every}  # the last of each
     for row in results:
-        if not is_case(row["case"]):
-            continue
         assert row["errors"] == pytest.approx(judged[row["case"]], abs=2e-4), row["case"]
-    held = [row for row in results if row["held_out"] and is_case(row["case"])]
+    held = [row for row in results if row["held_out"]]
     assert {row["case"] for row in held} <= set(held_out())
     for row in held:
         for figure, limit in LIMITS.items():
