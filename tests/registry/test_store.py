@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from tests.registry.conftest import save_run, trained
 from tests.tiny import tiny_model
 from tunefork.errors import StoreError
 from tunefork.recipe import Method
+from tunefork.registry.opening import find_parts
 from tunefork.registry.peft_format import load_adapter
+from tunefork.registry.remote import push
 from tunefork.registry.store import Store
 
 
@@ -130,6 +133,24 @@ def test_a_damaged_object_is_replaced_and_a_view_made_again(store: Store, tmp_pa
     (again.folder() / "adapter_config.json").unlink()
     again.folder()
     assert check_store(store) == 2
+
+
+def test_what_was_changed_in_the_store_is_not_opened_or_pushed(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = store.publish(save_artefact(tmp_path / "a"), "a")
+    assert version.intact() == version.folder()
+    place = version.folder() / "adapter_model.safetensors"
+    data = bytearray(place.read_bytes())
+    data[-1] ^= 1
+    place.chmod(0o644)
+    place.write_bytes(data)  # as long as before
+    monkeypatch.setattr(Store, "open", lambda: nullcontext(store))
+    for use in (version.intact, lambda: push(store, "a", str(tmp_path / "there"))):
+        with pytest.raises(StoreError, match=r"a:v1: adapter_model.safetensors .* not what was"):
+            use()
+    with pytest.raises(StoreError, match="not what was published"):
+        find_parts("a:v1")
 
 
 def test_lineage_of_a_run(store: Store, tmp_path: Path, base: Path) -> None:

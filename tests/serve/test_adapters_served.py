@@ -217,6 +217,20 @@ def test_what_does_not_belong_here_is_refused(
         assert store.show("bad").holds == ()
 
 
+def test_what_was_changed_in_the_store_is_refused(
+    server: Running, engine: FakeEngine, adapter: Path
+) -> None:
+    with Store.open() as store:
+        place = store.publish(adapter, "acme").folder() / WEIGHTS
+    data = bytearray(place.read_bytes())
+    data[-1] ^= 1
+    place.chmod(0o644)
+    place.write_bytes(data)
+    error = server.ask(model="acme").json()["error"]
+    assert error["code"] == "adapter_unusable" and "not what was published" in error["message"]
+    assert not engine.seen and WEIGHTS not in error["message"]
+
+
 def test_the_engine_s_largest_rank_is_kept_to(settings: ServeSettings, adapter: Path) -> None:
     from dataclasses import replace
 

@@ -148,7 +148,7 @@ def _published(target: str) -> str:
     if ":" not in target or Path(target).exists():
         return target
     with Store.open() as store:
-        return str(store.resolve(target).folder())
+        return str(store.resolve(target).intact())
 
 
 def _parts_of_adapter(folder: Path) -> Parts:

@@ -44,7 +44,7 @@ def push(store: Store, reference: str, url: str) -> Version:
     version = store.resolve(reference)
     manifest = manifest_of(store, version)
     if url.startswith(hub.SCHEME):
-        hub.push(version.folder(), manifest, url)
+        hub.push(version.intact(), manifest, url)
         return version
     files, root = _file_system(url)
     place = f"{root}/versions/{version.name}/v{version.number}.json"
@@ -57,6 +57,7 @@ def push(store: Store, reference: str, url: str) -> Version:
                     "change: push it under another name, or to another place"
                 )
             return version
+        version.intact()  # what is pushed goes by its hash: others would be told a wrong one
         for file in manifest.files:
             target = f"{root}/objects/{file.sha256}"
             if not (files.exists(target) and files.size(target) == file.bytes):

@@ -26,7 +26,7 @@ from tunefork.registry.peft_config import WEIGHTS, read_config
 from tunefork.registry.peft_format import check_fits
 from tunefork.registry.provenance import Provenance, read_provenance
 from tunefork.registry.safe_read import read_header
-from tunefork.registry.version import Details
+from tunefork.registry.version import Details, changed_files
 from tunefork.serve.api.errors import ApiError, is_of_now, unavailable
 from tunefork.serve.base import ServedBase
 from tunefork.serve.engine import Capabilities, ServedAdapter
@@ -64,6 +64,7 @@ class Checks:
         One that `is_merged` into its own copy of the base may be of any kind and rank.
         """
         name = str(details.version)
+        self._check_intact(name, details, folder)
         with _told(name, "is no adapter that can be read"):
             config = read_config(folder)
             provenance = read_provenance(folder)
@@ -98,6 +99,18 @@ class Checks:
         elements = sum(_size(entry.shape) for entry in header.values())
         served = ServedAdapter(name, folder, rank, elements * self._bytes_per_element)
         return Checked(served, prompts, bool(foreign) or is_large)
+
+    def _check_intact(self, name: str, details: Details, folder: Path) -> None:
+        """That its files are what was published: a disk or a hand may have changed them since."""
+        with _told(name, "cannot be read"):
+            changed = changed_files(folder, details.files)
+        if changed:
+            logger.warning("%s: %s in the store is not what was published", name, changed[0])
+            raise _unusable(
+                name,
+                "is not what was published: a file in the server's store was damaged or altered "
+                "since; its operator can publish it anew",
+            )
 
     def _check_base(self, name: str, provenance: Provenance | None) -> Provenance:
         """That it says it belongs to the base."""
