@@ -161,7 +161,12 @@ def test_a_full_queue_says_when_to_come_again(settings: ServeSettings) -> None:
     ],
 )
 def test_a_request_that_fails_in_the_engine_fails_alone(
-    server: Running, engine: FakeEngine, error: Exception, status: int, code: str
+    server: Running,
+    engine: FakeEngine,
+    settings: ServeSettings,
+    error: Exception,
+    status: int,
+    code: str,
 ) -> None:
     engine.fails = error
     answer = server.ask()
@@ -179,6 +184,8 @@ def test_a_request_that_fails_in_the_engine_fails_alone(
     engine.fails = None
     assert server.ask().status_code == 200
     eventually(lambda: _is_at_rest(server))
+    ended = ["refused" if status == 400 else "failed"] * 3 + ["ok"]
+    eventually(lambda: [s[0] for s in _statuses(settings)] == ended)
 
 
 def test_an_engine_that_dies_is_started_again(

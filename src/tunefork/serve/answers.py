@@ -28,7 +28,7 @@ _CANCEL_S = 30.0
 """An engine has to let go of a cancelled answer, before it is recorded as it is."""
 _MOST_UNREAD = 256
 """Pieces that wait for a client; then the engine's are no longer read."""
-Status = Literal["ok", "cancelled", "deadline", "failed"]
+Status = Literal["ok", "cancelled", "deadline", "refused", "failed"]
 logger = logging.getLogger(__name__)
 
 
@@ -95,8 +95,7 @@ class Answer:
         if self._ending is None:
             status: Status = "cancelled"
             if self._failure is not None:
-                code = getattr(self._failure, "code", None)
-                status = "deadline" if code == "deadline_exceeded" else "failed"
+                status = _status_of(self._failure)
             self._ending = asyncio.create_task(self._end(status))
             self._parts.keep(self._ending)
 
@@ -238,3 +237,11 @@ class Answer:
                 first_token_s=self._first_token_s,
                 total_s=total_s,
             )
+
+
+def _status_of(failure: BaseException) -> Status:
+    if not isinstance(failure, ApiError):
+        return "failed"
+    if failure.code == "deadline_exceeded":
+        return "deadline"
+    return "refused" if failure.status < 500 else "failed"

@@ -36,7 +36,8 @@ class Usage:
     end_user: str | None
     """What the request had as `user`."""
     status: str
-    """`ok`, `cancelled` (the client went away), `deadline` or `failed`."""
+    """`ok`, `cancelled` (the client went away), `deadline`, `refused` (the engine could not take
+    what was asked) or `failed`."""
     choices: int
     prompt_tokens: int
     completion_tokens: int
