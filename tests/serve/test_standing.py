@@ -79,11 +79,17 @@ def test_a_merged_version_is_answered_by_its_replica(
             assert [version.id for version in made] == ["acme:v1"] and replica.starts == 1
             answer = running.ask(model="acme")
             assert answer.json()["model"] == "acme:v1"
+            assert (
+                'replica_up{model="acme:v1"} 1.0' in running.gateway.parts.metrics.text().decode()
+            )
             assert [seen.adapter for seen in replica.seen] == [None] and not main.seen
             store.publish(adapter, "acme", tags=("prod",))
             assert running.ask(model="acme:prod").json()["model"] == "acme:v2"
             replica.start_fails = ModelError("no memory")
             replica.die()
+            assert (
+                'replica_up{model="acme:v1"} 0.0' in running.gateway.parts.metrics.text().decode()
+            )
             assert running.ask(model="acme:v1").status_code == 200
             assert [seen.adapter.id for seen in main.seen if seen.adapter] == ["acme:v2", "acme:v1"]
             eventually(lambda: replica.starts > 1)

@@ -301,4 +301,5 @@ class Gateway:
     def _snapshot(self) -> Snapshot:
         queue = self.parts.queue
         waiting = queue.waiting_by_tenant()
-        return self.engine.state(), waiting, queue.running, self.adapters.in_use()
+        held, replicas = self.adapters.in_use(), self._replicas.up()
+        return self.engine.state(), waiting, queue.running, held, replicas

@@ -114,8 +114,9 @@ class Metrics:
         return name
 
 
-Snapshot = tuple[EngineState, dict[str, int], int, int]
-"""The engine's state, answers that wait by tenant, those that run, and versions that are held."""
+Snapshot = tuple[EngineState, dict[str, int], int, int, dict[str, bool]]
+"""The engine's state, answers that wait by tenant, those that run, versions that are held, and
+whether each merged version's replica answers."""
 
 
 class _Gauges:
@@ -126,13 +127,19 @@ class _Gauges:
 
     def collect(self) -> Iterator[Metric]:
         """Called by the registry."""
-        state, waiting, running, held = self._now()
+        state, waiting, running, held, replicas = self._now()
         queue = GaugeMetricFamily(
             "tunefork_queue_answers", "Answers waiting in the gateway.", labels=["tenant"]
         )
         for tenant, count in waiting.items():
             queue.add_metric([tenant], count)
         yield queue
+        up = GaugeMetricFamily(
+            "tunefork_replica_up", "Whether a merged version's replica answers.", labels=["model"]
+        )
+        for version, is_up in replicas.items():
+            up.add_metric([version], int(is_up))
+        yield up
         yield from self._hot()
         for name, help_text, value in (
             ("running_answers", "Answers handed to the engine.", running),

@@ -37,6 +37,7 @@ class Replicas:
             engine = self._make(version)
             self._all[version.id] = (Revival(engine, f"the replica of {version.id}"), lease)
             await engine.start()
+            logger.info("a replica answers for %s", version.id)
 
     def find(self, version: str) -> Engine | None:
         """The engine of `version`, if it has one that answers."""
@@ -44,6 +45,10 @@ class Replicas:
             return None
         engine = self._all[version][0].engine
         return engine if engine.state().healthy else None
+
+    def up(self) -> dict[str, bool]:
+        """Whether each version's engine answers."""
+        return {version: self.find(version) is not None for version in self._all}
 
     def engines(self) -> list[Engine]:
         """All of them."""
