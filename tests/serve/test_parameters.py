@@ -115,6 +115,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (
         {"messages": [{"role": "user", "content": "a", "name": "b"}]},
         "messages[0].name",
+        "unsupported_parameter",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "a", "nmae": "b"}]},
+        "messages[0].nmae",
         "unknown_parameter",
     ),
     ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),

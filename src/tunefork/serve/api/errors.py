@@ -15,6 +15,10 @@ from starlette.responses import JSONResponse
 
 from tunefork.errors import nearest
 
+_OF_MESSAGES = frozenset(
+    ["name", "tool_calls", "tool_call_id", "function_call", "refusal", "audio"]
+)
+"""Fields of the API's messages that no chat template here is given."""
 _OF_NOW = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
 
 
@@ -130,6 +134,8 @@ def from_validation(
     parts += [p for p in loc[-1:] if is_unknown or isinstance(p, int) or p in known]
     param = _joined(parts)
     if is_unknown:
+        if loc[0] == "messages" and name in _OF_MESSAGES:
+            return unsupported(param, "a message has a role and a content here, and nothing else")
         shown = param if name.isprintable() and len(name) <= 64 else "a field"
         is_misplaced = name in known  # in another route, or another part of the request
         meant = own if len(loc) == 1 else known
