@@ -179,12 +179,12 @@ def test_a_steps_errors_are_of_its_kind() -> None:
     assert time_errors([row("error", 1.0, 1.5)], 1000)["error"] == pytest.approx(0.5)
 
 
-def test_the_last_run_of_a_case_counts_and_all_lines_are_all() -> None:
+def test_the_last_run_of_a_case_counts_and_all_lines_are_all(every: list[Any]) -> None:
     lines = [json.loads(line) for line in RAW.read_text(encoding="utf-8").splitlines()]
     measured, _ = planner_fit.read_raw(RAW)
     twice = "360m-qlora-8x1024-packed-eager"
     times = [line["step_s"] for line in lines if line["case"] == twice and "step_s" in line]
     assert len(times) == 2 and measured[twice]["step_s"] == times[-1]
     (one,) = (run for run in planner_fit.runs(RAW) if run.name == twice)
-    both = [run for run in planner_fit.runs(RAW, all_lines=True) if run.name == twice]
+    both = [run for run in every if run.name == twice]
     assert one.step_s == times[-1] and [run.step_s for run in both] == times
