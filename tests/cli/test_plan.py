@@ -45,6 +45,8 @@ def test_this_machine_and_one_method(tunefork: Call, write_recipe: Write) -> Non
     assert ended.status == 0, ended.err
     plan = json.loads(ended.out)
     assert list(plan["methods"]) == ["qlora"] and plan["machine"]["gpu"] == "cpu"
+    ended = tunefork("plan", write_recipe(), "--method", "qlora", "--set", "train.precision=int8")
+    assert "int8 on a CPU computes what defines" in " ".join(ended.out.split())
 
 
 def test_numbers_in_the_place_of_data(tunefork: Call, write_recipe: Write, tmp_path: Path) -> None:
