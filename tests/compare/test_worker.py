@@ -102,7 +102,7 @@ def _child(parent: subprocess.Popen[str]) -> psutil.Process:
     [
         (signal.SIGINT, 0.0),
         (signal.SIGINT, 0.05),
-        (signal.SIGINT, 0.5),
+        pytest.param(signal.SIGINT, 0.5, marks=pytest.mark.slow),
         (signal.SIGTERM, 0.05),
     ],
 )

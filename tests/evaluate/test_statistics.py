@@ -227,7 +227,7 @@ def _answers(share_apart: float) -> Callable[[np.random.Generator, int], list[Co
         ("macro_f1", _answers(0.4)),
     ],
 )
-@pytest.mark.parametrize("size", [FEWEST_EXAMPLES, 15, 30])
+@pytest.mark.parametrize("size", [FEWEST_EXAMPLES, pytest.param(15, marks=pytest.mark.slow), 30])
 def test_equals_are_found_different_5_times_of_100(
     metric: str, draw: Callable[[np.random.Generator, int], list[Columns]], size: int
 ) -> None:

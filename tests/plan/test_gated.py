@@ -123,7 +123,9 @@ def test_in_int8_each_too(is_compiled: bool) -> None:
 
 
 @pytest.mark.parametrize("wants_int8", [False, True])
-@pytest.mark.parametrize("method", [Method.LORA, Method.QLORA])
+@pytest.mark.parametrize(
+    "method", [Method.LORA, pytest.param(Method.QLORA, marks=pytest.mark.slow)]
+)
 def test_a_compiled_layer_does_not_keep_h(
     method: Method, wants_int8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

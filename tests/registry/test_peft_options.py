@@ -82,7 +82,9 @@ THEIRS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.filterwarnings(TYING, "ignore:ensure_weight_tying=True but")
 @pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`")
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])  # tied, untied, scaled
+@pytest.mark.parametrize(  # tied, untied, scaled
+    "architecture", ["llama", "qwen3", pytest.param("gemma3", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("case", THEIRS)
 def test_theirs_loads_here(case: str, architecture: str, tmp_path: Path) -> None:
     config = LoraConfig(r=4, lora_alpha=7, **THEIRS[case])

@@ -181,7 +181,7 @@ MIXES: dict[str, list[tuple[int, int, int]]] = {
 """(new tokens, position, slot) of each row."""
 
 
-@pytest.mark.parametrize("few", [0, 64, 1000])
+@pytest.mark.parametrize("few", [0, pytest.param(64, marks=pytest.mark.slow), 1000])
 @pytest.mark.parametrize(("fuse", "groups"), [(False, ()), (True, ()), (True, (2,))])
 def test_filled_passes_say_what_exact_ones_say(
     fuse: bool, groups: tuple[int, ...], few: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

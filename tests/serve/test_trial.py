@@ -190,7 +190,10 @@ async def _is_as_at_the_start(engine: EmbeddedEngine, adapters: int = 0) -> None
     assert scheduler.to_try() is None
 
 
-@pytest.mark.parametrize(("which", "rides"), [("dead", False), ("ill", False), ("ill", True)])
+@pytest.mark.parametrize(
+    ("which", "rides"),
+    [("dead", False), pytest.param("ill", False, marks=pytest.mark.slow), ("ill", True)],
+)
 def test_a_bad_adapter_beside_requests_that_stream(
     served: Served,
     trials: list[int],

@@ -157,6 +157,7 @@ def test_halving_drops_the_worse_of_each_rank_and_fills_their_places(
     assert later.metrics == whole.metrics and later.num_steps == 4
 
 
+@pytest.mark.slow
 def test_what_is_dropped_does_not_depend_on_how_many_train_at_a_time(
     make: Make, tmp_path: Path
 ) -> None:

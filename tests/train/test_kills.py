@@ -23,7 +23,7 @@ for row in kills({}, {}):
 @pytest.mark.parametrize(
     ("each", "kinds"),
     [
-        (1, ("lora", "full_8bit")),
+        (1, ("lora",)),
         pytest.param(4, ("lora", "qlora", "full_8bit"), marks=pytest.mark.slow),
     ],
 )

@@ -109,7 +109,7 @@ def _gradients(
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("architecture", TAKE)
 def test_segments_equal_the_mask(architecture: str, packing: bool, recompute: bool) -> None:
     model, encoded = made(TAKE[architecture]).train(), examples()
