@@ -61,8 +61,8 @@ class Version:
             changed = changed_files(folder, files_of(database, self.id))
         if changed:
             raise StoreError(
-                f"{self}: {changed[0]} in the store is not what was published; pull the version, "
-                "or publish it anew"
+                f"{self}: {changed[0]} in the store is not what was published; publish "
+                "the same files anew, which replaces it"
             )
         return folder
 
