@@ -163,7 +163,9 @@ def lengths(case: Case) -> list[list[int]]:
     draw = np.random.default_rng(0)
     steps = []
     is_small = case.shape in _SMALL or case.rows * case.length <= 1024
-    timed = (TIMED_SMALL if case.compiled else TIMED_LAUNCHED) if is_small else TIMED
+    many = TIMED_SMALL if case.compiled else TIMED_LAUNCHED
+    few = TIMED if case.compiled or case.method == "full" else TIMED_SMALL
+    timed = many if is_small else few
     for _ in range(WARM_UP + timed):
         if case.packed:
             drawn = draw.integers(case.length // 8, case.length // 2, 4 * case.rows)

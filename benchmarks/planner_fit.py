@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.planner_cases import (
@@ -50,8 +51,8 @@ the host's pace must not be explained by it."""
 
 
 def runs(raw: Path, *, all_lines: bool = False) -> list[Any]:
-    """The measured runs, ready to be predicted, by what was traced where they ran; `all_lines`: not
-    the last of each case alone."""
+    """The measured runs, ready to be predicted, by what was traced where they ran: the last of each
+    case, its step the mean of those that the case's runs took; `all_lines`: every one by itself."""
     from benchmarks.fitting import Run
     from tunefork.plan import step as tracing
     from tunefork.plan.case import Case as Planned
@@ -64,12 +65,16 @@ def runs(raw: Path, *, all_lines: bool = False) -> list[Any]:
 
     target = target_of(load_catalogue().machine(["h200"]))
     measured, planned = read_raw(raw)
-    rows = _lines(raw) if all_lines else list(measured.values())
+    lines = [row for row in _lines(raw) if "planned" not in row and "error" not in row]
+    rows = lines if all_lines else list(measured.values())
     found = []
     for row in rows:
         name = row["case"]
-        if "error" in row or "planned" in row:
+        if "error" in row:
             continue
+        steps_s = [row["step_s"]]
+        if not all_lines:
+            steps_s = [line["step_s"] for line in lines if line["case"] == name]
         case = read_case(name)
         made, whole = build_of(case), config(case.shape)
         for there in planned.get(name, []):
@@ -89,7 +94,7 @@ def runs(raw: Path, *, all_lines: bool = False) -> list[Any]:
                 tensor_bytes=row["tensor_bytes"],
                 process_bytes=row["process_bytes"],
                 context_bytes=row["context_bytes"],
-                step_s=row["step_s"],
+                step_s=fmean(steps_s),
             )
         )
     return found

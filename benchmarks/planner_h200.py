@@ -13,7 +13,7 @@ token supervised, by the code that `tunefork train` runs.
 First it compiles all cases side by side, on models of two layers, into PyTorch's cache on the disk,
 and plans each one there, with the very PyTorch that will run it (`--only-prepare`: and stops; that
 may share the GPU with other work). Then it runs one after the other, each in a process of its own,
-for memory to be its alone; the next ones import meanwhile.
+for memory to be its alone, while nothing else is on the host.
 
 `fit` writes src/tunefork/plan/fits.yaml (what the planner uses) and results/planner_h200.json;
 with `--dry` neither. On a CPU all of it can be tried:
@@ -53,8 +53,8 @@ _SIDE_BY_SIDE = max(1, min(8, (os.cpu_count() or 1) // 2))
 """Processes that compile at the same time."""
 _SHARE_TO_PREPARE = 0.4
 """Of the time given: what is not compiled by then is compiled in its own run."""
-_AHEAD = 2
-"""Processes that import while another runs."""
+_AT_ONCE = 8
+"""Processes that import what they need before the first of them runs."""
 _STARTING_S = {True: 14.0, False: 6.0}
 """For `estimate`: a run's process and its model, compiled (from the cache) or not; guessed."""
 
@@ -190,15 +190,23 @@ def measure(out: Path, names: list[str], seconds: float, *, only_prepare: bool) 
         if only_prepare:
             _prepare(unplanned, deadline, tell)
             return
-        waiting = [Worker(__file__, "run", [name]) for name in left[:_AHEAD]]
         _prepare(unplanned, time.monotonic() + _SHARE_TO_PREPARE * seconds, tell)
-        for at in range(len(left)):
-            worker = waiting.pop(0)
-            waiting += [Worker(__file__, "run", [n]) for n in left[at + _AHEAD :][:1]]
-            if not worker.finish(deadline, tell):
+        for at in range(0, len(left), _AT_ONCE):
+            if not _run(left[at : at + _AT_ONCE], deadline, tell):
                 print("out of time", flush=True)
                 break
-        for worker in waiting:
+
+
+def _run(names: list[str], deadline: float, tell: Any) -> bool:
+    """One after the other, nothing else on the host: a step at its pace would tell of that too.
+    False where time ran out."""
+    workers = [Worker(__file__, "run", [name]) for name in names]
+    try:
+        for worker in workers:
+            worker.wait_until_ready()
+        return all(worker.finish(deadline, tell) for worker in workers)
+    finally:
+        for worker in workers:
             worker.end()
 
 
@@ -234,6 +242,7 @@ def work_on(verb: str, names: list[str]) -> None:
     import torch._inductor.compile_fx  # noqa: F401
     from transformers import AutoModelForCausalLM  # noqa: F401
 
+    print("ready", flush=True)
     # Not this library yet: bitsandbytes looks at the GPU, on which another case is measured.
     sys.stdin.readline()
     for name in names:

@@ -1,7 +1,7 @@
 """A benchmark's cases in processes of their own: one that hangs or dies leaves the others' results.
 
-A worker runs `SCRIPT VERB NAME...`, which imports what it needs, waits for a line, and prints one
-of JSON for each case.
+A worker runs `SCRIPT VERB NAME...`, which imports what it needs, says so, waits for a line, and
+prints one of JSON for each case.
 """
 
 import json
@@ -41,6 +41,10 @@ class Worker:
             text=True,
             env=os.environ | ENVIRONMENT,
         )
+
+    def wait_until_ready(self) -> None:
+        """Until it has imported what it needs."""
+        self.process.stdout.readline()
 
     def finish(self, deadline: float, tell: Any) -> bool:
         """Tell each case's row; False where time ran out. A case that ends its process, or hangs,
