@@ -288,8 +288,16 @@ def test_ctrl_c_that_a_library_makes_an_error_of(
     )
 
 
+@pytest.mark.parametrize(
+    ("verb", "said"),
+    [
+        ("train", "stopped; the same command goes on from there\n"),
+        ("evaluate", "stopped; what was finished is kept\n"),
+        ("serve", "stopped\n"),
+    ],
+)
 def test_ctrl_c_while_the_verbs_are_imported(
-    tunefork: Call, monkeypatch: pytest.MonkeyPatch
+    verb: str, said: str, tunefork: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Interrupted:
         def find_spec(self, name: str, *_: object) -> None:
@@ -298,8 +306,8 @@ def test_ctrl_c_while_the_verbs_are_imported(
 
     monkeypatch.delitem(sys.modules, "tunefork.cli.app")
     monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
-    ended = tunefork("train", "mine.yaml")
-    assert (ended.status, ended.err) == (130, "stopped; the same command goes on from there\n")
+    ended = tunefork(verb, "mine.yaml")
+    assert (ended.status, ended.err) == (130, said)
 
 
 @pytest.mark.parametrize(

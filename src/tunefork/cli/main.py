@@ -58,13 +58,17 @@ _INTERRUPTED = 130
 """What typer makes of Ctrl-C, and `tunefork train` of a run that it stopped."""
 
 _RESUMABLE = frozenset({"train", "compare", "sweep", "train-many"})
+_KEEPS_NOTHING = frozenset({"serve", "chat", "bench-serve"})
 
 
 def _end_interrupted() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python's own end has tracebacks too
-    goes_on = _RESUMABLE.intersection(sys.argv[1:3])
-    kept = "the same command goes on from there" if goes_on else "what was finished is kept"
-    print(f"stopped; {kept}", file=sys.stderr)
+    verb, kept = set(sys.argv[1:3]), "; what was finished is kept"
+    if verb & _RESUMABLE:
+        kept = "; the same command goes on from there"
+    elif verb & _KEEPS_NOTHING:
+        kept = ""
+    print(f"stopped{kept}", file=sys.stderr)
     sys.exit(_INTERRUPTED)
 
 
