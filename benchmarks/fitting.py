@@ -97,11 +97,13 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """By which error of a `TimeFit` its step is judged; the factors are those of "error"."""
+        """By which error of a `TimeFit` its step is judged; the factors are of the first two."""
         if self.form == (True, True):
             return "error_captured_varied"
         is_offloaded = self.case.made.checkpointing == "offload" and self.case.target.kind == "cuda"
-        return "error_offloaded" if is_offloaded else "error"
+        if is_offloaded:
+            return "error_offloaded"
+        return "error" if self.case.made.is_compiled else "error_launched"
 
     def predicted_step_s(self, *, is_launched: bool = False) -> float:
         """Median over the steps, as the measured figure is; `is_launched`: of captured ones too."""
@@ -194,9 +196,13 @@ def _non_negative(rows: Any, wanted: Any) -> list[float]:
         active.pop(int(found.argmin()))
 
 
+_FITTED = ("error", "error_launched")
+"""Kinds of steps that the factors of time are fitted to."""
+
+
 def fit_time(runs: Sequence[Run], start: TimeFit, prior: Mapping[str, float] = PRIOR) -> TimeFit:
     """Factors of time from the runs that are not held out."""
-    fitted = [run for run in runs if not run.is_held_out and run.kind == "error"]
+    fitted = [run for run in runs if not run.is_held_out and run.kind in _FITTED]
     timed = [(run, run.step_s) for run in fitted if run.step_s]
     values = {name: math.log(value) for name, value in prior.items()}
 
@@ -265,9 +271,9 @@ def process_errors(rows: list[dict[str, Any]], figure: str, steps: int) -> dict[
     return found
 
 
-def time_errors(rows: list[dict[str, Any]], steps: int) -> dict[str, float]:
-    """The largest error of each kind of step, rounded up to 1 / `steps`, at least one per cent."""
-    found = {"error": 0.01, "error_offloaded": 0.01, "error_captured_varied": 0.01}
+def time_errors(rows: list[dict[str, Any]], steps: int, least: float = 0.01) -> dict[str, float]:
+    """The largest error of each kind of step, rounded up to 1 / `steps`, at least `least`."""
+    found = dict.fromkeys([*_FITTED, "error_offloaded", "error_captured_varied"], least)
     for row in rows:
         if "step" in row["errors"]:
             measured, least = row["measured_step_s"], row["predicted_step_s"]

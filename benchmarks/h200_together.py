@@ -163,6 +163,9 @@ def collect(files: list[Path], name: str) -> Path:
             for row in found
             if "tokens_per_s" in row
         }
+        if older := {row["call"] for row in found} - {ours["call"]}:
+            # An older call's ratio is to what ours made there, which may be other code.
+            ours["ratios_to_older_calls_of"] = {call: own_speeds[call] for call in sorted(older)}
         ours["asked"] = {"tokens_per_s": [asked, ours["tokens_per_s"] >= asked]}
         if ratio is not None:
             reached = ours["ratios"].get(ratio[0])

@@ -88,8 +88,8 @@ CASES = [
     "0.6b-qlora-4x512-eager",
 ]
 """In the order in which they are measured: should time be short, what matters most is there.
-Compiled, and captured where the engine would, unless the name ends in `eager`. The last nine are
-of 2026-11-27, at the host's pace, of which the others tell too little."""
+Compiled, and captured where the engine would, unless the name ends in `eager`. The last nine are at
+the host's pace, of which the others tell too little."""
 CHECKPOINTING = ("selective", "full", "offload")
 OPTIMIZERS = {"8bit": "adamw_8bit", "adamwbf16": "adamw_bf16"}
 TIMED, TIMED_SMALL, TIMED_LAUNCHED = 6, 20, 60

@@ -11,8 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from typing import Any
 
 MOST_S = {"prepare": 150.0, "run": 100.0}
@@ -30,46 +29,48 @@ class Worker:
 
     def __init__(self, script: str, verb: str, names: list[str]) -> None:
         self.script, self.verb, self.left = script, verb, list(names)
-        self.process = self._start()
+        self._start()
 
-    def _start(self) -> Any:
+    def _start(self) -> None:
         command = [sys.executable, self.script, self.verb, *self.left]
-        return subprocess.Popen(
+        self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | ENVIRONMENT,
         )
+        self.lines = _lines(self.process.stdout)
 
     def wait_until_ready(self) -> None:
-        """Until it has imported what it needs."""
-        self.process.stdout.readline()
+        """Until it has imported what it needs, has ended, or takes longer than a case may."""
+        with suppress(queue.Empty):
+            if self.lines.get(timeout=MOST_S[self.verb]) is None:
+                self.lines.put(None)  # for `finish` to tell
 
     def finish(self, deadline: float, tell: Any) -> bool:
         """Tell each case's row; False where time ran out. A case that ends its process, or hangs,
         is told as an error, and the rest go on in another process."""
         while self.left:
-            with _lines(self.process) as lines:
-                self.process.stdin.write("go\n")
-                self.process.stdin.flush()
-                ended = self._read(lines, deadline, tell)
+            with suppress(BrokenPipeError):  # it has ended, as its lines will tell
+                print("go", file=self.process.stdin, flush=True)
+            ended = self._read(deadline, tell)
             self.end()
             if ended is None:
                 return False
             if self.left:
                 tell({"case": self.left.pop(0), "error": f"{self.verb}: {ended}"})
             if self.left:
-                self.process = self._start()
+                self._start()
         self.end()
         return True
 
-    def _read(self, lines: Any, deadline: float, tell: Any) -> str | None:
+    def _read(self, deadline: float, tell: Any) -> str | None:
         """Rows until the process ends: how it ended, or None where time ran out."""
         while True:
             most = MOST_S[self.verb]
             try:
-                line = lines.get(timeout=max(0.1, min(most, deadline - time.monotonic())))
+                line = self.lines.get(timeout=max(0.1, min(most, deadline - time.monotonic())))
             except queue.Empty:
                 return None if time.monotonic() >= deadline else f"took longer than {most:g} s"
             if line is None:
@@ -85,15 +86,14 @@ class Worker:
         self.process.wait()
 
 
-@contextmanager
-def _lines(process: Any) -> Iterator[Any]:
-    """A queue of what the process prints; None once it has ended."""
+def _lines(stream: Any) -> Any:
+    """A queue of what comes; None behind the last."""
     found = queue.Queue[Any]()
 
     def read() -> None:
-        for line in process.stdout:
+        for line in stream:
             found.put(line)
         found.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    yield found
+    return found

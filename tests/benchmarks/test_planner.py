@@ -170,12 +170,14 @@ def test_a_steps_errors_are_of_its_kind() -> None:
         [
             row("error", 1.2, 1.0),
             row("error", 1.0, 1.1),
+            row("error_launched", 1.4, 1.0),
             row("error_offloaded", 1.0, 2.0),
             row("error_captured_varied", 3.0, 1.0, launched_step_s=4.0),
         ],
         1000,
     )
     assert found["error"] == pytest.approx(0.2, abs=0.0011)
+    assert found["error_launched"] == pytest.approx(0.4, abs=0.0011)
     assert found["error_offloaded"] == pytest.approx(1.0)
     assert found["error_captured_varied"] == found["error"]  # between its two ends, so no further
     assert time_errors([row("error", 1.0, 1.5)], 1000)["error"] == pytest.approx(0.5)

@@ -130,6 +130,15 @@ def test_a_run_that_goes_on_keeps_its_precision(
     assert settle().choice == figures
 
 
+def test_a_run_in_fp8_of_an_older_version_is_decided_anew(
+    tried: list[bool], settle: Settle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "last_setting", lambda folder: {"train.precision": "fp8"})
+    tried.append(True)
+    found = settle().choice
+    assert found is not None and found.why != "as the run began"
+
+
 def test_what_the_gate_has_passed() -> None:
     """Where this changes, docs/int8.md and the recipe's docstring have to say so."""
     assert "passed, but int8 is no faster, for lora" in str(gate("llama", Method.LORA, 134_515_008))

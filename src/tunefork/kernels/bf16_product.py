@@ -30,8 +30,9 @@ count: of 4096 by 4096 it takes 26 us from here on, sums by cuBLAS 30."""
 _AT_A_TIME, _LEAST_AT_A_TIME = 2**25, 1024
 """Numbers that are in memory at one time without the kernel, of y's sums (128 MiB, and a product's
 beside them) or of operands side by side (64 MiB), and rows at least."""
-_CHECKED = ((1100, 272, (64, 128, 192), 24), (1280, 512, (592,), 0))
-"""M, N, each K_i and P; at least as many rows as the kernel asks for."""
+_CHECKED = ((1100, 272, (64, 128, 192), 24), (1280, 512, (592,), 0), (2304, 2560, (128,), 16))
+"""M, N, each K_i and P; at least as many rows as the kernel asks for. Of the last one clusters have
+more than one tile."""
 _TOLERANCE = 0.004
 """Of y's error, relative to all of it; bf16's rounding alone is 0.0017."""
 

@@ -245,13 +245,14 @@ def fuse(
 def _check_kernel(model: PreTrainedModel, products: Products, device: torch.device) -> None:
     """Raises ModelError where it errs or cannot be had. bf16's is for what is trained only, in int8
     too, as evaluation has bf16 products: a server's are PyTorch's."""
+    instead = "bf16"
     try:
         if products == "int8":
             int8_product.check_kernel(device)
         if products != "fp8" and any(p.requires_grad for p in model.parameters()):
+            instead = "fp32"  # whatever the products: bf16 alone would fail here too
             bf16_product.check_kernel(device)
     except CudaSourceError as error:
-        instead = "bf16" if products == "int8" else "fp32"
         raise ModelError(
             f"train.precision: {products} has no kernel here: {error}; set {instead}"
         ) from error

@@ -90,6 +90,8 @@ class Case:
         """
         fit = self.target.fit.time
         error = fit.error
+        if not self.made.is_compiled:
+            error = max(error, fit.error_launched)
         if self.made.checkpointing == "offload":
             error = max(error, fit.error_offloaded)
         if self.is_varied and self.captures(step, shape):

@@ -109,6 +109,9 @@ class TimeFit(_Model):
     """The host runs ahead of the device (a GPU); on a CPU the two are one."""
     error: float
     """Relative; of `step_s`, the larger over the smaller of prediction and truth, less 1."""
+    error_launched: float
+    """The same where Python launches each operation, as the layers are not compiled: hosts that are
+    rented with one kind of GPU differ by a third and more in that."""
     error_offloaded: float
     """The same of a pass whose activations are offloaded: its copies go at the pace of the host's
     memory, which differs from host to host and from step to step, and is no part of the fit."""
@@ -122,7 +125,7 @@ _BESIDE: dict[str, Any] = {
     "date": True,
     "runs": True,
     "memory": {"tensor_error", *_SIDES},
-    "time": {"error", "error_offloaded", "error_captured_varied"},
+    "time": {"error", "error_launched", "error_offloaded", "error_captured_varied"},
 }
 """What a fit holds beside what it predicts by."""
 

@@ -84,7 +84,7 @@ def settle_precision(
     if not is_open or device.type != "cuda":
         return Settled(recipe, None)
     begun = last_setting(checkpoints).get(_FIELD)
-    if begun is not None:
+    if begun not in (None, "fp8"):  # a version before int8 had that; its checkpoints do not count
         choice = _decided(folder) or PrecisionChoice(
             precision="int8" if begun == "int8" else "bf16", why="as the run began"
         )
