@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from tests.advise.fake import FakePlanner
 from tests.cli.conftest import Call
@@ -70,7 +71,6 @@ def test_flags_go_over_the_file(tunefork: Call) -> None:
 
 
 def test_there_is_a_flag_for_every_key() -> None:
-    import typer
 
     verb = typer.main.get_command(app).commands["advise"]  # type: ignore[attr-defined]
     flags = {option for parameter in verb.params for option in parameter.opts}
@@ -114,6 +114,15 @@ def test_questions_on_a_terminal(tunefork: Call, monkeypatch: pytest.MonkeyPatch
     assert ended.status == 0
     assert "Press Enter where you do not know" in ended.out and "LoRA, rank 16" in ended.out
     assert "The data may not leave the house" in ended.out
+
+
+def test_ctrl_c_at_a_question(tunefork: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(*_: object, **__: object) -> str:
+        raise typer.Abort
+
+    monkeypatch.setattr("tunefork.cli.advise._is_terminal", lambda: True)
+    monkeypatch.setattr("typer.prompt", leave)
+    assert tunefork("advise").status == 130
 
 
 def test_own_comparisons_are_found(tunefork: Call, tmp_path: Path) -> None:

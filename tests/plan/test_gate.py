@@ -119,7 +119,7 @@ def test_corrections_settle_at_the_truth(recipe: Recipe) -> None:
             say=pytest.fail,
         )
     trust = here(load_catalogue()).trust
-    assert trust.time_factor == pytest.approx(2.0)
+    assert trust.time_factor.ratio == pytest.approx(2.0)
     assert trust.time >= here(load_catalogue(), is_corrected=False).fit.time.error
 
 

@@ -7,6 +7,7 @@ from tests.tiny import CONFIGS
 from tunefork.plan.built import Build
 from tunefork.plan.device import Trust
 from tunefork.plan.fits import load_fits
+from tunefork.plan.measured import Factor
 from tunefork.plan.memory import measure
 from tunefork.plan.passes import Shape
 from tunefork.plan.step import trace_step
@@ -41,7 +42,7 @@ def test_a_processs_interval_is_some_bytes_and_a_share_each_side_by_itself() -> 
     (fit,) = (fit.memory for fit in load_fits() if fit.device == "h200")
     made = Build(Method.LORA, LoraSection(), FullSection(), torch.bfloat16, "none", "cuda")
     step = trace_step(CONFIGS["llama"], made, Shape(4, 64, 200, is_masked=False))
-    trust = Trust(0.05, 0.02, 0.03, 4e6, 7e6, 0.0, process_factor=1.1)
+    trust = Trust(0.05, 0.02, 0.03, 4e6, 7e6, 0.0, process_factor=Factor(1.1))
     found = measure(step, fit, trust, shards=1, is_recomputed=False)
     mid = found.process.mid
     assert found.process.low == pytest.approx(0.98 * mid - 4e6)

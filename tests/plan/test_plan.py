@@ -9,7 +9,7 @@ import pytest
 from tunefork.plan.batches import Work
 from tunefork.plan.catalogue import load_catalogue
 from tunefork.plan.device import target_of
-from tunefork.plan.measured import Measurement, correction, recall, remember
+from tunefork.plan.measured import Factor, Measurement, correction, recall, remember
 from tunefork.plan.plan import plan_numbers
 from tunefork.plan.schema import MethodPlan, Plan
 from tunefork.recipe import CheckpointingChoice, FullSection, LoraSection, Method
@@ -270,19 +270,40 @@ def test_a_devices_own_runs_correct_its_plans() -> None:
     for run in runs:
         remember(run.model_copy(update={"fit": before.fit.id}))
     after = target_of(gpu)
-    assert after.trust.time_factor == 2.0
-    assert after.trust.process_factor == pytest.approx(1.1)
+    assert after.trust.time_factor.ratio == 2.0
+    assert after.trust.process_factor.ratio == pytest.approx(1.1)
     assert after.trust.time < before.trust.time
     assert after.trust.process_more < before.trust.process_more
     assert 0 < after.trust.process_more_bytes < before.trust.process_more_bytes
     assert "3 runs measured on this device" in after.note
-    assert target_of(load_catalogue().machine(["l40s"])).trust.time_factor == 1.0
+    assert target_of(load_catalogue().machine(["l40s"])).trust.time_factor == Factor()
+
+
+def test_a_small_run_says_little_of_a_large_one() -> None:
+    """Of a toy, which takes 160 MB and 20 ms more than predicted, a third and two thirds."""
+    toy = Measurement(
+        device="NVIDIA L4",
+        case="a toy",
+        date="2026-11-25",
+        predicted_step_s=0.03,
+        measured_step_s=0.05,
+        predicted_process_bytes=0.48e9,
+        measured_process_bytes=0.64e9,
+    )
+    found = correction([toy])
+    assert found.process.of(0.48e9) == pytest.approx(0.64e9)
+    assert found.time.of(0.03) == pytest.approx(0.05)
+    assert found.process.of(21e9) == pytest.approx(21.16e9)
+    assert found.time.of(3.0) == pytest.approx(3.08)
+    for factor in (Factor(1.3, 2.0), Factor(0.7, 2.0), Factor()):
+        for raw in (1.0, 6.5, 100.0):
+            assert factor.undone(factor.of(raw)) == pytest.approx(raw)
 
 
 def test_a_line_of_another_version_is_passed_over(home: Path) -> None:
     (home / "measurements.jsonl").write_text('{"device": "x"}\nnot json\n')
     assert recall(lambda _: True) == []
-    assert correction([]).time == 1.0
+    assert correction([]).time == Factor()
 
 
 @pytest.mark.slow

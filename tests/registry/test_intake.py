@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.registry.artefacts import save_artefact
 from tunefork.errors import StoreError
 from tunefork.registry import intake
+from tunefork.registry.claim import LOCK
 from tunefork.registry.intake import check_path
 from tunefork.registry.store import Store
 
@@ -73,6 +76,12 @@ def _no_weights(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
 
 
+def _not_finite(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    name = next(iter(tensors))
+    save_file(tensors | {name: torch.full_like(tensors[name], torch.nan)}, folder / WEIGHTS)
+
+
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "symbolic link": (_symlink, "notes.json: is a symbolic link, which is refused; copy"),
     "weights that are a link": (_linked_weights, "is a symbolic link"),
@@ -89,6 +98,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "dots": (lambda f: (f / "a..json").write_text("{}"), "refused as a file's name"),
     "deep folder": (_deep, "at most 4 parts deep"),
     "deep JSON": (_deep_json, "tunefork.json: is not JSON"),
+    "numbers that are none": (_not_finite, "holds numbers that are not finite; train it anew"),
+    "run that was killed": (lambda f: (f / LOCK).touch(), "holds no finished run; the same"),
     "no weights": (_no_weights, "holds neither an adapter .* nor a model"),
 }
 

@@ -1,6 +1,7 @@
 """What is asked is what was trained on, and an answer ends where the template ends a turn."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,6 +88,16 @@ def test_a_failure_is_raised_and_leaves_no_turn(make_tokenizer: Make) -> None:
     with pytest.raises(ZeroDivisionError):
         _said(talk, "the")
     assert talk.messages == []
+
+
+def test_an_answer_that_is_not_read_on_ends_and_leaves_no_turn(make_tokenizer: Make) -> None:
+    """As by Ctrl-C: a thread that computes while Python ends aborts the process."""
+    tokenizer, before = make_tokenizer(), threading.active_count()
+    talk = Conversation(Scripted(*_ids(tokenizer, "the quick fox ") * 10_000), tokenizer)
+    answer = talk.ask("the")
+    assert next(answer)
+    answer.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before and talk.messages == []
 
 
 # What is asked

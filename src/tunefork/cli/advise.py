@@ -127,7 +127,10 @@ def _ask() -> dict[str, Any]:
     def ask(text: str) -> str:
         return str(typer.prompt(text, default="", show_default=False, prompt_suffix=" "))
 
-    return ask_all(ask, typer.echo)
+    try:
+        return ask_all(ask, typer.echo)
+    except typer.Abort:  # Ctrl-C, or the end of what is typed
+        raise KeyboardInterrupt from None
 
 
 def _is_terminal() -> bool:

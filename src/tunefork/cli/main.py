@@ -58,7 +58,7 @@ _INTERRUPTED = 130
 """What typer makes of Ctrl-C, and `tunefork train` of a run that it stopped."""
 
 _RESUMABLE = frozenset({"train", "compare", "sweep", "train-many"})
-_KEEPS_NOTHING = frozenset({"serve", "chat", "bench-serve"})
+_KEEPS_NOTHING = frozenset({"advise", "serve", "chat", "bench-serve"})
 
 
 def _end_interrupted() -> None:

@@ -9,9 +9,10 @@ import psutil
 import torch
 
 from tunefork.model.device import available_bytes, describe, pick_device, pick_dtype
+from tunefork.page.units import bytes_text
 from tunefork.plan.catalogue import Catalogue, Machine
 from tunefork.plan.fits import UNMEASURED_MEMORY, UNMEASURED_TIME, Fit, Match, fit_for, installed
-from tunefork.plan.measured import correction, recall
+from tunefork.plan.measured import UNCHANGED, Factor, correction, recall
 from tunefork.plan.time import Rates
 
 
@@ -26,8 +27,8 @@ class Trust:
     process_less_bytes: float
     process_more_bytes: float
     time: float
-    process_factor: float = 1.0
-    time_factor: float = 1.0
+    process_factor: Factor = UNCHANGED
+    time_factor: Factor = UNCHANGED
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,8 @@ def here(
     if usd_per_hour is not None:
         target = replace(target, usd_per_hour=usd_per_hour)
     if not is_corrected:
-        return replace(target, trust=replace(target.trust, process_factor=1.0, time_factor=1.0))
+        as_fitted = replace(target.trust, process_factor=UNCHANGED, time_factor=UNCHANGED)
+        return replace(target, trust=as_fitted)
     return _corrected(target, lambda known: known == name)
 
 
@@ -192,7 +194,8 @@ def _corrected(target: Target, is_device: Callable[[str], bool]) -> Target:
             time_factor=found.time,
         ),
         note=f"{target.note}; corrected by {_many(found.runs, 'run')} measured on this "
-        f"device (time x {found.time:.2f}, process memory x {found.process:.2f})",
+        f"device (time x {found.time.ratio:.2f}, by {found.time.most:.2g} s a step at most; "
+        f"process memory x {found.process.ratio:.2f}, by {bytes_text(found.process.most)} at most)",
     )
 
 

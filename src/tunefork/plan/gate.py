@@ -114,8 +114,8 @@ def predict(recipe: Recipe, method: Method, examples: Sequence[Encoded]) -> Pred
         tensor_bytes=planned.peak_tensor_bytes.mid,
         process_bytes=planned.peak_process_bytes.mid,
         step_s=planned.step_s,
-        raw_process_bytes=planned.peak_process_bytes.mid / trust.process_factor,
-        raw_step_s=planned.step_s / trust.time_factor,
+        raw_process_bytes=trust.process_factor.undone(planned.peak_process_bytes.mid),
+        raw_step_s=trust.time_factor.undone(planned.step_s),
         fit=target.fit.id,
     )
 

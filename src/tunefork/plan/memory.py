@@ -78,7 +78,7 @@ def measure(
     def process(tensor_bytes: int) -> float:
         held = fit.held_constant_bytes + rate * max(0, tensor_bytes - static)
         whole = tensor_bytes + held + fit.held_per_room * room + fit.context_bytes
-        return trust.process_factor * whole
+        return trust.process_factor.of(whole)
 
     def process_high(tensor_bytes: int) -> float:
         return process(tensor_bytes) * (1 + trust.process_more) + trust.process_more_bytes

@@ -78,7 +78,7 @@ def step_seconds(case: Case, batches: Batches) -> float:
         sent = (2 * weights + step.gradients) * (target.count - 1) / target.count
         computing = max(computing, passes * sent / target.link_bandwidth)
     update = update_seconds(step.update, target.rates, target.fit.time)
-    return target.trust.time_factor * (computing + update / target.count)
+    return target.trust.time_factor.of(computing + update / target.count)
 
 
 def one_pass_seconds(case: Case, step: Step, work: Mapping[str, Work], shape: Shape) -> float:

@@ -17,6 +17,7 @@ from typing import BinaryIO
 from safetensors import SafetensorError, safe_open
 
 from tunefork.errors import StoreError
+from tunefork.registry.claim import LOCK
 
 _TEXT = {".json", ".txt", ".jinja", ".md", ".yaml"}
 _BARE = {"LICENSE", "NOTICE"}
@@ -92,6 +93,16 @@ def check_safetensors(file: Path, where: str) -> None:
         raise StoreError(f"{where}: is no safetensors file: {error}") from error
 
 
+def check_numbers(file: Path, where: str) -> None:
+    """Raise StoreError for an adapter's tensor that is not finite: no server would serve it."""
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            if not bool(tensors.get_tensor(name).isfinite().all()):
+                raise StoreError(
+                    f"{where}: {name} holds numbers that are not finite; train it anew"
+                )
+
+
 def incoming(folder: Path) -> list[Incoming]:
     """The files below `folder` in the order of their names; raises StoreError for what is refused.
 
@@ -101,6 +112,11 @@ def incoming(folder: Path) -> list[Incoming]:
         raise StoreError(f"{folder}: no such folder; give an adapter's or a run's")
     found: list[Incoming] = []
     root, seen = folder.resolve(), 0
+    if (root / LOCK).exists():
+        raise StoreError(
+            f"{folder}: is a run's folder that holds no finished run; the same `tunefork train` "
+            "goes on with it"
+        )
     for at, folders, names, descriptor in os.fwalk(root, follow_symlinks=False):
         below = Path(at).relative_to(root)
         seen += len(folders) + len(names)

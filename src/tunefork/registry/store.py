@@ -23,7 +23,14 @@ from tunefork.home import home
 from tunefork.registry import rows
 from tunefork.registry.database import FILE, as_store_error, connect, writing
 from tunefork.registry.holds import Hold, owners
-from tunefork.registry.intake import ADAPTER_CONFIG, check_safetensors, incoming, opened
+from tunefork.registry.intake import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    check_numbers,
+    check_safetensors,
+    incoming,
+    opened,
+)
 from tunefork.registry.lineage import Lineage, read_lineage
 from tunefork.registry.locks import hold_file, take_hold, together
 from tunefork.registry.names import check_name, check_names, check_tag
@@ -89,6 +96,8 @@ class Store:
         for file in files:
             if file.path.endswith(".safetensors"):
                 check_safetensors(self.objects.at(file.sha256), f"{where}: {file.path}")
+            if file.path == ADAPTER_WEIGHTS:
+                check_numbers(self.objects.at(file.sha256), f"{where}: {file.path}")
         digest = digest_of(files)
         # Read from what was copied: the folder it came from may change meanwhile.
         lineage = read_lineage(linked(self.root, digest, files), run=run)

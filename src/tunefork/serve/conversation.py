@@ -75,13 +75,14 @@ class Conversation:
         if self.temperature > 0:
             sampling = {"do_sample": True, "temperature": self.temperature}
         failure: list[BaseException] = []
+        until_stop = _UntilStop(streamer, frozenset(self.stop_ids))
 
         def generate() -> None:
             try:
                 self.model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
-                    streamer=_UntilStop(streamer, frozenset(self.stop_ids)),
+                    streamer=until_stop,
                     max_new_tokens=self.max_new_tokens,
                     eos_token_id=self.stop_ids or None,
                     pad_token_id=self.stop_ids[0] if self.stop_ids else 0,
@@ -94,10 +95,13 @@ class Conversation:
         thread = Thread(target=generate, daemon=True)
         thread.start()
         answer = ""
-        for piece in streamer:
-            answer += piece
-            yield piece
-        thread.join()
+        try:
+            for piece in streamer:
+                answer += piece
+                yield piece
+        finally:  # whoever reads may leave, by Ctrl-C: a thread that computes would outlive Python
+            until_stop.is_left = True
+            thread.join()
         if failure:
             raise failure[0]
         self.messages = [*turns, Message("assistant", answer)]
@@ -144,15 +148,19 @@ def _looks_labelled(data: DataSection) -> bool:
     return any(detect(row.fields) == "classification" for row in rows)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _UntilStop:
     """Passes tokens on to `streamer`, but not `stops`: one that is not special would be shown."""
 
     streamer: TextIteratorStreamer
     stops: frozenset[int]
+    is_left: bool = False
+    """Nobody reads on: the next token ends the answer."""
 
     def put(self, ids: Tensor) -> None:
         """The prompt, (1, L), and then each token, (1,)."""
+        if self.is_left:
+            raise InterruptedError("the answer is not read on")
         if ids.dim() > 1 or int(ids[0]) not in self.stops:
             self.streamer.put(ids)
 
