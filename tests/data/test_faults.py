@@ -65,6 +65,7 @@ CASES: dict[str, tuple[list[Any], list[Any], str]] = {
     ),
     "roles": ([ODD], [EVEN], "train.jsonl:1: two user turns in a row (messages[1])"),
     "unicode": (_asked("a", "b\ufffd"), HELD, "train.jsonl:2: replacement character U+FFFD (1 "),
+    "markup": (_asked("a", "b </s>\n</s> c"), HELD, "train.jsonl:2: </s> (2 times)"),
     "secrets": (
         _asked("a", "key " + "AK" + "IAQ7W3KZ5MN2XVBP4T"),
         HELD,

@@ -1,4 +1,4 @@
-"""What each example says and in which roles: secrets, addresses, broken text, odd turns.
+"""What each example says and in which roles: secrets, addresses, markup, broken text, odd turns.
 
 All text is looked at that a model would be given, in training or evaluation: every turn, prompts
 and system turns included, because unsupervised text is in its context all the same.
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 from tunefork.data.example import Example
 from tunefork.data.faults import Fault, Findings, Place
+from tunefork.data.markup import find_markup
 from tunefork.data.roles import find_roles
 from tunefork.data.secrets import find_emails, find_secrets
 from tunefork.data.unicode import find_broken
@@ -40,11 +41,17 @@ def _roles(example: Example) -> list[Found]:
 
 
 def examine(
-    train: list[Example], held: list[Example], faults: FaultSection, findings: Findings
+    train: list[Example],
+    held: list[Example],
+    faults: FaultSection,
+    findings: Findings,
+    markup: frozenset[str],
 ) -> tuple[list[Example], list[Example]]:
-    """Look at every example; returns those of each split that the recipe does not drop."""
+    """Look at every example; returns those of each split that the recipe does not drop. `markup`:
+    the tokenizer's `control_tokens`."""
     for fault, action, look, form in (
         (Fault.ROLES, faults.roles, _roles, "{} (messages[{}])"),
+        (Fault.MARKUP, faults.markup, _in_text(find_markup(markup)), "{} ({} times)"),
         (Fault.UNICODE, faults.unicode, _in_text(find_broken), "{} ({} times)"),
         (Fault.SECRETS, faults.secrets, _in_text(find_secrets), "{} ({} characters)"),
         (Fault.EMAILS, faults.emails, _in_text(find_emails), "{} ({} characters)"),

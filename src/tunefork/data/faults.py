@@ -33,6 +33,7 @@ class Fault(StrEnum):
     NEAR_DUPLICATES = "near_duplicates"
     CONTRADICTIONS = "contradictions"
     ROLES = "roles"
+    MARKUP = "markup"
     UNICODE = "unicode"
     SECRETS = "secrets"
     EMAILS = "emails"
@@ -92,6 +93,11 @@ FAULTS: dict[Fault, Kind] = {
         "conversations have turns in an order that no chat has",
         "mend the order of the turns",
         "data.faults.roles",
+    ),
+    Fault.MARKUP: Kind(
+        "examples hold control tokens as text: a turn would end there, and another begin",
+        "take them out, or write them otherwise",
+        "data.faults.markup",
     ),
     Fault.UNICODE: Kind(
         "examples hold text that was broken on its way",

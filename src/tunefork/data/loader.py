@@ -20,6 +20,7 @@ from tunefork.data.faults import Findings
 from tunefork.data.fit import cut, too_long, windows
 from tunefork.data.ingest import Ingested, ingest
 from tunefork.data.labels import check_labels
+from tunefork.data.markup import control_tokens
 from tunefork.data.report import BadRow, Report, SplitReport, count_labels, length_quantiles
 from tunefork.data.similar import check_repeats
 from tunefork.data.split import (
@@ -131,7 +132,7 @@ def survey(
         labels = section.labels or tuple(sorted({e.label or "" for e in rows.examples}))
         check_labels(train.examples, held.examples, labels, faults, findings)
     splits = check_repeats(train.examples, held.examples, faults, findings)
-    train.examples, held.examples = examine(*splits, faults, findings)
+    train.examples, held.examples = examine(*splits, faults, findings, control_tokens(tokenizer))
     limits = (section.max_train_examples, section.max_eval_examples)
     for stream, (split, limit) in enumerate(zip((train, held), limits, strict=True), start=1):
         chosen = subset(len(split.examples), limit, recipe.data_seed, stream)

@@ -43,6 +43,10 @@ class FaultSection(Section):
     """A conversation with two turns of one role in a row, a system turn that is not the first, or
     a tool's turn that follows no answer. (What cannot be rendered at all is a bad row.)"""
 
+    markup: Action = "warn"
+    """Control tokens of the model's tokenizer written in a text, such as `<|im_end|>`: there a turn
+    would end, and what follows be trained on as another one."""
+
     unicode: Action = "warn"
     """Text that was broken on its way: U+FFFD, UTF-8 read as another encoding, NUL and control
     characters, byte-order marks."""
