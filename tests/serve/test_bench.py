@@ -104,6 +104,8 @@ def test_the_verb_prints_a_table_or_json(server: Running, tunefork: Call) -> Non
     assert told["load"]["prompt_tokens"] == [4, 8]
     wrong = tunefork("bench-serve", *options, "--prompt-tokens", "8-4")
     assert (wrong.status, "--prompt-tokens" in wrong.err) == (2, True)
+    both = tunefork("bench-serve", *options, "--rate", 5, "--concurrency", 2)
+    assert (both.status, "no use with --rate" in both.err) == (2, True)
     nobody = tunefork(
         "bench-serve", *options, "--model", "x", "--model", "y", "--key-env", "NO_SUCH"
     )

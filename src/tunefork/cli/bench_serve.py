@@ -18,7 +18,9 @@ def bench_serve(
         list[str], typer.Option(metavar="NAME", help="Repeat it: requests are spread over all.")
     ],
     requests: Annotated[int, typer.Option(min=1)] = 64,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at the same time.")] = 16,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Requests at the same time; 16 without --rate.")
+    ] = None,
     rate: Annotated[
         float | None,
         typer.Option(min=0.001, help="Poisson arrivals a second, instead of --concurrency."),
@@ -46,13 +48,18 @@ def bench_serve(
     import asyncio
     import json
 
+    from tunefork.errors import BadInputError
     from tunefork.serve.bench import Load, run
     from tunefork.serve.bench_report import report
 
+    if rate is not None and concurrency is not None:
+        raise BadInputError(
+            "--concurrency: has no use with --rate, by which requests come; give one"
+        )
     load = Load(
         models=tuple(model),
         requests=requests,
-        concurrency=concurrency,
+        concurrency=concurrency or 16,
         rate=rate,
         prompt_tokens=_range("--prompt-tokens", prompt_tokens),
         answer_tokens=_range("--answer-tokens", answer_tokens),
