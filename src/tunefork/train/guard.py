@@ -96,9 +96,9 @@ def lost_by_adapter(model: PreTrainedModel, loss: float) -> str | None:
 
 
 LOST_GRADIENT_ADVICE = (
-    "Where the loss has jumped to that, lower train.learning_rate. Else it is a fault of tunefork's "
-    "or of torch.compile's, not of the data: set train.compile: never, and report it with the "
-    "run's run.json"
+    "Where the loss has jumped to that, lower train.learning_rate. Else it is a fault of "
+    "tunefork's or of torch.compile's, not of the data: set train.compile: never, and report it "
+    "with the run's run.json"
 )
 
 
