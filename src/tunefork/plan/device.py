@@ -9,7 +9,6 @@ import psutil
 import torch
 
 from tunefork.model.device import available_bytes, describe, pick_device, pick_dtype
-from tunefork.page.units import bytes_text
 from tunefork.plan.catalogue import Catalogue, Machine
 from tunefork.plan.fits import UNMEASURED_MEMORY, UNMEASURED_TIME, Fit, Match, fit_for, installed
 from tunefork.plan.measured import UNCHANGED, Factor, correction, recall
@@ -195,7 +194,7 @@ def _corrected(target: Target, is_device: Callable[[str], bool]) -> Target:
         ),
         note=f"{target.note}; corrected by {_many(found.runs, 'run')} measured on this "
         f"device (time x {found.time.ratio:.2f}, by {found.time.most:.2g} s a step at most; "
-        f"process memory x {found.process.ratio:.2f}, by {bytes_text(found.process.most)} at most)",
+        f"process memory x {found.process.ratio:.2f}, by {found.process.most / 1e9:.2f} GB at most)",
     )
 
 
