@@ -194,7 +194,8 @@ def _corrected(target: Target, is_device: Callable[[str], bool]) -> Target:
         ),
         note=f"{target.note}; corrected by {_many(found.runs, 'run')} measured on this "
         f"device (time x {found.time.ratio:.2f}, by {found.time.most:.2g} s a step at most; "
-        f"process memory x {found.process.ratio:.2f}, by {found.process.most / 1e9:.2f} GB at most)",
+        f"process memory x {found.process.ratio:.2f}, by {found.process.most / 1e9:.2f} GB at "
+        "most)",
     )
 
 
