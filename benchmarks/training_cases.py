@@ -105,6 +105,7 @@ class Case:
 
 
 _PEERS = ("unsloth", "peft_liger", "peft_liger_defaults", "peft", "peft_defaults")
+_QLORA_PEERS = ("unsloth_qlora", "peft_liger_qlora", "peft_liger_qlora_defaults")
 CASES: dict[str, Case] = {
     "lora_8x2048_fp8": Case("int8", "plain_lora", _PEERS, 26_000, ("unsloth", 1.6)),
     "lora_8x2048_bf16": Case("bf16", "plain_lora", _PEERS, 17_600, ("unsloth", 1.08)),
@@ -124,14 +125,14 @@ CASES: dict[str, Case] = {
     "qlora_8x2048": Case(
         "qlora",
         "plain_qlora",
-        ("unsloth_qlora", "peft_liger_qlora", "peft_liger_qlora_defaults"),
+        _QLORA_PEERS,
         ratio=("unsloth", 1.5),
         peak_gib=10.5,
     ),
     "qlora_8x2048_bf16": Case(
         "qlora_bf16",
         "plain_qlora",
-        ("unsloth_qlora", "peft_liger_qlora", "peft_liger_qlora_defaults"),
+        _QLORA_PEERS,
         ratio=("unsloth", 1.5),
         peak_gib=10.5,
     ),

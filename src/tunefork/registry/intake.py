@@ -97,7 +97,7 @@ def check_numbers(file: Path, where: str) -> None:
     """Raise StoreError for an adapter's tensor that is not finite: no server would serve it."""
     with safe_open(file, framework="pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118
-            if not bool(tensors.get_tensor(name).isfinite().all()):
+            if not bool(tensors.get_tensor(name).float().isfinite().all()):  # 8-bit floats too
                 raise StoreError(
                     f"{where}: {name} holds numbers that are not finite; train it anew"
                 )
