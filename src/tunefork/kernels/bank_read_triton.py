@@ -14,11 +14,11 @@ from torch import Tensor
 
 _CHUNK = 16
 """Rows that tensor cores multiply at a time: the fewest."""
-_FEW = 4
-"""Rows of a slot that are added to one by one."""
+_FEW = 2
+"""Rows of a slot that are added to without tensor cores, at once."""
 _ROWS = 64
 """Up to so many rows are looked through by one form, which compiles once for all graphs."""
-_VALUES = 4096
+_VALUES = 2048
 """Of B that a warp holds."""
 _NONE = tl.constexpr(2**31 - 1)
 """Behind any row."""
@@ -110,18 +110,17 @@ def _add_own(
         b_ro = own_b(b, slot, num_slots, column, first, size, mask_r, mask_o, rank, block_rank)
         if is_early:
             tl.extra.cuda.gdc_wait()
-        for _ in range(0, count, 2):  # two, so that what they read is under way together
-            one, is_mine = _next(is_mine, row)
-            two, is_mine = _next(is_mine, row)
-            has_two = two < _NONE
-            two = tl.where(has_two, two, one)
-            u_one = tl.load(u + one * stride_u + place, mask=mask_r, other=0.0)
-            u_two = tl.load(u + two * stride_u + place, mask=mask_r, other=0.0)
-            at_one, at_two = y + one * stride_y + column, y + two * stride_y + column
-            y_one = tl.load(at_one, mask=mask_o, other=0.0)
-            y_two = tl.load(at_two, mask=mask_o, other=0.0)
-            tl.store(at_one, _added(y_one, b_ro, u_one), mask=mask_o)
-            tl.store(at_two, _added(y_two, b_ro, u_two), mask=mask_o & has_two)
+        one, is_mine = _next(is_mine, row)
+        two, is_mine = _next(is_mine, row)
+        has_two = two < _NONE
+        two = tl.where(has_two, two, one)
+        u_one = tl.load(u + one * stride_u + place, mask=mask_r, other=0.0)
+        u_two = tl.load(u + two * stride_u + place, mask=mask_r, other=0.0)
+        at_one, at_two = y + one * stride_y + column, y + two * stride_y + column
+        y_one = tl.load(at_one, mask=mask_o, other=0.0)
+        y_two = tl.load(at_two, mask=mask_o, other=0.0)
+        tl.store(at_one, _added(y_one, b_ro, u_one), mask=mask_o)
+        tl.store(at_two, _added(y_two, b_ro, u_two), mask=mask_o & has_two)
     elif is_early:  # or what comes next would be told that the kernel before has ended
         tl.extra.cuda.gdc_wait()
 
