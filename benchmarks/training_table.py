@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.training_cases import CASES, Case
+from benchmarks.training_cases import CASES, RUNS, Case
 from benchmarks.training_runs import NUM_LOSSES
 
 _Row = dict[str, Any]
@@ -58,16 +58,18 @@ def _of_repeats(rows: list[_Row]) -> _Row:
 
 def case_rows(name: str, case: Case, by_call: dict[str, dict[str, _Row]]) -> list[_Row]:
     """Our row with its ratios, the plain path's losses, the peers' rows, all of one call; or, where
-    a newer one of ours has no peer beside it, that with the ratios of two calls, and the older."""
+    a newer one of ours has no peer beside it, that with the ratios of two calls, and the older.
+
+    A tool that is not in that call is `_beside_` one of ours in the newest that has both."""
     calls = [call for call in sorted(by_call) if case.ours in by_call[call]]
     if not calls:
         return []
     best, found = _best_call(case, calls, by_call), list[_Row]()
     runs = by_call[best]
     peers = [_row(name, runs[peer]) for peer in case.peers if peer in runs]
-    newest = next((c for c in reversed(calls) if "error" not in by_call[c][case.ours]), best)
-    for call in dict.fromkeys((newest, best)):
-        ours = _row(name if call == newest else f"{name}_before", by_call[call][case.ours])
+    newest = next((c for c in reversed(calls) if _is_alone(case, by_call[c])), best)
+    for call in dict.fromkeys((max(newest, best), best)):
+        ours = _row(name if call >= newest else f"{name}_before", by_call[call][case.ours])
         ours["ratios"] = _ratios(ours, peers)
         if call != best:
             ours["ratios_to_call"] = best
@@ -75,6 +77,9 @@ def case_rows(name: str, case: Case, by_call: dict[str, dict[str, _Row]]) -> lis
         found.append(ours)
     ours = found[0]
     found += peers
+    for tool in dict.fromkeys(RUNS[peer].tool for peer in case.peers):
+        if not _has(tool, case, runs):
+            found += _beside(name, case, tool, calls, by_call)
     plain = runs.get(case.plain) or _newest(case.plain, by_call)
     if plain is not None:
         row = _row(f"{name}_plain_losses", plain)
@@ -86,13 +91,39 @@ def case_rows(name: str, case: Case, by_call: dict[str, dict[str, _Row]]) -> lis
 
 
 def _best_call(case: Case, calls: list[str], by_call: dict[str, dict[str, _Row]]) -> str:
-    """The newest with our figure and a peer's beside it; else the newest."""
+    """The newest with our figure and beside it the tool's that a ratio to is asked, or a peer's;
+    else the newest."""
 
-    def worth(call: str) -> tuple[bool, bool]:
+    def worth(call: str) -> tuple[bool, bool, bool]:
         runs = by_call[call]
-        return "error" not in runs[case.ours], any(peer in runs for peer in case.peers)
+        is_asked = case.ratio is not None and _has(case.ratio[0], case, runs)
+        return "error" not in runs[case.ours], is_asked, any(peer in runs for peer in case.peers)
 
     return max(calls, key=lambda call: (*worth(call), call))
+
+
+def _has(tool: str, case: Case, runs: dict[str, _Row]) -> bool:
+    return any(RUNS[peer].tool == tool for peer in case.peers if peer in runs)
+
+
+def _is_alone(case: Case, runs: dict[str, _Row]) -> bool:
+    """Ours came to its end there, and no peer is beside it."""
+    return "error" not in runs[case.ours] and not any(peer in runs for peer in case.peers)
+
+
+def _beside(
+    name: str, case: Case, tool: str, calls: list[str], by_call: dict[str, dict[str, _Row]]
+) -> list[_Row]:
+    """Ours and that tool's, of the newest call that has both."""
+    fine = [call for call in calls if "error" not in by_call[call][case.ours]]
+    runs = next((by_call[c] for c in reversed(fine) if _has(tool, case, by_call[c])), None)
+    if runs is None:
+        return []
+    own, case_name = runs[case.ours], f"{name}_beside_{tool}"
+    peers = [p for p in case.peers if p in runs and RUNS[p].tool == tool]
+    rows = [_row(case_name, runs[peer]) for peer in peers]
+    ours = _row(case_name, own)
+    return [ours | {"ratios": _ratios(ours, rows)}, *rows]
 
 
 def _newest(run: str, by_call: dict[str, dict[str, _Row]]) -> _Row | None:
@@ -142,7 +173,8 @@ def lora_over_full(rows: list[_Row]) -> list[_Row]:
     for tool in ("tunefork", "peft_liger"):
         best = []
         for cases in (_LORA, ("full_8x2048",)):
-            of = [r for r in rows if r["case"] in cases and r["tool"] == tool]
+            named = {*cases, *(f"{case}_beside_{tool}" for case in cases)}
+            of = [r for r in rows if r["case"] in named and r["tool"] == tool]
             of = [r for r in of if "tokens_per_s" in r]
             best.append(max(of, key=lambda r: float(r["tokens_per_s"]), default=None))
         lora, full = best

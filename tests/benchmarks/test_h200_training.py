@@ -157,6 +157,29 @@ def test_a_newer_run_without_a_peer_is_the_row_and_the_older_stays(
     assert before["ratios"] == {"unsloth": 3.0} and "ratios_to_call" not in before
 
 
+def test_a_tool_that_is_not_in_the_rows_call_is_beside_ours_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    raw = tmp_path / "raw.jsonl"
+    lines = [
+        _speed("int8", "1", 300.0),
+        _speed("unsloth", "1", 100.0),
+        _speed("int8", "2", 280.0),
+        _speed("peft_liger", "2", 140.0),
+        _speed("peft_liger_defaults", "2", 70.0),
+    ]
+    raw.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rows = json.loads(collect([raw], "table").read_text(encoding="utf-8"))["rows"]
+    by = {row["case"]: row for row in rows if row.get("ours")}
+    assert by["lora_8x2048_fp8"]["tokens_per_s"] == 300.0
+    assert by["lora_8x2048_fp8"]["ratios"] == {"unsloth": 3.0}
+    assert by["lora_8x2048_fp8"]["asked"]["times_unsloth"] == [1.6, True]
+    beside = by["lora_8x2048_fp8_beside_peft_liger"]
+    assert (beside["tokens_per_s"], beside["ratios"]) == (280.0, {"peft_liger": 2.0})
+    assert not [case for case in by if case.endswith("_before")]
+
+
 @pytest.mark.slow
 def test_the_whole_way_on_a_cpu(tmp_path: Path) -> None:
     """`measure --tiny`: a process for each run, a line for each, and what was run is compared."""
