@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -291,3 +292,21 @@ def test_passes_have_no_rows_for_trials_that_are_none_of_theirs(
 
     assert asyncio.run(rows(None)) == 5 + TRIED + 1
     assert asyncio.run(rows(served.adapters[0])) == 5 + 1  # has no slots
+
+
+@pytest.mark.parametrize(("before", "then"), [(5e-3, 5e-4), (1e-4, 1e-4)])
+def test_other_threads_let_an_engines_have_the_interpreter(
+    served: Served, before: float, then: float
+) -> None:
+    async def starts() -> None:
+        engine = EmbeddedEngine(settings(served.base))
+        await engine.start()
+        await engine.stop()
+
+    usual = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(before)
+        asyncio.run(starts())
+        assert sys.getswitchinterval() == pytest.approx(then, abs=2e-6)
+    finally:
+        sys.setswitchinterval(usual)

@@ -34,6 +34,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
 }
 """Of a trained tensor."""
+_SAID = {"dtype", "shape", "data_offsets"}
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 
 
@@ -46,6 +47,15 @@ class Entry:
     begin: int
     """Its first byte, after the header."""
     end: int
+
+
+class Header(dict[str, Entry]):
+    """A safetensors file's tensors by key, known to lie in it side by side."""
+
+    def __init__(self, entries: dict[str, Entry], text: bytes) -> None:
+        super().__init__(entries)
+        self.text = text
+        """As the file has it, its length in front."""
 
 
 def check_folder(folder: Path, weights: str) -> None:
@@ -75,10 +85,10 @@ def read_json(file: Path) -> dict[str, Any]:
         return _parse(stream.read(MOST_JSON_BYTES), file)
 
 
-def read_header(file: Path) -> dict[str, Entry]:
-    """Tensors of a safetensors file, known to lie in it side by side. Raises AdapterError."""
+def read_header(file: Path) -> Header:
+    """What a safetensors file says of its tensors. Raises AdapterError."""
     with opened(file) as stream:
-        return entries_of(stream, file)[0]
+        return _header_of(stream, file)
 
 
 def opened(file: Path) -> BufferedReader:
@@ -100,8 +110,7 @@ def opened(file: Path) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
-def entries_of(stream: BufferedReader, file: Path) -> tuple[dict[str, Entry], int]:
-    """Key -> entry, and where the tensors begin."""
+def _header_of(stream: BufferedReader, file: Path) -> Header:
     size = os.fstat(stream.fileno()).st_size
     start = stream.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
@@ -110,11 +119,12 @@ def entries_of(stream: BufferedReader, file: Path) -> tuple[dict[str, Entry], in
             f"{file}: cannot be read: no safetensors file, or cut short: its header would have "
             f"{length:,} of {size:,} bytes (at most {MOST_HEADER_BYTES:,} are read)"
         )
-    header = _parse(stream.read(length), file)
+    text = stream.read(length)
+    header = _parse(text, file)
     header.pop("__metadata__", None)
     entries, spans = {}, []
     for key, value in header.items():
-        entry = entries[key] = _entry(value, f"{file}: {key[:200]!r}")
+        entry = entries[key] = _entry(value, file, key)
         spans.append((entry.begin, entry.end))
     at = 0
     for begin, end in sorted(spans):
@@ -125,28 +135,33 @@ def entries_of(stream: BufferedReader, file: Path) -> tuple[dict[str, Entry], in
         raise AdapterError(
             f"{file}: its header asks for {at:,} bytes of tensors, and {size - 8 - length:,} follow"
         )
-    return entries, 8 + length
+    return Header(entries, start + text)
 
 
-def _entry(value: Any, what: str) -> Entry:
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise AdapterError(f"{what}: its header entry has not dtype, shape and data_offsets")
+def _entry(value: Any, file: Path, key: str) -> Entry:
+    def fault(what: str) -> AdapterError:
+        return AdapterError(f"{file}: {key[:200]!r}: its {what}")
+
+    if not isinstance(value, dict) or value.keys() != _SAID:
+        raise fault("header entry has not dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise AdapterError(f"{what}: its dtype is none of {', '.join(_DTYPES)}")
-    if not _is_sizes(shape) or len(shape) > _MOST_DIMENSIONS or prod(shape) > _MOST_ELEMENTS:
-        raise AdapterError(f"{what}: its shape is no list of at most {_MOST_DIMENSIONS} sizes")
-    if not _is_sizes(offsets) or len(offsets) != 2:
-        raise AdapterError(f"{what}: its data_offsets are no two byte positions")
-    num_bytes = prod(shape) * _DTYPES[dtype].itemsize
+        raise fault(f"dtype is none of {', '.join(_DTYPES)}")
+    if not _is_sizes(shape, _MOST_DIMENSIONS) or (numel := prod(shape)) > _MOST_ELEMENTS:
+        raise fault(f"shape is no list of at most {_MOST_DIMENSIONS} sizes")
+    if not _is_sizes(offsets, 2) or len(offsets) != 2:
+        raise fault("data_offsets are no two byte positions")
+    num_bytes = numel * _DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != num_bytes:
-        raise AdapterError(f"{what}: its shape needs {num_bytes:,} bytes, its offsets differ")
+        raise fault(f"shape needs {num_bytes:,} bytes, its offsets differ")
     return Entry(_DTYPES[dtype], tuple(shape), *offsets)
 
 
-def _is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        type(item) is int and 0 <= item < _MOST_ELEMENTS for item in value
+def _is_sizes(value: Any, most: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= most
+        and all(type(item) is int and 0 <= item < _MOST_ELEMENTS for item in value)
     )
 
 

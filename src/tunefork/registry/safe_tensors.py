@@ -1,9 +1,10 @@
 """A stranger's tensors, read in one piece and looked at before they are believed.
 
 A server reads adapters while its engine computes, and both want the interpreter and the cores. So a
-file comes with one call into memory that is got in large pages (an adapter of an 8B model is 84 MB,
-and 20,000 small pages take longer than reading it), its values are looked at all at once, and each
-tensor is a view. These calls are few, and all of them let the interpreter go.
+header is parsed once, a file comes with one call into memory that is got in large pages (an adapter
+of an 8B model is 84 MB, and 20,000 small pages take longer than reading it), its values are looked
+at all at once, and each tensor is a view. These calls are few, and all of them let the interpreter
+go.
 """
 
 import mmap
@@ -18,19 +19,19 @@ import torch
 from torch import Tensor
 
 from tunefork.errors import AdapterError
-from tunefork.registry.safe_read import Entry, entries_of, opened
+from tunefork.registry.safe_read import Entry, Header, opened
 
 
-def read_tensors(file: Path, expected: dict[str, Entry], *, most: float = inf) -> dict[str, Tensor]:
-    """The tensors of a file whose header is still `expected`, parts of one piece of memory.
+def read_tensors(file: Path, entries: Header, *, most: float = inf) -> dict[str, Tensor]:
+    """The tensors of a file whose header still is what it was, parts of one piece of memory.
 
     Raises AdapterError, also for values beyond `most`.
     """
     with opened(file) as stream:
-        entries, start = entries_of(stream, file)
-        if entries != expected:
+        start, size = len(entries.text), max((entry.end for entry in entries.values()), default=0)
+        is_as_long = os.fstat(stream.fileno()).st_size == start + size
+        if not is_as_long or stream.read(start) != entries.text:
             raise AdapterError(f"{file}: changed while it was read; try again")
-        size = max((entry.end for entry in entries.values()), default=0)
         content = _content(stream, start, size, file)
     ordered = sorted(entries.values(), key=lambda entry: (entry.begin, entry.end))
     runs = [list(run) for _, run in groupby(ordered, key=lambda entry: entry.dtype)]

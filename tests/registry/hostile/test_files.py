@@ -132,7 +132,7 @@ def test_tensors_of_several_dtypes_where_no_element_begins(tmp_path: Path) -> No
     sizes = {"a": ("BF16", (3,)), "b": ("F32", (2, 5)), "c": ("BF16", ()), "d": ("F64", (0, 4))}
     tensors = {k: torch.randn(s).to(safe_read._DTYPES[d]) for k, (d, s) in sizes.items()}
 
-    def write() -> dict[str, safe_read.Entry]:
+    def write() -> safe_read.Header:
         header, content = {}, b""
         for key, (dtype, shape) in sizes.items():
             own = tensors[key].reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -150,6 +150,11 @@ def test_tensors_of_several_dtypes_where_no_element_begins(tmp_path: Path) -> No
         with pytest.raises(AdapterError, match=f"{key} holds NaN or infinite values"):
             safe_tensors.read_tensors(file, write())
         tensors[key].view(-1)[-1] = before
+    header = write()
+    for changed in (file.read_bytes() + b"\0", file.read_bytes().replace(b'"a"', b'"e"')):
+        file.write_bytes(changed)
+        with pytest.raises(AdapterError, match="changed while it was read"):
+            safe_tensors.read_tensors(file, header)
     tensors["b"][1, 1] = -9.0
     assert len(safe_tensors.read_tensors(file, write(), most=9.0)) == 4
     with pytest.raises(AdapterError, match="b holds NaN, or values above 8"):

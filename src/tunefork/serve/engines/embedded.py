@@ -12,6 +12,7 @@ the models, with the attention interface through which they compute.
 
 import asyncio
 import logging
+import sys
 import traceback
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import fields
@@ -37,6 +38,11 @@ from tunefork.serve.engines.sequence import open_sequence
 from tunefork.serve.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
+_SWITCH_S = 5e-4
+"""Seconds for which another thread may keep the interpreter while the engine's waits for it. By
+Python's 5 ms, a launch that gives it up at each operation took 14 ms longer beside a thread that
+looks through an adapter's header for as long (H200, 8B; `benchmarks/serving_cold.py` has what is
+left of it)."""
 _SAMPLING = frozenset(one.name for one in fields(Sampling))
 
 
@@ -94,12 +100,16 @@ class EmbeddedEngine:
         self._num_open = 0
 
     async def start(self) -> None:
-        """Load the base and get ready. Raises TuneforkError."""
+        """Load the base and get ready. Raises TuneforkError.
+
+        From then on all threads of this process hand over the interpreter at least every 0.5 ms.
+        """
         await self.stop()
         self._loop, self._death = asyncio.get_running_loop(), None
         self._has_loaded = True
         self._parts = await in_a_thread(lambda: assemble(self.settings, self._post, self.merged))
         self.capabilities = self._capabilities(self._parts.max_model_len)
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_S))
         self._thread = Thread(target=self._run, args=(self._parts,), name="tunefork-engine")
         self._thread.daemon = True
         self._thread.start()
