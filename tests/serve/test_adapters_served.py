@@ -305,3 +305,15 @@ def test_many_at_once_open_a_version_once(
         assert said == ["acme:v1"] * 16
         assert store.database.execute("SELECT count(*) FROM holds").fetchone()[0] >= 1
         eventually(lambda: store.show("acme").holds == ())
+
+
+def test_an_adapter_that_is_called_as_the_base_is_listed_by_its_version(
+    settings: ServeSettings, adapter: Path
+) -> None:
+    with Store.open() as store:
+        store.publish(adapter, "tiny-base", tags=("prod",))
+    with serving(FakeEngine(), settings) as running, running.http() as http:
+        ids = [model["id"] for model in http.get("/v1/models").json()["data"]]
+        assert sorted(ids) == ["tiny-base", "tiny-base:prod", "tiny-base:v1"]
+        assert http.get("/v1/models/tiny-base").json().get("parent") is None
+        assert running.ask(model="tiny-base:prod").json()["model"] == "tiny-base:v1"

@@ -138,3 +138,61 @@ def test_a_replicas_places_are_no_places_of_the_engine() -> None:
         assert merged[2].granted.done()
 
     asyncio.run(run())
+
+
+def _with_slots(running: int, slots: int, resident: set[str]) -> FairQueue:
+    return FairQueue(running, 100, 100, slots=slots, resident=lambda: resident)
+
+
+def _granted(turns: list[Turn]) -> list[bool]:
+    return [turn.granted.done() for turn in turns]
+
+
+def test_answers_that_wait_for_a_slot_do_not_take_all_places() -> None:
+    """One tenant holds the only slot and floods another adapter: the base is nobody's slot."""
+
+    async def run() -> None:
+        resident = {"a:v1"}
+        queue = _with_slots(8, 1, resident)
+        held = queue.enter("acme", 1.0, [1], adapter="a:v1")
+        flood = queue.enter("acme", 1.0, [1] * 20, adapter="b:v1")
+        assert _granted(held + flood) == [True, True] + 19 * [False]
+        own = queue.enter("acme", 1.0, [1])
+        other = queue.enter("beta", 1.0, [1, 1])
+        third = queue.enter("beta", 1.0, [1], adapter="c:v1")  # one slot: one adapter may wait
+        assert _granted(own + other + third) == [True, True, True, False]
+        flood[0].leave()  # its client went away: the next may wait for the slot
+        assert _granted(third + flood[1:]).count(True) == 1
+        resident.add("b:v1")
+        queue.look()
+        assert queue.running == 8 and _granted(flood[1:]).count(True) in (3, 4)
+
+    asyncio.run(run())
+
+
+def test_the_others_for_an_adapter_follow_when_its_first_answer_begins() -> None:
+    async def run() -> None:
+        resident: set[str] = set()
+        queue = _with_slots(8, 4, resident)
+        for adapter in "xyz":
+            turns = queue.enter("a", 1.0, [1, 1], adapter=adapter)
+            assert _granted(turns) == [True, False]
+            resident.add(adapter)
+            turns[0].begins()
+            turns[0].begins()
+            assert _granted(turns) == [True, True]
+            for turn in turns:
+                turn.leave()
+        assert (queue.running, queue.waiting) == (0, 0)
+
+    asyncio.run(run())
+
+
+def test_half_of_the_places_wait_for_slots_at_most() -> None:
+    async def run() -> None:
+        queue = _with_slots(4, 100, set())
+        turns = [queue.enter("a", 1.0, [1], adapter=f"{at}:v1")[0] for at in range(4)]
+        assert _granted(turns) == [True, True, False, False]
+        assert _granted(queue.enter("b", 1.0, [1, 1, 1])) == [True, True, False]
+
+    asyncio.run(run())

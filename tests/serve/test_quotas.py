@@ -128,6 +128,31 @@ def test_a_clock_that_was_not_set_yet_forgets_no_month(
     ledger.close()
 
 
+@pytest.mark.parametrize("is_removed", [False, True])
+def test_a_file_that_takes_the_others_place_gets_what_is_used_from_then_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, is_removed: bool
+) -> None:
+    file = tmp_path / "serve.sqlite"
+    ledger = Ledger(file)
+
+    def record(id: str) -> None:
+        now = f"{month()}-26T00:00:00"
+        asked = Usage(id, now, "a", None, "completions", "m", None, "ok", 1, 2, 3, None, 0.5)
+        asyncio.run(ledger.record(asked))
+
+    record("1")
+    for left in tmp_path.glob("serve.sqlite*"):
+        left.rename(tmp_path / f"before-{left.name}")
+    if not is_removed:
+        connect(file).close()
+    record("2")
+    record("3")
+    assert ledger.used_this_month("a") == 10  # that of the new file, now the higher one
+    ledger.close()
+    assert [row.requests for row in read_usage(file)] == [2]
+    assert sum("was replaced or removed" in r.getMessage() for r in caplog.records) == 1
+
+
 def test_servers_with_one_file_share_a_month(tmp_path: Path) -> None:
     file = tmp_path / "serve.sqlite"
     ledgers = [Ledger(file), Ledger(file)]

@@ -9,7 +9,7 @@ import pytest
 
 from tests.serve.fake_engine import ALL, FakeEngine, everything, nothing
 from tests.serve.servers import eventually, serving
-from tunefork.errors import BadInputError, EngineError, ModelError
+from tunefork.errors import BadInputError, EngineBusyError, EngineError, ModelError
 from tunefork.registry.store import Store
 from tunefork.serve import gateway
 from tunefork.serve.choose import make_replica
@@ -29,6 +29,52 @@ def test_a_pin_follows_its_tag(settings: ServeSettings, adapter: Path) -> None:
             eventually(lambda: engine.pinned == {"acme:v2"})
             eventually(lambda: store.show("acme:v1").holds == ())
         assert store.show("acme:v2").holds == ()
+
+
+def test_more_pins_than_leave_a_slot_for_others_are_refused(
+    settings: ServeSettings, adapter: Path
+) -> None:
+    engine = FakeEngine(capabilities=replace(ALL, most_pins=1))
+    with Store.open() as store:
+        store.publish(adapter, "acme", tags=("prod",))
+        store.publish(adapter, "beta")
+    with serving(engine, settings.model_copy(update={"pin": ("acme", "beta")})) as running:
+        eventually(lambda: running.gateway.failure is not None)
+        assert "pin: 2 adapters are more than 1" in str(running.gateway.failure)
+        assert not engine.pinned
+    twice = settings.model_copy(update={"pin": ("acme", "acme:prod")})  # one version
+    with serving(engine, twice) as running:
+        assert engine.pinned == {"acme:v1"} and running.gateway.state == "ready"
+
+
+def test_a_pin_that_the_engine_does_not_take_holds_nothing_and_stops_nothing(
+    settings: ServeSettings, adapter: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tag's new version has no room: it is not held again with every look, other pins follow,
+    and removed adapters leave the engine."""
+
+    class Full(FakeEngine):
+        tried = 0
+
+        async def pin(self, adapter: ServedAdapter, pinned: bool) -> None:
+            if adapter.id == "acme:v2":
+                self.tried += 1
+                raise EngineBusyError("no room")
+            await super().pin(adapter, pinned)
+
+    engine = Full()
+    with Store.open() as store:
+        for name in ("acme", "beta"):
+            store.publish(adapter, name, tags=("prod",))
+        pins = {"pin": ("acme:prod", "beta:prod"), "hold_idle_s": 0.0}
+        with serving(engine, settings.model_copy(update=pins)) as running:
+            for name in ("acme", "beta"):
+                store.publish(adapter, name, tags=("prod",))
+            eventually(lambda: engine.tried >= 3)
+            assert engine.pinned == {"acme:v1", "beta:v2"}
+            assert running.gateway.adapters._entries["acme:v2"].users == 0
+        warned = [r for r in caplog.records if "pin: acme:prod: no room" in r.getMessage()]
+        assert len(warned) == 1
 
 
 def test_pins_are_told_to_an_engine_that_was_started_again(

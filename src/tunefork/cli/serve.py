@@ -125,6 +125,9 @@ def _check_extra() -> None:
         )
 
 
+_LIMIT = typer.Option(min=0, max=2**63 - 1, help="0: no limit.")
+
+
 @keys.command()
 def add(
     tenant: Annotated[str, typer.Argument(help="Whose key it is; made if need be.")],
@@ -143,9 +146,9 @@ def add(
     weight: Annotated[
         float | None, typer.Option(min=0.01, max=100.0, help="Its share where tenants compete.")
     ] = None,
-    requests_per_minute: Annotated[int | None, typer.Option(min=0, help="0: no limit.")] = None,
-    tokens_per_minute: Annotated[int | None, typer.Option(min=0, help="0: no limit.")] = None,
-    tokens_per_month: Annotated[int | None, typer.Option(min=0, help="0: no limit.")] = None,
+    requests_per_minute: Annotated[int | None, _LIMIT] = None,
+    tokens_per_minute: Annotated[int | None, _LIMIT] = None,
+    tokens_per_month: Annotated[int | None, _LIMIT] = None,
     tenants: TenantsFile = None,
     as_json: AsJson = False,
 ) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 _CHUNK = 16
 """Rows that tensor cores multiply at a time: the fewest."""
 _FEW = 2
-"""Rows of a slot that are added to without tensor cores, at once."""
+"""Rows of a slot that are added to without tensor cores, at once: two are written out."""
 _ROWS = 64
 """Up to so many rows are looked through by one form, which compiles once for all graphs."""
 _VALUES = 2048
@@ -71,6 +71,7 @@ def _add_own(
     block_o: tl.constexpr, block_m: tl.constexpr, block_rows: tl.constexpr, step: tl.constexpr,
     few: tl.constexpr, chunk: tl.constexpr, is_early: tl.constexpr,
 ):  # fmt: skip
+    tl.static_assert(few <= 2)
     layer, begin, first, size = piece(tl.program_id(0), sizes, block_o)
     slot = tl.program_id(1)
     begin, first = tl.multiple_of(begin, step), tl.multiple_of(first, step)

@@ -140,7 +140,7 @@ class Store:
             if held := owners(database, self.root, found.id):
                 raise StoreError(
                     f"{found}: is held by {', '.join(held)}; a server lets go of it hold_idle_s "
-                    "(60) after its last request, or when it is stopped"
+                    "(60 by default) after its last request, or when it is stopped"
                 )
             database.execute("DELETE FROM holds WHERE version_id = ?", (found.id,))
             database.execute("DELETE FROM versions WHERE id = ?", (found.id,))

@@ -75,8 +75,9 @@ class Listed:
 class Adapters:
     """The store's adapters, as one server sees them; from one event loop."""
 
-    def __init__(self, engine: Engine, checks: Checks, weights_sha256: str) -> None:
+    def __init__(self, engine: Engine, checks: Checks, weights_sha256: str, base_name: str) -> None:
         self._engine, self._checks, self._weights = engine, checks, weights_sha256
+        self._base_name = base_name
         self._store_thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._check_threads = ThreadPoolExecutor(2, thread_name_prefix="checks")
         self._store: Store | None = None
@@ -116,7 +117,8 @@ class Adapters:
                 continue
             created = int(datetime.fromisoformat(version.created).timestamp())
             is_last = index + 1 == len(versions) or versions[index + 1].name != version.name
-            ids = [version.name] if is_last else []
+            # The base's name is the base, also where an adapter is called so.
+            ids = [version.name] if is_last and version.name != self._base_name else []
             ids += [f"{version.name}:{tag}" for tag in version.tags]
             found += [Listed(id, str(version), created) for id in [*ids, str(version)]]
         return found

@@ -104,7 +104,11 @@ class Answer:
         lengths = [len(ids) for ids in order.prompts for _ in range(order.choices)]
         try:
             return self._parts.queue.enter(
-                order.tenant.name, order.tenant.weight, lengths, order.engine
+                order.tenant.name,
+                order.tenant.weight,
+                lengths,
+                order.engine,
+                None if order.adapter is None else order.adapter.id,
             )
         except QueueFullError as error:
             self._parts.metrics.refused(order.tenant.name, "queue")
@@ -150,6 +154,7 @@ class Answer:
     async def _take_in(self, index: int, pieces: AsyncGenerator[Piece], turn: Turn) -> None:
         async with aclosing(pieces):
             async for piece in pieces:
+                turn.begins()
                 self._count(index, len(piece.token_ids), turn)
                 if piece.finish_reason == "deadline":
                     raise TimeoutError

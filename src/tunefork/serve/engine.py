@@ -123,6 +123,8 @@ class Capabilities:
     """Names of `Sampling`'s fields that are honoured."""
     max_requests: int = 64
     """Answers computed at the same time; the gateway's queue hands over no more."""
+    most_pins: int | None = None
+    """Adapters that may be pinned so that others still get in; None: any number."""
     adapter_kinds: frozenset[str] = frozenset()
     """Beyond plain LoRA on linear layers: `dora`, `modules_to_save`, `token_rows`."""
 
@@ -139,7 +141,7 @@ class EngineState:
     slots: int = 0
     """Adapters that can be computed with at the same time."""
     resident: tuple[str, ...] = ()
-    """Ids in slots."""
+    """Ids in slots that take answers."""
     in_host_memory: tuple[str, ...] = ()
     loads: int = 0
     evictions: int = 0

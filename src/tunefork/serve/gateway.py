@@ -270,11 +270,15 @@ class Gateway:
         capabilities = self.engine.capabilities
         is_single = str(self.engine.info().get("dtype", "")).endswith("float32")
         checks = Checks(base, capabilities, 4 if is_single else 2)
-        self._adapters = Adapters(self.engine, checks, base.identity.weights_sha256)
+        self._adapters = Adapters(self.engine, checks, base.identity.weights_sha256, base.name)
         await self._replicas.start(settings.merge, self._adapters)
         await self._pins.start(self._adapters)
         queue = FairQueue(
-            capabilities.max_requests, settings.max_queued, settings.max_queued_per_tenant
+            capabilities.max_requests,
+            settings.max_queued,
+            settings.max_queued_per_tenant,
+            slots=self.engine.state().slots,
+            resident=lambda: self.engine.state().resident,
         )
         for replica in self._replicas.engines():
             queue.add_places(replica, replica.capabilities.max_requests)
@@ -288,9 +292,10 @@ class Gateway:
         self._replicas.revive()
         await self.in_thread(self.door.read)
         await self.in_thread(self.parts.ledger.refresh)
+        self.parts.queue.look()
+        await self.adapters.sweep(self.settings.hold_idle_s)
         if not self._revival.is_at_work:
             await self._pins.follow(self.adapters)
-        await self.adapters.sweep(self.settings.hold_idle_s)
 
     async def _pin_again(self) -> None:
         try:

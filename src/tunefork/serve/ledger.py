@@ -6,6 +6,7 @@ that the month's quota needs no other truth.
 """
 
 import asyncio
+import logging
 import sqlite3
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -18,6 +19,8 @@ from threading import Thread
 from tunefork.errors import StoreError
 from tunefork.registry.database import writing
 from tunefork.serve.database import as_store_error, connect
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,7 @@ class Ledger:
         self._thread.join()
 
     def _write(self) -> None:
-        database = connect(self._file)
+        database, identity = self._connected()
         is_open = True
         while is_open:
             batch = [self._queue.get()]
@@ -98,6 +101,15 @@ class Ledger:
             is_open = None not in batch
             entries = [entry for entry in batch if entry is not None]
             try:
+                if identity != _identity(self._file):
+                    logger.error(
+                        "%s: was replaced or removed while the server ran; usage goes to what is "
+                        "there now, and what it held before is where that is kept",
+                        self._file,
+                    )
+                    before = database
+                    database, identity = self._connected()
+                    before.close()
                 self._insert(database, [usage for usage, _ in entries])
             except Exception as error:
                 for _, done in entries:
@@ -106,6 +118,9 @@ class Ledger:
             for _, done in entries:
                 done.set_result(None)
         database.close()
+
+    def _connected(self) -> tuple[sqlite3.Connection, tuple[int, int] | None]:
+        return connect(self._file), _identity(self._file)
 
     def _insert(self, database: sqlite3.Connection, records: Sequence[Usage]) -> None:
         if not records:
@@ -122,7 +137,17 @@ class Ledger:
                     "SET tokens = tokens + excluded.tokens RETURNING tokens",
                     (*key, usage.prompt_tokens + usage.completion_tokens),
                 ).fetchone()
-        self._months.update(totals)
+        for month_of, tokens in totals.items():  # a file that took another's place knows of fewer
+            self._months[month_of] = max(tokens, self._months.get(month_of, 0))
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    """Which file lies there; None: none does."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 @dataclass(frozen=True, slots=True)

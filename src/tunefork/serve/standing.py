@@ -9,7 +9,7 @@ answers for it, where it can.
 import logging
 from collections.abc import Callable, Sequence
 
-from tunefork.errors import BadInputError
+from tunefork.errors import BadInputError, TuneforkError
 from tunefork.serve.adapters import Adapters, Lease
 from tunefork.serve.api.errors import ApiError
 from tunefork.serve.engine import Engine, ServedAdapter
@@ -74,19 +74,34 @@ class Pins:
     def __init__(self, engine: Engine, names: Sequence[str]) -> None:
         self._engine, self._names = engine, names
         self._leases: dict[str, Lease] = {}
+        self._faults: dict[str, str] = {}
+        """Why a name's newest version is not pinned, as the log has been told."""
 
     async def start(self, adapters: Adapters) -> None:
-        """Pin all. Raises BadInputError where one cannot be served."""
-        for name in self._names:
-            await self._pin(name, await _lease(name, adapters, "pin"))
+        """Pin all. Raises BadInputError where one cannot be served, or others never could be."""
+        leases = {name: await _lease(name, adapters, "pin") for name in self._names}
+        count = len({lease.checked.adapter.id for lease in leases.values()})
+        most = self._engine.capabilities.most_pins
+        if most is not None and count > most:
+            raise BadInputError(
+                f"pin: {count} adapters are more than {most}, and no other would ever get in; pin "
+                "fewer, or set embedded.slots (of vLLM: vllm.host_adapters) to more than are pinned"
+            )
+        for name, lease in leases.items():
+            await self._pin(name, lease)
 
     async def follow(self, adapters: Adapters) -> None:
         """Where a tag has moved, pin the new version in place of the old one."""
         for name in self._names:
             try:
                 await self._pin(name, await adapters.lease(name, LOCAL))
-            except ApiError as error:
-                logger.warning("pin: %s: %s; the version before stays", name, error.message)
+            except (ApiError, TuneforkError) as error:
+                fault = error.message if isinstance(error, ApiError) else str(error)
+                if self._faults.get(name) != fault:
+                    logger.warning("pin: %s: %s; the version before stays", name, fault)
+                self._faults[name] = fault
+            else:
+                self._faults.pop(name, None)
 
     def release(self) -> None:
         """Hold none of them any longer."""
@@ -103,7 +118,11 @@ class Pins:
         if before is not None and before.checked.adapter.id == lease.checked.adapter.id:
             lease.release()
             return
-        await self._engine.pin(lease.checked.adapter, True)
+        try:
+            await self._engine.pin(lease.checked.adapter, True)
+        except BaseException:
+            lease.release()
+            raise
         self._leases[name] = lease
         if before is not None:
             await self._engine.pin(before.checked.adapter, False)

@@ -102,7 +102,8 @@ class EmbeddedEngine:
     async def start(self) -> None:
         """Load the base and get ready. Raises TuneforkError.
 
-        From then on all threads of this process hand over the interpreter at least every 0.5 ms.
+        From then on every thread of this process hands the interpreter to one that waits for it
+        after 0.5 ms of Python, for good: another engine may run when this one is stopped.
         """
         await self.stop()
         self._loop, self._death = asyncio.get_running_loop(), None
@@ -198,6 +199,7 @@ class EmbeddedEngine:
             max_rank=ours.max_rank,
             sampling=_SAMPLING,
             max_requests=ours.max_requests,
+            most_pins=ours.slots - 1,
         )
 
     def _run(self, parts: Assembled) -> None:

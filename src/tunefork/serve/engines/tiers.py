@@ -56,8 +56,12 @@ class Tiers:
 
     @property
     def resident(self) -> tuple[str, ...]:
-        """Ids in slots."""
-        return tuple(i for i, entry in self.entries.items() if entry.stage is Stage.IN_SLOT)
+        """Ids in slots that take requests."""
+        return tuple(
+            i
+            for i, entry in self.entries.items()
+            if entry.stage is Stage.IN_SLOT and not entry.is_draining
+        )
 
     @property
     def in_host_memory(self) -> tuple[str, ...]:

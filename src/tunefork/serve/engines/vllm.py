@@ -192,6 +192,7 @@ class VllmEngine:
             max_rank=self.settings.rank_step,
             sampling=frozenset(honoured),
             max_requests=self.settings.max_requests,
+            most_pins=self.settings.host_adapters - 1,
         )
 
     def _text_of(self, token_id: int) -> str:
