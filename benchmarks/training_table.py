@@ -97,25 +97,31 @@ def _best_call(case: Case, calls: list[str], by_call: dict[str, dict[str, _Row]]
     def worth(call: str) -> tuple[bool, bool, bool]:
         runs = by_call[call]
         is_asked = case.ratio is not None and _has(case.ratio[0], case, runs)
-        return "error" not in runs[case.ours], is_asked, any(peer in runs for peer in case.peers)
+        has_peer = any(_is_done(peer, runs) for peer in case.peers)
+        return _is_done(case.ours, runs), is_asked, has_peer
 
     return max(calls, key=lambda call: (*worth(call), call))
 
 
 def _has(tool: str, case: Case, runs: dict[str, _Row]) -> bool:
-    return any(RUNS[peer].tool == tool for peer in case.peers if peer in runs)
+    """A setting of `tool` came to its end there."""
+    return any(RUNS[peer].tool == tool for peer in case.peers if _is_done(peer, runs))
+
+
+def _is_done(run: str, runs: dict[str, _Row]) -> bool:
+    return run in runs and "error" not in runs[run]
 
 
 def _is_alone(case: Case, runs: dict[str, _Row]) -> bool:
     """Ours came to its end there, and no peer is beside it."""
-    return "error" not in runs[case.ours] and not any(peer in runs for peer in case.peers)
+    return _is_done(case.ours, runs) and not any(_is_done(peer, runs) for peer in case.peers)
 
 
 def _beside(
     name: str, case: Case, tool: str, calls: list[str], by_call: dict[str, dict[str, _Row]]
 ) -> list[_Row]:
     """Ours and that tool's, of the newest call that has both."""
-    fine = [call for call in calls if "error" not in by_call[call][case.ours]]
+    fine = [call for call in calls if _is_done(case.ours, by_call[call])]
     runs = next((by_call[c] for c in reversed(fine) if _has(tool, case, by_call[c])), None)
     if runs is None:
         return []

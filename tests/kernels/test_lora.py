@@ -112,6 +112,30 @@ def test_the_result_may_be_changed_in_place() -> None:
     assert a.grad is not None and a.grad.tolist() == [[24.0, 24.0]]
 
 
+@pytest.mark.parametrize("is_dora", [False, True])
+def test_a_small_delta_is_not_rounded_away(is_dora: bool) -> None:
+    """Of one that is a 4,096th of the base's bf16 product, and of its input gradient: 16 % are left
+    where that product is rounded before the sum is."""
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random).bfloat16()
+
+    x, w, dy = normal(512, 128).requires_grad_(), normal(192, 128), normal(512, 192)
+    a, b = normal(8, 128), normal(192, 8) * 2.0**-12
+    if is_dora:
+        squares = dora.row_squares(w)
+        y = dora.dora_linear(x, lambda: w, None, a, b, squares.sqrt(), 0.5, squares)
+    else:
+        y = lora.lora_linear(x, lambda: w, None, a, b, 0.5)
+    [dx] = torch.autograd.grad(y, x, dy)
+    wide, delta = w.double(), 0.5 * b.double() @ a.double()
+    for found, left, right in ((y, x, (wide.t(), delta.t())), (dx, dy, (wide, delta))):
+        base, small = (left.detach().double() @ one for one in right)
+        kept = ((found.double() - base) * small).sum() / small.square().sum()
+        assert abs(kept - 1) < 0.2
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's
 @pytest.mark.parametrize("is_dora", [False, True])
 def test_a_compiler_sees_nothing_changed_in_place(is_dora: bool) -> None:

@@ -48,7 +48,7 @@ class _DoraLinear(torch.autograd.Function):
         weight_od = weight()
         norm_o = row_norms(weight_od, lora_a_rd, lora_b_or, scale, squares_o)
         xa_sr = x_sd @ a_rd.t()
-        u_so = add_product(x_sd @ weight_od.t(), xa_sr, b_or.t(), scale)
+        u_so = add_product((xa_sr * scale) @ b_or.t(), x_sd, weight_od.t())
         gain_o = (magnitude_o / norm_o).to(x_sd.dtype)
         ctx.save_for_backward(x_sd, xa_sr, a_rd, b_or, u_so, gain_o, norm_o)
         ctx.weight, ctx.scale = weight, scale
@@ -70,7 +70,7 @@ class _DoraLinear(torch.autograd.Function):
         )
         dx_sd = None
         if ctx.needs_input_grad[0]:
-            dx_sd = add_product(du_so @ ctx.weight(), du_b_sr, a_rd)
+            dx_sd = add_product(du_b_sr @ a_rd, du_so, ctx.weight())
         return dx_sd, None, None, da_rd, db_or, dm_o, None, None
 
 
