@@ -53,6 +53,13 @@ def test_a_sound_recipe_has_no_warnings(make_recipe: Make) -> None:
     assert _check(make_recipe(), *Method) == []
 
 
+def test_int8_on_a_cpu_is_said_to_be_slow(make_recipe: Make) -> None:
+    recipe = make_recipe(train={"precision": "int8"})
+    [said] = _check(recipe, Method.LORA)
+    assert said.startswith("warning: train.precision: int8 on a CPU") and "set bf16" in said
+    assert _check(recipe, Method.FULL) == []
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [

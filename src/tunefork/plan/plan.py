@@ -52,9 +52,9 @@ _MAY_BE_INT8 = (
     "{method} is planned in bf16; train.precision: auto will try int8 when the run begins, and "
     "take it if two batches agree (--set train.precision=int8 plans that)"
 )
-_BY_DEFINITION = (
+BY_DEFINITION = (
     "train.precision: int8 on a CPU computes what defines a GPU's products, to compare them with: "
-    "it takes many times as long as is planned here, and more memory; set bf16"
+    "it takes many times as long as a plan says, and more memory; set bf16"
 )
 _NEVER_TIMED = (
     "tunefork's int8 products were never timed on {gpu}; here they are planned at bf16's rate"
@@ -248,7 +248,7 @@ def _plan(
     if forms.precision == "int8" and not is_timed and set(methods) != {Method.FULL}:
         notes.append(_NEVER_TIMED.format(gpu=target.id))
     if forms.precision == "int8" and target.kind == "cpu" and set(methods) != {Method.FULL}:
-        notes.append(_BY_DEFINITION)
+        notes.append(BY_DEFINITION)
     notes += [
         _MAY_BE_INT8.format(method=method)
         for method in methods

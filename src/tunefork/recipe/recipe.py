@@ -70,7 +70,8 @@ class Recipe(Section):
             if len(rates) < self.compare.search_trials:
                 raise ValueError(
                     f"compare.learning_rates.{method}: has {len(rates)} rates, but "
-                    f"compare.search_trials asks for {self.compare.search_trials} for each method"
+                    f"compare.search_trials asks for {self.compare.search_trials} for each method; "
+                    f"name as many, or set compare.search_trials: {len(rates) or 1}"
                 )
             if list(rates) != sorted(set(rates)):
                 raise ValueError(f"compare.learning_rates.{method}: must ascend, each rate once")

@@ -20,6 +20,7 @@ from tunefork.model.build import check_method
 from tunefork.model.device import pick_device, pick_dtype
 from tunefork.model.load import load_skeleton, load_tokenizer
 from tunefork.plan.gate import refuse_what_cannot_fit
+from tunefork.plan.plan import BY_DEFINITION
 from tunefork.recipe import Method, Recipe
 from tunefork.registry.peft_format import adapter_settings
 from tunefork.train.method import plan_steps
@@ -66,6 +67,9 @@ def check_recipe(
             )
     plan = plan_evaluation(recipe, data, tokenizer)
     check_tokens(skeleton, recipe, data, plan, tokenizer, say)
+    by_definition = recipe.train.precision == "int8" and pick_device().type == "cpu"
+    if by_definition and set(methods) != {Method.FULL}:
+        say(f"warning: {BY_DEFINITION}")
     if not ignore_plan:
         refuse_what_cannot_fit(recipe, methods, data.train, say)
     return data
