@@ -96,7 +96,7 @@ def check_safetensors(file: Path, where: str) -> None:
 def check_numbers(file: Path, where: str) -> None:
     """Raise StoreError for an adapter's tensor that is not finite: no server would serve it."""
     with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118
+        for name in tensors.keys():  # noqa: SIM118 (a safe_open is no dict)
             if not bool(tensors.get_tensor(name).float().isfinite().all()):  # 8-bit floats too
                 raise StoreError(
                     f"{where}: {name} holds numbers that are not finite; train it anew"
